@@ -1,0 +1,1 @@
+"""HNeRV-CLIP: video networks that know what they show."""

@@ -1,0 +1,381 @@
+"""What a run is: typed, frozen, validated settings, and the two profiles.
+
+Field names are those of the original HNeRV command line. Packed strings such as ``64_16`` are
+parsed here, once; the rest of the library sees tuples and numbers. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+EMBEDS = ("", "pe", "xyt")
+ACTIVATIONS = ("relu", "leaky", "leaky01", "relu6", "gelu", "sin", "swish", "softplus", "hardswish")
+NORMS = ("none", "bn", "in")
+TEACHERS = ("clip", "efficientnet-lite0")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+LOSSES = ("L2", "L1", "SSIM", *(f"Fusion{i}" for i in range(1, 13)))
+
+
+class ConfigError(ValueError):
+    """A setting breaks a rule; the message names the value, the rule and the fix."""
+
+
+class Split(NamedTuple):
+    """``X_Y_Z``: in every block of ``period`` frames the first ``train`` train; see `video`."""
+
+    train: int
+    skip_until: int
+    period: int
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Which frames a run sees."""
+
+    data_path: str = "bunny"  # bunny, bikes, carphone, a video file, or a folder of images
+    crop_list: tuple[int, int] | None = (640, 1280)  # centre crop, height_width; "" keeps all
+    resize_list: tuple[int, int] | None = None  # antialiased resize after the crop; "" for none
+    frame_limit: int = 0  # use the first so many frames after striding; 0 for all
+    frame_stride: int = 1  # take every so-manieth frame
+    data_split: Split = Split(4, 5, 5)  # X_Y_Z, see `video.split_frames`
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What gives the patches their target embeddings, and where the patches are."""
+
+    teacher: str = "clip"  # clip, or the bundled efficientnet-lite0 (not CLIP)
+    clip_model: str = "ViT-B-32-quickgelu"  # open_clip architecture
+    clip_pretrained: str = "openai"  # open_clip tag, a checkpoint file, or local-dir:FOLDER
+    patch_grid: tuple[int, int] | None = (2, 4)  # rows_columns, evenly from edge to edge
+    patch_size: int = 0  # pixels; 0 means 448 at height 640 and in proportion
+    patch_stride: int = 0  # pixels; used when patch_grid is "", 0 means half the patch
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. The width is solved from `modelsize`."""
+
+    embed: str = ""  # "" hybrid, pe_BASE_LEVELS (time), xyt_BASE_LEVELS (coordinates)
+    enc_strds: tuple[int, ...] = (5, 4, 4, 2, 2)  # encoder strides
+    enc_dim: tuple[int, float] = (64, 16)  # encoder width, embedding channels (<1: share of size)
+    dec_strds: tuple[int, ...] = (5, 4, 4, 2, 2)  # decoder upsampling factors
+    fc_hw: tuple[int, int] = (2, 4)  # base resolution of coordinate embeddings
+    ks: tuple[int, int, int] = (0, 1, 5)  # kernel sizes: unused, first and largest decoder kernel
+    num_blks: tuple[int, int] = (1, 1)  # ConvNeXt blocks and decoder blocks per stage
+    reduce: float = 1.2  # width divisor per stage; -1 means the square root of the stride
+    lower_width: int = 12  # smallest width
+    modelsize: float = 1.5  # millions of stored values: decoder, heads, per-frame embeddings
+    act: str = "gelu"
+    norm: str = "none"
+    conv_type: tuple[str, str] = ("convnext", "pshuffel")
+    out_bias: str = "tanh"  # tanh, sigmoid, or a number that is added
+    predict_clip: bool = True  # False is the pixel-only baseline
+    clip_dim: int = 512  # the teacher's: 512 for ViT-B-32, 1280 for efficientnet-lite0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is fitted, and how it is measured."""
+
+    epochs: int = 300
+    batch_size: int = 2  # frames per step and rank
+    lr: float = 1e-3
+    lr_type: str = "cosine_0.1_1_0.1"  # cosine_WARMUP-SHARE_POWER_START-FACTOR
+    loss: str = "L2"  # pixel loss, a row of losses.PIXEL_LOSSES
+    clip_loss_weight: float = 0.5  # lambda of the cosine term
+    pixel_loss_warmup_epochs: int = 50  # epochs before the cosine term joins
+    inpaint_size: int = 0  # side of the five boxes that the loss leaves out; 0 for none
+    eval_freq: int = 30  # epochs between evaluations
+    checkpoint_freq: int = 5  # epochs between writes of model_latest.pth
+    quant_model_bit: int = 8
+    quant_embed_bit: int = 6
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    precision: str = "auto"  # auto (tf32 on a GPU, fp32 on a CPU), fp32, tf32, bf16
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one run. Build it with `Config.from_params`."""
+
+    video: VideoConfig = field(default_factory=VideoConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def from_params(cls, **params: Any) -> Config:
+        """Parse flat parameters, as typed on a command line or set in a notebook.
+
+        Args:
+            params: any of `param_names()`; packed strings or typed values. A name that is left
+                out keeps its default.
+        Raises:
+            ConfigError: an unknown name, or a value that breaks a rule.
+        """
+        unknown = sorted(set(params) - set(param_names()))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], param_names(), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"unknown parameter {', '.join(map(repr, unknown))}.{hint} "
+                f"Known ones: {', '.join(param_names())}"
+            )
+        groups = {}
+        for group in fields(cls):
+            group_type = _GROUPS[group.name]
+            own = {f.name: _parse(f.name, params[f.name]) for f in fields(group_type)
+                   if f.name in params}
+            groups[group.name] = group_type(**own)
+        config = cls(**groups)
+        _validate(config)
+        return config
+
+    def params(self) -> dict[str, Any]:
+        """The flat, packed form: `Config.from_params(**config.params()) == config`."""
+        return {f.name: _pack(getattr(getattr(self, group), f.name))
+                for group, group_type in _GROUPS.items() for f in fields(group_type)}
+
+    def replace(self, **params: Any) -> Config:
+        """A copy with some flat parameters changed."""
+        return Config.from_params(**{**self.params(), **params})
+
+    def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
+        """Parameters that differ, as {name: (own, other's)}."""
+        own, others = self.params(), other.params()
+        return {name: (own[name], others[name]) for name in own if own[name] != others[name]}
+
+
+_GROUPS = {"video": VideoConfig, "teacher": TeacherConfig, "model": ModelConfig,
+           "train": TrainConfig}
+
+
+def param_names() -> list[str]:
+    """Every parameter that a run knows, in the order of the settings table."""
+    return [f.name for group_type in _GROUPS.values() for f in fields(group_type)]
+
+
+def _defaults() -> dict[str, Any]:
+    return {f.name: f.default for group_type in _GROUPS.values() for f in fields(group_type)}
+
+
+# The shape of each packed parameter: how many values, of which type, and an example.
+_PACKED: dict[str, tuple[int | None, type, str]] = {
+    "crop_list": (2, int, "640_1280"),
+    "resize_list": (2, int, "320_640"),
+    "data_split": (3, int, "4_5_5"),
+    "patch_grid": (2, int, "2_4"),
+    "enc_strds": (None, int, "5 4 4 2 2"),
+    "dec_strds": (None, int, "5 4 4 2 2"),
+    "enc_dim": (2, float, "64_16"),
+    "fc_hw": (2, int, "2_4"),
+    "ks": (3, int, "0_1_5"),
+    "num_blks": (2, int, "1_1"),
+    "conv_type": (2, str, "convnext pshuffel"),
+}
+_OPTIONAL = {"crop_list", "resize_list", "patch_grid"}
+
+
+def _parse(name: str, value: Any) -> Any:
+    if name in _PACKED:
+        return _unpack(name, value)
+    wanted = type(_defaults()[name])
+    try:
+        if wanted is bool:
+            return _to_bool(value)
+        if wanted is int and isinstance(value, bool):
+            raise ValueError
+        if wanted is int and float(value) != int(float(value)):
+            raise ValueError
+        return wanted(float(value)) if wanted is int else wanted(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name}={value!r} is not a {wanted.__name__}; "
+                          f"the default is {name}={_defaults()[name]!r}") from None
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
+        return value.lower() in ("true", "1")
+    if value in (True, False):
+        return bool(value)
+    raise ValueError
+
+
+def _unpack(name: str, value: Any) -> tuple | None:
+    count, kind, example = _PACKED[name]
+    if value is None or value in ("", "-1", -1):
+        if name in _OPTIONAL:
+            return None
+        raise ConfigError(f"{name} is empty; write for example {name}={example!r}")
+    parts = value.replace("_", " ").replace(",", " ").split() if isinstance(value, str) \
+        else list(value) if isinstance(value, (tuple, list)) else [value]
+    try:
+        if kind is str:
+            parsed = tuple(str(part) for part in parts)
+        else:
+            numbers = [float(part) for part in parts]
+            if kind is int and any(n != int(n) for n in numbers):
+                raise ValueError
+            # enc_dim is the one float pair: its first value, and a second of 1 or more, are counts
+            parsed = tuple(int(n) if n == int(n) else n for n in numbers)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name}={value!r} does not parse; "
+                          f"write for example {name}={example!r}") from None
+    if count is not None and len(parsed) != count or not parsed:
+        raise ConfigError(f"{name}={value!r} has {len(parsed)} values, not {count or 'one or more'};"
+                          f" write for example {name}={example!r}")
+    return Split(*parsed) if name == "data_split" else parsed
+
+
+def _pack(value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        text = [str(v) for v in value]
+        return " ".join(text) if len(text) > 3 or isinstance(value[0], str) else "_".join(text)
+    return value
+
+
+def embed_kind(embed: str) -> str:
+    """``hybrid``, ``pe`` or ``xyt``.
+
+    Raises:
+        ConfigError: not one of the three forms.
+    """
+    if embed == "":
+        return "hybrid"
+    kind = embed.split("_")[0]
+    try:
+        base, levels = (float(v) for v in embed.split("_")[1:])
+        if kind in EMBEDS and base > 0 and levels == int(levels) and levels >= 1:
+            if kind == "xyt" and levels % 4:
+                raise ConfigError(f"embed={embed!r}: levels must be divisible by 4 (a quarter for "
+                                  f"x, a quarter for y, half for t); write xyt_1.25_80")
+            return kind
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+    raise ConfigError(f"embed={embed!r} is unknown; use '' (hybrid), 'pe_1.25_80' (time) or "
+                      f"'xyt_1.25_80' (coordinates)")
+
+
+def _validate(config: Config) -> None:
+    video, teacher, model, train = config.video, config.teacher, config.model, config.train
+    embed_kind(model.embed)
+    _one_of("act", model.act, ACTIVATIONS)
+    _one_of("norm", model.norm, NORMS)
+    _one_of("loss", train.loss, LOSSES)
+    _one_of("teacher", teacher.teacher, TEACHERS)
+    _one_of("precision", train.precision, PRECISIONS)
+    if model.conv_type != ("convnext", "pshuffel"):
+        raise ConfigError(f"conv_type={_pack(model.conv_type)!r} is not built; "
+                          "use conv_type='convnext pshuffel', the one that HNeRV publishes")
+    if model.out_bias not in ("tanh", "sigmoid"):
+        _at_least("out_bias", _parse_number("out_bias", model.out_bias), -math.inf)
+    for name, low in [("frame_limit", 0), ("frame_stride", 1), ("patch_size", 0),
+                      ("patch_stride", 0), ("lower_width", 1), ("clip_dim", 1), ("epochs", 1),
+                      ("batch_size", 1), ("clip_loss_weight", 0), ("pixel_loss_warmup_epochs", 0),
+                      ("inpaint_size", 0), ("eval_freq", 1), ("checkpoint_freq", 1), ("seed", 0)]:
+        _at_least(name, config.params()[name], low)
+    for name in ("crop_list", "resize_list", "patch_grid", "enc_strds", "dec_strds", "fc_hw",
+                 "num_blks"):
+        for value in _unpack(name, config.params()[name]) or ():
+            _at_least(name, value, 1)
+    for name in ("lr", "modelsize"):
+        value = config.params()[name]
+        if not value > 0 or not math.isfinite(value):
+            raise ConfigError(f"{name}={value} must be above 0; "
+                              f"the default is {_defaults()[name]}")
+    if model.reduce != -1 and not model.reduce > 0:
+        raise ConfigError(f"reduce={model.reduce} must be above 0, or -1 for the square root of "
+                          "the stride; the default is 1.2")
+    for name in ("quant_model_bit", "quant_embed_bit"):
+        value = getattr(train, name)
+        if not 1 <= value <= 16:
+            raise ConfigError(f"{name}={value} must lie between 1 and 16; the default is "
+                              f"{_defaults()[name]}")
+    if not math.isfinite(train.clip_loss_weight):
+        raise ConfigError(f"clip_loss_weight={train.clip_loss_weight} must be finite")
+    parse_lr_type(train.lr_type)
+    check_split(video.data_split)
+
+
+def _parse_number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{name}={value!r} must be tanh, sigmoid or a number") from None
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ConfigError(f"{name}={value} must be at least {low}; "
+                          f"the default is {_pack(_defaults()[name])!r}")
+
+
+def check_split(split: Split) -> None:
+    """Raise ConfigError unless 1 <= X <= Y <= Z."""
+    x, y, z = split
+    if not 1 <= x <= y <= z:
+        raise ConfigError(f"data_split='{x}_{y}_{z}' must satisfy 1 <= X <= Y <= Z, so that at "
+                          "least one frame trains; use 4_5_5 for 80/20 or 1_1_1 to train on all")
+
+
+def parse_lr_type(lr_type: str) -> tuple[float, float, float]:
+    """``cosine_0.1_1_0.1`` → (warm-up share, power, start factor)."""
+    kind, *numbers = lr_type.split("_")
+    try:
+        share, power, start = (float(n) for n in numbers)
+        if kind == "cosine" and 0 <= share < 1 and power > 0 and 0 <= start <= 1:
+            return share, power, start
+    except ValueError:
+        pass
+    raise ConfigError(f"lr_type={lr_type!r} is not cosine_SHARE_POWER_START with "
+                      "0 <= SHARE < 1, POWER > 0 and 0 <= START <= 1; use cosine_0.1_1_0.1")
+
+
+# Values that differ from the defaults above. `quick` fits two CPU cores and minutes; `full` is the
+# paper's setting on a GPU, which the defaults are. `quick` names the bundled teacher, which is not
+# CLIP, because a fresh machine has no CLIP weights.
+PROFILES: dict[str, dict[str, Any]] = {
+    "quick": {
+        "crop_list": "640_1280",
+        "resize_list": "160_320",
+        "frame_stride": 2,
+        "teacher": "efficientnet-lite0",
+        "clip_dim": 1280,
+        "enc_strds": "5 4 2 2",
+        "dec_strds": "5 4 2 2",
+        "modelsize": 0.35,
+        "epochs": 30,
+        "pixel_loss_warmup_epochs": 5,
+        "eval_freq": 10,
+    },
+    "full": {},
+}
+
+
+def profile_params(profile: str) -> dict[str, Any]:
+    """Every parameter of a profile, flat and packed.
+
+    Raises:
+        ConfigError: unknown profile.
+    """
+    _one_of("profile", profile, tuple(PROFILES))
+    return Config.from_params(**PROFILES[profile]).params()
+
+
+def settings_table() -> list[tuple[str, Any, str]]:
+    """(name, packed default, group) of every parameter, for README and book."""
+    return [(f.name, _pack(f.default), group)
+            for group, group_type in _GROUPS.items() for f in dataclasses.fields(group_type)]

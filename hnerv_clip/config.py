@@ -17,6 +17,7 @@ ACTIVATIONS = ("relu", "leaky", "leaky01", "relu6", "gelu", "sin", "swish", "sof
 NORMS = ("none", "bn", "in")
 TEACHERS = ("clip", "efficientnet-lite0")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+RUNTIME_PARAMS = ("device", "checkpoint_s")  # where and how safely, not what
 LOSSES = ("L2", "L1", "SSIM", *(f"Fusion{i}" for i in range(1, 13)))
 
 
@@ -70,9 +71,9 @@ class ModelConfig:
     reduce: float = 1.2  # width divisor per stage; -1 means the square root of the stride
     lower_width: int = 12  # smallest width
     modelsize: float = 1.5  # millions of stored values: decoder, heads, per-frame embeddings
-    act: str = "gelu"
-    norm: str = "none"
-    conv_type: tuple[str, str] = ("convnext", "pshuffel")
+    act: str = "gelu"  # activation of the decoder
+    norm: str = "none"  # norm of the decoder: none, bn or in
+    conv_type: tuple[str, str] = ("convnext", "pshuffel")  # encoder and decoder blocks
     out_bias: str = "tanh"  # tanh, sigmoid, or a number that is added
     predict_clip: bool = True  # False is the pixel-only baseline
     clip_dim: int = 512  # the teacher's: 512 for ViT-B-32, 1280 for efficientnet-lite0
@@ -84,17 +85,17 @@ class TrainConfig:
 
     epochs: int = 300
     batch_size: int = 2  # frames per step and rank
-    lr: float = 1e-3
+    lr: float = 1e-3  # largest learning rate of Adam
     lr_type: str = "cosine_0.1_1_0.1"  # cosine_WARMUP-SHARE_POWER_START-FACTOR
     loss: str = "L2"  # pixel loss, a row of losses.PIXEL_LOSSES
     clip_loss_weight: float = 0.5  # lambda of the cosine term
     pixel_loss_warmup_epochs: int = 50  # epochs before the cosine term joins
     inpaint_size: int = 0  # side of the five boxes that the loss leaves out; 0 for none
     eval_freq: int = 30  # epochs between evaluations
-    checkpoint_freq: int = 5  # epochs between writes of model_latest.pth
-    quant_model_bit: int = 8
-    quant_embed_bit: int = 6
-    seed: int = 0
+    checkpoint_s: float = 30.0  # seconds between writes of model_latest.pth
+    quant_model_bit: int = 8  # bits of a weight, for the quantised evaluation
+    quant_embed_bit: int = 6  # bits of an embedding value, likewise
+    seed: int = 0  # of weights and frame order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: str = "auto"  # auto (tf32 on a GPU, fp32 on a CPU), fp32, tf32, bf16
 
@@ -146,9 +147,10 @@ class Config:
         return Config.from_params(**{**self.params(), **params})
 
     def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """Parameters that differ, as {name: (own, other's)}."""
+        """Parameters that differ and that change a result, as {name: (own, other's)}."""
         own, others = self.params(), other.params()
-        return {name: (own[name], others[name]) for name in own if own[name] != others[name]}
+        return {name: (own[name], others[name]) for name in own
+                if own[name] != others[name] and name not in RUNTIME_PARAMS}
 
 
 _GROUPS = {"video": VideoConfig, "teacher": TeacherConfig, "model": ModelConfig,
@@ -280,7 +282,7 @@ def _validate(config: Config) -> None:
     for name, low in [("frame_limit", 0), ("frame_stride", 1), ("patch_size", 0),
                       ("patch_stride", 0), ("lower_width", 1), ("clip_dim", 1), ("epochs", 1),
                       ("batch_size", 1), ("clip_loss_weight", 0), ("pixel_loss_warmup_epochs", 0),
-                      ("inpaint_size", 0), ("eval_freq", 1), ("checkpoint_freq", 1), ("seed", 0)]:
+                      ("inpaint_size", 0), ("eval_freq", 1), ("checkpoint_s", 0), ("seed", 0)]:
         _at_least(name, config.params()[name], low)
     for name in ("crop_list", "resize_list", "patch_grid", "enc_strds", "dec_strds", "fc_hw",
                  "num_blks"):

@@ -1,0 +1,126 @@
+"""Search: worked rankings, comparison with scipy, heat maps, and bad input."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from hnerv_clip import measures, search
+
+
+def unit_vectors(shape, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal(shape)
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def test_ranking_by_hand():
+    # Two frames of two patches in the plane, at 0, 30, 90 and 60 degrees from the query.
+    angles = np.radians([[0, 30], [90, 60]])
+    embeddings = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    ranking = search.rank_patches(np.array([2, 0]), embeddings)
+    assert ranking["rank"].tolist() == [1, 2, 3, 4]
+    assert list(zip(ranking.frame, ranking.patch, strict=True)) == [(0, 0), (0, 1), (1, 1), (1, 0)]
+    np.testing.assert_allclose(ranking.score, [1, 3 ** 0.5 / 2, 0.5, 0], atol=1e-6)
+    assert len(search.rank_patches(np.array([2, 0]), embeddings, 3)) == 3
+
+
+def test_own_embedding_is_found_first():
+    embeddings = unit_vectors((9, 4, 16))
+    best = search.rank_patches(embeddings[5, 2], embeddings, 1).iloc[0]
+    assert (best.frame, best.patch) == (5, 2) and best.score == pytest.approx(1)
+
+
+def test_apart_leaves_out_the_neighbours_of_a_hit():
+    embeddings = np.zeros((10, 1, 2), np.float32)
+    angles = np.radians([40, 30, 20, 5, 0, 6, 21, 31, 41, 50])
+    embeddings[:, 0] = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    ranking = search.rank_patches(np.array([1, 0]), embeddings, 3, apart=2)
+    assert ranking.frame.tolist() == [4, 1, 7]
+
+
+def test_rank_correlation_equals_scipy_with_ties():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = rng.integers(0, 8, 30), rng.integers(0, 8, 30)
+        assert measures.rank_correlation(a, b) == pytest.approx(scipy.stats.spearmanr(a, b)[0])
+
+
+def test_agreement_is_full_with_itself_and_by_chance_with_noise():
+    teacher, queries = unit_vectors((50, 8, 64)), unit_vectors((40, 64), seed=1)
+    names = [f"query {number}" for number in range(40)]
+    same = search.compare_rankings(names, queries, teacher, teacher)
+    assert same.spearman.to_numpy() == pytest.approx(1) and (same.overlap == 1).all()
+    noise = search.compare_rankings(names, queries, unit_vectors((50, 8, 64), seed=2), teacher)
+    assert abs(noise.spearman.mean()) < 0.05
+    assert noise.overlap.mean() == pytest.approx(20 / 400, abs=0.03)
+    assert noise.chance.iloc[0] == 20 / 400
+
+
+def test_heat_map_takes_both_layouts_and_gives_cosines():
+    dense = unit_vectors((3, 5, 16))
+    heat = search.heat_map(4 * dense[1, 2], dense)
+    assert heat.shape == (3, 5) and np.unravel_index(heat.argmax(), heat.shape) == (1, 2)
+    assert heat.max() == pytest.approx(1)
+    np.testing.assert_allclose(search.heat_map(dense[1, 2], np.moveaxis(7 * dense, -1, 0)), heat,
+                               atol=1e-6)
+
+
+def test_queries_are_parsed():
+    assert search.parse_queries(" hare; wood rabbit;") == ["hare", "wood rabbit"]
+    assert search.parse_queries(["hare"]) == ["hare"]
+
+
+@pytest.mark.parametrize("queries, message", [
+    ("", "empty"), ([], "empty"), ("hare;;fox", "empty"), ("  ", "empty"), ("hare; hare", "twice"),
+    ([None], "empty")])
+def test_bad_queries_are_refused(queries, message):
+    with pytest.raises(ValueError, match=message):
+        search.parse_queries(queries)
+
+
+@pytest.mark.parametrize("query, options, message", [
+    (None, {}, "empty"), (np.array([]), {}, "empty"), (np.ones(8), {}, r"\(8,\).*16 values"),
+    (np.zeros(16), {}, "length 0"), (np.full(16, np.nan), {}, "length nan"),
+    (np.ones(16), {"top_k": 0}, "top_k=0")])
+def test_bad_query_vectors_are_refused(query, options, message):
+    with pytest.raises(ValueError, match=message):
+        search.rank_patches(query, unit_vectors((4, 2, 16)), **options)
+
+
+def test_bad_embeddings_and_maps_are_refused():
+    embeddings = unit_vectors((4, 2, 16))
+    with pytest.raises(ValueError, match="predict_clip=True"):
+        search.rank_patches(np.ones(16), None)
+    with pytest.raises(ValueError, match="top_k=20 must lie between 1 and the 8 patches"):
+        search.compare_rankings("a", np.ones((1, 16)), embeddings, embeddings)
+    with pytest.raises(ValueError, match="2 queries come with 1"):
+        search.compare_rankings("a; b", np.ones((1, 16)), embeddings, embeddings, 4)
+    with pytest.raises(ValueError, match="another stride"):
+        search.heat_map(np.ones(16), np.ones((16, 3, 16)))
+    with pytest.raises(ValueError, match="the query 15 values"):
+        search.heat_map(np.ones(15), np.ones((16, 3, 4)))
+    with pytest.raises(ValueError, match="NaN"):
+        search.heat_map(np.ones(16), np.full((16, 3, 4), np.nan))
+
+
+def test_figures_name_query_and_teacher():
+    import matplotlib
+    matplotlib.use("Agg")
+    from hnerv_clip.figures import search as figures
+    frames = np.random.default_rng(0).integers(0, 255, (4, 3, 32, 64), dtype=np.uint8)
+    boxes = np.array([[0, 0, 24, 24], [8, 40, 24, 24]])
+    embeddings = unit_vectors((4, 2, 16))
+    ranking = search.rank_patches(np.ones(16), embeddings, 3)
+    heat = search.heat_map(np.ones(16), unit_vectors((4, 8, 16)))
+    agreement = search.compare_rankings("hare", np.ones((1, 16)), embeddings, embeddings, 4)
+    for figure in (
+            figures.plot_ranked_patches(frames, boxes, ranking, ranking, "hare", "A (not CLIP)"),
+            figures.plot_heat_map(frames[0], heat, "hare", "A (not CLIP)"),
+            figures.plot_query_agreement(agreement, "A (not CLIP)")):
+        assert any("A (not CLIP)" in text.get_text() for text in figure.texts)
+        matplotlib.pyplot.close(figure)
+
+
+def test_cut_takes_the_box():
+    from hnerv_clip.figures.search import cut
+    frame = np.arange(3 * 6 * 8).reshape(3, 6, 8)
+    np.testing.assert_array_equal(cut(frame, (1, 2, 3, 4)), frame[:, 1:4, 2:6].transpose(1, 2, 0))

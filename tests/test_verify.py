@@ -1,0 +1,220 @@
+"""The verification: worked values, known answers, and bad input."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hnerv_clip import measures, verify
+
+
+def unit_vectors(shape, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal(shape)
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def slow_video(frames=30, patches=4, dim=32, seed=0):
+    """Teacher embeddings with a common part, a part per position and a slow drift."""
+    rng = np.random.default_rng(seed)
+    drift = np.cumsum(rng.standard_normal((frames, patches, dim)) * 0.3, axis=0)
+    vectors = drift + rng.standard_normal((patches, dim)) + 2 * rng.standard_normal(dim)
+    return measures.unit(vectors).astype(np.float32)
+
+
+HELD_OUT = np.arange(30) % 5 == 4
+
+
+def study(predicted, teacher, **options):
+    return verify.verify_embeddings(predicted, teacher, ~HELD_OUT, HELD_OUT, **options)
+
+
+def mean_of(result, split, condition, column="centred_mean"):
+    return result.table.set_index(["split", "condition"]).loc[(split, condition), column]
+
+
+def test_cosine_against_values_by_hand():
+    assert measures.cosine([3, 4], [4, 3]) == pytest.approx(24 / 25)
+    assert measures.cosine([1, 0], [0, 0]) == 0
+    # (2, 1) - (1, 1) = (1, 0) and (2, 2) - (1, 1) = (1, 1): cosine 1 / sqrt(2).
+    assert measures.centred_cosine(np.array([2, 1]), np.array([2, 2]), np.array([1, 1])) \
+        == pytest.approx(2 ** -0.5)
+
+
+@pytest.mark.parametrize("similarity, band", [
+    (0.95, "Excellent"), (0.9, "Good"), (0.7, "Good"), (0.69, "Moderate"), (0.4, "Moderate"),
+    (0.39, "Poor"), (-0.1, "Poor")])
+def test_similarity_bands_are_the_users(similarity, band):
+    assert measures.similarity_band(similarity)[0] == band
+
+
+@pytest.mark.parametrize("gap, band", [
+    (0.2, "Large gap"), (0.15, "Medium gap"), (0.05, "Medium gap"), (0.04, "Small gap"),
+    (-1, "Small gap")])
+def test_gap_bands_are_the_users(gap, band):
+    assert measures.gap_band(gap)[0] == band
+
+
+def test_skill_by_hand():
+    assert measures.skill(0.95, 0.9) == pytest.approx(0.5)
+    assert measures.skill(0.85, 0.9) == pytest.approx(-0.5)
+
+
+def test_nearest_training_frame_is_another_one_and_the_earlier_of_two():
+    train = np.array([0, 1, 2, 3, 5, 6])
+    near = verify.nearest_training_frame(np.array([0, 2, 4, 5, 9]), train)
+    assert near.tolist() == [1, 1, 3, 6, 6]
+
+
+def test_shuffles_move_everything_and_differ():
+    embeddings = np.arange(7 * 3, dtype=np.float32).reshape(7, 3, 1)
+    pairs = verify.shuffle_pairs(embeddings, np.random.default_rng(0))
+    time = verify.shuffle_time(embeddings, np.random.default_rng(0))
+    for moved in (pairs, time):
+        assert sorted(moved.ravel()) == sorted(embeddings.ravel())
+        assert (moved != embeddings).all()
+    # In time, an embedding stays at its patch position; as a pair, it need not.
+    assert (time[..., 0] % 3 == np.arange(3)).all()
+    assert (pairs[..., 0] % 3 != np.arange(3)).any()
+
+
+def test_table_holds_the_mean_and_std_over_frames_and_patches():
+    teacher, predicted = slow_video(), unit_vectors((30, 4, 32), seed=1)
+    result = study(predicted, teacher)
+    dots = (predicted * teacher).sum(-1)[HELD_OUT]
+    row = result.table.set_index(["split", "condition"]).loc[("val", "learned")]
+    assert row.raw_mean == pytest.approx(dots.mean(), abs=1e-6)
+    assert row.raw_std == pytest.approx(dots.std(ddof=1), abs=1e-6)
+    assert row.n == HELD_OUT.sum() * 4
+    centre = teacher[~HELD_OUT].mean((0, 1))
+    a, b = predicted[HELD_OUT] - centre, teacher[HELD_OUT] - centre
+    by_hand = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert row.centred_mean == pytest.approx(by_hand.mean(), abs=1e-6)
+
+
+def test_baselines_see_training_frames_only():
+    teacher = slow_video()
+    changed = teacher.copy()
+    changed[HELD_OUT] = unit_vectors(changed[HELD_OUT].shape, seed=5)
+    for name, answer in verify.conditions(
+            teacher, changed, np.flatnonzero(~HELD_OUT), np.flatnonzero(HELD_OUT),
+            np.random.default_rng(0)).items():
+        if name in verify.BASELINES:
+            same = verify.conditions(teacher, teacher, np.flatnonzero(~HELD_OUT),
+                                     np.flatnonzero(HELD_OUT), np.random.default_rng(0))[name]
+            np.testing.assert_array_equal(answer, same)
+
+
+def test_perfect_prediction_passes_and_the_constant_fails():
+    teacher = slow_video()
+    perfect = study(teacher, teacher)
+    assert perfect.verdict["learned"] is True
+    assert perfect.verdict["quality"] == "Excellent"
+    assert perfect.verdict["val_skill"] == pytest.approx(1, abs=1e-5)
+    constant = measures.unit(teacher[~HELD_OUT].mean((0, 1)))
+    flat = study(np.broadcast_to(constant, teacher.shape), teacher)
+    assert flat.verdict["learned"] is False
+    assert flat.verdict["val_skill"] == pytest.approx(0, abs=1e-5)
+    assert abs(mean_of(flat, "val", "learned")) < 0.1
+    # The user's verdict by raw cosine is what the constant deceives.
+    assert flat.verdict["quality"] in ("Good", "Moderate")
+
+
+def test_time_blind_prediction_loses_to_the_neighbouring_frame():
+    teacher = slow_video()
+    by_position = np.broadcast_to(measures.unit(teacher[~HELD_OUT].mean(0)), teacher.shape)
+    result = study(by_position, teacher, source="interpolated")
+    assert "neighbour" in result.verdict["not_beaten"]
+    assert "mean" in result.verdict["beaten"]
+    assert "IN PART" in result.verdict["honest"]
+
+
+def test_random_is_near_zero_and_controls_fall_below_learned():
+    teacher = slow_video(dim=512)
+    result = study(teacher, teacher)
+    assert abs(mean_of(result, "train", "random", "raw_mean")) < 0.02
+    for control in ("random", "shuffled", "temporal"):
+        assert mean_of(result, "train", control) < mean_of(result, "train", "learned") - 0.1
+    # A shuffle in time keeps the position, so it keeps more than a shuffle of pairs.
+    assert mean_of(result, "train", "temporal") > mean_of(result, "train", "shuffled")
+
+
+def test_same_seed_same_numbers():
+    teacher, predicted = slow_video(), unit_vectors((30, 4, 32), seed=1)
+    pd.testing.assert_frame_equal(study(predicted, teacher, seed=3).table,
+                                  study(predicted, teacher, seed=3).table)
+    assert not study(predicted, teacher, seed=3).table.equals(study(predicted, teacher).table)
+
+
+def test_report_is_written_and_reads_back(tmp_path):
+    result = study(slow_video(seed=2), slow_video(), source="encoder", teacher_label="A (not CLIP)")
+    paths = verify.write_report(result, tmp_path / "new")
+    assert [path.name for path in paths] == ["verification.csv", "verification.json",
+                                             "verification.txt"]
+    assert len(pd.read_csv(paths[0])) == 2 * len(verify.CONDITIONS)
+    content = json.loads(paths[1].read_text())
+    assert content["verdict"]["quality"] == result.verdict["quality"]
+    text = paths[2].read_text()
+    for words in ("Teacher: A (not CLIP)", "the model sees the frame", "Learned (Your Model)",
+                  "no prediction", "IMPROVEMENT ANALYSIS"):
+        assert words in text
+
+
+def test_no_held_out_frames_gives_no_verdict():
+    teacher = slow_video()
+    result = verify.verify_embeddings(teacher, teacher, np.arange(30), [])
+    assert result.verdict["learned"] is None and "no frame was held out" in result.verdict["honest"]
+    assert set(result.table.split) == {"train"}
+    assert "No verdict" in verify.report_text(result)
+
+
+def bad_inputs():
+    good = slow_video()
+    nan = good.copy()
+    nan[3, 1, 0] = np.nan
+    yield "shapes", unit_vectors((29, 4, 32)), good, r"\(29, 4, 32\).*\(30, 4, 32\)"
+    yield "teacher", unit_vectors((30, 4, 16)), good, r"16 values.*32.*different teachers"
+    yield "nan", nan, good, "frame 3, patch 1"
+    yield "no head", None, good, "predict_clip=True"
+    yield "not unit", 2 * good, good, "length 2"
+    yield "axes", good[0], good, r"\(4, 32\)"
+
+
+@pytest.mark.parametrize("_, predicted, teacher, message", bad_inputs())
+def test_bad_arrays_are_refused(_, predicted, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        study(predicted, teacher)
+
+
+@pytest.mark.parametrize("train, val, message", [
+    ([0], [1, 2], "1 training frames"),
+    ([0, 1], [2], "1 held-out frames"),
+    ([0, 1, 2], [2, 3], "frame 2 is in the training and the held-out part"),
+    ([0, 1], [30, 31], "frames 0 to 29"),
+    (np.ones(7, bool), [2, 3], r"shape \(7,\)"),
+    ([0, 0, 1], [2, 3], "twice"),
+    ([], [2, 3], "0 training frames"),
+])
+def test_bad_frames_are_refused(train, val, message):
+    with pytest.raises(ValueError, match=message):
+        verify.verify_embeddings(slow_video(), slow_video(), train, val)
+
+
+def test_unknown_source_is_refused():
+    with pytest.raises(ValueError, match="interpolated"):
+        study(slow_video(), slow_video(), source="magic")
+
+
+def test_figures_name_the_teacher_and_the_source():
+    import matplotlib
+    matplotlib.use("Agg")
+    from hnerv_clip.figures import verification as figures
+    result = study(slow_video(seed=2), slow_video(), source="interpolated")
+    for plot in (figures.plot_conditions, figures.plot_similarity_over_time):
+        figure = plot(result.scores, "A (not CLIP)", result.source)
+        words = " ".join(text.get_text() for text in figure.texts)
+        assert "A (not CLIP)" in words and "interpolated" in words
+        matplotlib.pyplot.close(figure)
+    only_train = verify.verify_embeddings(slow_video(), slow_video(), np.arange(30), [])
+    matplotlib.pyplot.close(figures.plot_conditions(only_train.scores, "A"))
+    matplotlib.pyplot.close(figures.plot_similarity_over_time(only_train.scores, "A"))

@@ -42,7 +42,7 @@ class VideoConfig:
     resize_list: tuple[int, int] | None = None  # antialiased resize after the crop; "" for none
     frame_limit: int = 0  # use the first so many frames after striding; 0 for all
     frame_stride: int = 1  # take every so-manieth frame
-    data_split: Split = Split(4, 5, 5)  # X_Y_Z, see `video.split_frames`
+    data_split: Split = Split(4, 5, 5)  # X_Y_Z: of every Z frames X train, those from Y validate
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ModelConfig:
 class TrainConfig:
     """How it is fitted, and how it is measured."""
 
-    epochs: int = 300
+    epochs: int = 300  # passes over the training frames
     batch_size: int = 2  # frames per step and rank
     lr: float = 1e-3  # largest learning rate of Adam
     lr_type: str = "cosine_0.1_1_0.1"  # cosine_WARMUP-SHARE_POWER_START-FACTOR

@@ -1,0 +1,108 @@
+"""Frames, their split, their patches and what the teacher says of them: all that a run learns from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.patches import PatchGrid, make_grid
+from hnerv_clip.teachers import (
+    cache_path,
+    cached_embeddings,
+    describe_teacher,
+    mean_energy,
+    teacher_dim,
+    teacher_embeddings,
+)
+from hnerv_clip.video import FrameSplit, Video, load_video, split_frames
+
+
+@dataclass
+class Dataset:
+    """T frames and, of each, P patches with teacher embeddings of D values."""
+
+    video: Video
+    split: FrameSplit
+    grid: PatchGrid
+    embeddings: Tensor | None  # float32 [T, P, D], unit length
+    teacher_name: str
+    teacher_label: str  # for captions
+
+    def facts(self) -> pd.DataFrame:
+        """What a reader needs to know of it, as a table of values by name."""
+        height, width = self.video.frame_hw
+        rows = {
+            "video": self.video.name,
+            "frames": len(self.video.frames),
+            "frame size": f"{height} × {width}",
+            "frames per second": round(self.video.fps, 3),
+            "training / validation / skipped":
+                " / ".join(str(self.split.labels.count(k)) for k in ("train", "val", "skip")),
+            "patches per frame": f"{len(self.grid)} ({self.grid.rows} × {self.grid.cols})",
+            "patch size": f"{self.grid.size[0]} × {self.grid.size[1]}",
+            "teacher": self.teacher_label,
+        }
+        if self.embeddings is not None:
+            rows["embedding values"] = self.embeddings.shape[-1]
+            rows["energy in the mean embedding"] = f"{mean_energy(self.embeddings):.1%}"
+        return pd.DataFrame({"value": rows})
+
+
+def prepare_dataset(config: Config, cache_dir: str | Path = "output/cache", *,
+                    device: str | torch.device = "auto", progress: bool = True) -> Dataset:
+    """Load the video and its teacher embeddings, running the teacher where they are not cached.
+
+    A pixel-only run (`predict_clip=False`) takes cached embeddings, or goes without.
+
+    Raises:
+        ConfigError: see `load_video`, `make_grid` and `load_teacher`; or the teacher's dimension
+            is not `clip_dim`.
+    """
+    dataset = _without_embeddings(config)
+    arguments = (dataset.video, dataset.grid, config.teacher)
+    if config.model.predict_clip:
+        dataset.embeddings = teacher_embeddings(*arguments, cache_dir=cache_dir, device=device,
+                                                progress=progress)
+    else:
+        dataset.embeddings = cached_embeddings(*arguments, cache_dir)
+    return dataset
+
+
+def load_dataset(config: Config, cache_dir: str | Path = "output/cache") -> Dataset:
+    """Load the video and its cached teacher embeddings; never runs a teacher.
+
+    Raises:
+        ConfigError: as `prepare_dataset`, or the embeddings are not cached.
+    """
+    dataset = _without_embeddings(config)
+    arguments = (dataset.video, dataset.grid, config.teacher, cache_dir)
+    dataset.embeddings = cached_embeddings(*arguments)
+    if dataset.embeddings is None and config.model.predict_clip:
+        raise ConfigError(
+            f"no embeddings of {dataset.teacher_label} for {dataset.video.name} at "
+            f"{cache_path(*arguments)}: run notebook 01_prepare_data first, with the same video and "
+            f"teacher parameters and cache_dir={str(cache_dir)!r}")
+    return dataset
+
+
+def _without_embeddings(config: Config) -> Dataset:
+    facts = describe_teacher(config.teacher)
+    if config.model.predict_clip:
+        _check_dim(config, facts.label)
+    video = load_video(config.video)
+    return Dataset(
+        video=video, split=split_frames(len(video.frames), config.video.data_split),
+        grid=make_grid(config.teacher, video.frame_hw), embeddings=None,
+        teacher_name=facts.name, teacher_label=facts.label)
+
+
+def _check_dim(config: Config, label: str) -> None:
+    dim = teacher_dim(config.teacher)
+    if config.model.clip_dim != dim:
+        raise ConfigError(f"clip_dim={config.model.clip_dim}, but the teacher {label} gives "
+                          f"embeddings of {dim} values: use clip_dim={dim}")

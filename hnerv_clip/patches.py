@@ -1,0 +1,137 @@
+"""Where the patches of a frame lie, and where a frame position lies in a feature map.
+
+Positions are (y, x) in frame pixels, y down and x right. P patches of h rows and w columns cover a
+frame of H rows and W columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hnerv_clip.config import ConfigError, TeacherConfig
+
+# The design: 448 pixels at height 640, and in proportion at other heights.
+PATCH_SIZE, AT_HEIGHT = 448, 640
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Patches of one size at every pair of `tops` and `lefts`, row by row."""
+
+    frame: tuple[int, int]  # (H, W)
+    size: tuple[int, int]  # (h, w)
+    tops: tuple[int, ...]
+    lefts: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows of patches."""
+        return len(self.tops)
+
+    @property
+    def cols(self) -> int:
+        """How many columns of patches."""
+        return len(self.lefts)
+
+    def __len__(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def boxes(self) -> Tensor:
+        """int64 [P, 4]: top, left, height, width."""
+        return torch.tensor([(top, left, *self.size) for top in self.tops for left in self.lefts])
+
+    @property
+    def centres(self) -> Tensor:
+        """float32 [P, 2]: (y, x), where a pixel's centre is at its index plus one half."""
+        boxes = self.boxes.float()
+        return boxes[:, :2] + boxes[:, 2:] / 2
+
+
+def make_grid(config: TeacherConfig, frame_hw: tuple[int, int]) -> PatchGrid:
+    """The patch grid of a frame.
+
+    `patch_grid` (rows, columns) places patches evenly from edge to edge: at 640×1280, patches of
+    448 at tops 0, 192 and lefts 0, 277, 555, 832. Without it the patch sweeps by `patch_stride`,
+    and a last row or column flush with the edge is added where the sweep leaves a rest, so that
+    the whole frame is covered.
+
+    Raises:
+        ConfigError: a patch larger than the frame, or a stride that leaves gaps.
+    """
+    height, width = frame_hw
+    size = config.patch_size or round(height * PATCH_SIZE / AT_HEIGHT)
+    if size > height or size > width or size < 1:
+        fitting = max(1, round(min(height, width) * PATCH_SIZE / AT_HEIGHT))
+        given = f"patch_size={config.patch_size}" if config.patch_size else \
+            f"the patch, {PATCH_SIZE}/{AT_HEIGHT} of the height, that is {size},"
+        raise ConfigError(f"{given} is not between 1 and the shorter side of the frame "
+                          f"{height}×{width}: use patch_size={fitting}")
+    if config.patch_grid is not None:
+        tops, lefts = (_spread(length - size, count)
+                       for length, count in zip(frame_hw, config.patch_grid, strict=True))
+    else:
+        stride = config.patch_stride or max(1, size // 2)
+        if not 1 <= stride <= size:
+            raise ConfigError(f"patch_stride={stride} must lie between 1 and the patch size {size},"
+                              f" or pixels are left out: use patch_stride={max(1, size // 2)}")
+        tops, lefts = (_sweep(length - size, stride) for length in frame_hw)
+    return PatchGrid(frame=(height, width), size=(size, size), tops=tops, lefts=lefts)
+
+
+def _spread(last: int, count: int) -> tuple[int, ...]:
+    """`count` starts from 0 to `last`, evenly; the middle where there is one only."""
+    if count == 1:
+        return (last // 2,)
+    starts = tuple(round(last * i / (count - 1)) for i in range(count))
+    if len(set(starts)) < count:
+        raise ConfigError(f"patch_grid places {count} patches on {last + 1} positions, so that "
+                          f"some coincide: use at most {last + 1} there, or a smaller patch_size")
+    return starts
+
+
+def _sweep(last: int, stride: int) -> tuple[int, ...]:
+    starts = list(range(0, last + 1, stride))
+    return tuple(starts if starts[-1] == last else [*starts, last])
+
+
+def feature_index(centres: Tensor, frame_hw: tuple[int, int],
+                  feature_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The cell of a feature map that holds each frame position.
+
+    Args:
+        centres: [P, 2] (y, x) in frame pixels.
+        feature_hw: rows and columns of a feature map that spans the frame.
+    Returns:
+        (rows, columns), each int64 [P].
+    Raises:
+        ValueError: a position outside the frame.
+    """
+    frame, cells = (torch.tensor(hw, device=centres.device) for hw in (frame_hw, feature_hw))
+    if (centres < 0).any() or (centres > frame).any():
+        raise ValueError(f"positions {centres.tolist()} must lie within the frame "
+                         f"{frame_hw[0]}×{frame_hw[1]}")
+    index = (centres * cells / frame).floor().long()
+    rows, cols = torch.minimum(index, cells - 1).unbind(-1)  # the far edge is in the last cell
+    return rows, cols
+
+
+def cut_patches(frames: Tensor, grid: PatchGrid) -> Tensor:
+    """Cut the patches out of frames.
+
+    Args:
+        frames: [B, 3, H, W], any type.
+    Returns:
+        [B, P, 3, h, w], a copy, patches row by row.
+    Raises:
+        ValueError: frames of another size than the grid's.
+    """
+    if tuple(frames.shape[-2:]) != grid.frame:
+        raise ValueError(f"frames are {tuple(frames.shape)}, but the grid is for "
+                         f"{grid.frame[0]}×{grid.frame[1]}")
+    h, w = grid.size
+    return torch.stack([frames[..., top:top + h, left:left + w]
+                        for top in grid.tops for left in grid.lefts], dim=1)

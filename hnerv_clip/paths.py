@@ -1,0 +1,22 @@
+"""Where a relative path starts: one rule for notebooks, command line and batch jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def resolve_path(path: str | Path) -> Path:
+    """An absolute path.
+
+    A relative path starts at the repository root, the nearest folder at or above the current one
+    that holds both `pyproject.toml` and `_toc.yml`, so that a notebook in `notebooks/` and its
+    executed copy in `book/` mean the same file. Outside a repository it starts at the current
+    folder.
+    """
+    path = Path(path).expanduser()
+    if path.is_absolute():
+        return path
+    here = Path.cwd()
+    roots = [folder for folder in (here, *here.parents)
+             if (folder / "pyproject.toml").is_file() and (folder / "_toc.yml").is_file()]
+    return (roots[0] if roots else here) / path

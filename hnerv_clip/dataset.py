@@ -32,6 +32,7 @@ class Dataset:
     embeddings: Tensor | None  # float32 [T, P, D], unit length
     teacher_name: str
     teacher_label: str  # for captions
+    mask: Tensor | None = None  # float32 [H, W], 0 where pixels are hidden from the run
 
     def facts(self) -> pd.DataFrame:
         """What a reader needs to know of it, as a table of values by name."""
@@ -98,7 +99,8 @@ def _without_embeddings(config: Config) -> Dataset:
     return Dataset(
         video=video, split=split_frames(len(video.frames), config.video.data_split),
         grid=make_grid(config.teacher, video.frame_hw), embeddings=None,
-        teacher_name=facts.name, teacher_label=facts.label)
+        teacher_name=facts.name, teacher_label=facts.label,
+        mask=inpainting_mask(video.frame_hw, config.train.inpaint_size))
 
 
 def _check_dim(config: Config, label: str) -> None:
@@ -106,3 +108,27 @@ def _check_dim(config: Config, label: str) -> None:
     if config.model.clip_dim != dim:
         raise ConfigError(f"clip_dim={config.model.clip_dim}, but the teacher {label} gives "
                           f"embeddings of {dim} values: use clip_dim={dim}")
+
+
+def inpainting_mask(frame_hw: tuple[int, int], size: int) -> Tensor | None:
+    """1 everywhere but in five boxes: the centre and the four quarter points, as in HNeRV.
+
+    Args:
+        size: side of a box, in pixels (an odd one loses a pixel); 0 for no boxes.
+    Returns:
+        [H, W] float32, or None without boxes.
+    Raises:
+        ConfigError: the boxes would leave no pixel.
+    """
+    if size == 0:
+        return None
+    height, width = frame_hw
+    mask = torch.ones(height, width)
+    half = size // 2
+    for y, x in [(0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)]:
+        row, col = int(y * height), int(x * width)
+        mask[max(row - half, 0):row + half, max(col - half, 0):col + half] = 0
+    if not mask.any():
+        raise ConfigError(f"inpaint_size={size} covers the whole frame {height}×{width}; "
+                          f"use a size below {min(frame_hw) // 4}")
+    return mask

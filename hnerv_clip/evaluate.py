@@ -1,0 +1,344 @@
+"""What a model is worth: one table, a row per frame, variant and way of getting the embedding.
+
+`variant`: the weights `trained`, or `quantised`, decoded from the file that `codec` wrote.
+`source`: how a frame's embedding came about. `encoder`: the hybrid model saw the frame itself.
+`interpolated`: from the embeddings of the training frames around it, so it is a prediction.
+`coordinates`: from the time (and place) alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from pytorch_msssim import ms_ssim
+from torch import Tensor
+
+from hnerv_clip.codec import decode_video, encode_video
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.dataset import Dataset, load_dataset
+from hnerv_clip.losses import MS_SSIM_MIN_SIDE
+from hnerv_clip.model import HNeRV, build_model
+from hnerv_clip.runs import RunDir
+
+BATCH = 4  # frames decoded at once
+
+
+def psnr(pred: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio of each frame, in dB.
+
+    Args:
+        pred, target: [B, 3, H, W] float in [0, 1].
+        mask: [H, W] of 0 and 1; only pixels under a 1 count.
+    Returns:
+        [B] float32; inf where identical.
+    Raises:
+        ValueError: shapes differ.
+    """
+    if pred.shape != target.shape:
+        raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} differ")
+    error = (pred.float() - target.float()).square()
+    if mask is None:
+        mse = error.flatten(1).mean(1)
+    else:
+        mse = (error * mask).flatten(1).sum(1) / (mask.sum() * pred.shape[1])
+    return -10 * torch.log10(mse)
+
+
+def select_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ConfigError: a device that this machine lacks.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device!r} can't be used here ({str(error).splitlines()[0]}); "
+                          "use device='auto' or 'cpu'") from error
+
+
+def set_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Choose the arithmetic: switch tf32 on or off, and return the autocast type.
+
+    `auto` is tf32 on a GPU and fp32 on a CPU.
+    """
+    tf32 = device.type == "cuda" and precision in ("auto", "tf32", "bf16")
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def frame_times(indices: Tensor, frame_count: int) -> Tensor:
+    """Times of frames, index / T, float64 [B]."""
+    return indices.double() / frame_count
+
+
+def embed_frames(model: HNeRV, dataset: Dataset) -> Tensor:
+    """The model's embedding of every frame: [T, C, h, w], on the model's device.
+
+    The encoder sees frames as in training: with hidden pixels black.
+    """
+    return torch.cat([model.embed(frames if dataset.mask is None else
+                                  frames * dataset.mask.to(frames.device), times)
+                      for _, frames, times in _batches(model, dataset)])
+
+
+def interpolate_embeddings(embeddings: Tensor, train: np.ndarray) -> Tensor:
+    """Replace the embeddings of all but the training frames by what lies between those.
+
+    Args:
+        embeddings: [T, C, h, w]; rows outside `train` are not read.
+        train: rising training frame indices; frames outside their range take the nearest one.
+    Returns:
+        [T, C, h, w].
+    """
+    frames = np.arange(len(embeddings))
+    after = np.clip(np.searchsorted(train, frames), 0, len(train) - 1)
+    before = np.clip(np.searchsorted(train, frames, side="right") - 1, 0, len(train) - 1)
+    left, right = train[before], train[after]
+    gap = np.maximum(right - left, 1)
+    share = torch.tensor(np.clip((frames - left) / gap, 0, 1), dtype=embeddings.dtype,
+                         device=embeddings.device).view(-1, *[1] * (embeddings.ndim - 1))
+    return embeddings[left] * (1 - share) + embeddings[right] * share
+
+
+def sources_of(model: HNeRV) -> tuple[str, ...]:
+    """The ways in which this model's embeddings come about."""
+    return ("encoder", "interpolated") if model.kind == "hybrid" else ("coordinates",)
+
+
+def frame_embeddings(model: HNeRV, dataset: Dataset, source: str) -> Tensor:
+    """Per-frame embeddings [T, C, h, w] by `source`; see the top of this module."""
+    if source not in sources_of(model):
+        raise ConfigError(f"source={source!r} does not suit this {model.kind} model; "
+                          f"use {' or '.join(sources_of(model))}")
+    embeddings = embed_frames(model, dataset)
+    return interpolate_embeddings(embeddings, dataset.split.train) if source == "interpolated" \
+        else embeddings
+
+
+@torch.inference_mode()
+def predict_embeddings(model: HNeRV, dataset: Dataset, *, source: str | None = None) -> Tensor:
+    """CLIP embeddings that the model predicts for every patch, without decoding a pixel.
+
+    Args:
+        source: `encoder`, `interpolated` or `coordinates`; the model's first by default.
+    Returns:
+        [T, P, D] float32 unit vectors, on the CPU.
+    """
+    embeddings = frame_embeddings(model, dataset, source or sources_of(model)[0])
+    return torch.cat([model.clip_at(model.features(chunk), dataset.grid.centres).cpu()
+                      for chunk in embeddings.split(BATCH)])
+
+
+@torch.inference_mode()
+def decode_frames(model: HNeRV, dataset: Dataset, frames: list[int], *, source: str | None = None
+                  ) -> Tensor:
+    """Decoded pictures of some frames: uint8 [len(frames), 3, H, W], on the CPU."""
+    embeddings = frame_embeddings(model, dataset, source or sources_of(model)[0])[frames]
+    return torch.cat([_to_uint8(model.rgb(model.features(chunk))).cpu()
+                      for chunk in embeddings.split(BATCH)])
+
+
+def _to_uint8(frames: Tensor) -> Tensor:
+    return (frames.float() * 255).round().clamp(0, 255).byte()
+
+
+@torch.inference_mode()
+def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor) -> pd.DataFrame:
+    """Decode every frame from its embedding and measure it.
+
+    Args:
+        embeddings: [T, C, h, w] per-frame embeddings, on the model's device.
+    Returns:
+        A row per frame: frame, split, psnr_db, ms_ssim (empty below 161 pixels a side, where its
+        five scales are undefined), clip_similarity (mean over patches, empty without the head);
+        where a mask hides pixels, psnr_outside_db and psnr_inside_db of its boxes.
+    """
+    device = embeddings.device
+    mask = None if dataset.mask is None else dataset.mask.to(device)
+    columns: dict[str, list[Tensor]] = {}
+
+    def add(name: str, values: Tensor) -> None:
+        columns.setdefault(name, []).append(values.float().cpu())
+
+    for indices, frames, _ in _batches(model, dataset):
+        features = model.features(embeddings[indices])
+        pred = model.rgb(features).float()
+        add("psnr_db", psnr(pred, frames))
+        add("ms_ssim", ms_ssim(pred, frames, data_range=1, size_average=False)
+            if min(model.frame_hw) >= MS_SSIM_MIN_SIDE else torch.full((len(pred),), float("nan")))
+        if mask is not None:
+            add("psnr_outside_db", psnr(pred, frames, mask=mask))
+            add("psnr_inside_db", psnr(pred, frames, mask=1 - mask))
+        if model.config.predict_clip and dataset.embeddings is not None:
+            clip = model.clip_at(features, dataset.grid.centres)
+            target = dataset.embeddings[indices].to(device)
+            add("clip_similarity", (clip * target).sum(-1).mean(-1))
+    table = pd.DataFrame({"frame": range(len(embeddings)), "split": dataset.split.labels})
+    for name, values in columns.items():
+        table[name] = torch.cat(values).numpy().astype(float)
+    return table if "clip_similarity" in table else table.assign(clip_similarity=float("nan"))
+
+
+@torch.inference_mode()
+def evaluate_model(model: HNeRV, dataset: Dataset, *, variant: str = "trained",
+                   embeddings: Tensor | None = None) -> pd.DataFrame:
+    """`evaluate_embeddings` for every source of a model.
+
+    Args:
+        embeddings: [T, C, h, w] to use instead of the encoder's, as a stored video has them.
+    Returns:
+        Columns variant and source, then those of `evaluate_embeddings`. Interpolated rows are there
+        only for frames that did not train.
+    """
+    was_training = model.training
+    model.eval()
+    encoded = embed_frames(model, dataset) if embeddings is None else embeddings
+    tables = []
+    for source in sources_of(model):
+        if source == "interpolated" and len(dataset.split.train) == len(encoded):
+            continue
+        used = interpolate_embeddings(encoded, dataset.split.train) \
+            if source == "interpolated" else encoded
+        table = evaluate_embeddings(model, dataset, used)
+        if source == "interpolated":
+            table = table[table.split != "train"]
+        tables.append(table.assign(variant=variant, source=source))
+    model.train(was_training)
+    table = pd.concat(tables, ignore_index=True)
+    return table[["variant", "source", *[c for c in table if c not in ("variant", "source")]]]
+
+
+def evaluate_stored(model: HNeRV, dataset: Dataset, path: Path, *, config: Config
+                    ) -> tuple[pd.DataFrame, float]:
+    """Write the video to a file, decode that file, and measure what comes out.
+
+    Returns:
+        The table of `evaluate_model` with variant `quantised`, and the file's rate_bpp.
+    """
+    with torch.inference_mode():
+        embeddings = embed_frames(model, dataset) if model.kind == "hybrid" else None
+    size_bytes = encode_video(model, embeddings, path, config=config)
+    device = next(model.parameters()).device
+    stored, embeddings = decode_video(path)
+    stored.to(device)
+    table = evaluate_model(stored, dataset, variant="quantised",
+                           embeddings=None if embeddings is None else embeddings.to(device))
+    height, width = model.frame_hw
+    return table, 8 * size_bytes / (model.frame_count * height * width)
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over frames: seen (trained on), unseen (the rest) and all, per variant and source.
+
+    Returns:
+        Columns variant, source, frames (seen, unseen or all), n, then the mean of each measure.
+    """
+    measures = [c for c in table if c not in ("variant", "source", "frame", "split")]
+    rows = []
+    for (variant, source), group in table.groupby(["variant", "source"], sort=False):
+        parts = {"seen": group[group.split == "train"], "unseen": group[group.split != "train"],
+                 "all": group}
+        rows += [{"variant": variant, "source": source, "frames": name, "n": len(part),
+                  **part[measures].mean()} for name, part in parts.items()
+                 if len(part) and (name != "all" or source != "interpolated")]
+    return pd.DataFrame(rows)
+
+
+@dataclass
+class Run:
+    """A trained run, loaded."""
+
+    run_dir: RunDir
+    config: Config
+    model: HNeRV  # with its best weights, in eval mode
+    dataset: Dataset
+
+
+def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", device: str = "auto",
+             checkpoint: str = "model_best.pth") -> Run:
+    """Load a run's model and the data that it was trained on; no teacher is loaded.
+
+    Raises:
+        RunError: no run there, or a damaged or foreign checkpoint.
+        ConfigError: the teacher's embeddings are not in `cache_dir`.
+    """
+    run = RunDir(run_dir)
+    config = run.config()
+    state = run.load_checkpoint(checkpoint)
+    dataset = load_dataset(config, cache_dir)
+    target = select_device(device)
+    set_precision(config.train.precision, target)
+    model = build_model(config.model, frame_hw=dataset.video.frame_hw,
+                        frame_count=len(dataset.video.frames))
+    model.load_state_dict(state["model"])
+    return Run(run, config, model.to(target).eval(), dataset)
+
+
+def evaluate_run(run: Run) -> pd.DataFrame:
+    """Stand-alone evaluation of a run: as trained, and from its file `video.hnerv`."""
+    trained = evaluate_model(run.model, run.dataset)
+    stored, _ = evaluate_stored(run.model, run.dataset, run.run_dir.path / "video.hnerv",
+                                config=run.config)
+    return pd.concat([trained, stored], ignore_index=True)
+
+
+@torch.inference_mode()
+def measure_decoding(model: HNeRV, dataset: Dataset, *, batch_size: int = BATCH, repeats: int = 5
+                     ) -> pd.DataFrame:
+    """Decoding speed from stored embeddings to frames on the device: RGB, both heads, CLIP alone.
+
+    Returns:
+        A row per mode: frames_per_s (median over passes), its minimum and maximum, n passes,
+        batch_size.
+    """
+    embeddings = embed_frames(model, dataset)[:8 * batch_size]
+    centres = dataset.grid.centres
+
+    def decode(chunk: Tensor, rgb: bool, clip: bool) -> None:
+        features = model.features(chunk)
+        if rgb:
+            model.rgb(features)
+        if clip:
+            model.clip_at(features, centres)
+
+    modes = {"RGB": (True, False)}
+    if model.config.predict_clip:
+        modes |= {"RGB and embeddings": (True, True), "embeddings only": (False, True)}
+    rows = []
+    for name, heads in modes.items():
+        decode(embeddings[:batch_size], *heads)  # warm-up
+        rates = []
+        for _ in range(repeats):
+            _synchronise(embeddings.device)
+            start = time.perf_counter()
+            for chunk in embeddings.split(batch_size):
+                decode(chunk, *heads)
+            _synchronise(embeddings.device)
+            rates.append(len(embeddings) / (time.perf_counter() - start))
+        rows.append({"mode": name, "frames_per_s": float(np.median(rates)), "min": min(rates),
+                     "max": max(rates), "n": repeats, "batch_size": batch_size})
+    return pd.DataFrame(rows)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _batches(model: HNeRV, dataset: Dataset) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(indices [B], frames [B, 3, H, W] float in [0, 1], times [B]) over all frames, in order."""
+    device = next(model.parameters()).device
+    for indices in torch.arange(model.frame_count).split(BATCH):
+        frames = dataset.video.frames[indices].to(device).float() / 255
+        yield indices, frames, frame_times(indices.to(device), model.frame_count)

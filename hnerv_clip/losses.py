@@ -1,0 +1,115 @@
+"""Losses and schedules: pure functions of tensors and numbers.
+
+total = pixel + λ·(1 − mean cosine), the second term from epoch `pixel_loss_warmup_epochs` on.
+"""
+
+from __future__ import annotations
+
+import math
+
+from pytorch_msssim import ms_ssim, ssim
+from torch import Tensor
+
+from hnerv_clip.config import ConfigError, parse_lr_type
+
+# Each pixel loss as weights of its terms; the Fusion mixtures are HNeRV's.
+PIXEL_LOSSES: dict[str, dict[str, float]] = {
+    "L2": {"l2": 1.0},
+    "L1": {"l1": 1.0},
+    "SSIM": {"ssim": 1.0},
+    "Fusion1": {"l2": 0.3, "ssim": 0.7},
+    "Fusion2": {"l1": 0.3, "ssim": 0.7},
+    "Fusion3": {"l2": 0.5, "ssim": 0.5},
+    "Fusion4": {"l1": 0.5, "ssim": 0.5},
+    "Fusion5": {"l2": 0.7, "ssim": 0.3},
+    "Fusion6": {"l1": 0.7, "ssim": 0.3},
+    "Fusion7": {"l2": 0.7, "l1": 0.3},
+    "Fusion8": {"l2": 0.5, "l1": 0.5},
+    "Fusion9": {"l1": 0.9, "ssim": 0.1},
+    "Fusion10": {"l1": 0.7, "ms_ssim": 0.3},
+    "Fusion11": {"l1": 0.9, "ms_ssim": 0.1},
+    "Fusion12": {"l1": 0.8, "ms_ssim": 0.2},
+}
+MS_SSIM_MIN_SIDE = 161  # five scales of an 11-pixel window
+
+
+def _l2(pred: Tensor, target: Tensor) -> Tensor:
+    return (pred - target).square().flatten(1).mean(1)
+
+
+def _l1(pred: Tensor, target: Tensor) -> Tensor:
+    return (pred - target).abs().flatten(1).mean(1)
+
+
+def _ssim(pred: Tensor, target: Tensor) -> Tensor:
+    return 1 - ssim(pred, target, data_range=1, size_average=False)
+
+
+def _ms_ssim(pred: Tensor, target: Tensor) -> Tensor:
+    check_ms_ssim_size(pred.shape[-2:])
+    return 1 - ms_ssim(pred, target, data_range=1, size_average=False)
+
+
+_TERMS = {"l2": _l2, "l1": _l1, "ssim": _ssim, "ms_ssim": _ms_ssim}
+
+
+def check_ms_ssim_size(frame_hw: tuple[int, int]) -> None:
+    """Raise ConfigError where MS-SSIM with its five scales is not defined."""
+    if min(frame_hw) < MS_SSIM_MIN_SIDE:
+        raise ConfigError(f"MS-SSIM needs frames of at least {MS_SSIM_MIN_SIDE} pixels a side, not "
+                          f"{frame_hw[0]}×{frame_hw[1]}; use a larger resize_list, or loss=Fusion6")
+
+
+def pixel_loss(pred: Tensor, target: Tensor, *, loss: str = "L2", mask: Tensor | None = None
+               ) -> Tensor:
+    """Reconstruction loss of each frame.
+
+    Args:
+        pred, target: [B, 3, H, W] float in [0, 1].
+        loss: a row of `PIXEL_LOSSES`.
+        mask: [H, W] of 1 where pixels count and 0 where not; both frames are multiplied by it, as
+            HNeRV's inpainting does.
+    Returns:
+        [B].
+    Raises:
+        ValueError: shapes differ, or an unknown loss.
+    """
+    if pred.shape != target.shape:
+        raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} differ")
+    if loss not in PIXEL_LOSSES:
+        raise ValueError(f"loss={loss!r} is unknown; use one of {', '.join(PIXEL_LOSSES)}")
+    if mask is not None:
+        pred, target = pred * mask, target * mask
+    return sum(weight * _TERMS[term](pred, target) for term, weight in PIXEL_LOSSES[loss].items())
+
+
+def clip_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """1 − mean cosine over a frame's patches.
+
+    Args:
+        pred, target: [B, P, D] unit vectors.
+    Returns:
+        [B].
+    """
+    if pred.shape != target.shape:
+        raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} differ")
+    return 1 - (pred * target).sum(-1).mean(-1)
+
+
+def clip_weight(epoch: int, *, clip_loss_weight: float, pixel_loss_warmup_epochs: int) -> float:
+    """λ of an epoch (counted from 0): 0 in the pixel phase, `clip_loss_weight` after it."""
+    return 0.0 if epoch < pixel_loss_warmup_epochs else clip_loss_weight
+
+
+def learning_rate(progress: float, *, lr: float, lr_type: str = "cosine_0.1_1_0.1") -> float:
+    """Warm-up, then cosine to 0, as in HNeRV.
+
+    Args:
+        progress: share of training that is done, in [0, 1).
+        lr: the peak.
+        lr_type: cosine_SHARE_POWER_START: from START·lr to lr over the first SHARE of training.
+    """
+    share, power, start = parse_lr_type(lr_type)
+    if progress < share:
+        return lr * (start + (1 - start) * (progress / share) ** power)
+    return lr * 0.5 * (math.cos(math.pi * (progress - share) / (1 - share)) + 1)

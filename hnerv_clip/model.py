@@ -1,0 +1,361 @@
+"""The network: an embedding per frame, a decoder, an RGB head and a CLIP head.
+
+HNeRV (Chen et al. 2023, arXiv 2304.02633) with a second output. Parameters stand in the order of
+the authors' implementation, so that its weights would load by position and give its output.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hnerv_clip.config import ConfigError, ModelConfig, embed_kind
+from hnerv_clip.patches import feature_index
+
+ACTIVATIONS = {
+    "relu": nn.ReLU, "leaky": nn.LeakyReLU, "leaky01": lambda: nn.LeakyReLU(0.1),
+    "relu6": nn.ReLU6, "gelu": nn.GELU, "sin": lambda: Sine(), "swish": nn.SiLU,
+    "softplus": nn.Softplus, "hardswish": nn.Hardswish,
+}
+NORMS = {"none": lambda width: nn.Identity(), "bn": nn.BatchNorm2d, "in": nn.InstanceNorm2d}
+
+
+class Sine(nn.Module):
+    """sin(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of [B, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """7×7 depthwise convolution and a two-layer perceptron per pixel, residual.
+
+    ConvNeXt (Liu et al. 2022, arXiv 2201.03545), layer scale starting at 1e-6.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+        self.scale = nn.Parameter(torch.full((width,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        y = self.depthwise(x).permute(0, 2, 3, 1)  # [B, H, W, C]
+        y = self.contract(F.gelu(self.expand(self.norm(y)))) * self.scale
+        return x + y.permute(0, 3, 1, 2)
+
+
+class Encoder(nn.Module):
+    """ConvNeXt stages: a strided convolution with a channel norm, then residual blocks."""
+
+    def __init__(self, in_channels: int, *, strides: tuple[int, ...], widths: tuple[int, ...],
+                 blocks: int):
+        super().__init__()
+        stages = []
+        for i, (stride, width) in enumerate(zip(strides, widths, strict=True)):
+            conv = nn.Conv2d(in_channels, width, stride, stride)
+            norm = ChannelNorm(in_channels if i else width, eps=1e-6)
+            down = [norm, conv] if i else [conv, norm]
+            stages.append(nn.Sequential(*down, *(ConvNeXtBlock(width) for _ in range(blocks))))
+            in_channels = width
+        self.stages = nn.Sequential(*stages)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(x)
+
+
+class UpBlock(nn.Module):
+    """Convolution to s² times the width, pixel shuffle by s, norm, activation."""
+
+    def __init__(self, in_width: int, width: int, *, stride: int, kernel: int, norm: str, act: str):
+        super().__init__()
+        self.conv = nn.Conv2d(in_width, width * stride**2, kernel, padding=(kernel - 1) // 2)
+        self.stride = stride
+        self.norm = NORMS[norm](width)
+        self.act = ACTIVATIONS[act]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(F.pixel_shuffle(self.conv(x), self.stride)))
+
+
+class Stem(nn.Module):
+    """1×1 convolution from the embedding to the decoder's width, unfolded over (fc_h, fc_w)."""
+
+    def __init__(self, in_channels: int, width: int, *, unfold: tuple[int, int], norm: str,
+                 act: str):
+        super().__init__()
+        self.unfold = unfold
+        out_channels = width * unfold[0] * unfold[1]
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.norm = NORMS[norm](out_channels)
+        self.act = ACTIVATIONS[act]()
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, width, fc_h·h, fc_w·w]
+        x = self.act(self.norm(self.conv(x)))
+        if self.unfold == (1, 1):
+            return x
+        (b, _, h, w), (fc_h, fc_w) = x.shape, self.unfold
+        x = x.view(b, -1, fc_h, fc_w, h, w).permute(0, 1, 4, 2, 5, 3)
+        return x.reshape(b, -1, fc_h * h, fc_w * w)
+
+
+def sinusoids(position: Tensor, *, base: float, levels: int) -> Tensor:
+    """sin and cos of π·baseⁱ·position for i < levels (NeRV, arXiv 2110.13903, equation 1).
+
+    Args:
+        position: [...] float64; the highest frequencies need the precision.
+    Returns:
+        [..., 2·levels] float32: all sines, then all cosines.
+    """
+    # Frequencies in float32 and their product with the position in float64, as the authors have it
+    frequencies = (base ** torch.arange(levels, device=position.device) * math.pi).double()
+    angles = position.double()[..., None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+
+
+class HNeRV(nn.Module):
+    """A video as a network. Build it with `build_model`.
+
+    `embed` → `features` → `rgb`, `clip_at` or `clip_map`; calling the module does all in one.
+    """
+
+    def __init__(self, config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: int):
+        super().__init__()
+        self.config, self.frame_hw, self.frame_count = config, frame_hw, frame_count
+        self.kind = embed_kind(config.embed)
+        self.plan = plan = plan_model(config, frame_hw=frame_hw, frame_count=frame_count)
+        if self.kind == "hybrid":
+            self.encoder = Encoder(3, strides=config.enc_strds, blocks=config.num_blks[0], widths=(
+                *[int(config.enc_dim[0])] * (len(config.enc_strds) - 1), plan.embed_channels))
+        elif self.kind == "xyt":
+            self.coordinate_encoder = Encoder(2 * plan.levels, strides=(1,), widths=(
+                plan.embed_channels,), blocks=config.num_blks[0])
+        layers: list[nn.Module] = [Stem(plan.embed_channels, plan.widths[0], unfold=plan.unfold,
+                                        norm=config.norm, act=config.act)]
+        for i, stride in enumerate(config.dec_strds):
+            width_in, width = plan.widths[i], plan.widths[i + 1]
+            for block in range(config.num_blks[1]):
+                layers.append(UpBlock(width if block else width_in, width,
+                                      stride=1 if block else stride, kernel=plan.kernels[i],
+                                      norm=config.norm, act=config.act))
+        self.decoder = nn.Sequential(*layers)
+        self.rgb_head = nn.Conv2d(plan.widths[-1], 3, 3, padding=1)
+        if config.predict_clip:
+            width = plan.widths[-1]
+            self.clip_head = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(),
+                                           nn.Conv2d(2 * width, config.clip_dim, 1))
+        if plan.output_hw != frame_hw:
+            warnings.warn(
+                f"the decoder gives {_size(plan.output_hw)} and is resized bilinearly to the frame "
+                f"{_size(frame_hw)}; choose fc_hw and dec_strds whose product is the frame to "
+                "avoid this", stacklevel=2)
+
+    def embed(self, frames: Tensor | None, times: Tensor) -> Tensor:
+        """The embedding of each frame, from the frame (hybrid) or from its time alone.
+
+        Args:
+            frames: [B, 3, H, W] float in [0, 1]; unused and may be None for coordinates.
+            times: [B] float64, frame index / T; unused by the hybrid model.
+        Returns:
+            [B, C, h, w].
+        """
+        if self.kind == "hybrid":
+            return self.encoder(frames)
+        base, levels = self.plan.base, self.plan.levels
+        if self.kind == "pe":
+            return sinusoids(times, base=base, levels=levels)[:, :, None, None]
+        h, w = self.config.fc_hw
+        y = (torch.arange(h, device=times.device, dtype=torch.float64) + 0.5) / h
+        x = (torch.arange(w, device=times.device, dtype=torch.float64) + 0.5) / w
+        parts = [(x[None, None, :], levels // 4), (y[None, :, None], levels // 4),
+                 (times[:, None, None], levels // 2)]
+        encoded = [sinusoids(p, base=base, levels=n).expand(len(times), h, w, 2 * n)
+                   for p, n in parts]
+        return self.coordinate_encoder(torch.cat(encoded, dim=-1).permute(0, 3, 1, 2))
+
+    def features(self, embedding: Tensor) -> Tensor:
+        """[B, C, h, w] embeddings to the last decoder block's output [B, n, H', W']."""
+        return self.decoder(embedding)
+
+    def rgb(self, features: Tensor) -> Tensor:
+        """[B, n, H', W'] features to frames [B, 3, H, W], in [0, 1] for tanh and sigmoid."""
+        x = self.rgb_head(features)
+        out_bias = self.config.out_bias
+        x = torch.tanh(x) * 0.5 + 0.5 if out_bias == "tanh" else \
+            torch.sigmoid(x) if out_bias == "sigmoid" else x + float(out_bias)
+        if x.shape[-2:] != self.frame_hw:
+            x = F.interpolate(x, size=self.frame_hw, mode="bilinear", align_corners=False)
+        return x
+
+    def clip_at(self, features: Tensor, centres: Tensor) -> Tensor:
+        """Embeddings at positions of the frame.
+
+        The head's 1×1 convolutions commute with picking positions: these are the values of the
+        dense map at the positions' pixels, and only they are computed.
+
+        Args:
+            features: [B, n, H', W'].
+            centres: [P, 2] (y, x) in frame pixels.
+        Returns:
+            [B, P, D] unit vectors, float32.
+        """
+        return self.clip_at_index(features, *feature_index(centres, self.frame_hw,
+                                                           tuple(features.shape[-2:])))
+
+    def clip_at_index(self, features: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """`clip_at` for cells of the feature map: rows and cols int64 [P]."""
+        self._need_clip_head()
+        picked = features[:, :, rows, cols][..., None]  # [B, n, P, 1]
+        return F.normalize(self.clip_head(picked)[..., 0].float(), dim=1).transpose(1, 2)
+
+    def clip_map(self, features: Tensor, *, stride: int = 1) -> Tensor:
+        """Embeddings on a grid over the feature map: [B, D, ⌈H'/stride⌉, ⌈W'/stride⌉], float32."""
+        self._need_clip_head()
+        start = stride // 2
+        return F.normalize(self.clip_head(features[:, :, start::stride, start::stride]).float(),
+                           dim=1)
+
+    def forward(self, frames: Tensor | None, times: Tensor, centres: Tensor | None = None
+                ) -> tuple[Tensor, Tensor | None]:
+        """Frames [B, 3, H, W] and, where `centres` [P, 2] is given, embeddings [B, P, D]."""
+        features = self.features(self.embed(frames, times))
+        return self.rgb(features), None if centres is None else self.clip_at(features, centres)
+
+    def part_sizes(self) -> dict[str, int]:
+        """Values of each part; `stored` is what must be kept to show the video.
+
+        Returns:
+            encoder (hybrid only, not stored), embeddings (hybrid only), coordinate_encoder,
+            decoder, rgb_head, clip_head, stored.
+        """
+        def count(name: str) -> int:
+            module = getattr(self, name, None)
+            return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+        sizes = {name: count(name) for name in
+                 ("encoder", "coordinate_encoder", "decoder", "rgb_head", "clip_head")}
+        sizes["embeddings"] = self.plan.embed_values
+        return sizes | {"stored": sum(sizes.values()) - sizes["encoder"]}
+
+    def stored_state(self) -> dict[str, Tensor]:
+        """The state that must be kept to show the video: all but the hybrid model's encoder."""
+        return {n: t for n, t in self.state_dict().items() if not n.startswith("encoder.")}
+
+    def _need_clip_head(self) -> None:
+        if not self.config.predict_clip:
+            raise ConfigError("this model has no CLIP head (predict_clip=False); "
+                              "train with predict_clip=True to predict embeddings")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `modelsize` and the frame's size decide."""
+
+    widths: list[int]  # channels after the stem and after each decoder stage
+    kernels: list[int]  # of each decoder stage
+    unfold: tuple[int, int]  # (fc_h, fc_w) that the stem unfolds its channels over
+    embed_channels: int
+    embed_values: int  # stored embedding values of all frames together; 0 for coordinates
+    output_hw: tuple[int, int]  # of the decoder
+    base: float  # of the sinusoidal encoding
+    levels: int
+
+
+def plan_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: int) -> Plan:
+    """Solve the decoder's width from `modelsize`, as HNeRV's training script does.
+
+    The stored values are about a·w² + b·w plus the embeddings' (and, for xyt, the coordinate
+    encoder's, a deviation that keeps its size honest); biases and heads are left out.
+
+    Raises:
+        ConfigError: the encoder's strides do not divide the frame, or `modelsize` is too small.
+    """
+    kind = embed_kind(config.embed)
+    up = math.prod(config.dec_strds)
+    values, extra, base, levels, unfold = 0, 0, 0.0, 0, (1, 1)
+    if kind == "hybrid":
+        down = math.prod(config.enc_strds)
+        if frame_hw[0] % down or frame_hw[1] % down:
+            near = [max(1, round(s / down)) * down for s in frame_hw]
+            raise ConfigError(
+                f"the frame {_size(frame_hw)} is not divisible by the product {down} of "
+                f"enc_strds='{' '.join(map(str, config.enc_strds))}'; use crop_list or "
+                f"resize_list='{near[0]}_{near[1]}', or other strides")
+        if down < up:
+            raise ConfigError(f"the product {up} of dec_strds is above the product {down} of "
+                              "enc_strds; make them equal")
+        h, w = frame_hw[0] // down, frame_hw[1] // down
+        unfold = (down // up, down // up)
+        share = config.enc_dim[1]
+        channels = int(share if share >= 1 else
+                       share * config.modelsize * 1e6 / frame_count / (h * w))
+        if channels < 1:
+            raise ConfigError(f"enc_dim='{config.enc_dim[0]}_{share}' leaves no embedding channel "
+                              f"for {frame_count} frames; raise its second value")
+        values = channels * h * w * frame_count
+        b = 9 * channels * unfold[0] ** 2
+        out_hw = (h * unfold[0] * up, w * unfold[1] * up)
+    else:
+        base, levels = float(config.embed.split("_")[1]), int(float(config.embed.split("_")[2]))
+        out_hw = (config.fc_hw[0] * up, config.fc_hw[1] * up)
+        if kind == "pe":
+            channels, unfold = 2 * levels, config.fc_hw
+            b = channels * math.prod(unfold)
+        else:
+            b = channels = int(config.enc_dim[0])
+            extra = sum(p.numel() for p in Encoder(2 * levels, strides=(1,), widths=(channels,),
+                                                   blocks=config.num_blks[0]).parameters())
+    kernels = [min(config.ks[1] + 2 * i, config.ks[2]) for i in range(len(config.dec_strds))]
+    by_stride = config.reduce == -1
+    reductions = [math.sqrt(s) if by_stride else config.reduce for s in config.dec_strds]
+    # Block i holds s²·k²·w_i·w_(i+1) weights, with w_i ≈ w₀ / rⁱ
+    r = up ** (0.5 / len(reductions)) if by_stride else config.reduce
+    a = sum(s**2 * k**2 * r ** -(2 * i + 1)
+            for i, (s, k) in enumerate(zip(config.dec_strds, kernels, strict=True)))
+    budget = config.modelsize * 1e6 - values - extra
+    width = int((-b + math.sqrt(b * b + 4 * a * budget)) / (2 * a)) if budget > 0 else 0
+    if width < 1:
+        raise ConfigError(
+            f"modelsize={config.modelsize} is too small: {values} embedding values "
+            f"{'and a coordinate encoder of ' + str(extra) + ' ' if extra else ''}leave no room "
+            f"for a decoder; use at least {(values + extra + a + b) / 1e6:.3f}")
+    widths = [width]
+    for reduction in reductions:
+        widths.append(int(max(round(widths[-1] / reduction), config.lower_width)))
+    return Plan(widths=widths, kernels=kernels, unfold=unfold, embed_channels=channels,
+                embed_values=values, output_hw=out_hw, base=base, levels=levels)
+
+
+def build_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: int, seed: int = 0
+                ) -> HNeRV:
+    """The network with its initial weights, the same for the same seed, on the CPU.
+
+    Args:
+        frame_hw: height and width of a frame, in pixels.
+        frame_count: frames of the video; decides the embeddings' share of `modelsize`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return HNeRV(config, frame_hw=frame_hw, frame_count=frame_count)
+
+
+def _size(hw: tuple[int, int]) -> str:
+    return f"{hw[0]}×{hw[1]}"

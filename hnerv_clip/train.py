@@ -1,0 +1,411 @@
+"""Fit a video: one loop for CPU, one GPU and many ranks, interrupted and resumed exactly.
+
+Phase 1 learns pixels; from epoch `pixel_loss_warmup_epochs` on, the cosine loss joins. What a step
+computes depends only on the configuration, the seed and the step's number, so a run that goes on
+from its checkpoint does what it would have done.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm.auto import tqdm
+
+from hnerv_clip.config import Config
+from hnerv_clip.dataset import Dataset, load_dataset
+from hnerv_clip.evaluate import (
+    evaluate_model,
+    evaluate_stored,
+    frame_times,
+    psnr,
+    select_device,
+    set_precision,
+    summarise,
+)
+from hnerv_clip.losses import clip_loss, clip_weight, learning_rate, pixel_loss
+from hnerv_clip.model import build_model
+from hnerv_clip.patches import feature_index
+from hnerv_clip.runs import RunDir, RunError, make_provenance, write_json
+
+LATEST, BEST = "model_latest.pth", "model_best.pth"
+# What a step measures, summed over its frames
+STEP_COLUMNS = ("pixel_loss", "clip_loss", "total_loss", "psnr_db")
+
+
+class TrainError(RuntimeError):
+    """Training can't go on; the message says where it stopped and what to change."""
+
+
+@dataclass
+class TrainResult:
+    """A run that reached its end."""
+
+    run_dir: Path
+    summary: dict[str, Any]  # final figures, as in summary.json
+    metrics: pd.DataFrame  # a row per epoch
+
+
+def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "output/cache",
+          progress: bool = True) -> TrainResult:
+    """Train a run to its end, from its last checkpoint where there is one.
+
+    A finished run is returned as it stands. Under `torch.distributed` every rank calls this;
+    each takes its share of every batch, and rank 0 alone writes.
+
+    Args:
+        run_dir: the run's folder; another configuration's is refused.
+        cache_dir: where `prepare_dataset` left the teacher's embeddings.
+        progress: show a progress bar.
+    Raises:
+        ConfigError, RunError: before any long work, see there.
+        TrainError: the loss became NaN or infinite, or memory ran out.
+    """
+    rank, _ = _ranks()
+    run = RunDir.create(run_dir, config) if rank == 0 else RunDir(run_dir)
+    if not run.finished:
+        with run.lock() if rank == 0 else nullcontext():
+            loop = _Loop(config, run, load_dataset(config, cache_dir))
+            try:
+                loop.fit(progress=progress)
+            except torch.cuda.OutOfMemoryError as error:
+                raise TrainError(
+                    f"the GPU's memory ran out ({str(error).splitlines()[0]}); lower batch_size="
+                    f"{config.train.batch_size}, modelsize or resize_list. The last checkpoint of "
+                    f"{run.path} is intact") from error
+    return TrainResult(run.path, run.summary(), run.metrics())
+
+
+def _ranks() -> tuple[int, int]:
+    """(rank, ranks) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def epoch_order(train_frames: np.ndarray, *, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits the training frames: int64, the same on every rank."""
+    shuffle = torch.randperm(len(train_frames),
+                             generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.from_numpy(np.asarray(train_frames, dtype=np.int64))[shuffle]
+
+
+class _Loop:
+    """The state of a training run: model, optimizer, position, history."""
+
+    def __init__(self, config: Config, run: RunDir, dataset: Dataset):
+        self.config, self.run = config, run
+        self.rank, self.world = _ranks()
+        self.device = select_device(config.train.device)
+        self.autocast_type = set_precision(config.train.precision, self.device)
+        # The video stays on the device as uint8
+        self.dataset = replace(dataset, video=replace(
+            dataset.video, frames=dataset.video.frames.to(self.device)))
+        self.mask = None if dataset.mask is None else dataset.mask.to(self.device)
+        self.model = build_model(config.model, frame_hw=dataset.video.frame_hw,
+                                 frame_count=len(dataset.video.frames), seed=config.train.seed)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        if config.model.predict_clip:
+            self.targets = dataset.embeddings.to(self.device)
+            rows, cols = feature_index(dataset.grid.centres, dataset.video.frame_hw,
+                                       self.model.plan.output_hw)
+            self.cells = rows.to(self.device), cols.to(self.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.train.lr, fused=True)
+        self.frames_per_step = config.train.batch_size * self.world
+        self.frame_count = len(dataset.split.train)
+        self.steps = -(-self.frame_count // self.frames_per_step)  # the last may be short
+        self.epoch = self.batch = 0  # position: finished epochs, and finished steps of the next
+        self.losses = self._no_losses()
+        self.history: list[dict[str, Any]] = []
+        self.best_psnr_db = float("-inf")
+        self.train_time_s = 0.0
+
+    def _no_losses(self) -> Tensor:
+        return torch.zeros(self.steps, len(STEP_COLUMNS), device=self.device)
+
+    # The loop
+
+    def fit(self, *, progress: bool) -> None:
+        """Train from the last checkpoint to the end, and write the final figures."""
+        train = self.config.train
+        self._resume()
+        self._describe()
+        bar = tqdm(total=train.epochs * self.frame_count, unit="frame", desc=self.run.path.name,
+                   initial=self.epoch * self.frame_count + self.batch * self.frames_per_step,
+                   disable=not progress or self.rank > 0, mininterval=1, dynamic_ncols=True)
+        with bar, self._tensorboard() as board:
+            while self.epoch < train.epochs:
+                self._train_epoch(bar)
+                row = self._finish_epoch()
+                if self.epoch % train.eval_freq == 0 or self.epoch == train.epochs:
+                    row |= self._evaluate(board)
+                self._record(row, board)
+                shown = {"loss": f"{row['total_loss']:.4f}", "PSNR": f"{row['psnr_db']:.2f} dB"}
+                if self.config.model.predict_clip:
+                    shown["CLIP"] = f"{1 - row['clip_loss']:.3f}"
+                bar.set_postfix(shown, refresh=False)
+        if self.rank == 0:
+            self._finish()
+        self._barrier()
+
+    def _train_epoch(self, bar: tqdm) -> None:
+        """The steps that are left of this epoch."""
+        train = self.config.train
+        order = epoch_order(self.dataset.split.train, seed=train.seed, epoch=self.epoch)
+        batches = order.split(self.frames_per_step)
+        weight = clip_weight(self.epoch, clip_loss_weight=train.clip_loss_weight,
+                             pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs)
+        self.model.train()
+        self._start_clock()
+        while self.batch < len(batches):
+            indices = batches[self.batch]
+            lr = learning_rate((self.epoch + self.batch / self.steps) / train.epochs, lr=train.lr,
+                               lr_type=train.lr_type)
+            self._step(indices, lr=lr, weight=weight)
+            self.batch += 1
+            bar.update(len(indices))
+            if time.monotonic() - self.saved_at > train.checkpoint_s:
+                self._save_latest()
+        self._stop_clock()
+
+    def _step(self, indices: Tensor, *, lr: float, weight: float) -> None:
+        """One update from the frames `indices` [≤ frames_per_step] of all ranks together."""
+        own = indices[self.rank::self.world].to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        if len(own):
+            columns = self._frame_losses(own, weight=weight)  # [4, B]
+            (columns[2].sum() / len(indices)).backward()
+            self.losses[self.batch] = columns.detach().sum(1)
+        if self.world > 1:
+            self._reduce_gradients()
+        self.optimizer.step()
+
+    def _frame_losses(self, own: Tensor, *, weight: float) -> Tensor:
+        """`STEP_COLUMNS` of each frame: [4, B]. Without λ the CLIP head is measured, not taught."""
+        frames = self.dataset.video.frames[own].float() / 255
+        frames = frames.contiguous(memory_format=torch.channels_last)
+        seen = frames if self.mask is None else frames * self.mask
+        with torch.autocast(self.device.type, self.autocast_type,
+                            enabled=self.autocast_type != torch.float32):
+            features = self.model.features(self.model.embed(
+                seen, frame_times(own, self.model.frame_count)))
+            pred = self.model.rgb(features)
+        pred = pred.float()
+        pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask)
+        clip = torch.zeros_like(pixel)
+        if self.config.model.predict_clip:
+            with torch.set_grad_enabled(weight > 0):
+                clip = clip_loss(self.model.clip_at_index(features.float(), *self.cells),
+                                 self.targets[own])
+        total = pixel + weight * clip if weight else pixel
+        return torch.stack([pixel, clip, total, psnr(pred.detach(), frames)])
+
+    def _reduce_gradients(self) -> None:
+        """Sum the ranks' gradients, in one message."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+        dist.all_reduce(flat)
+        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            parameter.grad = grad.view_as(parameter)
+
+    def _finish_epoch(self) -> dict[str, Any]:
+        """Close the epoch: its row of metrics, and the position moved on."""
+        if self.world > 1:
+            dist.all_reduce(self.losses)
+        self._check_finite()
+        means = (self.losses.double().sum(0) / self.frame_count).tolist()
+        train = self.config.train
+        row = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps,
+               "lr": learning_rate((self.epoch + (self.steps - 1) / self.steps) / train.epochs,
+                                   lr=train.lr, lr_type=train.lr_type),
+               "clip_weight": clip_weight(
+                   self.epoch, clip_loss_weight=train.clip_loss_weight,
+                   pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs),
+               **dict(zip(STEP_COLUMNS, means)), "train_time_s": self.train_time_s}
+        if not self.config.model.predict_clip:
+            row["clip_loss"] = float("nan")
+        self.epoch, self.batch, self.losses = self.epoch + 1, 0, self._no_losses()
+        return row
+
+    def _check_finite(self) -> None:
+        bad = (~self.losses[:, 2].isfinite()).nonzero()
+        if len(bad):
+            step = self.epoch * self.steps + int(bad[0]) + 1
+            raise TrainError(
+                f"the loss became NaN or infinite at step {step} (epoch {self.epoch + 1}). "
+                f"{self.run.path / LATEST} holds the last good state; train with a lower lr than "
+                f"{self.config.train.lr} in another outf")
+
+    # What is measured and written
+
+    def _evaluate(self, board: SummaryWriter | nullcontext) -> dict[str, float]:
+        """Evaluate; keep the best model. Returns the epoch's evaluation columns."""
+        self._barrier()
+        if self.rank:
+            return {}
+        table = evaluate_model(self.model, self.dataset)
+        columns = evaluation_columns(table)
+        self._write_similarity(table)
+        if self.config.model.predict_clip:
+            own = table[table.source != "interpolated"]
+            board.add_histogram("eval/clip_similarity_distribution",
+                                own.clip_similarity.to_numpy(), self.epoch)
+        # Chosen by the frames that train: nothing of the held-out ones leaks into the choice
+        if columns["eval_psnr_train"] > self.best_psnr_db:
+            self.best_psnr_db = columns["eval_psnr_train"]
+            self.run.save_checkpoint(BEST, {
+                "config": self.config.params(), "model": self.model.state_dict(),
+                "epoch": self.epoch, **columns})
+        return columns
+
+    def _write_similarity(self, table: pd.DataFrame) -> None:
+        names = ["variant", "source", "frame", "split", "clip_similarity"]
+        self.run.write_table("clip_similarity_per_frame.csv", table[names])
+
+    def _record(self, row: dict[str, Any], board: SummaryWriter | nullcontext) -> None:
+        """Put an epoch's row into metrics.csv, TensorBoard, the log, and the checkpoint."""
+        self.history.append(row)
+        if self.rank:
+            return
+        self.run.write_table("metrics.csv", pd.DataFrame(self.history))
+        for name, value in row.items():
+            if name.startswith("eval_"):
+                board.add_scalar(f"eval/{name[5:]}", value, self.epoch)
+            elif name not in ("epoch", "step") and value == value:
+                board.add_scalar(f"train/{name}", value, self.epoch)
+        shown = {k: float(f"{v:.5g}") for k, v in row.items() if v == v}
+        self.run.log(" ".join(f"{k}={v:g}" for k, v in shown.items()))
+        if "eval_psnr_all" in row or time.monotonic() - self.saved_at > \
+                self.config.train.checkpoint_s:
+            self._save_latest()
+
+    def _tensorboard(self) -> SummaryWriter | nullcontext:
+        if self.rank:
+            return nullcontext()
+        sizes = self.model.part_sizes()
+        shown = (sizes["encoder"], sizes["decoder"] + sizes["rgb_head"] + sizes["clip_head"] +
+                 sizes["coordinate_encoder"], sizes["stored"])
+        name = "Encoder_{:.2f}M_Decoder_{:.2f}M_Total_{:.2f}M".format(*(n / 1e6 for n in shown))
+        return SummaryWriter(str(self.run.path / name / "tensorboard"), purge_step=self.epoch + 1)
+
+    def _describe(self) -> None:
+        """Write what is about to run, before the first step of this process."""
+        if self.rank:
+            return
+        facts = make_provenance(
+            self.config, device=self.device, world_size=self.world,
+            data_digest=self.dataset.video.digest,
+            teacher=self.dataset.teacher_name if self.config.model.predict_clip else None)
+        facts["part_sizes"] = self.model.part_sizes()
+        facts["resumed_at_epoch"] = self.epoch
+        write_json(self.run.path / "provenance.json", facts)
+        self.run.log(f"start at epoch {self.epoch}: {facts['device']}, commit {facts['commit']}"
+                     f"{' with uncommitted changes' if facts['dirty'] else ''}; "
+                     f"{self.dataset.split}; values {facts['part_sizes']}")
+
+    def _finish(self) -> None:
+        """Evaluate the best model as trained and as stored, and close the run."""
+        best = self.run.load_checkpoint(BEST)
+        self.model.load_state_dict(best["model"])
+        trained = evaluate_model(self.model, self.dataset)
+        stored, rate_bpp = evaluate_stored(self.model, self.dataset, self.run.path / "video.hnerv",
+                                           config=self.config)
+        table = pd.concat([trained, stored], ignore_index=True)
+        self.run.write_table("evaluation.csv", table)
+        self._write_similarity(table)
+        frames = self.frame_count * self.config.train.epochs
+        write_json(self.run.path / "summary.json", {
+            "best_epoch": best["epoch"], **evaluation_columns(trained),
+            **{f"quantised_{k}": v for k, v in evaluation_columns(stored).items()},
+            "rate_bpp": rate_bpp, "size_bytes": (self.run.path / "video.hnerv").stat().st_size,
+            "part_sizes": self.model.part_sizes(), "train_time_s": self.train_time_s,
+            "train_frames_per_s": frames / self.train_time_s,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device)
+            if self.device.type == "cuda" else None})
+        for row in summarise(table).to_dict("records"):
+            self.run.log(f"final: {row}")
+
+    # Interruption
+
+    def _save_latest(self) -> None:
+        """Write all that is needed to go on from here."""
+        self._check_finite()
+        self._stop_clock()
+        if self.world > 1:  # each rank knows its own part of an unfinished epoch
+            dist.all_reduce(self.losses)
+            if self.rank:
+                self.losses.zero_()
+        if self.rank == 0:
+            self.run.save_checkpoint(LATEST, {
+                "config": self.config.params(), "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
+                "batch": self.batch, "losses": self.losses.cpu(), "history": self.history,
+                "best_psnr_db": self.best_psnr_db, "train_time_s": self.train_time_s,
+                "world_size": self.world})
+        self.saved_at = time.monotonic()
+        self._start_clock()
+
+    def _resume(self) -> None:
+        """Go on from model_latest.pth, where there is one."""
+        self.saved_at = time.monotonic()
+        if not (self.run.path / LATEST).exists():
+            return
+        state = self.run.load_checkpoint(LATEST)
+        if state["world_size"] != self.world and state["batch"]:
+            raise RunError(f"{self.run.path} was interrupted within an epoch on "
+                           f"{state['world_size']} ranks; go on with as many, not {self.world}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
+        self.best_psnr_db, self.train_time_s = state["best_psnr_db"], state["train_time_s"]
+        if self.rank == 0:
+            self.losses.copy_(state["losses"])
+
+    # Small things
+
+    def _start_clock(self) -> None:
+        self._synchronise()
+        self._clock = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        self._synchronise()
+        self.train_time_s += time.perf_counter() - self._clock
+        self._clock = time.perf_counter()
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def evaluation_columns(table: pd.DataFrame) -> dict[str, float]:
+    """Means of an evaluation table as flat columns.
+
+    Returns:
+        eval_{psnr,ms_ssim,clip_similarity}_{all,train,val} from the encoder or the coordinates, and
+        eval_…_val_interpolated for held-out frames of a hybrid model. `val` is there where frames
+        validate.
+    """
+    short = {"psnr_db": "psnr", "ms_ssim": "ms_ssim", "clip_similarity": "clip_similarity",
+             "psnr_inside_db": "psnr_inside", "psnr_outside_db": "psnr_outside"}
+    own = table[table.source != "interpolated"]
+    parts = {"all": own, "train": own[own.split == "train"], "val": own[own.split == "val"],
+             "val_interpolated": table[(table.source == "interpolated") & (table.split == "val")]}
+    return {f"eval_{name}_{part}": float(rows[measure].mean())
+            for measure, name in short.items() if measure in table
+            for part, rows in parts.items() if len(rows) and rows[measure].notna().any()}

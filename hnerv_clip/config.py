@@ -16,6 +16,7 @@ EMBEDS = ("", "pe", "xyt")
 ACTIVATIONS = ("relu", "leaky", "leaky01", "relu6", "gelu", "sin", "swish", "softplus", "hardswish")
 NORMS = ("none", "bn", "in")
 TEACHERS = ("clip", "efficientnet-lite0")
+ENGINES = ("auto", "plain", "fast")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 RUNTIME_PARAMS = ("device", "checkpoint_s")  # where and how safely, not what
 LOSSES = ("L2", "L1", "SSIM", *(f"Fusion{i}" for i in range(1, 13)))
@@ -98,6 +99,7 @@ class TrainConfig:
     seed: int = 0  # of weights and frame order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: str = "auto"  # auto (tf32 on a GPU, fp32 on a CPU), fp32, tf32, bf16
+    engine: str = "auto"  # auto (fast for bf16 on a GPU), plain, or fast: compiled, one CUDA graph
 
 
 @dataclass(frozen=True)
@@ -274,6 +276,7 @@ def _validate(config: Config) -> None:
     _one_of("loss", train.loss, LOSSES)
     _one_of("teacher", teacher.teacher, TEACHERS)
     _one_of("precision", train.precision, PRECISIONS)
+    _one_of("engine", train.engine, ENGINES)
     if model.conv_type != ("convnext", "pshuffel"):
         raise ConfigError(f"conv_type={_pack(model.conv_type)!r} is not built; "
                           "use conv_type='convnext pshuffel', the one that HNeRV publishes")

@@ -91,9 +91,33 @@ class UpBlock(nn.Module):
         self.stride = stride
         self.norm = NORMS[norm](width)
         self.act = ACTIVATIONS[act]()
+        self.multiple = 1  # pad the width inside to a multiple of it; see HNeRV.pad_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(F.pixel_shuffle(self.conv(x), self.stride)))
+        weight, bias = self.conv.weight, self.conv.bias
+        if self.multiple > 1:
+            weight, bias = pad_convolution(weight, bias, in_width=x.shape[1],
+                                           multiple=self.multiple, group=self.stride**2)
+        x = F.conv2d(x, weight, bias, padding=self.conv.padding)
+        return self.act(self.norm(F.pixel_shuffle(x, self.stride)))
+
+
+def pad_convolution(weight: Tensor, bias: Tensor, *, in_width: int, multiple: int, group: int = 1
+                    ) -> tuple[Tensor, Tensor]:
+    """Zeros around a convolution's channels, so that kernels made for round widths run.
+
+    Args:
+        weight, bias: [group·O, I, k, k] and [group·O].
+        in_width: channels of the input, I or more.
+        multiple: O is rounded up to a multiple of it.
+    Returns:
+        [group·O', in_width, k, k] and [group·O'].
+    """
+    out_width, kernel = weight.shape[0] // group, weight.shape[2]
+    more_in, more_out = in_width - weight.shape[1], -out_width % multiple
+    weight = F.pad(weight.view(out_width, group, -1, kernel, kernel),
+                   (0, 0, 0, 0, 0, more_in, 0, 0, 0, more_out))
+    return weight.flatten(0, 1), F.pad(bias.view(out_width, group), (0, 0, 0, more_out)).flatten()
 
 
 class Stem(nn.Module):
@@ -195,9 +219,22 @@ class HNeRV(nn.Module):
         """[B, C, h, w] embeddings to the last decoder block's output [B, n, H', W']."""
         return self.decoder(embedding)
 
+    def pad_channels(self, multiple: int) -> None:
+        """Compute with widths rounded up to a multiple, padded with zeros; parameters stay as is.
+
+        `features` then has extra channels at its end, all zero, which the heads ignore. Does
+        nothing where a zero would not stay zero: with a norm, or an activation with act(0) ≠ 0.
+        """
+        if self.config.norm == "none" and self.config.act != "softplus":
+            for block in self.decoder[1:]:
+                block.multiple = multiple
+
     def rgb(self, features: Tensor) -> Tensor:
         """[B, n, H', W'] features to frames [B, 3, H, W], in [0, 1] for tanh and sigmoid."""
-        x = self.rgb_head(features)
+        head = self.rgb_head
+        weight, bias = pad_convolution(head.weight, head.bias, in_width=features.shape[1],
+                                       multiple=1)
+        x = F.conv2d(features, weight, bias, padding=1)
         out_bias = self.config.out_bias
         x = torch.tanh(x) * 0.5 + 0.5 if out_bias == "tanh" else \
             torch.sigmoid(x) if out_bias == "sigmoid" else x + float(out_bias)
@@ -223,15 +260,15 @@ class HNeRV(nn.Module):
     def clip_at_index(self, features: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """`clip_at` for cells of the feature map: rows and cols int64 [P]."""
         self._need_clip_head()
-        picked = features[:, :, rows, cols][..., None]  # [B, n, P, 1]
+        picked = features[:, :self.plan.widths[-1], rows, cols][..., None]  # [B, n, P, 1]
         return F.normalize(self.clip_head(picked)[..., 0].float(), dim=1).transpose(1, 2)
 
     def clip_map(self, features: Tensor, *, stride: int = 1) -> Tensor:
         """Embeddings on a grid over the feature map: [B, D, ⌈H'/stride⌉, ⌈W'/stride⌉], float32."""
         self._need_clip_head()
         start = stride // 2
-        return F.normalize(self.clip_head(features[:, :, start::stride, start::stride]).float(),
-                           dim=1)
+        picked = features[:, :self.plan.widths[-1], start::stride, start::stride]
+        return F.normalize(self.clip_head(picked).float(), dim=1)
 
     def forward(self, frames: Tensor | None, times: Tensor, centres: Tensor | None = None
                 ) -> tuple[Tensor, Tensor | None]:

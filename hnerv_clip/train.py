@@ -23,23 +23,19 @@ from tqdm.auto import tqdm
 
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset, load_dataset
+from hnerv_clip.engine import COLUMNS, make_engine
 from hnerv_clip.evaluate import (
     evaluate_model,
     evaluate_stored,
-    frame_times,
-    psnr,
     select_device,
     set_precision,
     summarise,
 )
-from hnerv_clip.losses import clip_loss, clip_weight, learning_rate, pixel_loss
+from hnerv_clip.losses import clip_weight, learning_rate
 from hnerv_clip.model import build_model
-from hnerv_clip.patches import feature_index
 from hnerv_clip.runs import RunDir, RunError, make_provenance, write_json
 
 LATEST, BEST = "model_latest.pth", "model_best.pth"
-# What a step measures, summed over its frames
-STEP_COLUMNS = ("pixel_loss", "clip_loss", "total_loss", "psnr_db")
 
 
 class TrainError(RuntimeError):
@@ -104,20 +100,13 @@ class _Loop:
         self.config, self.run = config, run
         self.rank, self.world = _ranks()
         self.device = select_device(config.train.device)
-        self.autocast_type = set_precision(config.train.precision, self.device)
-        # The video stays on the device as uint8
-        self.dataset = replace(dataset, video=replace(
-            dataset.video, frames=dataset.video.frames.to(self.device)))
-        self.mask = None if dataset.mask is None else dataset.mask.to(self.device)
+        autocast = set_precision(config.train.precision, self.device)
         self.model = build_model(config.model, frame_hw=dataset.video.frame_hw,
                                  frame_count=len(dataset.video.frames), seed=config.train.seed)
         self.model.to(self.device, memory_format=torch.channels_last)
-        if config.model.predict_clip:
-            self.targets = dataset.embeddings.to(self.device)
-            rows, cols = feature_index(dataset.grid.centres, dataset.video.frame_hw,
-                                       self.model.plan.output_hw)
-            self.cells = rows.to(self.device), cols.to(self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.train.lr, fused=True)
+        self.engine = make_engine(config, self.model, dataset, autocast=autocast)
+        # The video stays on the device as uint8
+        self.dataset = replace(dataset, video=replace(dataset.video, frames=self.engine.frames))
         self.frames_per_step = config.train.batch_size * self.world
         self.frame_count = len(dataset.split.train)
         self.steps = -(-self.frame_count // self.frames_per_step)  # the last may be short
@@ -128,7 +117,7 @@ class _Loop:
         self.train_time_s = 0.0
 
     def _no_losses(self) -> Tensor:
-        return torch.zeros(self.steps, len(STEP_COLUMNS), device=self.device)
+        return torch.zeros(self.steps, len(COLUMNS), device=self.device)
 
     # The loop
 
@@ -168,57 +157,14 @@ class _Loop:
             indices = batches[self.batch]
             lr = learning_rate((self.epoch + self.batch / self.steps) / train.epochs, lr=train.lr,
                                lr_type=train.lr_type)
-            self._step(indices, lr=lr, weight=weight)
+            own = indices[self.rank::self.world].to(self.device)
+            self.losses[self.batch] = self.engine.step(own, count=len(indices), lr=lr,
+                                                       weight=weight)
             self.batch += 1
             bar.update(len(indices))
             if time.monotonic() - self.saved_at > train.checkpoint_s:
                 self._save_latest()
         self._stop_clock()
-
-    def _step(self, indices: Tensor, *, lr: float, weight: float) -> None:
-        """One update from the frames `indices` [≤ frames_per_step] of all ranks together."""
-        own = indices[self.rank::self.world].to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        if len(own):
-            columns = self._frame_losses(own, weight=weight)  # [4, B]
-            (columns[2].sum() / len(indices)).backward()
-            self.losses[self.batch] = columns.detach().sum(1)
-        if self.world > 1:
-            self._reduce_gradients()
-        self.optimizer.step()
-
-    def _frame_losses(self, own: Tensor, *, weight: float) -> Tensor:
-        """`STEP_COLUMNS` of each frame: [4, B]. Without λ the CLIP head is measured, not taught."""
-        frames = self.dataset.video.frames[own].float() / 255
-        frames = frames.contiguous(memory_format=torch.channels_last)
-        seen = frames if self.mask is None else frames * self.mask
-        with torch.autocast(self.device.type, self.autocast_type,
-                            enabled=self.autocast_type != torch.float32):
-            features = self.model.features(self.model.embed(
-                seen, frame_times(own, self.model.frame_count)))
-            pred = self.model.rgb(features)
-        pred = pred.float()
-        pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask)
-        clip = torch.zeros_like(pixel)
-        if self.config.model.predict_clip:
-            with torch.set_grad_enabled(weight > 0):
-                clip = clip_loss(self.model.clip_at_index(features.float(), *self.cells),
-                                 self.targets[own])
-        total = pixel + weight * clip if weight else pixel
-        return torch.stack([pixel, clip, total, psnr(pred.detach(), frames)])
-
-    def _reduce_gradients(self) -> None:
-        """Sum the ranks' gradients, in one message."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters])
-        dist.all_reduce(flat)
-        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            parameter.grad = grad.view_as(parameter)
 
     def _finish_epoch(self) -> dict[str, Any]:
         """Close the epoch: its row of metrics, and the position moved on."""
@@ -233,7 +179,7 @@ class _Loop:
                "clip_weight": clip_weight(
                    self.epoch, clip_loss_weight=train.clip_loss_weight,
                    pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs),
-               **dict(zip(STEP_COLUMNS, means)), "train_time_s": self.train_time_s}
+               **dict(zip(COLUMNS, means)), "train_time_s": self.train_time_s}
         if not self.config.model.predict_clip:
             row["clip_loss"] = float("nan")
         self.epoch, self.batch, self.losses = self.epoch + 1, 0, self._no_losses()
@@ -350,7 +296,7 @@ class _Loop:
         if self.rank == 0:
             self.run.save_checkpoint(LATEST, {
                 "config": self.config.params(), "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,
+                "optimizer": self.engine.optimizer.state_dict(), "epoch": self.epoch,
                 "batch": self.batch, "losses": self.losses.cpu(), "history": self.history,
                 "best_psnr_db": self.best_psnr_db, "train_time_s": self.train_time_s,
                 "world_size": self.world})
@@ -367,7 +313,7 @@ class _Loop:
             raise RunError(f"{self.run.path} was interrupted within an epoch on "
                            f"{state['world_size']} ranks; go on with as many, not {self.world}")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.engine.load_optimizer(state["optimizer"])
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.best_psnr_db, self.train_time_s = state["best_psnr_db"], state["train_time_s"]
         if self.rank == 0:

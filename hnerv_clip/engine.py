@@ -1,0 +1,163 @@
+"""What one training step computes, by the plain path or the fast one.
+
+`PlainEngine` is the definition: eager PyTorch, any device. `FastEngine` computes the same on a GPU
+in bf16 where it is safe, compiled, with channels padded to multiples of 8 inside (the parameters
+stay the paper's), and replays the whole step, optimizer included, as one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hnerv_clip.config import Config
+from hnerv_clip.dataset import Dataset
+from hnerv_clip.evaluate import frame_times, psnr
+from hnerv_clip.losses import clip_loss, pixel_loss
+from hnerv_clip.model import HNeRV
+from hnerv_clip.patches import feature_index
+
+# What a step measures of each frame
+COLUMNS = ("pixel_loss", "clip_loss", "total_loss", "psnr_db")
+
+
+class PlainEngine:
+    """Eager steps; the model, its optimizer and the video live on one device."""
+
+    def __init__(self, config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype):
+        self.config, self.model, self.autocast = config, model, autocast
+        self.device = next(model.parameters()).device
+        self.frames = dataset.video.frames.to(self.device)  # uint8 [T, 3, H, W]
+        self.mask = None if dataset.mask is None else dataset.mask.to(self.device)
+        if config.model.predict_clip:
+            self.targets = dataset.embeddings.to(self.device)  # [T, P, D]
+            self.cells = tuple(i.to(self.device) for i in feature_index(
+                dataset.grid.centres, dataset.video.frame_hw, model.plan.output_hw))
+        self.optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.model.parameters(), lr=self.config.train.lr, fused=True)
+
+    def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
+        """One update.
+
+        Args:
+            indices: int64 [B] frames of this rank, on the device; may be empty on some ranks.
+            count: frames of all ranks together; gradients are their mean.
+            lr: learning rate.
+            weight: λ of the cosine term; at 0 the CLIP head is measured, not taught.
+        Returns:
+            [4] sums of `COLUMNS` over this rank's frames.
+        """
+        self._set_lr(lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(len(COLUMNS), device=self.device)
+        if len(indices):
+            columns = self.frame_losses(indices, weight)
+            (columns[2].sum() / count).backward()
+            sums = columns.detach().sum(1)
+        if dist.is_initialized():
+            self._reduce_gradients()
+        self.optimizer.step()
+        return sums
+
+    def frame_losses(self, indices: Tensor, weight: float) -> Tensor:
+        """`COLUMNS` of frames [B]: [4, B]."""
+        frames = (self.frames[indices].float() / 255).contiguous(memory_format=torch.channels_last)
+        seen = frames if self.mask is None else frames * self.mask
+        with torch.autocast(self.device.type, self.autocast,
+                            enabled=self.autocast != torch.float32):
+            features = self.model.features(self.model.embed(
+                seen, frame_times(indices, self.model.frame_count)))
+            pred = self.model.rgb(features)
+        pred = pred.float()
+        pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask)
+        clip = torch.zeros_like(pixel)
+        if self.config.model.predict_clip:
+            with torch.set_grad_enabled(weight > 0):
+                clip = clip_loss(self.model.clip_at_index(features.float(), *self.cells),
+                                 self.targets[indices])
+        total = pixel + weight * clip if weight else pixel
+        return torch.stack([pixel, clip, total, psnr(pred.detach(), frames)])
+
+    def load_optimizer(self, state: dict) -> None:
+        """Take over the moments of a saved optimizer, whichever engine saved it."""
+        settings = [{k: v for k, v in group.items() if k != "params"}
+                    for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def _reduce_gradients(self) -> None:
+        """Sum the ranks' gradients, in one message."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        for parameter, grad in zip(parameters, flat.split([g.numel() for g in grads])):
+            parameter.grad = grad.view_as(parameter)
+
+
+class FastEngine(PlainEngine):
+    """The same step, compiled and replayed as a CUDA graph; short batches go the plain way."""
+
+    WARM_UP = 3  # real steps before the capture: they compile, and make the optimizer's state
+
+    def __init__(self, config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype):
+        super().__init__(config, model, dataset, autocast=autocast)
+        model.pad_channels(8)
+        self.compiled = torch.compile(self.frame_losses, dynamic=False)
+        self.indices = torch.zeros(config.train.batch_size, dtype=torch.int64, device=self.device)
+        self.graphs: dict[float, torch.cuda.CUDAGraph] = {}
+        self.sums: dict[float, Tensor] = {}
+        self.warm: dict[float, int] = {}
+        self.stream = torch.cuda.Stream(self.device)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        lr = torch.tensor(self.config.train.lr, device=self.device)
+        return torch.optim.Adam(self.model.parameters(), lr=lr, fused=True, capturable=True)
+
+    def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
+        if len(indices) != len(self.indices) or count != len(indices):
+            return super().step(indices, count=count, lr=lr, weight=weight)
+        self._set_lr(lr)
+        self.indices.copy_(indices)
+        warm = self.warm.get(weight, 0)
+        if warm < self.WARM_UP:
+            self.warm[weight] = warm + 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                sums = self._update(weight)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return sums
+        if weight not in self.graphs:
+            self.graphs[weight] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.sums[weight] = self._update(weight)
+        self.graphs[weight].replay()
+        return self.sums[weight]
+
+    def _update(self, weight: float) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        columns = self.compiled(self.indices, weight)
+        (columns[2].sum() / len(self.indices)).backward()
+        self.optimizer.step()
+        return columns.detach().sum(1)
+
+
+def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype
+                ) -> PlainEngine:
+    """The engine that `engine` asks for; `auto` is fast on a GPU with bf16, plain elsewhere."""
+    device = next(model.parameters()).device
+    fast = config.train.engine == "fast" or (
+        config.train.engine == "auto" and device.type == "cuda" and autocast == torch.bfloat16
+        and not dist.is_initialized())
+    return (FastEngine if fast else PlainEngine)(config, model, dataset, autocast=autocast)

@@ -103,8 +103,6 @@ def test_bad_embeddings_and_maps_are_refused():
 
 
 def test_figures_name_query_and_teacher():
-    import matplotlib
-    matplotlib.use("Agg")
     from hnerv_clip.figures import search as figures
     frames = np.random.default_rng(0).integers(0, 255, (4, 3, 32, 64), dtype=np.uint8)
     boxes = np.array([[0, 0, 24, 24], [8, 40, 24, 24]])
@@ -117,7 +115,6 @@ def test_figures_name_query_and_teacher():
             figures.plot_heat_map(frames[0], heat, "hare", "A (not CLIP)"),
             figures.plot_query_agreement(agreement, "A (not CLIP)")):
         assert any("A (not CLIP)" in text.get_text() for text in figure.texts)
-        matplotlib.pyplot.close(figure)
 
 
 def test_cut_takes_the_box():

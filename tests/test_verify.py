@@ -180,7 +180,7 @@ def bad_inputs():
     yield "axes", good[0], good, r"\(4, 32\)"
 
 
-@pytest.mark.parametrize("_, predicted, teacher, message", bad_inputs())
+@pytest.mark.parametrize("_, predicted, teacher, message", list(bad_inputs()))
 def test_bad_arrays_are_refused(_, predicted, teacher, message):
     with pytest.raises(ValueError, match=message):
         study(predicted, teacher)
@@ -206,15 +206,12 @@ def test_unknown_source_is_refused():
 
 
 def test_figures_name_the_teacher_and_the_source():
-    import matplotlib
-    matplotlib.use("Agg")
     from hnerv_clip.figures import verification as figures
     result = study(slow_video(seed=2), slow_video(), source="interpolated")
     for plot in (figures.plot_conditions, figures.plot_similarity_over_time):
         figure = plot(result.scores, "A (not CLIP)", result.source)
         words = " ".join(text.get_text() for text in figure.texts)
         assert "A (not CLIP)" in words and "interpolated" in words
-        matplotlib.pyplot.close(figure)
     only_train = verify.verify_embeddings(slow_video(), slow_video(), np.arange(30), [])
-    matplotlib.pyplot.close(figures.plot_conditions(only_train.scores, "A"))
-    matplotlib.pyplot.close(figures.plot_similarity_over_time(only_train.scores, "A"))
+    figures.plot_conditions(only_train.scores, "A")
+    figures.plot_similarity_over_time(only_train.scores, "A")

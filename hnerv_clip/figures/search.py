@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hnerv_clip.figures.style import PALETTE, WIDTH, caption, picture_axes
+from hnerv_clip.figures.style import PALETTE, WIDTH, caption, new_figure, picture_axes
 
 
 def plot_ranked_patches(frames: np.ndarray, boxes: np.ndarray, predicted: pd.DataFrame,
@@ -21,9 +20,9 @@ def plot_ranked_patches(frames: np.ndarray, boxes: np.ndarray, predicted: pd.Dat
         query: the text.
         teacher_label: the teacher in words, for the caption.
     """
+    frames, boxes = np.asarray(frames), np.asarray(boxes)
     columns = max(len(predicted), len(teacher))
-    figure, axes = plt.subplots(2, columns, figsize=(WIDTH, 3.2 * WIDTH / columns / 1.2 + 0.5),
-                                squeeze=False)
+    figure, axes = new_figure(2, columns, height=2.7 * WIDTH / columns + 0.5, squeeze=False)
     found = set(zip(teacher.frame, teacher.patch, strict=True))
     rows = {"predicted": predicted, "teacher": teacher}
     for panels, (name, ranking) in zip(axes, rows.items(), strict=True):
@@ -51,7 +50,7 @@ def plot_query_agreement(agreement: pd.DataFrame, teacher_label: str) -> Figure:
         agreement: as `search.compare_rankings` gives it.
         teacher_label: the teacher in words, for the caption.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.36 * len(agreement) + 1.3), sharey=True)
+    figure, axes = new_figure(1, 2, height=0.36 * len(agreement) + 1.3, sharey=True)
     top_k = agreement.top_k.iloc[0]
     places = np.arange(len(agreement))
     axes[0].barh(places, agreement.spearman, color=PALETTE["learned"], height=0.6)
@@ -78,8 +77,8 @@ def plot_heat_map(frame: np.ndarray, heat: np.ndarray, query: str, teacher_label
         teacher_label: the teacher in words, for the caption.
     """
     height, width = frame.shape[-2:]
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, WIDTH / 2 * height / width + 0.6))
-    picture = np.moveaxis(frame, 0, -1)
+    figure, axes = new_figure(1, 2, height=WIDTH / 2 * height / width + 0.6)
+    picture = np.moveaxis(np.asarray(frame), 0, -1)
     for panel in axes:
         picture_axes(panel).imshow(picture)
     shade = axes[1].imshow(heat, extent=(0, width, height, 0), alpha=0.6, interpolation="bilinear")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from hnerv_clip.figures.style import PALETTE, WIDTH, caption
+from hnerv_clip.figures.style import PALETTE, caption, new_figure
 from hnerv_clip.verify import CONDITIONS, SOURCES
 
 MEASURES = {"raw": "raw cosine", "centred": "cosine, training mean taken off"}
@@ -33,7 +33,7 @@ def plot_conditions(scores: pd.DataFrame, teacher_label: str, source: str = "") 
     """
     order = [name for name in CONDITIONS if name in set(scores.condition)]
     splits = [name for name in SPLIT_NAMES if name in set(scores.split)]
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.55 * len(order) + 1.2), sharey=True)
+    figure, axes = new_figure(1, 2, height=0.55 * len(order) + 1.2, sharey=True)
     for panel, (measure, label) in zip(axes, MEASURES.items(), strict=True):
         panel.axvline(0, color="#606060", linewidth=0.8)
         sns.violinplot(scores, x=measure, y="condition", hue="split", order=order,
@@ -48,9 +48,9 @@ def plot_conditions(scores: pd.DataFrame, teacher_label: str, source: str = "") 
                            markeredgecolor="black", markersize=4)
         panel.set(xlabel=label, ylabel="", xlim=(min(-0.3, scores[measure].min() - 0.03), 1.03))
     axes[0].set_yticks(range(len(order)), [short_name(name) for name in order])
-    handles = [plt.Rectangle((0, 0), 1, 1, color=PALETTE[name]) for name in splits]
-    figure.legend(handles, [f"{SPLIT_NAMES[name]} frames" for name in splits],
-                  loc="outside upper right", ncols=2)
+    handles = [Patch(color=PALETTE[name], label=f"{SPLIT_NAMES[name]} frames")
+               for name in splits]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2)
     return caption(figure, _words(
         "Similarity to the teacher of every patch of every frame; dots are means.",
         teacher_label, source))
@@ -65,7 +65,7 @@ def plot_similarity_over_time(scores: pd.DataFrame, teacher_label: str, source: 
         teacher_label, source: for the caption, as in `plot_conditions`.
         shown: the conditions to draw.
     """
-    figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 4.6), sharex=True)
+    figure, axes = new_figure(2, 1, height=4.6, sharex=True)
     held_out = np.sort(scores.frame[scores.split == "val"].unique())
     for panel, (measure, label) in zip(axes, MEASURES.items(), strict=True):
         frames = scores.pivot_table(index="frame", columns="condition", values=measure)

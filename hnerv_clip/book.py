@@ -1,0 +1,356 @@
+"""Execute the notebooks with papermill and render them with Jupyter Book.
+
+A study lies in one folder, `output/<profile>`: its runs, `executed/` (notebooks as papermill left
+them), `site/` (the book's sources with clean copies of those) and `html/`. The pages committed in
+`book/` are touched by `publish` alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from . import pages
+from .config import Config, param_names, profile_params
+from .paths import resolve_path
+from .runs import RunDir
+
+# Values of notebook parameters that are not settings of a run, where a profile differs from the
+# defaults in the notebooks, which are the quick profile's.
+STUDY_PARAMS: dict[str, dict[str, Any]] = {"quick": {}, "full": {}}
+PAGE_LIMIT_BYTES = 8 * 2**20  # of a page that is committed
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class BookError(RuntimeError):
+    """The book cannot be made; the message says where and what to do."""
+
+
+def repository_root() -> Path:
+    """The checkout around the current folder.
+
+    Raises:
+        BookError: there is none.
+    """
+    root = resolve_path(".")
+    for name in ("_toc.yml", "_config.yml", "notebooks", "book"):
+        if not (root / name).exists():
+            raise BookError(f"{root} has no {name}: run hnerv-clip book inside a checkout of the "
+                            "repository")
+    return root
+
+
+def list_notebooks(root: Path, only: Iterable[str] = ()) -> list[Path]:
+    """The source notebooks in their order.
+
+    Args:
+        only: numbers (`03`) or names (`03_evaluate`); all of them where it is empty.
+    Raises:
+        BookError: none found, or `only` names one that is not there.
+    """
+    found = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise BookError("notebooks/ holds no NN_name.ipynb")
+    names = [path.stem for path in found]
+    wanted = list(only)
+    for name in wanted:
+        if not any(_is_named(path, name) for path in found):
+            raise BookError(f"--only {name} names no notebook; there are {', '.join(names)}")
+    return [path for path in found if not wanted or any(_is_named(path, n) for n in wanted)]
+
+
+def _is_named(notebook: Path, name: str) -> bool:
+    return Path(name).stem in (notebook.stem, notebook.stem[:2])
+
+
+def declared_parameters(notebook: Path) -> dict[str, Any]:
+    """{name: default} of the notebook's cell that is tagged "parameters", in its order.
+
+    Raises:
+        BookError: a default is not a plain value.
+    """
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells
+             if "parameters" in cell.metadata.get("tags", [])]
+    declared = {}
+    for node in ast.parse("\n".join(cell.source for cell in cells)).body:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        try:
+            declared[target.id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError, TypeError):
+            raise BookError(f"{notebook.name}: the parameters cell holds "
+                            f"{ast.unparse(node)!r}, not name = plain value") from None
+    return declared
+
+
+def plan_parameters(notebooks: list[Path], *, profile: str, overrides: dict[str, Any],
+                    others: list[Path] = ()) -> list[dict[str, Any]]:
+    """What to inject into each notebook: values that it declares and that differ from its own.
+
+    Args:
+        overrides: {name: text or value}, from the command line; they win over the profile.
+        others: notebooks that are left out, to say where a parameter belongs.
+    Raises:
+        BookError: no notebook declares a name, or a value has the wrong type.
+    """
+    declared = [declared_parameters(notebook) for notebook in notebooks]
+    known = list(dict.fromkeys(name for names in declared for name in names))
+    for name in overrides:
+        if name not in known:
+            raise BookError(_unknown_parameter(name, known, others))
+    values = profile_params(profile) | {"outf": f"output/{profile}/main"} | STUDY_PARAMS[profile]
+    injected = []
+    for names in declared:
+        wanted = {name: values[name] for name in names if name in values}
+        wanted |= {name: _typed(name, overrides[name], default)
+                   for name, default in names.items() if name in overrides}
+        injected.append({n: v for n, v in wanted.items() if v != names[n]})
+    return injected
+
+
+def run_config(*, profile: str, overrides: dict[str, Any]) -> Config:
+    """The settings of the study's main run."""
+    own = {name: value for name, value in overrides.items() if name in param_names()}
+    return Config.from_params(**profile_params(profile) | own)
+
+
+def _unknown_parameter(name: str, known: list[str], others: list[Path]) -> str:
+    for notebook in others:
+        if name in declared_parameters(notebook):
+            return f"parameter {name!r} belongs to {notebook.stem}, which --only leaves out"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown parameter {name!r}.{hint} Known ones: {', '.join(known)}"
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        if isinstance(default, str):
+            return value
+        if isinstance(default, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        if isinstance(default, int):
+            return int(value)
+        if isinstance(default, float):
+            return float(value)
+        parsed = ast.literal_eval(value)
+        if default is None or isinstance(parsed, type(default)):
+            return parsed
+    except (KeyError, ValueError, SyntaxError):
+        pass
+    raise BookError(f"{name}={value!r} is not a {type(default).__name__} like the default "
+                    f"{default!r}")
+
+
+def execute(notebook: Path, target: Path, *, parameters: dict[str, Any]) -> float:
+    """Run a notebook from top to bottom in its own folder and keep the executed copy.
+
+    Args:
+        target: where the executed copy goes; a partly executed one goes to `NAME.failed.ipynb`.
+    Returns:
+        seconds taken.
+    Raises:
+        BookError: a cell failed or the kernel died; the message says which and why.
+    """
+    import papermill  # imported here, as papermill takes a second
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    partial = target.with_suffix(".failed.ipynb")
+    started = time.perf_counter()
+    try:
+        papermill.execute_notebook(
+            notebook, partial, parameters=parameters or None, kernel_name="python3",
+            cwd=notebook.parent, progress_bar=False,
+            # progress bars of the cells, live; a log would only be spammed
+            stderr_file=sys.stderr if sys.stderr.isatty() else None)
+    except PapermillExecutionError as error:
+        lines = (error.source or "").strip().splitlines() or [""]
+        raise BookError(
+            f"{notebook.stem} stopped in cell [{error.exec_count}] ({lines[0][:70]}):\n"
+            f"  {error.ename}: {error.evalue}\n"
+            f"The partly executed copy with the traceback is {_shown(partial)}") from error
+    except DeadKernelError as error:
+        raise BookError(f"{notebook.stem}: its kernel died, as it does when memory runs out; the "
+                        f"partly executed copy is {_shown(partial)}") from error
+    partial.replace(target)
+    return time.perf_counter() - started
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
+    """A copy for the reader: no progress bars, no widgets, no machine's paths, no timing noise.
+
+    Args:
+        folders: {absolute path: what the page says instead}, the longest first.
+    """
+    page = nbformat.from_dict(notebook)
+    page.metadata = nbformat.from_dict({k: v for k, v in page.metadata.items()
+                                        if k in ("kernelspec", "language_info")})
+    for cell in page.cells:
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items()
+                                            if k == "tags"})
+        if cell.cell_type == "code":
+            cell.outputs = [_clean_output(output, folders) for output in cell.outputs
+                            if output.get("name") != "stderr"
+                            and WIDGET not in output.get("data", {})]
+    return page
+
+
+def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
+    if "text" in output:  # of a line that was rewritten in place, what remained
+        output.text = re.sub(r"[^\n]*\r(?!\n)", "", _hide_folders(output.text, folders))
+    for kind, value in output.get("data", {}).items():
+        if isinstance(value, str) and (kind.startswith("text/") or kind == "image/svg+xml"):
+            output.data[kind] = _hide_folders(value, folders)
+    return output
+
+
+def _hide_folders(text: str, folders: dict[str, str]) -> str:
+    for folder, name in folders.items():
+        text = text.replace(folder + os.sep, name + "/" if name else "").replace(folder, name)
+    return text
+
+
+def stage(root: Path, study: Path, *, config: Config, run_dir: Path,
+          cache_dir: str | Path = "output/cache") -> tuple[Path, list[str]]:
+    """Lay out the book's sources in `study/site`: static pages, executed pages, figures.
+
+    A notebook that was not executed yet gets a page that says so.
+
+    Returns:
+        the site's folder, and the names of the notebooks that were not executed.
+    """
+    site = study / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    shutil.copytree(root / "book", site / "book", ignore=shutil.ignore_patterns(
+        "[0-9][0-9]_*", "__pycache__", ".ipynb_checkpoints", "_build"))
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(root / name, site / name)
+    folders = {str(root): ".", str(study): study.name, sys.prefix: "(environment)",
+               str(Path.home()): "~"}
+    folders = {k: v for k, v in sorted(folders.items(), key=lambda kv: -len(kv[0])) if k != "/"}
+    missing = []
+    for name in re.findall(r"book/(\d\d_\w+)", (root / "_toc.yml").read_text()):
+        executed = study / "executed" / f"{name}.ipynb"
+        if executed.exists():
+            page = clean_page(nbformat.read(executed, as_version=4), folders)
+            nbformat.write(page, site / "book" / executed.name)
+        else:
+            missing.append(name)
+            (site / "book" / f"{name}.md").write_text(pages.placeholder(name))
+    pages.write_generated(site / "book", config=config, run_dir=run_dir, cache_dir=cache_dir)
+    return site, missing
+
+
+def render(site: Path, html: Path) -> None:
+    """Build `site` with Jupyter Book, warnings as errors, and put the pages into `html`.
+
+    Raises:
+        BookError: Sphinx warned or failed; the message holds what it said.
+    """
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build",
+               str(site), "--path-output", str(site), "-W", "-n", "--keep-going"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    log = site.parent / "book.log"
+    log.write_text(done.stdout + done.stderr)
+    if done.returncode:
+        lines = re.sub("\033\\[[0-9;]*m", "", done.stdout + done.stderr).splitlines()
+        said = [line for line in lines if re.search("WARNING|ERROR|rror:", line)] or lines[-5:]
+        raise BookError("Jupyter Book warned or failed:\n  " + "\n  ".join(said[:20])
+                        + f"\nThe whole log is {_shown(log)}")
+    shutil.rmtree(html, ignore_errors=True)
+    shutil.move(site / "_build" / "html", html)
+
+
+def publish(root: Path, site: Path) -> list[Path]:
+    """Copy a site's executed pages and generated parts into `book/`, in place of what is there.
+
+    Raises:
+        BookError: a page is too large to commit.
+    """
+    executed = sorted((site / "book").glob("[0-9][0-9]_*.ipynb"))
+    for page in executed:
+        if page.stat().st_size > PAGE_LIMIT_BYTES:
+            raise BookError(f"{page.name} has {page.stat().st_size / 2**20:.1f} MiB, more than the "
+                            f"{PAGE_LIMIT_BYTES / 2**20:.0f} MiB that a committed page may have: "
+                            "show smaller pictures; nothing was published")
+    for page in executed:
+        shutil.copy(page, root / "book" / page.name)
+        (root / "book" / f"{page.stem}.md").unlink(missing_ok=True)
+    for name in ("_generated", "_static"):
+        shutil.copytree(site / "book" / name, root / "book" / name, dirs_exist_ok=True)
+    return [root / "book" / page.name for page in executed]
+
+
+def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None,
+              only: Iterable[str] = (), publish_pages: bool | None = None, say=print) -> Path:
+    """Execute the notebooks, build the book, and for `full` publish its pages.
+
+    Finished runs are reused, so a second call costs little.
+
+    Args:
+        overrides: notebook parameters, by name; `outf` moves the study to the folder around it.
+        only: numbers or names of the notebooks to execute; the other pages stay as they are.
+        publish_pages: None publishes a whole `full` study without overrides.
+    Returns:
+        the book's first page.
+    Raises:
+        BookError, ConfigError, RunError: before any work where the request is wrong; BookError
+            where it stopped later.
+    """
+    root = repository_root()
+    overrides, only = dict(overrides or {}), list(only)
+    notebooks = list_notebooks(root, only)
+    others = [path for path in list_notebooks(root) if path not in notebooks]
+    injected = plan_parameters(notebooks, profile=profile, overrides=overrides, others=others)
+    config = run_config(profile=profile, overrides=overrides)
+    run_dir = resolve_path(overrides.get("outf", f"output/{profile}/main"))
+    study = run_dir.parent
+    if study == root or root.is_relative_to(study):
+        raise BookError(f"outf={overrides['outf']!r} would put the book's pages into the "
+                        "repository itself; use a folder of its own, such as output/mine/main")
+    if (run_dir / "config.json").exists() and not only:
+        RunDir.create(run_dir, config)  # refuses a run of other settings before any work
+    if not only:
+        shutil.rmtree(study / "executed", ignore_errors=True)
+    started = time.perf_counter()
+    for i, (notebook, parameters) in enumerate(zip(notebooks, injected)):
+        changed = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+        say(f"[{i + 1}/{len(notebooks)}] {notebook.stem}" + (f"  ({changed})" if changed else ""))
+        seconds = execute(notebook, study / "executed" / notebook.name, parameters=parameters)
+        say(f"      {seconds:.0f} s")
+    site, missing = stage(root, study, config=config, run_dir=run_dir,
+                          cache_dir=overrides.get("cache_dir", "output/cache"))
+    say("rendering the book")
+    render(site, study / "html")
+    if publish_pages is None:
+        publish_pages = profile == "full" and not overrides and not missing
+    if publish_pages:
+        if missing:
+            raise BookError(f"not published: {', '.join(missing)} were not executed")
+        publish(root, site)
+        say("published the executed pages in book/")
+    say(f"{_shown(study / 'html' / 'index.html')}  ({time.perf_counter() - started:.0f} s in all)")
+    return study / "html" / "index.html"
+

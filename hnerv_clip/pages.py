@@ -1,0 +1,157 @@
+"""What the book's static pages take from settings and results: nothing there is typed by hand."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from . import config as config_module
+from .config import Config, settings_table
+from .runs import RunDir
+
+PLACEHOLDER = """# {title}
+
+```{{admonition}} Not published yet
+This page is the executed copy of `notebooks/{name}.ipynb` from a full run, and there is none yet.
+
+- In minutes, on a laptop, at reduced size: `hnerv-clip book` writes it to `output/quick/html`.
+- In full, on a GPU: `hnerv-clip book --profile full` executes every notebook and puts it here.
+```
+"""
+
+
+def placeholder(name: str) -> str:
+    """The page that stands in for a notebook that was not executed."""
+    number, _, words = name.partition("_")
+    title = words.replace("_", " ").replace("clip", "CLIP").capitalize().replace("clip", "CLIP")
+    return PLACEHOLDER.format(title=f"{number} · {title}", name=name)
+
+
+def describe_settings() -> list[tuple[str, str, str, str]]:
+    """(name, packed default, group, meaning) of every setting; the meaning is config.py's comment.
+    """
+    comments = dict(re.findall(r"^    (\w+): [^\n]*?  # ([^\n]*)$",
+                               inspect.getsource(config_module), re.M))
+    return [(name, str(default), group, comments[name]) for name, default, group in
+            settings_table()]
+
+
+def settings_markdown() -> str:
+    """The settings as a Markdown table, for README and book."""
+    rows = ["| parameter | default | meaning |", "|---|---|---|"]
+    for name, default, _, meaning in describe_settings():
+        rows.append(f"| `{name}` | {f'`{default}`' if default else 'empty'} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str | Path) -> None:
+    """Write what `book/*.md` include: settings, the drawing of the network, the headline result.
+
+    Args:
+        book: the folder with the pages; `_generated` and `_static` in it are written to.
+        run_dir: the study's main run; where it is not finished, the headline says so.
+    """
+    folder = book / "_generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.md").write_text(settings_markdown())
+    _draw_architecture(folder / "architecture.svg", config)
+    video = book / "_static" / "headline.mp4"
+    video.unlink(missing_ok=True)
+    video.parent.mkdir(exist_ok=True)
+    run = RunDir(run_dir)
+    (folder / "headline.md").write_text(
+        headline(run, video, cache_dir=cache_dir) if run.finished else NO_HEADLINE)
+
+
+def _draw_architecture(path: Path, config: Config) -> None:
+    from .figures.architecture import plot_architecture
+    from .figures.style import use_style
+    from .model import build_model
+    from .patches import make_grid
+    from .video import load_video
+
+    frames = load_video(config.video).frames
+    frame_hw = tuple(frames.shape[2:])
+    model = build_model(config.model, frame_hw=frame_hw, frame_count=len(frames))
+    use_style()
+    figure = plot_architecture(config, model.plan, frame_hw=frame_hw, sizes=model.part_sizes(),
+                               patch_count=len(make_grid(config.teacher, frame_hw)))
+    figure.savefig(path, metadata={"Date": None})
+
+
+def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
+    """The landing page's result: a moving picture, a table, and what they were made with.
+
+    Args:
+        run: a finished run.
+        video: where the moving picture goes: the source above the network's own frames.
+    """
+    from .evaluate import decode_frames, load_run, summarise
+    from .video import write_video
+
+    loaded = load_run(run.path, cache_dir=cache_dir)
+    dataset, facts = loaded.dataset, run.provenance()
+    source = dataset.video.frames
+    shown = decode_frames(loaded.model, dataset, list(range(len(source))))
+    write_video(video, _side_by_side(source, shown), dataset.video.fps)
+    table = summarise(pd.read_csv(run.path / "evaluation.csv"))
+    height, width = dataset.video.frame_hw
+    return HEADLINE.format(
+        name=dataset.video.name, height=height, width=width, count=len(source),
+        credit=f" {dataset.video.credit}." if dataset.video.credit else "",
+        stored=loaded.model.part_sizes()["stored"] / 1e6, table=_headline_table(table),
+        teacher=dataset.teacher_label if loaded.config.model.predict_clip else "none",
+        epochs=loaded.config.train.epochs, seed=facts["seed"], device=facts["device"],
+        commit=facts["commit"][:12] + (" with uncommitted changes" if facts["dirty"] else ""))
+
+
+def _side_by_side(source, shown):
+    """[T, 3, H, W] twice to [T, 3, h, 2·w], at most 640 pixels a frame."""
+    import torch
+
+    step = max(1, round(source.shape[3] / 640))
+    pair = torch.cat([source, shown], dim=3)
+    if step > 1:
+        pair = torch.nn.functional.avg_pool2d(pair.float(), step).round().byte()
+    return pair[..., :pair.shape[2] // 2 * 2, :pair.shape[3] // 2 * 2]
+
+
+SOURCES = {"encoder": "encoded from the frame itself",
+           "interpolated": "predicted from its neighbours' embeddings",
+           "coordinates": "predicted from coordinates"}
+VARIANTS = {"trained": "", "quantised": ", decoded from the compressed file"}
+
+
+def _headline_table(table: pd.DataFrame) -> str:
+    rows = ["| frames | n | PSNR (dB) | MS-SSIM | similarity to the teacher |",
+            "|---|---|---|---|---|"]
+    for row in table[table.frames != "all"].to_dict("records"):
+        rows.append(f"| {row['frames']}, {SOURCES[row['source']]}{VARIANTS[row['variant']]} "
+                    f"| {row['n']} | {_number(row['psnr_db'], 2)} | {_number(row['ms_ssim'], 4)} "
+                    f"| {_number(row['clip_similarity'], 3)} |")
+    return "\n".join(rows)
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+HEADLINE = """<video autoplay loop muted playsinline controls src="../_static/headline.mp4"
+ style="width:100%" aria-label="The video and the network's copy of it, side by side"></video>
+
+*Left: {name}, {count} frames of {height}×{width}.{credit} Right: the same frames from a network of
+{stored:.2f} million stored values.*
+
+{table}
+
+*Means over n frames. Teacher: {teacher}. {epochs} epochs, seed {seed}, {device}, commit {commit}.*
+"""
+
+NO_HEADLINE = """```{admonition} No run is published yet
+A moving picture and a table stand here once a full run is published. On your own machine
+`hnerv-clip book` makes both in minutes, at reduced size.
+```
+"""

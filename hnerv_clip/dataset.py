@@ -1,4 +1,4 @@
-"""Frames, their split, their patches and what the teacher says of them: all that a run learns from."""
+"""All that a run learns from: frames, their split, their patches, and the teacher's embeddings."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def load_dataset(config: Config, cache_dir: str | Path = "output/cache") -> Data
     if dataset.embeddings is None and config.model.predict_clip:
         raise ConfigError(
             f"no embeddings of {dataset.teacher_label} for {dataset.video.name} at "
-            f"{cache_path(*arguments)}: run notebook 01_prepare_data first, with the same video and "
-            f"teacher parameters and cache_dir={str(cache_dir)!r}")
+            f"{cache_path(*arguments)}: run notebook 01_prepare_data first, with the same video "
+            f"and teacher parameters and cache_dir={str(cache_dir)!r}")
     return dataset
 
 

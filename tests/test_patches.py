@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from hnerv_clip.config import ConfigError, TeacherConfig
+from hnerv_clip.patches import cut_patches, feature_index, make_grid
+
+
+def test_settled_geometry():
+    grid = make_grid(TeacherConfig(), (640, 1280))
+    assert (grid.size, grid.tops, grid.lefts) == ((448, 448), (0, 192), (0, 277, 555, 832))
+    assert (len(grid), grid.rows, grid.cols) == (8, 2, 4)
+    assert grid.boxes.shape == (8, 4) and grid.boxes[5].tolist() == [192, 277, 448, 448]
+    assert grid.centres.shape == (8, 2) and grid.centres[5].tolist() == [416, 501]
+
+
+@pytest.mark.parametrize("hw, size", [((160, 320), 112), ((80, 160), 56), ((720, 1280), 504),
+                                      ((481, 999), 337), ((272, 640), 190)])
+def test_patches_are_in_proportion_at_other_heights(hw, size):
+    grid = make_grid(TeacherConfig(), hw)
+    assert grid.size == (size, size)
+    assert grid.tops[-1] + size == hw[0] and grid.lefts[-1] + size == hw[1]
+
+
+@pytest.mark.parametrize("config", [
+    TeacherConfig(), TeacherConfig(patch_grid=None), TeacherConfig(patch_grid=(1, 1)),
+    TeacherConfig(patch_grid=None, patch_size=100, patch_stride=70),
+    TeacherConfig(patch_grid=None, patch_size=64, patch_stride=64),
+    TeacherConfig(patch_grid=(3, 5), patch_size=333)])
+@pytest.mark.parametrize("hw", [(640, 1280), (355, 641)])
+def test_patches_lie_within_the_frame_and_reach_its_edges(config, hw):
+    grid, covered = make_grid(config, hw), torch.zeros(hw)
+    for top, left, height, width in grid.boxes.tolist():
+        assert 0 <= top <= hw[0] - height and 0 <= left <= hw[1] - width
+        covered[top:top + height, left:left + width] += 1
+    assert len({tuple(box) for box in grid.boxes.tolist()}) == len(grid)
+    if config.patch_grid != (1, 1):
+        assert covered.min() >= 1
+
+
+def test_sweep_ends_flush_with_the_edge():
+    sweep = TeacherConfig(patch_grid=None, patch_size=448, patch_stride=224)
+    grid = make_grid(sweep, (640, 1280))
+    assert grid.tops == (0, 192) and grid.lefts == (0, 224, 448, 672, 832)
+    exact = make_grid(sweep, (672, 896))
+    assert exact.tops == (0, 224) and exact.lefts == (0, 224, 448)  # no patch twice
+    assert make_grid(sweep, (448, 448)).boxes.tolist() == [[0, 0, 448, 448]]
+
+
+def test_one_row_lies_in_the_middle():
+    assert make_grid(TeacherConfig(patch_grid=(1, 4)), (640, 1280)).tops == (96,)
+
+
+@pytest.mark.parametrize("config, hw, fix", [
+    (TeacherConfig(), (1280, 640), "patch_size=448"),  # upright: 0.7 of the height is too wide
+    (TeacherConfig(patch_size=448), (272, 640), "patch_size=190"),
+    (TeacherConfig(patch_size=700), (640, 1280), "patch_size=448"),
+    (TeacherConfig(patch_grid=None, patch_stride=500), (640, 1280), "patch_stride=224"),
+    (TeacherConfig(patch_grid=(500, 4)), (640, 1280), "at most 193"),
+])
+def test_bad_geometry_names_the_fix(config, hw, fix):
+    with pytest.raises(ConfigError, match=fix):
+        make_grid(config, hw)
+
+
+def test_feature_index():
+    grid = make_grid(TeacherConfig(), (640, 1280))
+    rows, cols = feature_index(grid.centres, (640, 1280), (2, 4))
+    assert rows.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and cols.tolist() == [0, 1, 2, 3] * 2
+    rows, cols = feature_index(grid.centres, (640, 1280), (640, 1280))
+    assert torch.stack([rows, cols], 1).tolist() == grid.centres.floor().tolist()
+    corners = torch.tensor([[0.0, 0.0], [640.0, 1280.0], [639.9, 0.1]])
+    rows, cols = feature_index(corners, (640, 1280), (80, 160))
+    assert rows.tolist() == [0, 79, 79] and cols.tolist() == [0, 159, 0]
+    with pytest.raises(ValueError, match="within the frame"):
+        feature_index(torch.tensor([[0.0, 1281.0]]), (640, 1280), (80, 160))
+
+
+def test_cut_patches():
+    grid = make_grid(TeacherConfig(), (160, 320))
+    frames = torch.randint(0, 256, (3, 3, 160, 320), dtype=torch.uint8)
+    patches = cut_patches(frames, grid)
+    assert patches.shape == (3, 8, 3, 112, 112) and patches.dtype == torch.uint8
+    for index, (top, left, height, width) in enumerate(grid.boxes.tolist()):
+        assert torch.equal(patches[:, index], frames[..., top:top + height, left:left + width])
+    with pytest.raises(ValueError, match="160×320"):
+        cut_patches(frames[..., :-1], grid)

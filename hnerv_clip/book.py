@@ -29,6 +29,9 @@ from .runs import RunDir
 # Values of notebook parameters that are not settings of a run, where a profile differs from the
 # defaults in the notebooks, which are the quick profile's.
 STUDY_PARAMS: dict[str, dict[str, Any]] = {"quick": {}, "full": {}}
+# Parameters that say where a study runs, not what it is: with these alone it may be published.
+PLACE_PARAMS = {"outf", "cache_dir", "device", "cluster", "nodes", "gpus_per_node", "timeout_min",
+                "slurm_partition", "slurm_account", "slurm_array_parallelism"}
 PAGE_LIMIT_BYTES = 8 * 2**20  # of a page that is committed
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -312,7 +315,8 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
     Args:
         overrides: notebook parameters, by name; `outf` moves the study to the folder around it.
         only: numbers or names of the notebooks to execute; the other pages stay as they are.
-        publish_pages: None publishes a whole `full` study without overrides.
+        publish_pages: None publishes a whole `full` study that is the profile's own, overridden
+            in `PLACE_PARAMS` at most.
     Returns:
         the book's first page.
     Raises:
@@ -340,12 +344,14 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
         say(f"[{i + 1}/{len(notebooks)}] {notebook.stem}" + (f"  ({changed})" if changed else ""))
         seconds = execute(notebook, study / "executed" / notebook.name, parameters=parameters)
         say(f"      {seconds:.0f} s")
+    if (run_dir / "config.json").exists():
+        config = RunDir(run_dir).config()
     site, missing = stage(root, study, config=config, run_dir=run_dir,
                           cache_dir=overrides.get("cache_dir", "output/cache"))
     say("rendering the book")
     render(site, study / "html")
     if publish_pages is None:
-        publish_pages = profile == "full" and not overrides and not missing
+        publish_pages = profile == "full" and set(overrides) <= PLACE_PARAMS and not missing
     if publish_pages:
         if missing:
             raise BookError(f"not published: {', '.join(missing)} were not executed")

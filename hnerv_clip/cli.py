@@ -1,0 +1,225 @@
+"""`hnerv-clip`: thin calls of the library, with the parameters of the original command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from . import pages
+from .config import PROFILES, Config, ConfigError, param_names
+
+SHORT = {"b": "batch_size", "batchSize": "batch_size", "e": "epochs", "d": "distributed"}
+# Options of the original scripts that are something else here
+INSTEAD = {
+    "distributed": "add --gpus_per_node N, and --cluster local or slurm",
+    "eval_only": "use `hnerv-clip evaluate OUTF`",
+    "resume": "a run in the same --outf goes on by itself",
+    "weight": "a run in the same --outf goes on by itself",
+    "vid": "--outf names the run, --data_path the video",
+}
+LAUNCH = {"cluster": "inline", "nodes": 1, "gpus_per_node": 1, "timeout_min": 240,
+          "slurm_partition": "", "slurm_account": "", "slurm_array_parallelism": 8}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the process's exit code, 0 where it succeeded."""
+    parser = _parser()
+    args, words = parser.parse_known_args(argv)
+    if words and not args.takes_settings:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    try:
+        if args.takes_settings:
+            args.config = Config.from_params(**read_settings(words))
+        args.command(args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `hnerv-clip settings | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, RuntimeError) as error:
+        ours = isinstance(error, ValueError) or type(error).__module__.startswith("hnerv_clip")
+        if not ours:  # from PyTorch, where the traceback says more
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hnerv-clip", allow_abbrev=False, description=
+                                     "Video networks that know what they show.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, words: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
+        sub.set_defaults(command=command, takes_settings=False)
+        return sub
+
+    book = add("book", _book, "execute the notebooks and build the book")
+    book.add_argument("--profile", choices=list(PROFILES), default="quick")
+    book.add_argument("-p", "--parameter", nargs=2, action="append", default=[],
+                      metavar=("NAME", "VALUE"), help="set a parameter of the notebooks")
+    book.add_argument("--only", nargs="+", default=[], metavar="NN",
+                      help="execute only these notebooks, for example 03 04")
+    book.add_argument("--outf", help="run folder; executed notebooks, site and html go beside it "
+                                     "(output/PROFILE/main)")
+    book.add_argument("--publish", action=argparse.BooleanOptionalAction, default=None,
+                      help="copy the executed pages into book/ (by default for an unchanged full "
+                           "profile)")
+
+    train = add("train", _train, "fit a video; takes every setting as --name value, see settings")
+    train.add_argument("--outf", required=True, help="run folder")
+    for name, default in LAUNCH.items():
+        train.add_argument(f"--{name}", type=type(default), default=default)
+    prepare = add("prepare", _prepare, "run the teacher once and cache its embeddings; settings as "
+                  "for train")
+    for sub in (train, prepare):
+        sub.add_argument("--cache_dir", default="output/cache")
+        sub.set_defaults(takes_settings=True)
+
+    for name, command, words in [
+            ("evaluate", _evaluate, "measure a trained run, as trained and from its file"),
+            ("verify", _verify, "compare its embeddings with controls and baselines"),
+            ("search", _search, "rank patches by a text")]:
+        sub = add(name, command, words)
+        sub.add_argument("outf", help="run folder")
+        sub.add_argument("--cache_dir", default="output/cache")
+        sub.add_argument("--device", default="auto")
+        if name == "search":
+            sub.add_argument("queries", nargs="+", help="texts; ImageNet class names for a run "
+                                                        "with the bundled teacher")
+            sub.add_argument("--top_k", type=int, default=5)
+        if name == "verify":
+            sub.add_argument("--seed", type=int, default=0)
+
+    add("settings", _settings, "print every setting, its default and its meaning")
+    return parser
+
+
+def _book(args: argparse.Namespace) -> None:
+    from .book import make_book
+
+    overrides = dict(args.parameter) | ({"outf": args.outf} if args.outf else {})
+    make_book(args.profile, overrides=overrides, only=args.only, publish_pages=args.publish)
+
+
+def read_settings(words: list[str]) -> dict[str, Any]:
+    """`--enc_strds 5 4 4 2 2 --predict_clip -b 2` as flat parameters.
+
+    A flag without a value is True; several values are joined by spaces.
+
+    Raises:
+        ConfigError: an unknown name, a value without a name, or a name without a value.
+    """
+    given: dict[str, list[str]] = {}
+    name = None
+    for word in words:
+        if word.startswith("-") and not _is_number(word):
+            name, equals, value = word.lstrip("-").partition("=")
+            name = SHORT.get(name, name)
+            if name in INSTEAD:
+                raise ConfigError(f"{word} is not needed here: {INSTEAD[name]}")
+            given[name] = [value] if equals else []
+        elif name is None:
+            raise ConfigError(f"{word!r} stands without a name; write --name value")
+        else:
+            given[name].append(word)
+    defaults = Config().params()
+    for name, values in given.items():
+        if not values and not isinstance(defaults.get(name, ""), bool) and name in defaults:
+            raise ConfigError(f"--{name} needs a value; the default is {defaults[name]!r}")
+    return {name: " ".join(values) if values else "True" for name, values in given.items()}
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _train(args: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from .dataset import prepare_dataset
+    from .launch import follow, launch
+
+    prepare_dataset(args.config, args.cache_dir, device=args.config.train.device)
+    jobs = launch(args.config, args.outf, cache_dir=args.cache_dir,
+                  **{name: getattr(args, name) for name in LAUNCH})
+    follow(jobs)
+    failed = [job for job in jobs if job.state == "failed"]
+    if failed:
+        raise SystemExit(f"error: {failed[0].why}")
+    print(jobs[0].run_dir)
+    _show_summary(pd.read_csv(jobs[0].run_dir / "evaluation.csv"))
+
+
+def _show_summary(table) -> None:
+    from .evaluate import summarise
+
+    print(summarise(table).to_string(index=False, na_rep="", float_format="{:.4f}".format))
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from .dataset import prepare_dataset
+
+    dataset = prepare_dataset(args.config, args.cache_dir, device=args.config.train.device)
+    print(dataset.facts().to_string(header=False))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from .evaluate import evaluate_run, load_run
+
+    _show_summary(evaluate_run(load_run(args.outf, cache_dir=args.cache_dir, device=args.device)))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .evaluate import load_run, predict_embeddings, sources_of
+    from .verify import report_text, verify_embeddings, write_report
+
+    run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
+    source = sources_of(run.model)[-1]  # for held-out frames, the one that is a prediction
+    report = verify_embeddings(
+        predict_embeddings(run.model, run.dataset, source=source), run.dataset.embeddings,
+        run.dataset.split.train, run.dataset.split.val, seed=args.seed, source=source,
+        teacher_label=run.dataset.teacher_label)
+    print(report_text(report))
+    for path in write_report(report, run.run_dir.path):
+        print(path)
+
+
+def _search(args: argparse.Namespace) -> None:
+    from .evaluate import load_run, predict_embeddings
+    from .search import rank_patches
+    from .teachers import load_teacher
+
+    run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
+    texts = load_teacher(run.config.teacher, args.device).encode_text(args.queries).cpu()
+    predicted = predict_embeddings(run.model, run.dataset)
+    boxes = run.dataset.grid.boxes.tolist()
+    for query, vector in zip(args.queries, texts):
+        found = rank_patches(vector, predicted, args.top_k)
+        found["time_s"] = found.frame / run.dataset.video.fps
+        for i, side in enumerate(("top", "left", "height", "width")):
+            found[side] = [boxes[patch][i] for patch in found.patch]
+        print(f"{query}  ({run.dataset.teacher_label})")
+        print(found.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
+
+
+def _settings(args: argparse.Namespace) -> None:
+    width = max(map(len, param_names())) + 2
+    group = None
+    for name, default, own_group, meaning in pages.describe_settings():
+        if own_group != group:
+            group = own_group
+            print(f"\n{group}")
+        print(f"  --{name:<{width}}{default or '(empty)':<20}{meaning}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,8 +7,7 @@ import os
 import sys
 from typing import Any
 
-from . import pages
-from .config import PROFILES, Config, ConfigError, param_names
+from .config import PROFILES, Config, ConfigError, param_names, settings_table
 
 SHORT = {"b": "batch_size", "batchSize": "batch_size", "e": "epochs", "d": "distributed"}
 # Options of the original scripts that are something else here
@@ -214,7 +213,7 @@ def _search(args: argparse.Namespace) -> None:
 def _settings(args: argparse.Namespace) -> None:
     width = max(map(len, param_names())) + 2
     group = None
-    for name, default, own_group, meaning in pages.describe_settings():
+    for name, default, own_group, meaning in settings_table():
         if own_group != group:
             group = own_group
             print(f"\n{group}")

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
+import re
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -380,7 +383,12 @@ def profile_params(profile: str) -> dict[str, Any]:
     return Config.from_params(**PROFILES[profile]).params()
 
 
-def settings_table() -> list[tuple[str, Any, str]]:
-    """(name, packed default, group) of every parameter, for README and book."""
-    return [(f.name, _pack(f.default), group)
+def settings_table() -> list[tuple[str, str, str, str]]:
+    """(name, packed default, group, meaning) of every parameter, for README, book and help.
+
+    The meaning is the comment beside the field above.
+    """
+    comments = dict(re.findall(r"^    (\w+): [^\n]*?  # ([^\n]*)$",
+                               inspect.getsource(sys.modules[__name__]), re.M))
+    return [(f.name, str(_pack(f.default)), group, comments[f.name])
             for group, group_type in _GROUPS.items() for f in dataclasses.fields(group_type)]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from pathlib import Path
 
 import pandas as pd
 
-from . import config as config_module
 from .config import Config, settings_table
 from .runs import RunDir
 
@@ -30,19 +27,10 @@ def placeholder(name: str) -> str:
     return PLACEHOLDER.format(title=f"{number} · {title}", name=name)
 
 
-def describe_settings() -> list[tuple[str, str, str, str]]:
-    """(name, packed default, group, meaning) of every setting; the meaning is config.py's comment.
-    """
-    comments = dict(re.findall(r"^    (\w+): [^\n]*?  # ([^\n]*)$",
-                               inspect.getsource(config_module), re.M))
-    return [(name, str(default), group, comments[name]) for name, default, group in
-            settings_table()]
-
-
 def settings_markdown() -> str:
     """The settings as a Markdown table, for README and book."""
     rows = ["| parameter | default | meaning |", "|---|---|---|"]
-    for name, default, _, meaning in describe_settings():
+    for name, default, _, meaning in settings_table():
         rows.append(f"| `{name}` | {f'`{default}`' if default else 'empty'} | {meaning} |")
     return "\n".join(rows) + "\n"
 

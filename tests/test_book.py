@@ -1,0 +1,232 @@
+"""The book: papermill and Jupyter Book driven on small notebooks of the tests' own."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from hnerv_clip import book, pages
+from hnerv_clip.book import BookError
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.runs import RunDir, RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST = """outf = "output/quick/main"  # run folder
+epochs = 30
+lr = 0.001
+predict_clip = True
+queries = ["hare", "wood"]"""
+
+
+def write_notebook(path, *sources, tags=("parameters",)):
+    """A notebook whose first cell is a heading and whose second is the parameters cell."""
+    cells = [nbformat.v4.new_markdown_cell(f"# {path.stem}")]
+    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+    cells[1].metadata["tags"] = list(tags)
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={
+        "kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}})
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    """A checkout with this repository's configuration and two small notebooks."""
+    root = tmp_path / "repo"
+    shutil.copytree(ROOT / "book" / "_ext", root / "book" / "_ext")
+    shutil.copytree(ROOT / "book" / "_static", root / "book" / "_static")
+    shutil.copy(ROOT / "_config.yml", root)
+    (root / "pyproject.toml").touch()
+    (root / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n"
+                                   "- file: book/01_first\n- file: book/02_second\n")
+    (root / "book" / "index.md").write_text("# Small\n\n$$ \\frac{1}{2} $$\n\n"
+                                            "```{include} _generated/headline.md\n```\n")
+    for name in ("01_first", "02_second"):
+        (root / "book" / f"{name}.md").write_text(pages.placeholder(name))
+    write_notebook(root / "notebooks" / "01_first.ipynb", FIRST,
+                   "import sys, os\nprint('\\r 50%\\r100%')\nprint('noise', file=sys.stderr)\n"
+                   "print(os.getcwd(), epochs)")
+    write_notebook(root / "notebooks" / "02_second.ipynb", 'outf = "output/quick/main"\ntop_k = 5',
+                   "from pathlib import Path\nopen('../ran', 'a').write('x')\nPath.cwd()")
+    monkeypatch.chdir(root)
+    return root
+
+
+def plan(repo, only=(), **overrides):
+    notebooks = book.list_notebooks(repo, only)
+    others = [n for n in book.list_notebooks(repo) if n not in notebooks]
+    return book.plan_parameters(notebooks, profile="quick", overrides=overrides, others=others)
+
+
+def test_parameters_are_read_from_the_tagged_cell(repo):
+    assert book.declared_parameters(repo / "notebooks" / "01_first.ipynb") == {
+        "outf": "output/quick/main", "epochs": 30, "lr": 0.001, "predict_clip": True,
+        "queries": ["hare", "wood"]}
+
+
+def test_a_default_that_is_computed_is_refused(repo):
+    path = write_notebook(repo / "notebooks" / "03_third.ipynb", "epochs = 2 * 3 * len('a')")
+    with pytest.raises(BookError, match="03_third.*plain value"):
+        book.declared_parameters(path)
+
+
+def test_only_declared_and_changed_parameters_are_injected(repo):
+    assert plan(repo) == [{}, {}]
+    assert plan(repo, epochs="3", top_k="7", lr="1e-2", predict_clip="false",
+                queries="['fox']") == [
+        {"epochs": 3, "lr": 0.01, "predict_clip": False, "queries": ["fox"]}, {"top_k": 7}]
+    assert plan(repo, outf="output/x/main") == [{"outf": "output/x/main"}] * 2
+
+
+def test_the_full_profile_injects_what_differs_from_quick(repo):
+    first, second = book.plan_parameters(book.list_notebooks(repo), profile="full", overrides={})
+    assert first == {"outf": "output/full/main", "epochs": 300}
+    assert second == {"outf": "output/full/main"}
+
+
+def test_an_unknown_parameter_is_refused_with_the_known_ones(repo):
+    with pytest.raises(BookError, match="'epocs'.*'epochs'.*outf, epochs, lr.*top_k"):
+        plan(repo, epocs="3")
+    with pytest.raises(BookError, match="belongs to 01_first"):
+        plan(repo, only=["02"], epochs="3")
+    with pytest.raises(BookError, match="99.*01_first, 02_second"):
+        plan(repo, only=["99"])
+
+
+@pytest.mark.parametrize("name, value", [("epochs", "many"), ("epochs", "1.5"), ("lr", "fast"),
+                                         ("predict_clip", "maybe"), ("queries", "hare")])
+def test_a_value_of_the_wrong_type_is_refused(repo, name, value):
+    with pytest.raises(BookError, match=f"{name}='{value}'.*default"):
+        plan(repo, **{name: value})
+
+
+def test_a_bad_request_is_refused_before_any_work(repo, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="epochs=0"):
+        book.make_book(overrides={"epochs": "0"})
+    with pytest.raises(ConfigError, match="profile='large'"):
+        book.make_book("large")
+    with pytest.raises(BookError, match="repository itself"):
+        book.make_book(overrides={"outf": "main"})
+    RunDir.create(repo / "output" / "quick" / "main", Config.from_params(epochs=2))
+    with pytest.raises(RunError, match="epochs: 2 there, 30 asked"):
+        book.make_book()
+    assert not (repo / "ran").exists() and not (repo / "output/quick/executed").exists()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BookError, match="_toc.yml.*checkout"):
+        book.make_book()
+
+
+def test_a_book_from_notebooks_to_published_pages(repo, capsys):
+    committed = {p: p.read_bytes() for p in (repo / "book").rglob("*") if p.is_file()}
+    (repo / "book" / "index.md").write_text("# Small\n\n[broken](nowhere.md)\n")
+    with pytest.raises(BookError, match="index.md:3: WARNING.*nowhere.md"):
+        book.make_book(overrides={"epochs": "3"})
+    (repo / "book" / "index.md").write_bytes(committed[repo / "book" / "index.md"])
+
+    html = book.make_book(overrides={"epochs": "3"}, only=["01"])  # 02 is there from before
+    assert html == repo / "output" / "quick" / "html" / "index.html"
+    assert "[1/1] 01_first  (epochs=3)" in capsys.readouterr().out
+    assert (repo / "ran").read_text() == "x"
+    assert {p: p.read_bytes() for p in committed} == committed
+    assert sorted(p.name for p in (repo / "book").iterdir()) == sorted(
+        {p.relative_to(repo / "book").parts[0] for p in committed})
+
+    page = nbformat.read(repo / "output/quick/site/book/01_first.ipynb", as_version=4)
+    assert [c.source for c in page.cells[2:3]] == ["# Parameters\nepochs = 3\n"]
+    assert page.cells[3].outputs[0].text == "100%\n./notebooks 3\n"
+    assert set(page.metadata) <= {"kernelspec", "language_info"}
+    text = (repo / "output/quick/site/book/02_second.ipynb").read_text()
+    assert "PosixPath" in text and str(repo) not in text
+    index = (html.parent / "book" / "index.html").read_text()
+    assert "No run is published yet" in index and "aria-label" in index  # the drawn formula
+    for built in (html.parent / "book").glob("*.html"):
+        scripts = re.findall(r'<(?:script|link)[^>]*(?:src|href)="(https?:[^"]*)"',
+                             built.read_text())
+        assert not scripts, f"{built.name} needs the network"
+
+    book.publish(repo, repo / "output/quick/site")
+    published = sorted(p.name for p in (repo / "book").glob("0*"))
+    assert published == ["01_first.ipynb", "02_second.ipynb"]
+
+
+def test_a_page_too_large_to_commit_is_not_published(repo, monkeypatch):
+    site = repo / "output" / "quick" / "site"
+    (site / "book").mkdir(parents=True)
+    write_notebook(site / "book" / "01_first.ipynb", "a = 1")
+    monkeypatch.setattr(book, "PAGE_LIMIT_BYTES", 100)
+    with pytest.raises(BookError, match="01_first.ipynb.*nothing was published"):
+        book.publish(repo, site)
+    assert (repo / "book" / "01_first.md").exists()
+
+
+def test_a_failing_cell_is_named_and_the_partial_copy_kept(repo):
+    source = write_notebook(repo / "notebooks" / "03_third.ipynb", "a = 1", "print('before')",
+                            "b = a / 0  # the culprit")
+    target = repo / "out" / source.name
+    with pytest.raises(BookError) as caught:
+        book.execute(source, target, parameters={"a": 2})
+    assert re.search(r"03_third stopped in cell \[4\] \(b = a / 0.*\n.*ZeroDivisionError: "
+                     r"division by zero\n.*03_third.failed.ipynb", str(caught.value))
+    assert not target.exists()
+    assert "before" in (repo / "out" / "03_third.failed.ipynb").read_text()
+
+
+def test_a_kernel_that_dies_is_an_error(repo):
+    source = write_notebook(repo / "notebooks" / "03_third.ipynb", "a = 1",
+                            "import os\nos._exit(9)")
+    with pytest.raises(BookError, match="03_third.*kernel died.*memory"):
+        book.execute(source, repo / "out" / source.name, parameters={})
+
+
+def test_pages_are_cleaned():
+    cell = nbformat.v4.new_code_cell("x", metadata={"papermill": {"duration": 1}, "tags": ["a"]})
+    new = nbformat.v4.new_output
+    cell.outputs = [
+        new("stream", name="stderr", text="10%|# | 1/9"),
+        new("stream", name="stdout", text="a\r\nb\rc\n/home/me/repo/x /home/me/other\n"),
+        new("display_data", data={book.WIDGET: {"model_id": "1"}, "text/plain": "bar"}),
+        new("execute_result", data={"text/html": "<a>/home/me/repo</a>", "image/png": "aGk="})]
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {"x": "/home"}})
+    page = book.clean_page(notebook, {"/home/me/repo": ".", "/home/me": "~"})
+    assert [o.output_type for o in page.cells[0].outputs] == ["stream", "execute_result"]
+    assert page.cells[0].outputs[0].text == "a\r\nc\n./x ~/other\n"
+    assert page.cells[0].outputs[1].data == {"text/html": "<a>.</a>", "image/png": "aGk="}
+    assert page.cells[0].metadata == {"tags": ["a"]} and not page.metadata
+    assert notebook.cells[0].outputs[1].text.startswith("a\r\nb"), "the original is untouched"
+
+
+def test_committed_pages_are_current():
+    table = pages.settings_markdown()
+    assert (ROOT / "book" / "_generated" / "settings.md").read_text() == table
+    assert table in (ROOT / "README.md").read_text(), "README's table of settings is stale"
+    names = re.findall(r"book/(\d\d_\w+)", (ROOT / "_toc.yml").read_text())
+    assert names == [p.stem for p in book.list_notebooks(ROOT)]
+    for name in names:
+        placeholder, page = (ROOT / "book" / f"{name}.{ending}" for ending in ("md", "ipynb"))
+        assert placeholder.exists() != page.exists(), f"one of {placeholder}, {page}"
+        if placeholder.exists():
+            assert placeholder.read_text() == pages.placeholder(name)
+        else:
+            assert "papermill" not in json.loads(page.read_text())["metadata"]
+
+
+def test_the_headline_comes_from_the_run(small_config, small_dataset, cache_dir, tmp_path):
+    import av
+    import pandas as pd
+
+    from hnerv_clip.train import train
+
+    run = RunDir(train(small_config, tmp_path / "main", cache_dir=cache_dir,
+                       progress=False).run_dir)
+    text = pages.headline(run, tmp_path / "headline.mp4", cache_dir=cache_dir)
+    table = pd.read_csv(run.path / "evaluation.csv")
+    seen = table[(table.variant == "trained") & (table.split == "train")]
+    assert f"| {seen.psnr_db.mean():.2f} |" in text and "not CLIP" in text
+    assert "Big Buck Bunny © Blender Foundation" in text and "nan" not in text
+    with av.open(str(tmp_path / "headline.mp4")) as container:
+        shapes = [(frame.height, frame.width) for frame in container.decode(video=0)]
+    assert shapes == [(80, 320)] * 12

@@ -1,0 +1,95 @@
+"""The command line, as typed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from hnerv_clip import cli
+from hnerv_clip.config import Config, ConfigError, param_names, settings_table
+
+# The original description's own command, less what is named differently here
+KNOWN = """--data_split 4_5_5 --enc_strds 5 4 4 2 2 --dec_strds 5 4 4 2 2
+--conv_type convnext pshuffel --fc_hw 9_16 --enc_dim 64_16
+--ks 0_1_5 --reduce 1.2 --lower_width 12 --num_blks 1_1
+--modelsize 1.5 --act gelu --epochs 300 -b 2 --lr 0.001 --quant_model_bit 8 --quant_embed_bit 6
+--predict_clip --clip_loss_weight 0.5 --pixel_loss_warmup_epochs 50""".split()
+
+
+def run(*words):
+    """Run `hnerv-clip` in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "hnerv_clip.cli", *map(str, words)],
+                          capture_output=True, text=True)
+
+
+def test_a_known_command_can_be_typed_over():
+    config = Config.from_params(**cli.read_settings(KNOWN))
+    assert config == Config.from_params(fc_hw="9_16")
+
+
+@pytest.mark.parametrize("words, wanted", [
+    (["--predict_clip", "False"], {"predict_clip": "False"}),
+    (["--reduce", "-1", "--embed", ""], {"reduce": "-1", "embed": ""}),
+    (["--lr=1e-2", "-e", "3"], {"lr": "1e-2", "epochs": "3"}),
+    (["--enc_strds", "5 4 2 2"], {"enc_strds": "5 4 2 2"}),
+])
+def test_values_are_read_as_typed(words, wanted):
+    assert cli.read_settings(words) == wanted
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--lr"], "--lr needs a value; the default is 0.001"),
+    (["3"], "'3' stands without a name"),
+    (["--distributed"], "--gpus_per_node"),
+    (["--eval_only"], "hnerv-clip evaluate"),
+])
+def test_what_is_typed_wrongly_is_told(words, message):
+    with pytest.raises(ConfigError, match=message):
+        cli.read_settings(words)
+
+
+def test_an_unknown_setting_is_refused_with_the_known_ones(capsys, tmp_path):
+    assert cli.main(["train", "--outf", str(tmp_path / "x"), "--epoch", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "'epoch'. Did you mean 'epochs'?" in error and "clip_loss_weight" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_settings_lists_every_parameter(capsys):
+    assert cli.main(["settings"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{name} " in printed for name in param_names())
+    assert all(meaning in printed for *_, meaning in settings_table())
+
+
+def test_help_and_settings_load_no_torch():
+    code = ("import sys; from hnerv_clip import cli; cli._parser(); "
+            "sys.exit(bool({'torch', 'papermill', 'matplotlib'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_missing_run_is_an_error_without_a_traceback(tmp_path):
+    done = run("evaluate", tmp_path / "nothing")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "config.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tmp_path, capsys):
+    outf, cache = str(tmp_path / "main"), ["--cache_dir", str(cache_dir)]
+    settings = [word for name, value in small_config.params().items()
+                for word in (f"--{name}", str(value))]
+    assert cli.main(["train", "--outf", outf, *cache, *settings]) == 0
+    trained = capsys.readouterr().out
+    assert "interpolated unseen" in " ".join(trained.split())
+    assert cli.main(["evaluate", outf, *cache]) == 0
+    assert capsys.readouterr().out.strip() in trained
+    assert cli.main(["verify", outf, *cache]) == 0
+    assert "Temporal Shuffle" in capsys.readouterr().out
+    assert cli.main(["search", outf, "hare", "wood rabbit", "--top_k", "2", *cache]) == 0
+    found = capsys.readouterr().out
+    assert found.count("not CLIP") == 2 and "wood rabbit" in found
+    assert cli.main(["search", outf, "a rabbit in love", *cache]) == 2
+    assert "ImageNet class" in capsys.readouterr().err
+    assert cli.main(["train", "--outf", outf, *cache, *settings, "--epochs", "9"]) == 1
+    assert "epochs: 4 there, 9 asked" in capsys.readouterr().err

@@ -50,6 +50,13 @@ class PatchGrid:
         boxes = self.boxes.float()
         return boxes[:, :2] + boxes[:, 2:] / 2
 
+    def coverage(self) -> Tensor:
+        """int64 [H, W]: how many patches each pixel lies in."""
+        count = torch.zeros(self.frame, dtype=torch.int64)
+        for top, left, height, width in self.boxes.tolist():
+            count[top:top + height, left:left + width] += 1
+        return count
+
 
 def make_grid(config: TeacherConfig, frame_hw: tuple[int, int]) -> PatchGrid:
     """The patch grid of a frame.

@@ -94,17 +94,24 @@ def load_teacher(config: TeacherConfig, device: str | torch.device = "auto") -> 
             at once, with the ways out.
     """
     if config.teacher == BUNDLED:
-        return BundledTeacher(_torch_device(device))
-    return ClipTeacher(config, _torch_device(device))
+        return BundledTeacher(select_device(device))
+    return ClipTeacher(config, select_device(device))
 
 
-def _torch_device(device: str | torch.device) -> torch.device:
+def select_device(device: str | torch.device) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ConfigError: a device that this machine lacks.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={str(device)!r}: PyTorch sees no GPU here; use device='cpu' or "
-                          "'auto'")
-    return torch.device(device)
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={str(device)!r} can't be used here "
+                          f"({str(error).splitlines()[0]}); use device='auto' or 'cpu'") from error
 
 
 def preprocess(patches: Tensor, size: tuple[int, int], *, mean: tuple[float, ...],
@@ -571,3 +578,38 @@ def frame_similarity(embeddings: Tensor, *, centred: bool = False) -> Tensor:
     if centred:
         embeddings = normalize(embeddings - embeddings.mean(dim=(0, 1)), dim=-1)
     return torch.einsum("tpd,spd->ts", embeddings, embeddings) / embeddings.shape[1]
+
+
+def similarity_by_lag(similarity: Tensor) -> Tensor:
+    """Mean similarity of frames that lie so many frames apart.
+
+    Args:
+        similarity: [T, T], as `frame_similarity` gives it.
+    Returns:
+        [L] for 0, 1, … L-1 frames apart, up to half the video; the first is a frame with itself.
+    """
+    frame_count = len(similarity)
+    lags = range(max(min(2, frame_count), frame_count // 2))
+    return torch.stack([similarity.diagonal(lag).mean() for lag in lags])
+
+
+class Structure(NamedTuple):
+    """How a teacher's embeddings of one video relate; cosines at the same patch position."""
+
+    raw: Tensor  # [T, T] cosine between frames
+    centred: Tensor  # [T, T], the mean of all embeddings taken off first
+    raw_by_lag: Tensor  # [L] of frames 0, 1, … L-1 apart
+    centred_by_lag: Tensor
+    mean_energy: float  # see `mean_energy`
+    constant_cosine: float  # what the constant mean embedding scores
+    neighbour_cosine: float  # what the frame before scores; NaN for a single frame
+
+
+def describe_structure(embeddings: Tensor) -> Structure:
+    """How alike the embeddings [T, P, D] of a video are, so that a score can be judged."""
+    raw, centred = frame_similarity(embeddings), frame_similarity(embeddings, centred=True)
+    by_lag, energy = similarity_by_lag(raw), mean_energy(embeddings)
+    return Structure(
+        raw=raw, centred=centred, raw_by_lag=by_lag, centred_by_lag=similarity_by_lag(centred),
+        mean_energy=energy, constant_cosine=energy ** 0.5,
+        neighbour_cosine=by_lag[1].item() if len(by_lag) > 1 else float("nan"))

@@ -17,6 +17,7 @@ from hnerv_clip.patches import cut_patches, make_grid
 from hnerv_clip.teachers import (
     cache_path,
     cached_embeddings,
+    describe_structure,
     describe_teacher,
     frame_similarity,
     imagenet_classes,
@@ -24,6 +25,7 @@ from hnerv_clip.teachers import (
     mean_energy,
     preprocess,
     run_teacher,
+    similarity_by_lag,
     teacher_dim,
     teacher_embeddings,
 )
@@ -306,10 +308,10 @@ def test_a_folder_without_weights_is_no_teacher(tiny_clip, tmp_path):
     assert "holds no weights" in error(load_teacher, config, "cpu")
 
 
-def test_unavailable_gpu():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    assert "device='cpu'" in error(load_teacher, BUNDLED, "cuda")
+def test_unavailable_device():
+    for device in ("cuda:99", "abacus"):
+        message = error(load_teacher, BUNDLED, device)
+        assert device in message and "'cpu'" in message
 
 
 # The cache.
@@ -421,3 +423,21 @@ def test_mean_energy_and_frame_similarity_by_hand():
     assert torch.allclose(frame_similarity(embeddings), torch.eye(2))
     opposite = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
     assert torch.allclose(frame_similarity(embeddings, centred=True), opposite, atol=1e-6)
+
+
+def test_similarity_by_lag_by_hand():
+    similarity = torch.tensor([[1.0, 0.5, 0.1, 0.0], [0.5, 1.0, 0.7, 0.2],
+                               [0.1, 0.7, 1.0, 0.9], [0.0, 0.2, 0.9, 1.0]])
+    assert torch.allclose(similarity_by_lag(similarity), torch.tensor([1.0, 0.7]))
+    assert similarity_by_lag(torch.ones(1, 1)).tolist() == [1.0]
+
+
+def test_structure_says_what_a_constant_and_a_neighbour_score(small_dataset):
+    embeddings = small_dataset.embeddings
+    structure = describe_structure(embeddings)
+    constant = normalize(embeddings.mean((0, 1)), dim=0)
+    expected = (embeddings @ constant).mean().item()
+    assert structure.constant_cosine == pytest.approx(expected, abs=1e-5)
+    neighbours = (embeddings[1:] * embeddings[:-1]).sum(-1).mean().item()
+    assert structure.neighbour_cosine == pytest.approx(neighbours, abs=1e-5)
+    assert structure.centred_by_lag[1] < structure.raw_by_lag[1] < 1

@@ -8,6 +8,7 @@ figure stays a bitmap.
 from __future__ import annotations
 
 import matplotlib as mpl
+import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ WIDTH = 8.0  # inches: the text width of a book page
 
 
 def use_style(image_format: str = "svg") -> None:
-    """Set the look of every figure drawn after this call.
+    """Set the look of every figure and table shown after this call.
 
     Args:
         image_format: what a notebook shows: "svg" for lines, "png" or "jpeg" for pictures.
@@ -56,8 +57,9 @@ def use_style(image_format: str = "svg") -> None:
         "axes.prop_cycle": cycler(color=CYCLE), "lines.linewidth": 1.8, "lines.markersize": 5,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "axes.axisbelow": True, "grid.color": "#E4E4E4", "grid.linewidth": 0.7,
-        "legend.frameon": False, "image.cmap": SEQUENTIAL, "image.interpolation": "nearest",
+        "legend.frameon": False, "image.cmap": SEQUENTIAL,
     })
+    pd.set_option("display.max_colwidth", None)  # a table shows whole sentences, such as "not CLIP"
     _set_notebook_format(image_format)
 
 

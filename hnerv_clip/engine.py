@@ -34,10 +34,10 @@ class PlainEngine:
             self.targets = dataset.embeddings.to(self.device)  # [T, P, D]
             self.cells = tuple(i.to(self.device) for i in feature_index(
                 dataset.grid.centres, dataset.video.frame_hw, model.plan.output_hw))
-        self.optimizer = self._make_optimizer()
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.model.parameters(), lr=self.config.train.lr, fused=True)
+        self.lr = torch.tensor(config.train.lr, device=self.device)
+        self.weight = torch.tensor(0.0, device=self.device)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=self.lr, fused=True,
+                                          capturable=self.device.type == "cuda")
 
     def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
         """One update.
@@ -46,15 +46,16 @@ class PlainEngine:
             indices: int64 [B] frames of this rank, on the device; may be empty on some ranks.
             count: frames of all ranks together; gradients are their mean.
             lr: learning rate.
-            weight: λ of the cosine term; at 0 the CLIP head is measured, not taught.
+            weight: λ of the cosine term; at 0 the CLIP head is measured, and its gradient is 0.
         Returns:
             [4] sums of `COLUMNS` over this rank's frames.
         """
-        self._set_lr(lr)
+        self.lr.fill_(lr)
+        self.weight.fill_(weight)
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(len(COLUMNS), device=self.device)
         if len(indices):
-            columns = self.frame_losses(indices, weight)
+            columns = self.frame_losses(indices)
             (columns[2].sum() / count).backward()
             sums = columns.detach().sum(1)
         if dist.is_initialized():
@@ -62,7 +63,7 @@ class PlainEngine:
         self.optimizer.step()
         return sums
 
-    def frame_losses(self, indices: Tensor, weight: float) -> Tensor:
+    def frame_losses(self, indices: Tensor) -> Tensor:
         """`COLUMNS` of frames [B]: [4, B]."""
         frames = (self.frames[indices].float() / 255).contiguous(memory_format=torch.channels_last)
         seen = frames if self.mask is None else frames * self.mask
@@ -73,12 +74,11 @@ class PlainEngine:
             pred = self.model.rgb(features)
         pred = pred.float()
         pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask)
-        clip = torch.zeros_like(pixel)
+        clip, total = torch.zeros_like(pixel), pixel
         if self.config.model.predict_clip:
-            with torch.set_grad_enabled(weight > 0):
-                clip = clip_loss(self.model.clip_at_index(features.float(), *self.cells),
-                                 self.targets[indices])
-        total = pixel + weight * clip if weight else pixel
+            clip = clip_loss(self.model.clip_at_index(features, *self.cells),
+                             self.targets[indices])
+            total = pixel + self.weight * clip
         return torch.stack([pixel, clip, total, psnr(pred.detach(), frames)])
 
     def load_optimizer(self, state: dict) -> None:
@@ -89,16 +89,9 @@ class PlainEngine:
         for group, own in zip(self.optimizer.param_groups, settings):
             group.update(own)
 
-    def _set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-
     def _reduce_gradients(self) -> None:
         """Sum the ranks' gradients, in one message."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = list(self.model.parameters())
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
@@ -116,38 +109,34 @@ class FastEngine(PlainEngine):
         model.pad_channels(8)
         self.compiled = torch.compile(self.frame_losses, dynamic=False)
         self.indices = torch.zeros(config.train.batch_size, dtype=torch.int64, device=self.device)
-        self.graphs: dict[float, torch.cuda.CUDAGraph] = {}
-        self.sums: dict[float, Tensor] = {}
-        self.warm: dict[float, int] = {}
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warmed_up = 0
         self.stream = torch.cuda.Stream(self.device)
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        lr = torch.tensor(self.config.train.lr, device=self.device)
-        return torch.optim.Adam(self.model.parameters(), lr=lr, fused=True, capturable=True)
 
     def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
         if len(indices) != len(self.indices) or count != len(indices):
             return super().step(indices, count=count, lr=lr, weight=weight)
-        self._set_lr(lr)
+        self.lr.fill_(lr)
+        self.weight.fill_(weight)
         self.indices.copy_(indices)
-        warm = self.warm.get(weight, 0)
-        if warm < self.WARM_UP:
-            self.warm[weight] = warm + 1
+        if self.graph is None:
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                sums = self._update(weight)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return sums
-        if weight not in self.graphs:
-            self.graphs[weight] = graph = torch.cuda.CUDAGraph()
+            if self.warmed_up < self.WARM_UP:
+                self.warmed_up += 1
+                with torch.cuda.stream(self.stream):
+                    self.sums = self._update()
+                torch.cuda.current_stream().wait_stream(self.stream)
+                return self.sums
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream):
-                self.sums[weight] = self._update(weight)
-        self.graphs[weight].replay()
-        return self.sums[weight]
+                self.sums = self._update()
+            self.graph = graph
+        self.graph.replay()
+        return self.sums
 
-    def _update(self, weight: float) -> Tensor:
+    def _update(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        columns = self.compiled(self.indices, weight)
+        columns = self.compiled(self.indices)
         (columns[2].sum() / len(self.indices)).backward()
         self.optimizer.step()
         return columns.detach().sum(1)

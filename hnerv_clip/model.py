@@ -260,15 +260,15 @@ class HNeRV(nn.Module):
     def clip_at_index(self, features: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """`clip_at` for cells of the feature map: rows and cols int64 [P]."""
         self._need_clip_head()
-        picked = features[:, :self.plan.widths[-1], rows, cols][..., None]  # [B, n, P, 1]
-        return F.normalize(self.clip_head(picked)[..., 0].float(), dim=1).transpose(1, 2)
+        picked = features[:, :self.plan.widths[-1], rows, cols][..., None].float()  # [B, n, P, 1]
+        return F.normalize(self.clip_head(picked)[..., 0], dim=1).transpose(1, 2)
 
     def clip_map(self, features: Tensor, *, stride: int = 1) -> Tensor:
         """Embeddings on a grid over the feature map: [B, D, ⌈H'/stride⌉, ⌈W'/stride⌉], float32."""
         self._need_clip_head()
         start = stride // 2
-        picked = features[:, :self.plan.widths[-1], start::stride, start::stride]
-        return F.normalize(self.clip_head(picked).float(), dim=1)
+        picked = features[:, :self.plan.widths[-1], start::stride, start::stride].float()
+        return F.normalize(self.clip_head(picked), dim=1)
 
     def forward(self, frames: Tensor | None, times: Tensor, centres: Tensor | None = None
                 ) -> tuple[Tensor, Tensor | None]:

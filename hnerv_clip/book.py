@@ -261,7 +261,7 @@ def stage(root: Path, study: Path, *, config: Config, run_dir: Path,
             nbformat.write(page, site / "book" / executed.name)
         else:
             missing.append(name)
-            (site / "book" / f"{name}.md").write_text(pages.placeholder(name))
+            (site / "book" / executed.name).write_text(pages.placeholder(name))
     pages.write_generated(site / "book", config=config, run_dir=run_dir, cache_dir=cache_dir)
     return site, missing
 
@@ -287,7 +287,7 @@ def render(site: Path, html: Path) -> None:
 
 
 def publish(root: Path, site: Path) -> list[Path]:
-    """Copy a site's executed pages and generated parts into `book/`, in place of what is there.
+    """Copy a site's pages and generated parts into `book/`, in place of what is there.
 
     Raises:
         BookError: a page is too large to commit.
@@ -300,7 +300,6 @@ def publish(root: Path, site: Path) -> list[Path]:
                             "show smaller pictures; nothing was published")
     for page in executed:
         shutil.copy(page, root / "book" / page.name)
-        (root / "book" / f"{page.stem}.md").unlink(missing_ok=True)
     for name in ("_generated", "_static"):
         shutil.copytree(site / "book" / name, root / "book" / name, dirs_exist_ok=True)
     return [root / "book" / page.name for page in executed]

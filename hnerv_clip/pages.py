@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 
 from .config import Config, settings_table
@@ -21,10 +22,17 @@ This page is the executed copy of `notebooks/{name}.ipynb` from a full run, and 
 
 
 def placeholder(name: str) -> str:
-    """The page that stands in for a notebook that was not executed."""
+    """The page that stands in for a notebook that was not executed, itself a notebook.
+
+    So links to the page hold, published or not.
+    """
     number, _, words = name.partition("_")
     title = words.replace("_", " ").replace("clip", "CLIP").capitalize().replace("clip", "CLIP")
-    return PLACEHOLDER.format(title=f"{number} · {title}", name=name)
+    text = PLACEHOLDER.format(title=f"{number} · {title}", name=name)
+    cell = nbformat.v4.new_markdown_cell(text.strip(), id="placeholder")
+    page = nbformat.v4.new_notebook(cells=[cell], metadata={
+        "kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}})
+    return nbformat.writes(page) + "\n"
 
 
 def settings_markdown() -> str:

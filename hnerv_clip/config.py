@@ -234,8 +234,10 @@ def _unpack(name: str, value: Any) -> tuple | None:
         raise ConfigError(f"{name}={value!r} does not parse; "
                           f"write for example {name}={example!r}") from None
     if count is not None and len(parsed) != count or not parsed:
-        raise ConfigError(f"{name}={value!r} has {len(parsed)} values, not "
-                          f"{count or 'one or more'}; write for example {name}={example!r}")
+        hint = f" (papermill -p reads {example} as one number; pass it with -r)" \
+            if isinstance(value, int) else ""
+        raise ConfigError(f"{name}={value!r} has {len(parsed)} values, not {count or 'one or more'}"
+                          f"; write for example {name}={example!r}{hint}")
     return Split(*parsed) if name == "data_split" else parsed
 
 

@@ -81,7 +81,8 @@ def teacher_dim(config: TeacherConfig) -> int:
     """D, read from the architecture; loads no weights.
 
     Raises:
-        ConfigError: unknown architecture, or a `local-dir:` folder without a configuration.
+        ConfigError: an unknown architecture or tag, a missing file, a `local-dir:` folder without
+            a configuration, or weights that were trained with another activation.
     """
     return BUNDLED_DIM if config.teacher == BUNDLED else _clip_architecture(config)["embed_dim"]
 
@@ -303,7 +304,7 @@ def _clip_source(config: TeacherConfig) -> _ClipSource:
     """Find the weights as a file, downloading them if a tag asks for it."""
     from open_clip.pretrained import get_pretrained_cfg
 
-    architecture, source = _clip_architecture(config), config.clip_pretrained
+    source = config.clip_pretrained
     if source.startswith(LOCAL_DIR):
         weights = _weights_file(config)
         return _ClipSource(f"{LOCAL_DIR}{weights.parent}", None, None, str(weights))
@@ -311,7 +312,6 @@ def _clip_source(config: TeacherConfig) -> _ClipSource:
         path = str(resolve_path(source))
         return _ClipSource(config.clip_model, path, None, path)
     tag = get_pretrained_cfg(config.clip_model, source)
-    _check_tag(config, tag, architecture)
     path = _cached_weights(tag) or _download(config, tag)
     return _ClipSource(config.clip_model, path, tag, f"of tag {source!r}")
 
@@ -321,7 +321,7 @@ def _is_file(source: str) -> bool:
 
 
 def _clip_architecture(config: TeacherConfig) -> dict:
-    """open_clip's model configuration."""
+    """open_clip's model configuration, once it is known to suit the source of the weights."""
     import open_clip
 
     if config.clip_pretrained.startswith(LOCAL_DIR):
@@ -339,14 +339,17 @@ def _clip_architecture(config: TeacherConfig) -> dict:
         near = difflib.get_close_matches(config.clip_model, open_clip.list_models(), n=3)
         raise ConfigError(f"clip_model={config.clip_model!r} is not an architecture of open_clip; "
                           f"use {' or '.join(near) or 'ViT-B-32-quickgelu'}")
+    if not _is_file(config.clip_pretrained):
+        _check_tag(config, architecture)
     return architecture
 
 
-def _check_tag(config: TeacherConfig, tag: dict, architecture: dict) -> None:
+def _check_tag(config: TeacherConfig, architecture: dict) -> None:
     """Refuse an unknown tag, and one trained with another activation (features would be wrong)."""
     import open_clip
 
     model, source = config.clip_model, config.clip_pretrained
+    tag = open_clip.get_pretrained_cfg(model, source)
     if not tag:
         tags = open_clip.list_pretrained_tags_by_model(model)
         raise ConfigError(f"clip_pretrained={source!r} is neither a file nor a tag of {model}; use "

@@ -19,6 +19,14 @@ SMALL = dict(
     eval_freq=2, checkpoint_s=0, device="cpu")
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what is marked `gpu` where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def small_config() -> Config:
     """The configuration of `small_dataset`; vary it with `small_config.replace(...)`."""

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from hnerv_clip import dataset as dataset_module
-from hnerv_clip import teachers
-from hnerv_clip.config import ConfigError
+from hnerv_clip import figures, teachers
+from hnerv_clip.config import ConfigError, TeacherConfig
 from hnerv_clip.dataset import load_dataset, prepare_dataset
+from hnerv_clip.patches import cut_patches, make_grid
 
 
 def test_prepared_then_loaded_without_a_teacher(small_config, small_dataset, cache_dir,
@@ -51,7 +52,50 @@ def test_another_dimension_than_the_teachers_is_refused_before_any_work(
             prepare(small_config.replace(**changes), cache_dir)
 
 
+@pytest.mark.parametrize("changes, fix", [
+    (dict(clip_model="ViT-B-32"), "clip_model='ViT-B-32-quickgelu'"),
+    (dict(clip_pretrained="carried/weights.pt"), "a file that exists"),
+    (dict(clip_pretrained="local-dir:nowhere"), "open_clip_config.json")])
+def test_clip_weights_that_cannot_be_are_refused_before_any_work(
+        small_config, cache_dir, monkeypatch, changes, fix):
+    monkeypatch.setattr(dataset_module, "load_video", lambda *a: pytest.fail("decoded"))
+    for prepare in (prepare_dataset, load_dataset):
+        with pytest.raises(ConfigError, match=fix):
+            prepare(small_config.replace(teacher="clip", clip_dim=512, **changes), cache_dir)
+
+
 def test_bad_patches_are_refused_before_the_teacher_runs(small_config, cache_dir, monkeypatch):
     monkeypatch.setattr(teachers, "load_teacher", lambda *a: pytest.fail("loaded a teacher"))
     with pytest.raises(ConfigError, match="patch_size=56"):
         prepare_dataset(small_config.replace(patch_size=100), cache_dir)
+
+
+def words(figure):
+    """All text of a figure that is drawn, which fails where it does not fit together."""
+    figure.canvas.draw()
+    titles = [panel.get_title(loc) for panel in figure.axes for loc in ("left", "center")]
+    return " ".join([text.get_text() for text in figure.texts] + titles)
+
+
+@pytest.mark.parametrize("config", [TeacherConfig(), TeacherConfig(patch_grid=(1, 1)),
+                                    TeacherConfig(patch_grid=None, patch_size=40)])
+def test_figures_show_frames_split_and_patches(small_dataset, config):
+    video, labels = small_dataset.video, small_dataset.split.labels
+    grid = make_grid(config, video.frame_hw)
+    assert "Blender" in words(figures.plot_frames(video.frames, labels, credit=video.credit))
+    assert "frame 0, training" in words(figures.plot_frames(video.frames[:1], labels))
+    legend = figures.plot_split(labels).legends[0]
+    assert [text.get_text() for text in legend.texts] == ["training: 10", "validation: 2"]
+    assert f"The {len(grid)} patches" in words(figures.plot_patch_grid(video.frames[0], grid))
+    patches = cut_patches(video.frames[:1], grid)[0]
+    assert "frame 7" in words(figures.plot_patches(patches, grid, frame_index=7))
+
+
+def test_figures_of_the_teacher_name_it(small_dataset):
+    structure = teachers.describe_structure(small_dataset.embeddings)
+    label = small_dataset.teacher_label
+    for figure in (figures.plot_frame_similarity(structure.raw, structure.centred, label),
+                   figures.plot_similarity_by_lag(
+                       structure.raw_by_lag, structure.centred_by_lag, fps=2.5,
+                       mean_energy=structure.mean_energy, teacher_label=label)):
+        assert "not CLIP" in words(figure)

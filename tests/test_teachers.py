@@ -308,6 +308,17 @@ def test_a_folder_without_weights_is_no_teacher(tiny_clip, tmp_path):
     assert "holds no weights" in error(load_teacher, config, "cpu")
 
 
+@pytest.mark.gpu
+def test_gpu_and_cpu_agree(bundled, tiny_clip, small_dataset):
+    patches = small_dataset.video.frames[:4, :, :64, :64]
+    for config in (BUNDLED, tiny_file(tiny_clip)):
+        on_gpu, on_cpu = load_teacher(config, "cuda"), load_teacher(config, "cpu")
+        embeddings = on_gpu.encode_patches(patches)
+        assert embeddings.is_cuda
+        assert (embeddings.cpu() * on_cpu.encode_patches(patches)).sum(1).min() > 0.999
+        assert (on_gpu.encode_text(["hare"]).cpu() * on_cpu.encode_text(["hare"])).sum() > 0.999
+
+
 def test_unavailable_device():
     for device in ("cuda:99", "abacus"):
         message = error(load_teacher, BUNDLED, device)

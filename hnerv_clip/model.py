@@ -1,12 +1,13 @@
 """The network: an embedding per frame, a decoder, an RGB head and a CLIP head.
 
-HNeRV (Chen et al. 2023, arXiv 2304.02633) with a second output. Parameters stand in the order of
-the authors' implementation, so that its weights would load by position and give its output.
+HNeRV (Chen et al. 2023, arXiv 2304.02633) with a second output. The parameters are those of the
+authors' implementation: `from_hnerv_state` renames its weights, which then give its output.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -392,6 +393,34 @@ def build_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return HNeRV(config, frame_hw=frame_hw, frame_count=frame_count)
+
+
+# The authors' names, as regular expressions, and ours
+_HNERV_NAMES = (
+    (r"^encoder\.downsample_layers\.(\d+)\.(\d)", r"encoder.stages.\1.\2"),
+    (r"^encoder\.stages\.(\d+)\.(\d+)\.", lambda m: f"encoder.stages.{m[1]}.{int(m[2]) + 2}."),
+    (r"\.dwconv\.", ".depthwise."), (r"\.pwconv1\.", ".expand."), (r"\.pwconv2\.", ".contract."),
+    (r"\.gamma$", ".scale"), (r"\.conv\.(up|down)conv(\.0)?\.", ".conv."),
+    (r"^head_layer\.", "rgb_head."),
+)
+
+
+def from_hnerv_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of a hybrid model of the authors' implementation, for `load_state_dict`.
+
+    Args:
+        state: a state dict with ConvNeXt encoder and pixel-shuffle decoder.
+    """
+    renamed = {}
+    for name, value in state.items():
+        for i, (pattern, ours) in enumerate(_HNERV_NAMES):
+            changed = re.sub(pattern, ours, name)
+            if i == 0 and changed != name:  # a downsampling layer is complete with its new place
+                name = changed
+                break
+            name = changed
+        renamed[name] = value
+    return renamed
 
 
 def _size(hw: tuple[int, int]) -> str:

@@ -16,7 +16,7 @@ SMALL = dict(
     data_path="bunny", crop_list="640_1280", resize_list="80_160", frame_stride=10, frame_limit=12,
     data_split="4_5_5", teacher="efficientnet-lite0", clip_dim=1280, enc_strds="5 4 2 2",
     dec_strds="5 4 2 2", enc_dim="16_8", modelsize=0.05, epochs=4, pixel_loss_warmup_epochs=2,
-    eval_freq=2, checkpoint_s=0, device="cpu")
+    eval_freq=2, checkpoint_s=0, lr=5e-3, device="cpu")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,152 @@
+"""Training: it learns, it resumes exactly, it stops where it must."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hnerv_clip import train as train_module
+from hnerv_clip.config import ConfigError
+from hnerv_clip.engine import PlainEngine
+from hnerv_clip.runs import RunDir, RunError
+from hnerv_clip.train import TrainError, epoch_order, train
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def finished(small_config, small_dataset, cache_dir, tmp_path_factory):
+    return train(small_config, tmp_path_factory.mktemp("runs") / "main", cache_dir=cache_dir,
+                 progress=False)
+
+
+def weights(run_dir, name="model_latest.pth"):
+    return RunDir(run_dir).load_checkpoint(name)["model"]
+
+
+def test_it_learns_and_leaves_the_run_directory(finished):
+    metrics, summary = finished.metrics, finished.summary
+    assert list(metrics.epoch) == [1, 2, 3, 4]
+    assert metrics.pixel_loss.iloc[-1] < 0.8 * metrics.pixel_loss.iloc[0]
+    assert list(metrics.clip_weight) == [0, 0, 0.5, 0.5]
+    assert metrics.clip_loss.iloc[-1] < metrics.clip_loss.iloc[1] - 0.05
+    assert metrics.eval_psnr_all.notna().tolist() == [False, True, False, True]
+    assert summary["eval_psnr_val_interpolated"] > 5 and summary["rate_bpp"] > 0
+    names = {p.name for p in finished.run_dir.iterdir()}
+    assert {"config.json", "provenance.json", "model_best.pth", "model_latest.pth", "rank0.txt",
+            "metrics.csv", "clip_similarity_per_frame.csv", "summary.json",
+            "video.hnerv"} <= names
+    folder, = finished.run_dir.glob("Encoder_*M_Decoder_*M_Total_*M/tensorboard")
+    board = EventAccumulator(str(folder)).Reload()
+    assert {"train/pixel_loss", "train/clip_loss", "train/total_loss", "eval/psnr_val",
+            "eval/clip_similarity_all", "eval/clip_similarity_train",
+            "eval/clip_similarity_val"} <= set(board.Tags()["scalars"])
+    assert board.Tags()["histograms"] == ["eval/clip_similarity_distribution"]
+    frames = pd.read_csv(finished.run_dir / "clip_similarity_per_frame.csv")
+    assert {"frame", "split", "clip_similarity"} <= set(frames)
+
+
+def test_a_finished_run_is_returned_as_it_stands(finished, small_config, cache_dir, monkeypatch):
+    monkeypatch.setattr(train_module, "load_dataset", None)
+    again = train(small_config, finished.run_dir, cache_dir=cache_dir, progress=False)
+    assert again.summary == finished.summary
+
+
+@pytest.mark.parametrize("steps", [4, 10, 19])
+def test_interrupted_and_resumed_equals_uninterrupted(steps, finished, small_config, cache_dir,
+                                                      tmp_path, monkeypatch):
+    """Interrupted in the middle of an epoch, at its end, and more than once."""
+    step, taken = PlainEngine.step, 0
+
+    def interrupted(self, *args, **kwargs):
+        nonlocal taken
+        taken += 1
+        if taken > steps:
+            taken = 0
+            raise Interrupted
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PlainEngine, "step", interrupted)
+    for _ in range(30):
+        try:
+            result = train(small_config, tmp_path / "run", cache_dir=cache_dir, progress=False)
+            break
+        except Interrupted:
+            continue
+    for name, value in weights(finished.run_dir).items():
+        assert torch.equal(weights(result.run_dir)[name], value), name
+    columns = ["epoch", "step", "lr", "pixel_loss", "clip_loss", "psnr_db", "eval_psnr_all",
+               "eval_clip_similarity_val"]
+    pd.testing.assert_frame_equal(result.metrics[columns], finished.metrics[columns], rtol=1e-6)
+    assert weights(result.run_dir, "model_best.pth").keys() == weights(finished.run_dir).keys()
+
+
+def test_pixel_only_baseline_equals_lambda_zero(small_config, cache_dir, tmp_path):
+    """Without λ, the head changes nothing of the picture."""
+    alone = train(small_config.replace(predict_clip=False, epochs=1), tmp_path / "alone",
+                  cache_dir=cache_dir, progress=False)
+    zero = train(small_config.replace(clip_loss_weight=0, epochs=1), tmp_path / "zero",
+                 cache_dir=cache_dir, progress=False)
+    # up to the order in which gradients are added
+    assert alone.metrics.pixel_loss.tolist() == pytest.approx(zero.metrics.pixel_loss.tolist(), 1e-4)
+    assert alone.metrics.clip_loss.isna().all() and zero.metrics.clip_loss.notna().all()
+    assert "eval_clip_similarity_all" not in alone.summary
+
+
+@pytest.mark.parametrize("params", [
+    {"embed": "pe_1.25_80", "modelsize": 0.2}, {"embed": "xyt_1.25_80", "modelsize": 0.2},
+    {"inpaint_size": 20}, {"loss": "Fusion6"}, {"precision": "bf16"}, {"data_split": "1_1_1"}])
+def test_other_ways_to_train(params, small_config, small_dataset, cache_dir, tmp_path):
+    result = train(small_config.replace(epochs=2, pixel_loss_warmup_epochs=1, **params),
+                   tmp_path / "run", cache_dir=cache_dir, progress=False)
+    assert np.isfinite(result.metrics.total_loss).all()
+    summary = result.summary
+    assert ("eval_psnr_inside_all" in summary) == ("inpaint_size" in params)
+    assert ("eval_psnr_val" in summary) == ("data_split" not in params)
+    assert ("eval_psnr_val_interpolated" in summary) == ("embed" not in params and
+                                                         "data_split" not in params)
+
+
+def test_every_frame_once_an_epoch_whatever_the_batch():
+    frames = np.arange(3, 24, 2)
+    order = epoch_order(frames, seed=1, epoch=2)
+    assert sorted(order.tolist()) == frames.tolist()
+    assert order.tolist() == epoch_order(frames, seed=1, epoch=2).tolist()
+    assert order.tolist() != epoch_order(frames, seed=1, epoch=3).tolist()
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(small_config, cache_dir, tmp_path,
+                                                      monkeypatch):
+    frame_losses, calls = PlainEngine.frame_losses, 0
+
+    def poisoned(self, indices):
+        nonlocal calls
+        calls += 1
+        return frame_losses(self, indices) * (float("nan") if calls == 8 else 1)
+
+    monkeypatch.setattr(PlainEngine, "frame_losses", poisoned)
+    with pytest.raises(TrainError, match="at step 8 .*lower lr"):
+        train(small_config, tmp_path / "run", cache_dir=cache_dir, progress=False)
+    state = RunDir(tmp_path / "run").load_checkpoint("model_latest.pth")
+    assert state["epoch"] * 5 + state["batch"] == 7
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_errors_come_before_any_long_work(small_config, finished, cache_dir, tmp_path):
+    with pytest.raises(RunError, match="another configuration"):
+        train(small_config.replace(lr=0.5), finished.run_dir, cache_dir=cache_dir)
+    with pytest.raises(ConfigError, match="01_prepare_data"):
+        train(small_config, tmp_path / "a", cache_dir=tmp_path / "empty")
+    with pytest.raises(ConfigError, match="device='auto'"):
+        train(small_config.replace(device="cuda:99"), tmp_path / "b", cache_dir=cache_dir)
+    shutil.copytree(finished.run_dir, tmp_path / "cut")
+    (tmp_path / "cut" / "summary.json").unlink()
+    latest = tmp_path / "cut" / "model_latest.pth"
+    latest.write_bytes(latest.read_bytes()[:-100])
+    with pytest.raises(RunError, match="remove it"):
+        train(small_config, tmp_path / "cut", cache_dir=cache_dir, progress=False)

@@ -81,7 +81,8 @@ def plot_patch_grid(frame: np.ndarray, grid: PatchGrid) -> Figure:
         shown[top:top + h, left:left + w] = bright[top:top + h, left:left + w]
         picture_axes(panel).imshow(shown)
         panel.plot(x, y, "o", color=PALETTE["predicted"], markeredgecolor="white")
-        panel.set_title(f"patch {index}: top {top}, left {left}", fontsize=8)
+        place = f": top {top}, left {left}" if grid.cols <= 4 else ""  # no room for more
+        panel.set_title(f"patch {index}{place}", fontsize=8)
     seen = grid.coverage()
     return caption(figure, f"The {len(grid)} patches of {grid.size[0]}×{grid.size[1]} pixels on a "
                            f"frame of {height}×{width}; every pixel lies in {seen.min()} to "

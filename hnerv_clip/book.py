@@ -28,11 +28,17 @@ from .runs import RunDir
 
 # Values of notebook parameters that are not settings of a run, where a profile differs from the
 # defaults in the notebooks, which are the quick profile's.
-STUDY_PARAMS: dict[str, dict[str, Any]] = {"quick": {}, "full": {}}
+STUDY_PARAMS: dict[str, dict[str, Any]] = {
+    "quick": {},
+    "full": {"lambdas": "0 0.1 0.2 0.5 1", "warmups": "0 50 100",
+             "embeds": "pe_1.25_80 xyt_1.25_80", "ablation_epochs": 0},
+}
 # Parameters that say where a study runs, not what it is: with these alone it may be published.
-PLACE_PARAMS = {"outf", "cache_dir", "device", "cluster", "nodes", "gpus_per_node", "timeout_min",
-                "slurm_partition", "slurm_account", "slurm_array_parallelism"}
+PLACE_PARAMS = {"outf", "ablations_outf", "cache_dir", "device", "cluster", "nodes",
+                "gpus_per_node", "timeout_min", "slurm_partition", "slurm_account",
+                "slurm_array_parallelism"}
 PAGE_LIMIT_BYTES = 8 * 2**20  # of a page that is committed
+LONG_CELL = 15  # lines of a parameters cell that the page folds away
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -113,7 +119,9 @@ def plan_parameters(notebooks: list[Path], *, profile: str, overrides: dict[str,
     for name in overrides:
         if name not in known:
             raise BookError(_unknown_parameter(name, known, others))
-    values = profile_params(profile) | {"outf": f"output/{profile}/main"} | STUDY_PARAMS[profile]
+    outf = str(overrides.get("outf", f"output/{profile}/main"))
+    values = profile_params(profile) | STUDY_PARAMS[profile] | {
+        "outf": outf, "ablations_outf": str(Path(outf).with_name("ablations"))}
     injected = []
     for names in declared:
         wanted = {name: values[name] for name in names if name in values}
@@ -182,6 +190,7 @@ def execute(notebook: Path, target: Path, *, parameters: dict[str, Any]) -> floa
         papermill.execute_notebook(
             notebook, partial, parameters=parameters or None, kernel_name="python3",
             cwd=notebook.parent, progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it warns of its own transport
             # progress bars of the cells, live; a log would only be spammed
             stderr_file=sys.stderr if sys.stderr.isatty() else None)
     except PapermillExecutionError as error:
@@ -213,6 +222,8 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
     for cell in page.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items()
                                             if k == "tags"})
+        if "parameters" in cell.metadata.get("tags", []) and cell.source.count("\n") > LONG_CELL:
+            cell.metadata["tags"].append("hide-input")
         if cell.cell_type == "code":
             cell.outputs = [_clean_output(output, folders) for output in cell.outputs
                             if output.get("name") != "stderr"

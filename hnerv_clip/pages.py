@@ -99,7 +99,8 @@ def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
         name=dataset.video.name, height=height, width=width, count=len(source),
         credit=f" {dataset.video.credit}." if dataset.video.credit else "",
         stored=loaded.model.part_sizes()["stored"] / 1e6, table=_headline_table(table),
-        teacher=dataset.teacher_label if loaded.config.model.predict_clip else "none",
+        teacher=dataset.teacher_label if loaded.config.model.predict_clip else "pixels alone",
+        size=run.summary()["size_bytes"], rate=run.summary()["rate_bpp"],
         epochs=loaded.config.train.epochs, seed=facts["seed"], device=facts["device"],
         commit=facts["commit"][:12] + (" with uncommitted changes" if facts["dirty"] else ""))
 
@@ -116,26 +117,29 @@ def _side_by_side(source, shown):
 
 
 SOURCES = {"encoder": "encoded from the frame itself",
-           "interpolated": "predicted from its neighbours' embeddings",
+           "interpolated": "predicted from their neighbours' embeddings",
            "coordinates": "predicted from coordinates"}
-VARIANTS = {"trained": "", "quantised": ", decoded from the compressed file"}
 
 
 def _headline_table(table: pd.DataFrame) -> str:
-    rows = ["| frames | n | PSNR (dB) | MS-SSIM | similarity to the teacher |",
-            "|---|---|---|---|---|"]
-    for row in table[table.frames != "all"].to_dict("records"):
-        rows.append(f"| {row['frames']}, {SOURCES[row['source']]}{VARIANTS[row['variant']]} "
-                    f"| {row['n']} | {_number(row['psnr_db'], 2)} | {_number(row['ms_ssim'], 4)} "
-                    f"| {_number(row['clip_similarity'], 3)} |")
+    values = table[table.frames != "all"].set_index(["frames", "source", "variant"])
+    columns = {"PSNR (dB)": ("psnr_db", "trained", 2), "from the file": ("psnr_db", "quantised", 2),
+               "MS-SSIM": ("ms_ssim", "trained", 4),
+               "cosine to the teacher": ("clip_similarity", "trained", 3),
+               "centred": ("clip_centred", "trained", 3)}
+    columns = {name: column for name, column in columns.items() if values[column[0]].notna().any()}
+    rows = ["| frames | n | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for frames, source in dict.fromkeys(key[:2] for key in values.index):
+        cells = [f"{values[measure].get((frames, source, variant), float('nan')):.{digits}f}"
+                 for measure, variant, digits in columns.values()]
+        rows.append(f"| {frames}, {SOURCES[source]} | {values.n[frames, source, 'trained']} | "
+                    + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
-def _number(value: float, digits: int) -> str:
-    return "" if pd.isna(value) else f"{value:.{digits}f}"
+HEADLINE = """**Learnt from: {teacher}.**
 
-
-HEADLINE = """<video autoplay loop muted playsinline controls src="../_static/headline.mp4"
+<video autoplay loop muted playsinline controls src="../_static/headline.mp4"
  style="width:100%" aria-label="The video and the network's copy of it, side by side"></video>
 
 *Left: {name}, {count} frames of {height}×{width}.{credit} Right: the same frames from a network of
@@ -143,7 +147,8 @@ HEADLINE = """<video autoplay loop muted playsinline controls src="../_static/he
 
 {table}
 
-*Means over n frames. Teacher: {teacher}. {epochs} epochs, seed {seed}, {device}, commit {commit}.*
+*Means over n frames. Centred: less the mean embedding, so that a constant scores 0. The file holds
+{size:,} bytes, {rate:.4f} bits per pixel. {epochs} epochs, seed {seed}, {device}, commit {commit}.*
 """
 
 NO_HEADLINE = """```{admonition} No run is published yet

@@ -88,6 +88,15 @@ def test_the_full_profile_injects_what_differs_from_quick(repo):
     assert second == {"outf": "output/full/main"}
 
 
+def test_ablations_go_beside_the_run(repo):
+    third = repo / "notebooks" / "03_third.ipynb"
+    write_notebook(third, 'ablations_outf = "output/quick/ablations"')
+    assert plan(repo, only=["03"]) == [{}]
+    write_notebook(third, 'outf = ""\nablations_outf = ""')
+    assert plan(repo, only=["03"], outf="output/x/main") == [
+        {"outf": "output/x/main", "ablations_outf": "output/x/ablations"}]
+
+
 def test_an_unknown_parameter_is_refused_with_the_known_ones(repo):
     with pytest.raises(BookError, match="'epocs'.*'epochs'.*outf, epochs, lr.*top_k"):
         plan(repo, epocs="3")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.losses import MS_SSIM_MIN_SIDE
 from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.runs import RunDir
+from hnerv_clip.teachers import select_device
 
 BATCH = 4  # frames decoded at once
 
@@ -48,22 +50,6 @@ def psnr(pred: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
     else:
         mse = (error * mask).flatten(1).sum(1) / (mask.sum() * pred.shape[1])
     return -10 * torch.log10(mse)
-
-
-def select_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one.
-
-    Raises:
-        ConfigError: a device that this machine lacks.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device!r} can't be used here ({str(error).splitlines()[0]}); "
-                          "use device='auto' or 'cpu'") from error
 
 
 def set_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -161,12 +147,15 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor) -> p
         embeddings: [T, C, h, w] per-frame embeddings, on the model's device.
     Returns:
         A row per frame: frame, split, psnr_db, ms_ssim (empty below 161 pixels a side, where its
-        five scales are undefined), clip_similarity (mean over patches, empty without the head);
-        where a mask hides pixels, psnr_outside_db and psnr_inside_db of its boxes.
+        five scales are undefined), clip_similarity and clip_centred (cosine with the teacher, raw
+        and with the mean of its training embeddings taken off both; means over patches, there with
+        the CLIP head only); where a mask hides boxes, psnr_outside_db and psnr_inside_db.
     """
     device = embeddings.device
     mask = None if dataset.mask is None else dataset.mask.to(device)
     columns: dict[str, list[Tensor]] = {}
+    if with_clip := model.config.predict_clip and dataset.embeddings is not None:
+        centre = dataset.embeddings[dataset.split.train].mean((0, 1)).to(device)  # [D]
 
     def add(name: str, values: Tensor) -> None:
         columns.setdefault(name, []).append(values.float().cpu())
@@ -180,14 +169,16 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor) -> p
         if mask is not None:
             add("psnr_outside_db", psnr(pred, frames, mask=mask))
             add("psnr_inside_db", psnr(pred, frames, mask=1 - mask))
-        if model.config.predict_clip and dataset.embeddings is not None:
+        if with_clip:
             clip = model.clip_at(features, dataset.grid.centres)
             target = dataset.embeddings[indices].to(device)
             add("clip_similarity", (clip * target).sum(-1).mean(-1))
+            centred = F.cosine_similarity(clip - centre, target - centre, dim=-1)
+            add("clip_centred", centred.mean(-1))
     table = pd.DataFrame({"frame": range(len(embeddings)), "split": dataset.split.labels})
     for name, values in columns.items():
         table[name] = torch.cat(values).numpy().astype(float)
-    return table if "clip_similarity" in table else table.assign(clip_similarity=float("nan"))
+    return table
 
 
 @torch.inference_mode()

@@ -27,13 +27,13 @@ from hnerv_clip.engine import COLUMNS, make_engine
 from hnerv_clip.evaluate import (
     evaluate_model,
     evaluate_stored,
-    select_device,
     set_precision,
     summarise,
 )
 from hnerv_clip.losses import clip_weight, learning_rate
 from hnerv_clip.model import build_model
 from hnerv_clip.runs import RunDir, RunError, make_provenance, write_json
+from hnerv_clip.teachers import select_device
 
 LATEST, BEST = "model_latest.pth", "model_best.pth"
 
@@ -217,8 +217,9 @@ class _Loop:
         return columns
 
     def _write_similarity(self, table: pd.DataFrame) -> None:
-        names = ["variant", "source", "frame", "split", "clip_similarity"]
-        self.run.write_table("clip_similarity_per_frame.csv", table[names])
+        if self.config.model.predict_clip:
+            names = ["variant", "source", "frame", "split", "clip_similarity", "clip_centred"]
+            self.run.write_table("clip_similarity_per_frame.csv", table[names])
 
     def _record(self, row: dict[str, Any], board: SummaryWriter | nullcontext) -> None:
         """Put an epoch's row into metrics.csv, TensorBoard, the log, and the checkpoint."""
@@ -343,12 +344,13 @@ def evaluation_columns(table: pd.DataFrame) -> dict[str, float]:
     """Means of an evaluation table as flat columns.
 
     Returns:
-        eval_{psnr,ms_ssim,clip_similarity}_{all,train,val} from the encoder or the coordinates, and
-        eval_…_val_interpolated for held-out frames of a hybrid model. `val` is there where frames
-        validate.
+        eval_{psnr,ms_ssim,clip_similarity,clip_centred}_{all,train,val} from the encoder or the
+        coordinates, and eval_…_val_interpolated for held-out frames of a hybrid model. `val` is
+        there where frames validate.
     """
     short = {"psnr_db": "psnr", "ms_ssim": "ms_ssim", "clip_similarity": "clip_similarity",
-             "psnr_inside_db": "psnr_inside", "psnr_outside_db": "psnr_outside"}
+             "clip_centred": "clip_centred", "psnr_inside_db": "psnr_inside",
+             "psnr_outside_db": "psnr_outside"}
     own = table[table.source != "interpolated"]
     parts = {"all": own, "train": own[own.split == "train"], "val": own[own.split == "val"],
              "val_interpolated": table[(table.source == "interpolated") & (table.split == "val")]}

@@ -1,0 +1,179 @@
+"""Figures of training and evaluation: curves, pictures beside their decoded selves, trade-offs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hnerv_clip.figures.style import (
+    GREY,
+    PALETTE,
+    SEQUENTIAL,
+    WIDTH,
+    caption,
+    new_figure,
+    picture_axes,
+)
+
+SOURCE_NAMES = {"encoder": "held out, seen by the encoder",
+                "interpolated": "held out, interpolated",
+                "coordinates": "held out, from coordinates"}
+
+
+def plot_training(metrics: pd.DataFrame, *, warmup_epochs: int, teacher_label: str) -> Figure:
+    """Losses, PSNR and CLIP-head similarity over epochs.
+
+    Args:
+        metrics: a run's metrics.csv.
+        warmup_epochs: epochs of the pixel phase; its end is marked.
+        teacher_label: whose embeddings are learnt; empty for a run without the head.
+    """
+    with_clip = metrics.clip_loss.notna().any()
+    figure, axes = new_figure(1, 3 if with_clip else 2, height=2.7)
+    evaluated = metrics[metrics.eval_psnr_all.notna()]
+    axes[0].semilogy(metrics.epoch, metrics.pixel_loss, color=PALETTE["rgb"])
+    axes[0].set(title="pixel loss", xlabel="epoch")
+    axes[1].plot(metrics.epoch, metrics.psnr_db, color=PALETTE["train"], alpha=0.5,
+                 label="while training")
+    _plot_parts(axes[1], evaluated, "psnr")
+    axes[1].set(title="PSNR (dB)", xlabel="epoch")
+    if with_clip:
+        axes[2].plot(metrics.epoch, 1 - metrics.clip_loss, color=PALETTE["train"], alpha=0.5)
+        _plot_parts(axes[2], evaluated, "clip_similarity")
+        axes[2].set(title="cosine with the teacher", xlabel="epoch")
+        for panel in axes:
+            panel.axvline(warmup_epochs, color=GREY, linestyle=":", linewidth=1.2)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+    return caption(figure, "Dotted: the end of the pixel phase. Teacher: " + teacher_label + "."
+                   if with_clip else "Pixels only: this run has no CLIP head.")
+
+
+def _plot_parts(axes, evaluated: pd.DataFrame, measure: str) -> None:
+    for part, color, label in [("train", "train", "training frames"),
+                               ("val", "val", "held out"),
+                               ("val_interpolated", "neighbour", "held out, interpolated")]:
+        column = f"eval_{measure}_{part}"
+        if column in evaluated:
+            axes.plot(evaluated.epoch, evaluated[column], color=PALETTE[color], marker="o",
+                      linewidth=1.2, label=label)
+
+
+def plot_reconstructions(frames: np.ndarray, decoded: Mapping[str, np.ndarray], indices: list[int],
+                         labels: list[str], *, gain: int = 5, credit: str = "") -> Figure:
+    """Frames beside their decoded selves and the error between them.
+
+    Args:
+        frames: uint8 [n, 3, H, W], the originals.
+        decoded: by name, uint8 [n, 3, H, W].
+        indices: frame numbers.
+        labels: of each frame, 'train' or 'val'.
+        gain: how much the error is enlarged.
+    """
+    columns = 1 + 2 * len(decoded)
+    height, width = frames.shape[-2:]
+    cell = WIDTH / columns
+    figure, axes = new_figure(len(frames), columns, squeeze=False,
+                              height=len(frames) * (cell * height / width + 0.28))
+    for row, (frame, index, label) in enumerate(zip(frames, indices, labels)):
+        pictures = [(f"frame {index} ({label})", frame)]
+        for name, images in decoded.items():
+            error = np.abs(images[row].astype(int) - frame.astype(int)).mean(0)
+            pictures += [(name, images[row]), (f"error × {gain}", error * gain)]
+        for panel, (title, picture) in zip(axes[row], pictures):
+            picture_axes(panel)
+            panel.set_title(title, fontsize=8)
+            if picture.ndim == 3:
+                panel.imshow(picture.transpose(1, 2, 0))
+            else:
+                panel.imshow(picture, cmap=SEQUENTIAL, vmin=0, vmax=255)
+    return caption(figure, "Original, decoded, and mean absolute error over the colours, "
+                           f"enlarged {gain} times." + (f" {credit}." if credit else ""))
+
+
+def plot_frame_quality(table: pd.DataFrame, *, teacher_label: str) -> Figure:
+    """PSNR and similarity of every frame, training and held out.
+
+    Args:
+        table: rows of `evaluate_model`, one variant.
+    """
+    measures = [("psnr_db", "PSNR (dB)")]
+    if "clip_similarity" in table:
+        measures.append(("clip_similarity", "cosine with the teacher"))
+    figure, axes = new_figure(len(measures), 1, height=2.1 * len(measures), sharex=True,
+                              squeeze=False)
+    for panel, (measure, title) in zip(axes.flat, measures):
+        for source, group in table.groupby("source", sort=False):
+            if source != "interpolated":
+                panel.plot(group.frame, group[measure], color=GREY, linewidth=0.8, zorder=1)
+                seen = group[group.split == "train"]
+                panel.scatter(seen.frame, seen[measure], s=9, color=PALETTE["train"],
+                              label="training frames", zorder=2)
+            held_out = group[group.split != "train"]
+            color = PALETTE["neighbour" if source == "interpolated" else "val"]
+            panel.scatter(held_out.frame, held_out[measure], s=14, color=color,
+                          label=SOURCE_NAMES[source], zorder=3)
+        panel.set_ylabel(title)
+    axes.flat[-1].set_xlabel("frame")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return caption(figure, f"Each frame once per way of getting its embedding. {teacher_label}.")
+
+
+def plot_decoding_speed(speed: pd.DataFrame, *, device: str) -> Figure:
+    """Decoded frames per second by what is decoded; whiskers from slowest to fastest pass."""
+    figure, axes = new_figure(height=1.9)
+    colors = [PALETTE[{"RGB": "rgb", "embeddings only": "clip"}.get(mode, "total")]
+              for mode in speed["mode"]]
+    whiskers = [speed.frames_per_s - speed["min"], speed["max"] - speed.frames_per_s]
+    axes.barh(speed["mode"], speed.frames_per_s, xerr=whiskers, color=colors, height=0.6)
+    axes.invert_yaxis()
+    axes.set_xlabel("frames per second")
+    return caption(figure, f"Median of {speed.n.iloc[0]} passes, batch {speed.batch_size.iloc[0]}, "
+                           f"on {device}.")
+
+
+def plot_tradeoff(table: pd.DataFrame, *, teacher_label: str) -> Figure:
+    """Picture quality against semantic similarity, a point per λ, for seen and held-out frames.
+
+    Args:
+        table: columns clip_loss_weight, psnr_seen_db, psnr_unseen_db, similarity_seen,
+            similarity_unseen; similarities are centred cosines.
+    """
+    figure, axes = new_figure(height=3.4)
+    rows = table.sort_values("clip_loss_weight")
+    for part, color, label in [("seen", "train", "training frames"), ("unseen", "val", "held out")]:
+        axes.plot(rows[f"psnr_{part}_db"], rows[f"similarity_{part}"], marker="o",
+                  color=PALETTE[color], label=label)
+        for _, row in rows.iterrows():
+            axes.annotate(f"λ={row.clip_loss_weight:g}",
+                          (row[f"psnr_{part}_db"], row[f"similarity_{part}"]),
+                          xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="PSNR (dB)", ylabel="centred cosine")
+    axes.legend()
+    return caption(figure, f"Up and right is better; one run each. Teacher: {teacher_label}.")
+
+
+def plot_ablation(table: pd.DataFrame, *, teacher_label: str) -> Figure:
+    """PSNR and centred similarity of each run, training and held-out frames side by side.
+
+    Args:
+        table: a row per run: run, and the columns that `plot_tradeoff` takes.
+    """
+    figure, axes = new_figure(1, 2, height=0.8 + 0.38 * len(table), sharey=True)
+    y = np.arange(len(table))
+    for panel, measure, title in [(axes[0], "psnr_{}_db", "PSNR (dB)"),
+                                  (axes[1], "similarity_{}", "centred cosine")]:
+        for part, color, label in [("seen", "train", "training frames"),
+                                   ("unseen", "val", "held out")]:
+            panel.scatter(table[measure.format(part)], y, s=34, color=PALETTE[color], label=label,
+                          zorder=3)
+        panel.hlines(y, table[measure.format("seen")], table[measure.format("unseen")],
+                     color=GREY, linewidth=1)
+        panel.set_xlabel(title)
+    axes[0].set_yticks(y, table.run)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    return caption(figure, "Held out: interpolated embeddings for hybrid runs, coordinates for the "
+                           f"others; one run each. Teacher: {teacher_label}.")

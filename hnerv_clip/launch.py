@@ -146,11 +146,11 @@ def follow(jobs: Sequence[Job], *, poll_s: float = 2.0) -> pd.DataFrame:
     Returns:
         A row per job: name, state, epoch, why (empty unless it failed).
     """
-    with _bars(jobs) as bars:
-        while True:
-            for job, bar in zip(jobs, bars):
+    with _bars([job for job in jobs if not job.ended]) as bars:
+        while bars:
+            for job, bar in bars:
                 bar.n = job.epoch
-                bar.set_postfix_str(" ".join([job.state, *job.figures().values()]), refresh=True)
+                bar.set_postfix_str(f"{job.state} {job.why} {job.figures()}")
             if all(job.ended for job in jobs):
                 break
             time.sleep(poll_s)
@@ -162,12 +162,13 @@ def follow(jobs: Sequence[Job], *, poll_s: float = 2.0) -> pd.DataFrame:
 
 
 @contextmanager
-def _bars(jobs: Sequence[Job]) -> Iterator[list[tqdm]]:
-    bars = [tqdm(total=job.config.train.epochs, desc=job.name, unit="epoch") for job in jobs]
+def _bars(jobs: Sequence[Job]) -> Iterator[list[tuple[Job, tqdm]]]:
+    bars = [(job, tqdm(total=job.config.train.epochs, desc=job.name, unit="epoch"))
+            for job in jobs]
     try:
         yield bars
     finally:
-        for bar in bars:
+        for _, bar in bars:
             bar.close()
 
 
@@ -227,12 +228,12 @@ class Job:
         text = "".join(file.read_text(errors="replace") for file in files if file.exists())
         return "\n".join(text.splitlines()[-lines:])
 
-    def figures(self) -> dict[str, str]:
-        """The newest figures in metrics.csv that say how well it goes, as short text."""
-        last = self._last_metrics()
-        units = {"train_psnr_db": "dB", "train_clip_similarity": "cos"}
-        return {name: f"{float(last[name]):.4g} {unit}" for name, unit in units.items()
-                if last.get(name)}
+    def figures(self) -> str:
+        """How well it goes, from the last row of metrics.csv: PSNR, and the CLIP cosine."""
+        last = {name: float(text) for name, text in self._last_metrics().items() if text}
+        shown = [f"{last['psnr_db']:.2f} dB"] if "psnr_db" in last else []
+        shown += [f"cos {1 - last['clip_loss']:.3f}"] if "clip_loss" in last else []
+        return " ".join(shown)
 
     def result(self) -> Any:
         """Wait for the end, and return what training returns.
@@ -579,7 +580,9 @@ def _submit_to_slurm(jobs: Sequence[Job], folder: Path, parallelism: int,
     for job in jobs:
         (job.run_dir / "outcome.json").unlink(missing_ok=True)
     try:
-        with submitit.helpers.clean_env():  # sbatch from within a job inherits its settings
+        # From within a job, sbatch would inherit that job's settings
+        where = {k: v for k, v in os.environ.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS")}
+        with submitit.helpers.clean_env(), submitit.helpers.environment_variables(**where):
             submitted = executor.submit_array([job.task for job in jobs])
     except Exception as error:
         raise LaunchError(f"Slurm refused the job: {error}") from error

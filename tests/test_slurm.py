@@ -1,0 +1,204 @@
+"""launch on a real Slurm: a node of eight (pretended) GPUs on this machine; see slurm_cluster."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import slurm_cluster
+import torch
+import torch.distributed as dist
+from test_launch import CONFIG, calls, make_run, ranked, sum_of_ranks, wait_for_ever, wait_until
+
+from hnerv_clip.launch import JobFailed, LaunchError, follow, launch
+from hnerv_clip.runs import RunDir, write_json
+
+pytestmark = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing())
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with slurm_cluster.SlurmCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm(cluster, monkeypatch):
+    for name, value in cluster.environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # jobs unpickle this module's
+    return cluster
+
+
+def launch_slurm(configs, outf, run, **options):
+    return launch(configs, outf, **{**dict(cluster="slurm", cpus_per_task=1, timeout_min=5,
+                                           run=run), **options})
+
+
+def counted(seconds):
+    """A training of so many steps of a tenth of a second, each of which is a checkpoint."""
+
+    def run(config, run_dir, *, cache_dir, progress):
+        folder = RunDir(run_dir).path
+        with open(folder / "calls.txt", "a") as file:
+            print(os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0"), file=file)
+        done = int(Path(folder / "steps").read_text()) if (folder / "steps").exists() else 0
+        for step in range(done, int(seconds * 10)):
+            time.sleep(0.1)
+            write_json(folder / "steps", step + 1)
+        write_json(folder / "summary.json", {"started_from": done})
+
+    return run
+
+
+def test_eight_tasks_on_a_node_of_eight_gpus(slurm, tmp_path):
+    [job] = launch_slurm(CONFIG, tmp_path / "main", ranked(sum_of_ranks), gpus_per_node=8)
+    wait_until(lambda: job.state == "running")
+    shown = slurm.run("scontrol", "show", "job", job.record["job_id"])
+    for fact in ("NumTasks=8", "TresPerNode=gres:gpu:8", "Requeue=1", "NtasksPerN:B:S:C=8:"):
+        assert fact in shown, shown
+    assert follow([job], poll_s=0.5)["state"].tolist() == ["finished"], job.log()
+    assert json.loads((tmp_path / "main/summary.json").read_text()) == {"total": 36}
+
+
+def intervals(paths):
+    return [tuple(float(t) for t in path.read_text().split()) for path in paths]
+
+
+def timed(config, run_dir, *, cache_dir, progress):
+    started = time.time()
+    make_run(seconds=1, error="disk full" if fails_first(config, run_dir) else "")(
+        config, run_dir, cache_dir=cache_dir, progress=progress)
+    (Path(run_dir) / "times.txt").write_text(f"{started} {time.time()}")
+
+
+def fails_first(config, run_dir):
+    return config.train.seed == 2 and not (Path(run_dir) / "calls.txt").exists()
+
+
+def test_many_configs_are_one_array_and_the_failed_one_alone_starts_again(slurm, tmp_path, capsys):
+    configs = {f"seed{s}": CONFIG.replace(seed=s) for s in range(5)}
+    jobs = launch_slurm(configs, tmp_path, timed, slurm_array_parallelism=2)
+    ids = [job.record["job_id"] for job in jobs]
+    assert [job_id.split("_")[1] for job_id in ids] == list("01234")
+    assert len({job_id.split("_")[0] for job_id in ids}) == 1
+    assert {job.state for job in jobs} <= {"waiting", "running"}
+    reattached = launch_slurm(configs, tmp_path, timed)
+    assert "5 runs: 0 finished, 5 under way, 0 to start" in capsys.readouterr().out
+    table = follow(reattached, poll_s=0.5)
+    assert table["state"].tolist() == ["finished", "finished", "failed", "finished", "finished"]
+    assert table["why"][2] == "ValueError: disk full"
+
+    spans = intervals(tmp_path / name / "times.txt" for name in configs if name != "seed2")
+    for start, _ in spans:
+        assert sum(a <= start < b for a, b in spans) <= 2
+    again = launch_slurm(configs, tmp_path, timed)
+    assert "4 finished, 0 under way, 1 to start" in capsys.readouterr().out
+    assert follow(again, poll_s=0.5)["state"].tolist() == ["finished"] * 5
+    assert [len(calls(tmp_path / name)) for name in configs] == [1, 1, 2, 1, 1]
+
+
+def test_a_waiting_job_says_for_what_and_can_be_cancelled(slurm, tmp_path):
+    first, second = (launch_slurm(CONFIG, tmp_path / name, make_run(seconds=60), gpus_per_node=8)[0]
+                     for name in ("first", "second"))
+    wait_until(lambda: (first.state, second.state) == ("running", "waiting"))
+    wait_until(lambda: second.why in ("Resources", "Priority"))
+    second.cancel()
+    first.cancel()
+    wait_until(lambda: second.state == "failed")
+    assert "CANCELLED" in second.why
+    with pytest.raises(JobFailed, match="CANCELLED"):
+        first.result()
+
+
+@pytest.mark.parametrize("gpus_per_node", [1, 3])
+def test_on_the_signal_a_job_is_requeued_and_goes_on(slurm, tmp_path, gpus_per_node):
+    [job] = launch_slurm(CONFIG, tmp_path / "main", rank0_of(counted(4)),
+                         gpus_per_node=gpus_per_node)
+    wait_until(lambda: (tmp_path / "main/steps").exists())
+    slurm.run("scancel", "--signal=USR2", job.record["job_id"])
+    wait_until(lambda: job.state == "waiting")
+    assert follow([job], poll_s=0.5)["state"].tolist() == ["finished"], job.log()
+    job_id = job.record["job_id"]
+    assert (tmp_path / "main/calls.txt").read_text() == f"{job_id} 0\n{job_id} 1\n"
+    assert RunDir(tmp_path / "main").summary()["started_from"] > 0
+
+
+def rank0_of(run):
+    """The other ranks wait in a collective, as in training."""
+
+    def both(config, run_dir, **rest):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            run(config, run_dir, **rest)
+        if dist.is_initialized():
+            dist.all_reduce(torch.ones(1))
+
+    return both
+
+
+@pytest.mark.slow
+def test_at_the_time_limit_a_job_is_requeued_and_goes_on(slurm, tmp_path):
+    [job] = launch_slurm(CONFIG, tmp_path / "main", counted(55), timeout_min=1, signal_delay_s=10)
+    assert follow([job], poll_s=1)["state"].tolist() == ["finished"], job.log()
+    assert len(calls(tmp_path / "main")) >= 2 * 2  # a line is a job id and a count
+    assert RunDir(tmp_path / "main").summary()["started_from"] > 0
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_rank_takes_the_job_down_within_a_minute(slurm, tmp_path, victim):
+    [job] = launch_slurm(CONFIG, tmp_path / "main", ranked(wait_for_ever), gpus_per_node=3)
+    files = [tmp_path / f"main/rank{rank}.pid" for rank in range(3)]
+    wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+    time.sleep(0.5)
+    started = time.monotonic()
+    os.kill(int(files[victim].read_text()), signal.SIGKILL)
+    assert follow([job], poll_s=0.2)["state"].tolist() == ["failed"]
+    assert time.monotonic() - started < 60
+    assert f"rank {victim} of 3 died" in job.why or "exit code 0:9" in job.why, job.why
+    wait_until(lambda: not any(psutil.pid_exists(int(file.read_text())) for file in files))
+    [again] = launch_slurm(CONFIG, tmp_path / "main", ranked(sum_of_ranks), gpus_per_node=3)
+    assert follow([again], poll_s=0.5)["state"].tolist() == ["finished"], again.log()
+
+
+def test_a_job_submitted_from_within_a_job_is_a_job_of_its_own(slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "7")  # what papermill in an sbatch script would pass on
+    monkeypatch.setenv("SLURM_JOB_ID", "999")
+    [job] = launch_slurm(CONFIG, tmp_path / "main", make_run())
+    assert follow([job], poll_s=0.5)["state"].tolist() == ["finished"], job.log()
+
+
+def test_what_slurm_refuses_is_said_and_nothing_is_left_behind(slurm, tmp_path):
+    with pytest.raises(LaunchError, match="invalid partition"):
+        launch_slurm(CONFIG, tmp_path / "main", make_run(), slurm_partition="nowhere")
+    with pytest.raises(LaunchError, match="signal_delay_s=90 must be shorter"):
+        launch_slurm(CONFIG, tmp_path / "main", make_run(), timeout_min=1)
+    [job] = launch_slurm(CONFIG, tmp_path / "main", make_run())
+    assert follow([job], poll_s=0.5)["state"].tolist() == ["finished"], job.log()
+
+
+def test_slurm_that_does_not_answer_is_no_reason_to_submit_again(slurm, tmp_path, monkeypatch,
+                                                                 capsys):
+    [job] = launch_slurm(CONFIG, tmp_path / "main", make_run(seconds=20))
+    wait_until(lambda: (tmp_path / "main/calls.txt").exists())
+    silent = tmp_path / "slurm.conf"  # nothing listens at that port
+    silent.write_text(Path(slurm.environ["SLURM_CONF"]).read_text().replace(
+        "SlurmctldPort=", "SlurmctldPort=1 #"))
+    with monkeypatch.context() as broken:
+        broken.setenv("SLURM_CONF", str(silent))
+        broken.setattr(subprocess, "run", quick(subprocess.run))
+        wait_until(lambda: job.why == "Slurm does not answer")
+        launch_slurm(CONFIG, tmp_path / "main", make_run())
+        assert "1 under way, 0 to start" in capsys.readouterr().out.splitlines()[-1]
+    assert follow([job], poll_s=0.5)["state"].tolist() == ["finished"]
+    assert len(calls(tmp_path / "main")) == 1
+
+
+def quick(run):
+    def run_briefly(*args, timeout=None, **options):
+        return run(*args, timeout=3, **options)
+
+    return run_briefly

@@ -144,7 +144,7 @@ class Config:
 
     def params(self) -> dict[str, Any]:
         """The flat, packed form: `Config.from_params(**config.params()) == config`."""
-        return {f.name: _pack(getattr(getattr(self, group), f.name))
+        return {f.name: _pack(f.name, getattr(getattr(self, group), f.name))
                 for group, group_type in _GROUPS.items() for f in fields(group_type)}
 
     def replace(self, **params: Any) -> Config:
@@ -241,12 +241,12 @@ def _unpack(name: str, value: Any) -> tuple | None:
     return Split(*parsed) if name == "data_split" else parsed
 
 
-def _pack(value: Any) -> Any:
+def _pack(name: str, value: Any) -> Any:
     if value is None:
         return ""
     if isinstance(value, tuple):
-        text = [str(v) for v in value]
-        return " ".join(text) if len(text) > 3 or isinstance(value[0], str) else "_".join(text)
+        return (" " if name in ("enc_strds", "dec_strds", "conv_type") else "_").join(
+            map(str, value))
     return value
 
 
@@ -283,7 +283,7 @@ def _validate(config: Config) -> None:
     _one_of("precision", train.precision, PRECISIONS)
     _one_of("engine", train.engine, ENGINES)
     if model.conv_type != ("convnext", "pshuffel"):
-        raise ConfigError(f"conv_type={_pack(model.conv_type)!r} is not built; "
+        raise ConfigError(f"conv_type={_pack('conv_type', model.conv_type)!r} is not built; "
                           "use conv_type='convnext pshuffel', the one that HNeRV publishes")
     if model.out_bias not in ("tanh", "sigmoid"):
         _at_least("out_bias", _parse_number("out_bias", model.out_bias), -math.inf)
@@ -330,7 +330,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 def _at_least(name: str, value: float, low: float) -> None:
     if not value >= low:
         raise ConfigError(f"{name}={value} must be at least {low}; "
-                          f"the default is {_pack(_defaults()[name])!r}")
+                          f"the default is {_pack(name, _defaults()[name])!r}")
 
 
 def check_split(split: Split) -> None:
@@ -359,17 +359,18 @@ def parse_lr_type(lr_type: str) -> tuple[float, float, float]:
 # CLIP, because a fresh machine has no CLIP weights.
 PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
-        "crop_list": "640_1280",
-        "resize_list": "160_320",
+        "resize_list": "168_336",
         "frame_stride": 2,
         "teacher": "efficientnet-lite0",
         "clip_dim": 1280,
-        "enc_strds": "5 4 2 2",
-        "dec_strds": "5 4 2 2",
+        "enc_strds": "7 4 3",
+        "dec_strds": "7 4 3",
         "modelsize": 0.35,
-        "epochs": 30,
-        "pixel_loss_warmup_epochs": 5,
-        "eval_freq": 10,
+        "epochs": 36,
+        "batch_size": 1,
+        "lr": 2e-3,
+        "pixel_loss_warmup_epochs": 6,
+        "eval_freq": 12,
     },
     "full": {},
 }
@@ -392,5 +393,5 @@ def settings_table() -> list[tuple[str, str, str, str]]:
     """
     comments = dict(re.findall(r"^    (\w+): [^\n]*?  # ([^\n]*)$",
                                inspect.getsource(sys.modules[__name__]), re.M))
-    return [(f.name, str(_pack(f.default)), group, comments[f.name])
+    return [(f.name, str(_pack(f.name, f.default)), group, comments[f.name])
             for group, group_type in _GROUPS.items() for f in dataclasses.fields(group_type)]

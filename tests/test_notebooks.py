@@ -13,8 +13,9 @@ from hnerv_clip.config import param_names, profile_params
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = book.list_notebooks(ROOT)
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-TINY = dict(resize_list="80_160", frame_stride="11", frame_limit="10", modelsize="0.05",
-            enc_dim="16_8", epochs="4", pixel_loss_warmup_epochs="1", eval_freq="2", device="cpu")
+TINY = dict(resize_list="84_168", frame_stride="11", frame_limit="10", modelsize="0.05",
+            enc_dim="16_8", epochs="4", pixel_loss_warmup_epochs="1", eval_freq="2", device="cpu",
+            ablation_epochs="2", simulations="20")
 
 
 def code_cells(path):
@@ -79,6 +80,7 @@ def test_a_run_can_be_set_up_entirely_from_its_notebook():
 def test_all_notebooks_make_a_book(tmp_path, monkeypatch, cache_dir):
     """Every notebook through papermill with tiny settings, then the book, warnings as errors."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # small tensors gain nothing from more
     committed = {p: p.read_bytes() for p in (ROOT / "book").glob("*") if p.is_file()}
     study = tmp_path / "study"
     overrides = TINY | {"outf": str(study / "main"), "cache_dir": str(cache_dir)}

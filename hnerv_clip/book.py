@@ -222,8 +222,11 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
     for cell in page.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items()
                                             if k == "tags"})
-        if "parameters" in cell.metadata.get("tags", []) and cell.source.count("\n") > LONG_CELL:
-            cell.metadata["tags"].append("hide-input")
+        tags = cell.metadata.get("tags", [])
+        if "parameters" in tags and cell.source.count("\n") > LONG_CELL:
+            tags.append("hide-input")
+        if "injected-parameters" in tags:
+            cell.source = _hide_folders(cell.source, folders)
         if cell.cell_type == "code":
             cell.outputs = [_clean_output(output, folders) for output in cell.outputs
                             if output.get("name") != "stderr"

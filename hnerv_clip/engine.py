@@ -107,6 +107,7 @@ class FastEngine(PlainEngine):
     def __init__(self, config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype):
         super().__init__(config, model, dataset, autocast=autocast)
         model.pad_channels(8)
+        torch.compiler.reset()  # else many runs in one process reach the limit, and go on eagerly
         self.compiled = torch.compile(self.frame_losses, dynamic=False)
         self.indices = torch.zeros(config.train.batch_size, dtype=torch.int64, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None

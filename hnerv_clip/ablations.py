@@ -24,7 +24,7 @@ def ablation_configs(base: Config, *, lambdas: str = "0 0.1 0.2 0.5 1", warmups:
         embeds: coordinate embeddings to set beside the hybrid one.
         epochs: of every run; 0 for the base's.
     Returns:
-        `base`, `pixels only`, then one per value that differs from the base's.
+        `base`, `pixels_only`, then one per value that differs from the base's.
     Raises:
         ConfigError: a value that does not parse, or a base without the CLIP head.
     """
@@ -39,11 +39,11 @@ def ablation_configs(base: Config, *, lambdas: str = "0 0.1 0.2 0.5 1", warmups:
     base = base.replace(epochs=epochs, eval_freq=max(1, round(base.train.eval_freq * shorter)),
                         pixel_loss_warmup_epochs=round(
                             base.train.pixel_loss_warmup_epochs * shorter))
-    configs = {"base": base, "pixels only": base.replace(predict_clip=False)}
+    configs = {"base": base, "pixels_only": base.replace(predict_clip=False)}
     for value in _numbers("lambdas", lambdas):
-        configs[f"λ={value:g}"] = base.replace(clip_loss_weight=value)
+        configs[f"lambda_{value:g}"] = base.replace(clip_loss_weight=value)
     for value in _numbers("warmups", warmups):
-        configs[f"warm-up {scaled(value)}"] = base.replace(pixel_loss_warmup_epochs=scaled(value))
+        configs[f"warmup_{scaled(value)}"] = base.replace(pixel_loss_warmup_epochs=scaled(value))
     for embed in embeds.split():
         configs[embed] = base.replace(embed=embed)
     return {name: config for name, config in configs.items() if name == "base" or config != base}
@@ -63,7 +63,7 @@ def ablation_table(run_dirs: Mapping[str, str | Path]) -> pd.DataFrame:
     Args:
         run_dirs: run folders by name.
     Returns:
-        A row per run: run, kind, clip_loss_weight (0 for pixels only), warmup_epochs,
+        A row per run: run, kind, clip_loss_weight (0 for pixels_only), warmup_epochs,
         psnr_{seen,unseen}_db, raw_{seen,unseen}, similarity_{seen,unseen} (centred cosine),
         psnr_unseen_encoder_db, rate_bpp, train_time_s. Unseen frames are decoded from interpolated
         embeddings (hybrid) or from coordinates.

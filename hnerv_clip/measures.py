@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 # The bands of the project's description: (lowest value, name, meaning).
 SIMILARITY_BANDS = (
@@ -132,3 +133,127 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     if (ranks.nunique() < 2).any():
         raise ValueError("rank correlation is undefined: all values of one list are equal")
     return float(np.corrcoef(ranks["a"], ranks["b"])[0, 1])
+
+
+def retrieval_ranks(predicted: np.ndarray, candidates: np.ndarray, frames: np.ndarray, *,
+                    near: int = 2) -> pd.DataFrame:
+    """Where the right patch stands when a prediction is looked up among all patches of the video.
+
+    Args:
+        predicted: [N, P, D] unit vectors, the answers for `frames`.
+        candidates: [T, P, D] teacher embeddings of every frame.
+        frames: [N] frame numbers.
+        near: the same position up to so many frames away counts as right for `rank_near`.
+    Returns:
+        A row per frame and patch: frame, patch, rank, rank_near (1 is best; ties share their mean
+        rank), right (how many candidates count for `rank_near`), candidates (how many there are).
+    """
+    total, patches, dim = candidates.shape
+    pool = candidates.reshape(-1, dim).T
+    rows = []
+    for frame, answer in zip(frames, predicted):
+        scores = (answer @ pool).reshape(patches, total, patches)
+        first, last = max(frame - near, 0), min(frame + near, total - 1)
+        places = np.arange(patches)
+        exact = scores[places, frame, places]
+        best = scores[places, first:last + 1, places].max(axis=1)
+        rows.append(pd.DataFrame({
+            "frame": frame, "patch": places, "rank": _rank(scores, exact),
+            "rank_near": _rank(scores, best), "right": last - first + 1,
+            "candidates": total * patches}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _rank(scores, right):
+    right = right[:, None, None]
+    above = (scores > right).sum(axis=(1, 2))
+    return 1 + above + ((scores == right).sum(axis=(1, 2)) - 1) / 2
+
+
+def retrieval_summary(ranks: pd.DataFrame) -> dict[str, float]:
+    """R@1, R@5 and median rank, exact and near, each recall beside that of a random ranking."""
+    summary = {"median_rank": float(ranks["rank"].median()),
+               "median_rank_near": float(ranks.rank_near.median()),
+               "candidates": int(ranks.candidates.iloc[0]), "n": len(ranks)}
+    for top in (1, 5):
+        summary |= {
+            f"r{top}": float((ranks["rank"] <= top).mean()),
+            f"r{top}_chance": float(np.minimum(top / ranks.candidates, 1).mean()),
+            f"r{top}_near": float((ranks.rank_near <= top).mean()),
+            f"r{top}_near_chance": float(np.mean(
+                stats.hypergeom.sf(0, ranks.candidates, ranks.right, top))),
+        }
+    return summary
+
+
+def debiased_cka(a: np.ndarray, b: np.ndarray) -> float:
+    """Linear centred kernel alignment of two sets of vectors, with the unbiased HSIC estimator.
+
+    1: equal up to rotation and scale; about 0 for unrelated sets, where the plain estimate rises
+    with the dimension. Kornblith et al. 2019 (arXiv 1905.00414); the estimator is that of Song et
+    al. 2012, eq. 5. Computed from D×D products, so that N may be large.
+
+    Args:
+        a, b: [N, D1] and [N, D2], row by row of the same things.
+    Raises:
+        ValueError: other numbers of rows, fewer than 4, or a set without any variation.
+    """
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (a, b))
+    if len(a) != len(b) or len(a) < 4:
+        raise ValueError(f"CKA needs the same rows of both, at least 4; got {len(a)} and {len(b)}")
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    own, other = _unbiased_hsic(a, a), _unbiased_hsic(b, b)
+    if own <= 1e-18 or other <= 1e-18:
+        raise ValueError("CKA is undefined: one set of vectors does not vary")
+    return float(_unbiased_hsic(a, b) / np.sqrt(own * other))
+
+
+def _unbiased_hsic(a, b):
+    # With Gram matrices K = aaᵀ and L = bbᵀ whose diagonals are set to 0:
+    # [tr(KL) + (1ᵀK1)(1ᵀL1) / ((n-1)(n-2)) - 2/(n-2) 1ᵀKL1] / (n (n-3))
+    n = len(a)
+    diagonals = (a ** 2).sum(axis=1), (b ** 2).sum(axis=1)
+    trace = ((a.T @ b) ** 2).sum() - diagonals[0] @ diagonals[1]
+    rows = [x @ x.sum(axis=0) - diagonal for x, diagonal in zip((a, b), diagonals)]
+    total = rows[0].sum() * rows[1].sum() / ((n - 1) * (n - 2))
+    return (trace + total - 2 / (n - 2) * (rows[0] @ rows[1])) / (n * (n - 3))
+
+
+def label_agreement(labels, vectors: np.ndarray, predicted: np.ndarray, teacher: np.ndarray, *,
+                    centre: np.ndarray | None = None) -> dict:
+    """Zero-shot labels: how often the predicted embedding names what the teacher's names.
+
+    Args:
+        labels: K names.
+        vectors: [K, D], the labels in the teacher's text space.
+        predicted, teacher: [N, P, D] unit vectors of the frames asked about.
+        centre: [D], taken off both first: without it a teacher whose scores do not compare across
+            texts gives one label to everything.
+    Returns:
+        agreement (share of equal labels), chance (expected from how often each is given, as in
+        Cohen's kappa), kappa, n, and `table`: label, teacher, predicted (shares), found.
+    Raises:
+        ValueError: fewer than 2 labels, one twice or empty, or another number of vectors.
+    """
+    labels = list(labels)
+    predicted, teacher = check_pair(predicted, teacher)
+    if len(labels) < 2 or not all(isinstance(name, str) and name.strip() for name in labels):
+        raise ValueError(f"labels={labels} must be at least 2 texts, none of them empty")
+    twice = [name for name in labels if labels.count(name) > 1]
+    if twice:
+        raise ValueError(f"label {twice[0]!r} is in the set twice; name each once")
+    vectors = np.asarray(vectors, np.float32)
+    if vectors.shape != (len(labels), teacher.shape[-1]):
+        raise ValueError(f"{len(labels)} labels of {teacher.shape[-1]} values expected, got "
+                         f"vectors of shape {vectors.shape}: encode them with the run's teacher")
+    centre = np.zeros(teacher.shape[-1], np.float32) if centre is None else centre
+    own, right = ((unit(x - centre) @ vectors.T).argmax(axis=-1).ravel()
+                  for x in (predicted, teacher))
+    shares = [np.bincount(x, minlength=len(labels)) / len(x) for x in (right, own)]
+    found = [float((own[right == k] == k).mean()) if (right == k).any() else np.nan
+             for k in range(len(labels))]
+    agreement, chance = float((own == right).mean()), float(shares[0] @ shares[1])
+    table = pd.DataFrame({"label": labels, "teacher": shares[0], "predicted": shares[1],
+                          "found": found})
+    return {"agreement": agreement, "chance": chance, "n": len(own), "table": table,
+            "kappa": (agreement - chance) / (1 - chance) if chance < 1 else np.nan}

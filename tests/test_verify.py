@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip import measures, verify
+from hnerv_clip import controls, measures, statistics, verify
 
 
 def unit_vectors(shape, seed=0):
@@ -14,15 +14,16 @@ def unit_vectors(shape, seed=0):
     return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def slow_video(frames=30, patches=4, dim=32, seed=0):
-    """Teacher embeddings with a common part, a part per position and a slow drift."""
+def slow_video(frames=60, patches=4, dim=32, seed=0, rho=0.5):
+    """Teacher embeddings with a common part, a part per position and one that comes and goes."""
     rng = np.random.default_rng(seed)
-    drift = np.cumsum(rng.standard_normal((frames, patches, dim)) * 0.3, axis=0)
-    vectors = drift + rng.standard_normal((patches, dim)) + 2 * rng.standard_normal(dim)
+    moving = statistics.autoregression(rng, 1, frames, patches * dim, rho)[0]
+    moving = moving.reshape(frames, patches, dim)
+    vectors = moving + rng.standard_normal((patches, dim)) + 2 * rng.standard_normal(dim)
     return measures.unit(vectors).astype(np.float32)
 
 
-HELD_OUT = np.arange(30) % 5 == 4
+HELD_OUT = np.arange(60) % 5 == 4
 
 
 def study(predicted, teacher, **options):
@@ -62,14 +63,14 @@ def test_skill_by_hand():
 
 def test_nearest_training_frame_is_another_one_and_the_earlier_of_two():
     train = np.array([0, 1, 2, 3, 5, 6])
-    near = verify.nearest_training_frame(np.array([0, 2, 4, 5, 9]), train)
+    near = controls.nearest_training_frame(np.array([0, 2, 4, 5, 9]), train)
     assert near.tolist() == [1, 1, 3, 6, 6]
 
 
 def test_shuffles_move_everything_and_differ():
     embeddings = np.arange(7 * 3, dtype=np.float32).reshape(7, 3, 1)
-    pairs = verify.shuffle_pairs(embeddings, np.random.default_rng(0))
-    time = verify.shuffle_time(embeddings, np.random.default_rng(0))
+    pairs = controls.shuffle_pairs(embeddings, np.random.default_rng(0))
+    time = controls.shuffle_time(embeddings, np.random.default_rng(0))
     for moved in (pairs, time):
         assert sorted(moved.ravel()) == sorted(embeddings.ravel())
         assert (moved != embeddings).all()
@@ -79,7 +80,7 @@ def test_shuffles_move_everything_and_differ():
 
 
 def test_table_holds_the_mean_and_std_over_frames_and_patches():
-    teacher, predicted = slow_video(), unit_vectors((30, 4, 32), seed=1)
+    teacher, predicted = slow_video(), unit_vectors((60, 4, 32), seed=1)
     result = study(predicted, teacher)
     dots = (predicted * teacher).sum(-1)[HELD_OUT]
     row = result.table.set_index(["split", "condition"]).loc[("val", "learned")]
@@ -96,11 +97,11 @@ def test_baselines_see_training_frames_only():
     teacher = slow_video()
     changed = teacher.copy()
     changed[HELD_OUT] = unit_vectors(changed[HELD_OUT].shape, seed=5)
-    for name, answer in verify.conditions(
+    for name, answer in controls.conditions(
             teacher, changed, np.flatnonzero(~HELD_OUT), np.flatnonzero(HELD_OUT),
             np.random.default_rng(0)).items():
-        if name in verify.BASELINES:
-            same = verify.conditions(teacher, teacher, np.flatnonzero(~HELD_OUT),
+        if name not in ("learned", *verify.CONTROLS):
+            same = controls.conditions(teacher, teacher, np.flatnonzero(~HELD_OUT),
                                      np.flatnonzero(HELD_OUT), np.random.default_rng(0))[name]
             np.testing.assert_array_equal(answer, same)
 
@@ -140,7 +141,7 @@ def test_random_is_near_zero_and_controls_fall_below_learned():
 
 
 def test_same_seed_same_numbers():
-    teacher, predicted = slow_video(), unit_vectors((30, 4, 32), seed=1)
+    teacher, predicted = slow_video(), unit_vectors((60, 4, 32), seed=1)
     pd.testing.assert_frame_equal(study(predicted, teacher, seed=3).table,
                                   study(predicted, teacher, seed=3).table)
     assert not study(predicted, teacher, seed=3).table.equals(study(predicted, teacher).table)
@@ -162,7 +163,7 @@ def test_report_is_written_and_reads_back(tmp_path):
 
 def test_no_held_out_frames_gives_no_verdict():
     teacher = slow_video()
-    result = verify.verify_embeddings(teacher, teacher, np.arange(30), [])
+    result = verify.verify_embeddings(teacher, teacher, np.arange(60), [])
     assert result.verdict["learned"] is None and "no frame was held out" in result.verdict["honest"]
     assert set(result.table.split) == {"train"}
     assert "No verdict" in verify.report_text(result)
@@ -172,8 +173,8 @@ def bad_inputs():
     good = slow_video()
     nan = good.copy()
     nan[3, 1, 0] = np.nan
-    yield "shapes", unit_vectors((29, 4, 32)), good, r"\(29, 4, 32\).*\(30, 4, 32\)"
-    yield "teacher", unit_vectors((30, 4, 16)), good, r"16 values.*32.*different teachers"
+    yield "shapes", unit_vectors((59, 4, 32)), good, r"\(59, 4, 32\).*\(60, 4, 32\)"
+    yield "teacher", unit_vectors((60, 4, 16)), good, r"16 values.*32.*different teachers"
     yield "nan", nan, good, "frame 3, patch 1"
     yield "no head", None, good, "predict_clip=True"
     yield "not unit", 2 * good, good, "length 2"
@@ -190,7 +191,7 @@ def test_bad_arrays_are_refused(_, predicted, teacher, message):
     ([0], [1, 2], "1 training frames"),
     ([0, 1], [2], "1 held-out frames"),
     ([0, 1, 2], [2, 3], "frame 2 is in the training and the held-out part"),
-    ([0, 1], [30, 31], "frames 0 to 29"),
+    ([0, 1], [60, 61], "frames 0 to 59"),
     (np.ones(7, bool), [2, 3], r"shape \(7,\)"),
     ([0, 0, 1], [2, 3], "twice"),
     ([], [2, 3], "0 training frames"),
@@ -212,6 +213,71 @@ def test_figures_name_the_teacher_and_the_source():
         figure = plot(result.scores, "A (not CLIP)", result.source)
         words = " ".join(text.get_text() for text in figure.texts)
         assert "A (not CLIP)" in words and "interpolated" in words
-    only_train = verify.verify_embeddings(slow_video(), slow_video(), np.arange(30), [])
+    only_train = verify.verify_embeddings(slow_video(), slow_video(), np.arange(60), [])
     figures.plot_conditions(only_train.scores, "A")
     figures.plot_similarity_over_time(only_train.scores, "A")
+
+
+def test_other_baselines_join_the_study():
+    teacher, predicted = slow_video(), slow_video(seed=3)
+    held_out = np.flatnonzero(HELD_OUT)
+    result = study(predicted, teacher, others={
+        "Oracle": teacher, "Held-Out Only": (held_out, teacher[held_out])})
+    assert mean_of(result, "val", "Oracle") == pytest.approx(1, abs=1e-5)
+    assert {"Oracle", "Held-Out Only"} <= set(result.verdict["not_beaten"])
+    assert "Held-Out Only" not in set(result.table.condition[result.table.split == "train"])
+    with pytest.raises(ValueError, match="choose another name"):
+        study(predicted, teacher, others={"mean": teacher})
+    with pytest.raises(ValueError, match=r"\(59, 4, 32\)"):
+        study(predicted, teacher, others={"Short": teacher[1:]})
+
+
+def test_comparisons_agree_with_their_parts():
+    teacher, predicted = slow_video(), unit_vectors((60, 4, 32), seed=1)
+    result = study(predicted, teacher)
+    row = result.comparisons.set_index(["split", "over"]).loc[("train", "position")]
+    frames = result.scores[result.scores.split == "train"].pivot_table(
+        index="frame", columns="condition", values="centred")
+    series = (frames.learned - frames.position).to_numpy()
+    found = statistics.mean_interval(series)
+    assert (row.difference, row.low, row.p) == pytest.approx((series.mean(), found.low, found.p))
+    assert row.effect_size == pytest.approx(series.mean() / series.std(ddof=1))
+    family = result.comparisons[result.comparisons.split == "train"]
+    np.testing.assert_allclose(family.p_holm, statistics.holm(family.p))
+
+
+def test_few_held_out_frames_give_differences_and_say_so():
+    teacher = slow_video()
+    result = verify.verify_embeddings(teacher, teacher, np.arange(50), np.arange(50, 55))
+    held_out = result.comparisons[result.comparisons.split == "val"]
+    assert held_out.p.isna().all() and held_out.difference.notna().all()
+    assert result.verdict["learned"] is None and result.verdict["beaten"] == []
+    assert "NOT PROVEN" in result.verdict["honest"] and "too few" in result.verdict["honest"]
+    assert "too few frames for a test" in verify.report_text(result)
+
+
+def test_aligned_and_shifted_predictions_are_told_apart():
+    teacher = slow_video(rho=0.8)
+    right, late = study(teacher, teacher), study(np.roll(teacher, 15, axis=0), teacher)
+    assert right.alignment.p.max() < 0.05 and right.alignment.shifts.tolist() == [192, 48]
+    assert late.alignment.set_index("split").p["train"] > 0.2
+
+
+def test_one_patch_has_no_spatial_shuffle():
+    teacher = slow_video(patches=1)
+    assert "spatial" not in set(study(teacher, teacher).table.condition)
+
+
+def test_study_figures_draw_every_table():
+    from hnerv_clip.figures import verification as figures
+    result = study(slow_video(seed=2), slow_video(), source="coordinates",
+                   others={"Held-Out Only": (np.flatnonzero(HELD_OUT), slow_video()[HELD_OUT])})
+    drawn = [figures.plot_comparisons(result.comparisons, "A (not CLIP)", result.source),
+             figures.plot_shift_tests(result.shift_tests, "A (not CLIP)", result.source),
+             figures.plot_retrieval(result.retrieval, "A (not CLIP)", result.source),
+             figures.plot_side_files([{"size_bytes": 9000, "centred": 0.5}], 8000, 0.4,
+                                     "A (not CLIP)")]
+    for figure in drawn:
+        assert any("A (not CLIP)" in text.get_text() for text in figure.texts)
+    figures.plot_simulations(statistics.simulate_shift_test(datasets=20, frames=20),
+                             statistics.simulate_interval(datasets=20))

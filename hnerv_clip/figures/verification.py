@@ -1,4 +1,4 @@
-"""Figures of the verification: conditions side by side, and similarity over time."""
+"""Figures of the verification: conditions side by side, over time, tested, and what they cost."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hnerv_clip.figures.style import PALETTE, caption, new_figure
-from hnerv_clip.verify import CONDITIONS, SOURCES
+from hnerv_clip.verify import SOURCES, name_of, p_words
 
 MEASURES = {"raw": "raw cosine", "centred": "cosine, training mean taken off"}
 SPLIT_NAMES = {"train": "training", "val": "held-out"}
-# "position" is a finer mean: the colour of "mean", drawn with another dash where lines are drawn.
-CONDITION_COLOURS = {name: PALETTE["mean" if name == "position" else name] for name in CONDITIONS}
-CONDITION_DASHES = {name: "--" if name == "position" else "-" for name in CONDITIONS}
+# Finer versions of a baseline have its colour, and another dash where lines are drawn.
+COLOURS = {"position": "mean", "between": "neighbour", "spatial": "temporal"}
+DASHES = {"position": "--", "between": "--"}
+OVER_TIME = ("learned", "between", "neighbour", "position", "mean")
 
 
 def short_name(condition: str) -> str:
     """A condition as an axis names it: "Learned (Your Model)" → "learned"."""
-    return CONDITIONS[condition].split(" (")[0].lower()
+    return name_of(condition).split(" (Your")[0].lower()
 
 
 def plot_conditions(scores: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
@@ -31,10 +32,9 @@ def plot_conditions(scores: pd.DataFrame, teacher_label: str, source: str = "") 
         teacher_label: the teacher in words, for the caption.
         source: a key of `verify.SOURCES`, for the caption.
     """
-    order = [name for name in CONDITIONS if name in set(scores.condition)]
-    splits = [name for name in SPLIT_NAMES if name in set(scores.split)]
-    figure, axes = new_figure(1, 2, height=0.55 * len(order) + 1.2, sharey=True)
-    for panel, (measure, label) in zip(axes, MEASURES.items(), strict=True):
+    order, splits = list(scores.condition.unique()), _splits(scores)
+    figure, axes = new_figure(1, 2, height=0.5 * len(order) + 1.2, sharey=True)
+    for panel, (measure, label) in zip(axes, MEASURES.items()):
         panel.axvline(0, color="#606060", linewidth=0.8)
         sns.violinplot(scores, x=measure, y="condition", hue="split", order=order,
                        hue_order=splits, split=len(splits) == 2, inner=None, cut=0, width=0.9,
@@ -42,22 +42,19 @@ def plot_conditions(scores: pd.DataFrame, teacher_label: str, source: str = "") 
                        palette=[PALETTE[name] for name in splits])
         means = scores.groupby(["condition", "split"])[measure].mean()
         for row, condition in enumerate(order):
-            for split in splits:
-                side = 0 if len(splits) == 1 else -0.18 if split == "train" else 0.18
-                panel.plot(means[condition, split], row + side, "o", color="white",
+            for split in means[condition].index:
+                panel.plot(means[condition, split], row + _side(split, splits), "o", color="white",
                            markeredgecolor="black", markersize=4)
         panel.set(xlabel=label, ylabel="", xlim=(min(-0.3, scores[measure].min() - 0.03), 1.03))
     axes[0].set_yticks(range(len(order)), [short_name(name) for name in order])
-    handles = [Patch(color=PALETTE[name], label=f"{SPLIT_NAMES[name]} frames")
-               for name in splits]
-    figure.legend(handles=handles, loc="outside upper right", ncols=2)
+    _split_legend(figure, splits)
     return caption(figure, _words(
         "Similarity to the teacher of every patch of every frame; dots are means.",
         teacher_label, source))
 
 
 def plot_similarity_over_time(scores: pd.DataFrame, teacher_label: str, source: str = "", *,
-                              shown=("learned", "neighbour", "position", "mean")) -> Figure:
+                              shown=OVER_TIME) -> Figure:
     """Mean cosine of each frame over time, with held-out frames marked.
 
     Args:
@@ -67,13 +64,13 @@ def plot_similarity_over_time(scores: pd.DataFrame, teacher_label: str, source: 
     """
     figure, axes = new_figure(2, 1, height=4.6, sharex=True)
     held_out = np.sort(scores.frame[scores.split == "val"].unique())
-    for panel, (measure, label) in zip(axes, MEASURES.items(), strict=True):
+    for panel, (measure, label) in zip(axes, MEASURES.items()):
         frames = scores.pivot_table(index="frame", columns="condition", values=measure)
         for condition in reversed(shown):
             front = condition == "learned"
-            panel.plot(frames.index, frames[condition], CONDITION_DASHES[condition],
-                       color=CONDITION_COLOURS[condition], linewidth=2 if front else 1.2,
-                       zorder=3 if front else 2, label=short_name(condition))
+            panel.plot(frames.index, frames[condition], DASHES.get(condition, "-"),
+                       color=PALETTE[COLOURS.get(condition, condition)], zorder=3 if front else 2,
+                       linewidth=2 if front else 1.2, label=short_name(condition))
         panel.plot(held_out, frames["learned"].reindex(held_out), "o", color=PALETTE["val"],
                    markeredgecolor="black", markeredgewidth=0.5, zorder=4,
                    label="learned, held-out frame")
@@ -81,9 +78,169 @@ def plot_similarity_over_time(scores: pd.DataFrame, teacher_label: str, source: 
     axes[1].axhline(0, color="#606060", linewidth=0.8)
     axes[1].set_xlabel("frame")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=5)
+    figure.legend(handles, labels, loc="outside upper left", ncols=3)
     return caption(figure, _words(
         "Similarity to the teacher, mean over the patches of each frame.", teacher_label, source))
+
+
+def plot_comparisons(comparisons: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
+    """Centred cosine of the network minus that of every other condition, with intervals.
+
+    Args:
+        comparisons: `Verification.comparisons`.
+        teacher_label, source: for the caption, as in `plot_conditions`.
+    """
+    order, splits = list(comparisons.over.unique()), _splits(comparisons)
+    figure, panel = new_figure(height=0.4 * len(order) + 1.2)
+    panel.axvline(0, color="black", linewidth=1)
+    for split in splits:
+        rows = comparisons[comparisons.split == split].set_index("over").reindex(order)
+        places = np.arange(len(order)) + _side(split, splits)
+        panel.hlines(places, rows.low, rows.high, color=PALETTE[split], linewidth=2.5)
+        panel.plot(rows.difference, places, "o", color=PALETTE[split], markeredgecolor="black",
+                   markeredgewidth=0.5)
+        for place, row in zip(places, rows.itertuples()):
+            if row.p_holm < 0.05:
+                panel.annotate("✱", (row.high, place), (4, 0), textcoords="offset points",
+                               va="center", fontsize=8)
+    panel.set_yticks(range(len(order)), [f"over {short_name(name)}" for name in order])
+    panel.invert_yaxis()
+    panel.set_xlabel("centred cosine, learned minus the other")
+    _split_legend(figure, splits)
+    count = ", ".join(f"{rows.frames.iloc[0]:.0f} {SPLIT_NAMES[split]}"
+                      for split, rows in comparisons.groupby("split", sort=False))
+    return caption(figure, _words(
+        "Right of zero the network is better. Bars: 95 % intervals of the mean over frames "
+        f"({count}), allowing for autocorrelation; none where frames are too few. Star: better at "
+        "5 % after Holm's correction over all rows of its colour.", teacher_label, source))
+
+
+def plot_shift_tests(shift_tests: dict, teacher_label: str, source: str = "") -> Figure:
+    """Mean centred cosine under every shift in time, and as aligned.
+
+    Args:
+        shift_tests: `Verification.shift_tests`.
+        teacher_label, source: for the caption, as in `plot_conditions`.
+    """
+    figure, axes = new_figure(1, len(shift_tests), height=2.8, squeeze=False)
+    for panel, (split, test) in zip(axes[0], shift_tests.items()):
+        span = test.null.shape[1] + 1
+        shifts = (np.arange(span) + span // 2) % span - span // 2
+        for null, style in zip(test.null, ("-", ":")):
+            values = np.concatenate([[test.observed], null])[np.argsort(shifts)]
+            panel.plot(np.sort(shifts), values, style, color=PALETTE["temporal"], linewidth=1.4)
+        panel.plot(0, test.observed, "o", color=PALETTE["learned"], markeredgecolor="black",
+                   markersize=7, zorder=4)
+        panel.set(xlabel=f"shift ({SPLIT_NAMES[split]} frames)", ylabel="mean centred cosine")
+        panel.set_title(f"{SPLIT_NAMES[split]}: {p_words(test.p)}, {test.shifts} shifts")
+    return caption(figure, _words(
+        "The prediction, mirrored at its end, shifted against the teacher by every number of frames"
+        " (dotted: the other way round). The dot is the prediction as it is; it knows when things "
+        "happen if it stands out.",
+        teacher_label, source))
+
+
+def plot_retrieval(retrieval: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
+    """How often the right patch of the video is found first, exactly and within a few frames.
+
+    Args:
+        retrieval: `Verification.retrieval`.
+        teacher_label, source: for the caption, as in `plot_conditions`.
+    """
+    order, splits = list(retrieval.condition.unique()), _splits(retrieval)
+    near = retrieval.near.iloc[0]
+    panels = {"r1": "exact patch first", "r1_near": f"first within ±{near} frames",
+              "cka": "CKA (debiased)"}
+    figure, axes = new_figure(1, 3, height=0.36 * len(order) + 1.2, sharey=True)
+    for panel, (column, label) in zip(axes, panels.items()):
+        for split in splits:
+            rows = retrieval[retrieval.split == split].set_index("condition").reindex(order)
+            places = np.arange(len(order)) + _side(split, splits)
+            panel.barh(places, rows[column], height=0.36, color=PALETTE[split])
+        if f"{column}_chance" in retrieval:
+            panel.axvline(retrieval[f"{column}_chance"].mean(), color="black", linestyle=":",
+                          linewidth=1.2)
+        panel.set(xlabel=label, xlim=(min(0, retrieval[column].min() - 0.02), 1))
+    axes[0].set_yticks(range(len(order)), [short_name(name) for name in order])
+    axes[0].invert_yaxis()
+    _split_legend(figure, splits)
+    return caption(figure, _words(
+        f"Share of patches whose embedding, looked up among the {retrieval.candidates.iloc[0]} of "
+        "the whole video, finds the right one first (dotted: at random), and likeness of structure."
+        " No bar where an answer does not vary.", teacher_label, source))
+
+
+def plot_side_files(files, head_bytes: int, learned: float, teacher_label: str,
+                    frames: str = "held-out") -> Figure:
+    """Similarity of stored embeddings against their bytes, beside the network's head.
+
+    Args:
+        files: table, or list of rows, with size_bytes and centred, a row per budget.
+        head_bytes, learned: the head's size and its centred cosine on the same frames.
+        teacher_label: the teacher in words, for the caption.
+        frames: which frames, for the axis.
+    """
+    figure, panel = new_figure(height=3.0)
+    files = pd.DataFrame(files).sort_values("size_bytes")
+    panel.plot(files.size_bytes / 1000, files.centred, "o-", color=PALETTE["teacher"],
+               label="stored: PCA, quantised, interpolated in time")
+    panel.plot(head_bytes / 1000, learned, "D", color=PALETTE["learned"], markersize=8,
+               markeredgecolor="black", label="network: its CLIP head")
+    ticks = np.round([*files.size_bytes / 1000]).astype(int)
+    panel.set(xscale="log", xlabel="kilobytes", ylabel=f"centred cosine, {frames} frames")
+    panel.set_xticks(ticks, ticks)
+    panel.minorticks_off()
+    panel.legend(loc="best")
+    return caption(figure, "What the same bytes hold without a network: the teacher's embeddings of"
+                           " the training frames, compressed, and interpolated for held-out frames."
+                           f" Teacher: {teacher_label}.")
+
+
+def plot_simulations(shifts: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
+    """What the tests do on made data with a known answer.
+
+    Args:
+        shifts: `statistics.simulate_shift_test`.
+        intervals: `statistics.simulate_interval`.
+    """
+    figure, axes = new_figure(1, 3, height=3.0)
+    colours = sns.color_palette("viridis", intervals.rho.nunique())
+    for effect, style in zip(sorted(shifts.effect.unique()), ("o-", "s--", "^:", "v-.")):
+        rows = shifts[shifts.effect == effect]
+        axes[0].errorbar(rows.rho, rows.rejected, 2 * rows.error, fmt=style, capsize=3,
+                         label=f"effect {effect:g}")
+    axes[0].axhline(0.05, color=PALETTE["reference"], linestyle="--", linewidth=1)
+    axes[0].set(xlabel="autocorrelation ρ", ylabel="share rejected", ylim=(0, 1.03),
+                title="test in time")
+    for panel, column, wanted, title in ((axes[1], "covered", 0.95, "95 % interval covers"),
+                                         (axes[2], "rejected", 0.05, "no effect, rejected")):
+        for colour, (rho, rows) in zip(colours, intervals.groupby("rho")):
+            panel.errorbar(rows.frames, rows[column], 2 * rows.error, fmt="o-", capsize=3,
+                           color=colour, label=f"ρ = {rho:g}")
+        panel.axhline(wanted, color=PALETTE["reference"], linestyle="--", linewidth=1)
+        panel.set(xlabel="frames", xscale="log", title=title)
+        panel.set_xticks(rows.frames, rows.frames)
+        panel.minorticks_off()
+    axes[0].legend()
+    axes[2].legend()
+    return caption(figure, f"Tests on {shifts.datasets.iloc[0]} and {intervals.datasets.iloc[0]} "
+                           "made data sets a point, of autocorrelated series; dashed: as promised. "
+                           f"Left: {shifts.frames.iloc[0]} frames, share rejected at 5 %. Bars: two"
+                           " standard errors.")
+
+
+def _splits(table):
+    return [name for name in SPLIT_NAMES if name in set(table.split)]
+
+
+def _side(split, splits):
+    """Where a row's part for this split stands: above its middle, or below."""
+    return 0 if len(splits) == 1 else -0.19 if split == "train" else 0.19
+
+
+def _split_legend(figure, splits):
+    handles = [Patch(color=PALETTE[name], label=f"{SPLIT_NAMES[name]} frames") for name in splits]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2)
 
 
 def _words(text, teacher_label, source=""):

@@ -1,0 +1,158 @@
+"""Controls, baselines and measures: worked values, references, known answers."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LinearRegression
+
+from hnerv_clip import controls, measures
+from hnerv_clip.measures import debiased_cka, label_agreement, retrieval_ranks, retrieval_summary
+
+
+def unit_vectors(shape, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal(shape)
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def test_spatial_shuffle_stays_in_the_frame():
+    embeddings = np.arange(5 * 4, dtype=np.float32).reshape(5, 4, 1)
+    moved = controls.shuffle_space(embeddings, np.random.default_rng(0))
+    assert (moved != embeddings).all()
+    np.testing.assert_array_equal(np.sort(moved[..., 0]), embeddings[..., 0])
+    with pytest.raises(ValueError, match="at least 2 patches"):
+        controls.shuffle_space(embeddings[:, :1], np.random.default_rng(0))
+
+
+def test_interpolation_by_hand():
+    # One patch, turning by 10 degrees a frame; frames 0, 1, 4 train.
+    angles = np.radians([0, 10, 77, 77, 40])
+    teacher = np.stack([np.cos(angles), np.sin(angles)], axis=-1)[:, None].astype(np.float32)
+    found = controls.interpolate_teacher(teacher, [0, 1, 4], [1, 2, 3, 4, 0])[:, 0]
+    between = [teacher[0] * 3 / 4 + teacher[4] / 4, teacher[1] * 2 / 3 + teacher[4] / 3,
+               teacher[1] / 3 + teacher[4] * 2 / 3, teacher[1], teacher[1]]
+    np.testing.assert_allclose(found, measures.unit(np.array(between))[:, 0], atol=1e-6)
+
+
+def test_linear_map_recovers_a_linear_relation():
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((60, 2, 3, 2))
+    weights = rng.standard_normal((12, 4 * 8))
+    teacher = measures.unit((inputs.reshape(60, 12) @ weights).reshape(60, 4, 8)).astype("f")
+    train = np.arange(60) % 5 != 4
+    found = controls.linear_map(inputs, teacher, np.flatnonzero(train))
+    plain = LinearRegression().fit(inputs.reshape(60, -1)[train], teacher.reshape(60, -1)[train])
+    expected = measures.unit(plain.predict(inputs.reshape(60, -1)).reshape(60, 4, 8))
+    assert measures.cosine(found, expected).min() > 0.99
+    assert measures.cosine(found, teacher)[~train].mean() > 0.9
+    with pytest.raises(ValueError, match="59 frames for 60"):
+        controls.linear_map(inputs[1:], teacher, [0, 1])
+
+
+def slow_embeddings(frames=40, patches=4, dim=48):
+    rng = np.random.default_rng(0)
+    path = np.cumsum(rng.standard_normal((frames, patches, 5)) * 0.2, axis=0)
+    vectors = path @ rng.standard_normal((5, dim)) + rng.standard_normal(dim)
+    return measures.unit(vectors).astype(np.float32)
+
+
+def test_side_file_keeps_its_budget_and_decodes_from_its_bytes_alone():
+    embeddings = slow_embeddings()
+    quality = []
+    for budget in (400, 1000, 4000):
+        stored = controls.write_side_file(embeddings, budget)
+        assert stored.size_bytes == len(stored.data) <= budget
+        np.testing.assert_array_equal(controls.read_side_file(stored.data), stored.embeddings)
+        quality.append(measures.cosine(stored.embeddings, embeddings).mean())
+    assert quality == sorted(quality) and quality[-1] > 0.999
+
+
+def test_side_file_of_training_frames_answers_for_all():
+    embeddings, train = slow_embeddings(), np.flatnonzero(np.arange(40) % 5 != 4)
+    hidden = embeddings.copy()
+    hidden[4::5] = np.nan  # held-out frames must not be read
+    stored, answers = controls.store_embeddings(hidden, train, 4000)
+    np.testing.assert_array_equal(answers[train], stored.embeddings)
+    assert measures.cosine(answers, embeddings)[4::5].min() > 0.9
+
+
+def test_side_file_says_what_is_wrong():
+    with pytest.raises(ValueError, match="50 bytes does not hold the mean"):
+        controls.write_side_file(slow_embeddings(), 50)
+    with pytest.raises(ValueError, match="not a side file"):
+        controls.read_side_file(b"PK\x03\x04 and so on")
+
+
+def test_retrieval_by_hand():
+    # Four frames of one patch at 0, 10, 20 and 90 degrees.
+    angles = np.radians([0, 10, 20, 90])
+    teacher = np.stack([np.cos(angles), np.sin(angles)], axis=-1)[:, None].astype(np.float32)
+    asked = np.radians([[9], [100]])
+    answers = np.stack([np.cos(asked), np.sin(asked)], axis=-1).astype(np.float32)
+    found = retrieval_ranks(answers, teacher, np.array([0, 2]), near=1)
+    # 9 degrees for frame 0: nearest is frame 1 (near), then 0. 100 for frame 2: 90 (frame 3), 20.
+    assert found["rank"].tolist() == [2, 2] and found.rank_near.tolist() == [1, 1]
+    assert found.right.tolist() == [2, 3] and found.candidates.tolist() == [4, 4]
+    summary = retrieval_summary(found)
+    assert (summary["r1"], summary["r5"], summary["median_rank"]) == (0, 1, 2)
+    assert summary["r1_chance"] == 1 / 4
+    assert summary["r1_near_chance"] == pytest.approx((2 / 4 + 3 / 4) / 2)
+
+
+def test_retrieval_of_the_truth_and_of_nothing():
+    teacher, frames = unit_vectors((30, 4, 16)), np.arange(30)
+    assert retrieval_summary(retrieval_ranks(teacher, teacher, frames))["r1"] == 1
+    noise = retrieval_summary(retrieval_ranks(unit_vectors((30, 4, 16), 1), teacher, frames))
+    assert noise["median_rank"] == pytest.approx(60, abs=20)
+    # An answer that likes all candidates alike has the middle rank, not the first.
+    flat = retrieval_ranks(np.zeros_like(teacher), teacher, frames)
+    assert (flat["rank"] == 60.5).all()
+
+
+def test_cka_equals_its_definition():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((12, 5)), rng.standard_normal((12, 7))
+    a[:, 0] += b[:, 0]
+
+    def hsic(x, y):
+        n = len(x)
+        k, m = ((z - z.mean(0)) @ (z - z.mean(0)).T for z in (x, y))
+        np.fill_diagonal(k, 0)
+        np.fill_diagonal(m, 0)
+        one = np.ones(n)
+        return (np.trace(k @ m) + one @ k @ one * (one @ m @ one) / ((n - 1) * (n - 2))
+                - 2 / (n - 2) * one @ k @ m @ one) / (n * (n - 3))
+
+    expected = hsic(a, b) / np.sqrt(hsic(a, a) * hsic(b, b))
+    assert debiased_cka(a, b) == pytest.approx(expected)
+
+
+def test_cka_is_blind_to_rotation_and_unbiased_for_unrelated_sets():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((30, 40))
+    rotation = np.linalg.qr(rng.standard_normal((40, 40)))[0]
+    assert debiased_cka(a, 3 * a @ rotation + 1) == pytest.approx(1)
+    unrelated = [debiased_cka(*rng.standard_normal((2, 30, 40))) for _ in range(200)]
+    assert abs(np.mean(unrelated)) < 0.03
+    with pytest.raises(ValueError, match="at least 4"):
+        debiased_cka(a[:3], a[:3])
+    with pytest.raises(ValueError, match="does not vary"):
+        debiased_cka(np.ones((9, 3)), a[:9])
+
+
+def test_labels_by_hand():
+    # Two labels along the axes; the teacher says a, a, b and the network a, b, b.
+    a, b = [1.0, 0.0], [0.0, 1.0]
+    found = label_agreement(["a", "b"], np.array([a, b]), np.array([[a], [b], [b]]),
+                            np.array([[a], [a], [b]]))
+    assert found["agreement"] == pytest.approx(2 / 3)
+    assert found["chance"] == pytest.approx(2 / 3 * 1 / 3 + 1 / 3 * 2 / 3)
+    assert found["kappa"] == pytest.approx((2 / 3 - 4 / 9) / (5 / 9))
+    assert found["table"].found.tolist() == [0.5, 1]
+
+
+@pytest.mark.parametrize("labels, message", [
+    (["a", "a"], "twice"), (["a"], "at least 2"), (["a", " "], "none of them empty"),
+    (["a", "b", "c"], "3 labels of 2 values")])
+def test_bad_label_sets_are_refused(labels, message):
+    ones = np.ones((2, 1, 2)) / 2 ** 0.5
+    with pytest.raises(ValueError, match=message):
+        label_agreement(labels, np.eye(2), ones, ones)

@@ -1,0 +1,139 @@
+"""Tests and intervals: worked values, slow against fast, and their level on made data."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hnerv_clip import statistics
+from hnerv_clip.statistics import autoregression, holm, mean_interval, shift_test
+
+
+def test_shift_test_by_hand():
+    # Prediction 0, 1, 3, mirrored to 0 1 3 3 1 0, and target 1, 2, 4.
+    found = shift_test(np.array([0.0, 1, 3])[:, None], np.array([1.0, 2, 4])[:, None])
+    assert found.observed == pytest.approx(14 / 3)
+    np.testing.assert_allclose(found.null[0] * 3, [19, 13, 5, 1, 4])
+    # The target mirrored to 1 2 4 4 2 1 and the prediction as it is.
+    np.testing.assert_allclose(found.null[1] * 3, [16, 10, 5, 4, 7])
+    assert found.p == pytest.approx((2 + 1 + 1) / 12) and found.shifts == 12
+
+
+def test_shift_test_equals_shifting_one_by_one():
+    rng = np.random.default_rng(0)
+    p, g = rng.standard_normal((2, 9, 3, 4))
+    by_hand = [[np.mean([(np.concatenate([a, a[::-1]])[(t + k) % 18] * b[t]).sum(-1).mean()
+                         for t in range(9)]) for k in range(18)] for a, b in ((p, g), (g, p))]
+    found = shift_test(p, g)
+    np.testing.assert_allclose(found.null, np.array(by_hand)[:, 1:])
+    assert found.observed == pytest.approx(by_hand[1][0])
+    assert found.p == np.mean(np.array(by_hand) >= by_hand[0][0] - 1e-12)
+
+
+def test_shift_test_finds_what_is_aligned_and_bounds_its_p():
+    series = autoregression(np.random.default_rng(0), 1, 40, 8, 0.8)[0]
+    found = shift_test(series, series)
+    assert found.p == 1 / 80 and found.effect > 3
+    constant = np.ones((40, 8))
+    assert shift_test(constant, constant).p == 1.0  # every shift is the same
+
+
+@pytest.mark.parametrize("rho", [0, 0.5, 0.9, 0.99])
+def test_shift_test_keeps_its_level_on_autocorrelated_data(rho):
+    found = statistics.simulate_shift_test(datasets=2000, frames=60, rhos=(rho,), effects=(0,))
+    assert found.datasets[0] == 2000
+    assert 0.04 <= found.rejected[0] <= 0.06
+
+
+def test_shift_test_has_power():
+    found = statistics.simulate_shift_test(datasets=200, frames=60, rhos=(0, 0.9), effects=(0.3,))
+    assert found.rejected[0] > 0.99 and found.rejected[1] > 0.9
+
+
+def test_a_plain_circular_shift_would_not_keep_the_level():
+    """Why the series is mirrored: joined end to end, a slow series rejects far too often."""
+    rng, rejected = np.random.default_rng(0), 0
+    for _ in range(400):
+        p, g = np.cumsum(rng.standard_normal((2, 40, 4)), axis=1)
+        p, g = p - p.mean(0), g - g.mean(0)
+        shifted = np.array([(np.roll(p, k, axis=0) * g).sum() for k in range(40)])
+        rejected += np.mean(shifted >= shifted[0]) <= 0.05
+    assert rejected / 400 > 0.1
+
+
+def test_interval_of_independent_values_is_nearly_students():
+    series = np.random.default_rng(0).standard_normal(4000) + 0.1
+    found = mean_interval(series)
+    low, high = stats.t.interval(0.95, 3999, series.mean(), stats.sem(series))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
+    assert found.p == pytest.approx(stats.ttest_1samp(series, 0, alternative="greater").pvalue,
+                                    abs=1e-4)
+
+
+def test_standard_error_is_that_of_resampled_blocks():
+    """The closed form against drawing moving blocks, before the small-sample factor."""
+    rng = np.random.default_rng(0)
+    series = next(one for one in autoregression(rng, 50, 120, 1, 0.6)[..., 0]
+                  if 120 % statistics.block_length(one) == 0 and statistics.block_length(one) > 3)
+    found = mean_interval(series)
+    starts = rng.integers(0, 121 - found.block, (20000, 120 // found.block))
+    means = series[starts[..., None] + np.arange(found.block)].mean(axis=(1, 2))
+    rho, share = statistics.lag_one(series), found.block / 120
+    factor = statistics._inflation(120, rho) / (
+        statistics._inflation(found.block, rho) - share * statistics._inflation(120, rho))
+    assert found.standard_error == pytest.approx(means.std() * factor ** 0.5, rel=0.02)
+
+
+def test_inflation_against_the_sum_of_covariances():
+    lags = np.abs(np.subtract.outer(np.arange(7), np.arange(7)))
+    assert statistics._inflation(7, 0.6) == pytest.approx((0.6 ** lags).sum() / 7)
+    assert statistics._inflation(7, 0.0) == 1
+
+
+def test_blocks_grow_with_autocorrelation():
+    rng = np.random.default_rng(0)
+    lengths = [np.mean([statistics.block_length(one[:, 0])
+                        for one in autoregression(rng, 50, 200, 1, rho)])
+               for rho in (0, 0.5, 0.9)]
+    assert lengths[0] < 3 < lengths[1] < 10 < lengths[2]
+    estimates = [statistics.lag_one(one[:, 0]) for one in autoregression(rng, 500, 40, 1, 0.7)]
+    assert np.mean(estimates) == pytest.approx(0.7, abs=0.03)
+
+
+def test_intervals_cover_and_tests_keep_their_level():
+    found = statistics.simulate_interval(datasets=1000, frames=(26, 106), rhos=(0, 0.5))
+    assert (found.covered > 0.92).all() and (found.rejected < 0.07).all()
+    # At 26 frames and ρ = 0.8 the page must not promise more than this.
+    hard = statistics.simulate_interval(datasets=500, frames=(26,), rhos=(0.8,))
+    assert 0.85 < hard.covered[0] < 0.95
+
+
+def test_found_is_the_power_of_the_moved_series():
+    rng = np.random.default_rng(0)
+    series = autoregression(rng, 200, 26, 1, 0.5)[..., 0]
+    by_hand = np.mean([mean_interval(one + 0.5).p <= 0.05 for one in series])
+    found = statistics.simulate_interval(datasets=200, frames=(26,), rhos=(0.5,), seed=0)
+    assert found.found[0] == pytest.approx(by_hand)
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1: 0.04, 0.06, 0.06, 0.04, made monotone.
+    np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
+    np.testing.assert_allclose(holm([0.9, 0.8]), [1, 1])
+    assert holm([]).size == 0
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: shift_test(np.ones((1, 2)), np.ones((1, 2))), "at least 2 frames, got 1"),
+    (lambda: shift_test(np.ones((3, 2)), np.ones((4, 2))), r"\(3, 2\).*\(4, 2\)"),
+    (lambda: shift_test(np.full((3, 2), np.nan), np.ones((3, 2))), "NaN"),
+    (lambda: mean_interval(np.ones(7)), "at least 8 frames, got 7"),
+    (lambda: mean_interval(np.full(9, np.nan)), "NaN"),
+    (lambda: holm([0.5, 1.5]), r"\[0, 1\]"),
+    (lambda: holm([np.nan]), r"\[0, 1\]")])
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_constant_difference_has_no_error():
+    assert mean_interval(np.zeros(10)).p == 1 and mean_interval(np.ones(10)).p == 0

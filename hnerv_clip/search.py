@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 
-from hnerv_clip.measures import check_embeddings, check_pair, rank_correlation
+from hnerv_clip.measures import check_embeddings, check_pair, rank_correlation, unit
 
 
 def parse_queries(queries) -> list[str]:
@@ -48,8 +50,7 @@ def rank_patches(query, embeddings, top_k: int | None = None, *, apart: int = 0)
     Raises:
         ValueError: no query, another size than the embeddings', not finite, zero, or top_k < 1.
     """
-    embeddings = check_embeddings(embeddings)
-    scores = embeddings @ check_query(query, embeddings.shape[-1])
+    scores = score_patches(query, embeddings)
     order = np.argsort(-scores, axis=None, kind="stable")
     order = _spread(order, scores.shape, apart, top_k)[:_check_top_k(top_k)]
     frame, patch = np.unravel_index(order, scores.shape)
@@ -69,6 +70,113 @@ def check_query(query, dim: int) -> np.ndarray:
     if not np.isfinite(length) or length < 1e-8:
         raise ValueError(f"the query has length {length}; give a finite vector that is not zero")
     return query / length
+
+
+def similar_patches(frame: int, patch: int, embeddings, top_k: int | None = None, *,
+                    within=None, apart: int = 0) -> pd.DataFrame:
+    """Patches like a given one, best first; the patch itself is left out.
+
+    Args:
+        frame, patch: the patch asked about.
+        embeddings: [T, P, D] unit vectors to take it from.
+        top_k, apart: as in `rank_patches`; `apart` also keeps away from the patch asked about.
+        within: [T', P', D] unit vectors to look in, for instance of another video; then nothing
+            is left out. None looks in `embeddings`.
+    Raises:
+        ValueError: no such frame or patch; and as `rank_patches`.
+    """
+    embeddings = check_embeddings(embeddings)
+    for name, value, count in (("frame", frame, len(embeddings)),
+                               ("patch", patch, embeddings.shape[1])):
+        if not 0 <= value < count:
+            raise ValueError(f"{name}={value} must lie between 0 and {count - 1}")
+    query = embeddings[frame, patch]
+    if within is not None:
+        return rank_patches(query, within, top_k, apart=apart)
+    ranking = rank_patches(query, embeddings, apart=apart)
+    own = (ranking.patch == patch) & ((ranking.frame - frame).abs() <= apart)
+    ranking = ranking[~own].head(_check_top_k(top_k) or len(ranking)).reset_index(drop=True)
+    return ranking.assign(rank=np.arange(1, len(ranking) + 1))
+
+
+def score_patches(query, embeddings) -> np.ndarray:
+    """Cosine of a query with every patch: float32 [T, P]; for a strip over time."""
+    embeddings = check_embeddings(embeddings)
+    return embeddings @ check_query(query, embeddings.shape[-1])
+
+
+def relevancy(query, neutral, embeddings, *, scale: float = 10.0) -> np.ndarray:
+    """How far patches answer a query rather than any of some neutral phrases: [T, P] in (0, 1).
+
+    The smallest two-way softmax between query and phrase, as in LERF (arXiv 2303.09553, section
+    3.3), above 0.5 where the query wins against all. Only for a teacher whose scores compare
+    across texts, such as CLIP.
+
+    Args:
+        query: [D].
+        neutral: [K, D], such as the texts "object", "things", "stuff", "texture".
+        embeddings: [T, P, D] unit vectors.
+        scale: inverse temperature of the softmax.
+    """
+    if len(neutral) == 0:
+        raise ValueError("relevancy needs at least one neutral phrase, such as \"object\"")
+    own = score_patches(query, embeddings)
+    others = np.max([score_patches(phrase, embeddings) for phrase in neutral], axis=0)
+    return 1 / (1 + np.exp(scale * (others - own)))
+
+
+TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a close-up of a {}.",
+             "a picture with a {}.")
+
+
+def encode_queries(names, teacher, templates=TEMPLATES) -> np.ndarray:
+    """Queries in the teacher's text space: unit vectors [K, D].
+
+    With CLIP each query is the mean over `templates`, which the prompts of its training resemble
+    more than a bare word does. A teacher that knows names only gets the names.
+
+    Raises:
+        ValueError: a bad query, or a template without {}.
+        ConfigError: a name that the teacher does not know; the message suggests others.
+    """
+    names = parse_queries(names)
+    if not teacher.is_clip:
+        return np.asarray(teacher.encode_text(names).cpu())
+    bad = [template for template in templates if "{}" not in template]
+    if bad or not templates:
+        raise ValueError(f"template {bad[0] if bad else ''!r} has no {{}} for the query")
+    vectors = [np.asarray(teacher.encode_text([template.format(name) for name in names]).cpu())
+               for template in templates]
+    return unit(np.mean(vectors, axis=0))
+
+
+def map_embeddings(predicted, teacher, *, points: int = 600, perplexity: float = 30,
+                   seed: int = 0) -> pd.DataFrame:
+    """A map of the embedding space in two dimensions, predicted and teacher's in one (t-SNE).
+
+    Neighbours on the map are neighbours in the space; distances between groups mean little.
+
+    Args:
+        predicted, teacher: [T, P, D] unit vectors.
+        points: patches of each kind at most; frames are thinned evenly.
+        perplexity: size of a neighbourhood, lowered where there are few points.
+    Returns:
+        kind (predicted, teacher), frame, patch, x, y.
+    """
+    predicted, teacher = check_pair(predicted, teacher)
+    frames, patches, dim = teacher.shape
+    kept = np.arange(0, frames, max(1, -(-frames * patches // points)))
+    vectors = np.concatenate([predicted[kept].reshape(-1, dim), teacher[kept].reshape(-1, dim)])
+    if len(vectors) < 8:
+        raise ValueError(f"a map needs at least 4 patches of each kind, got {len(vectors) // 2}")
+    reduced = PCA(min(50, *vectors.shape), random_state=seed).fit_transform(vectors)
+    places = TSNE(perplexity=min(perplexity, (len(vectors) - 1) / 3), init="pca",
+                  random_state=seed).fit_transform(reduced)
+    count = len(vectors) // 2
+    return pd.DataFrame({
+        "kind": np.repeat(["predicted", "teacher"], count),
+        "frame": np.tile(np.repeat(kept, patches), 2),
+        "patch": np.tile(np.arange(patches), 2 * len(kept)), "x": places[:, 0], "y": places[:, 1]})
 
 
 def _spread(order, shape, apart, top_k):

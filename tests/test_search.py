@@ -121,3 +121,94 @@ def test_cut_takes_the_box():
     from hnerv_clip.figures.search import cut
     frame = np.arange(3 * 6 * 8).reshape(3, 6, 8)
     np.testing.assert_array_equal(cut(frame, (1, 2, 3, 4)), frame[:, 1:4, 2:6].transpose(1, 2, 0))
+
+
+def test_similar_patches_leave_out_the_patch_itself():
+    embeddings = unit_vectors((9, 4, 16))
+    found = search.similar_patches(5, 2, embeddings)
+    assert len(found) == 35 and found["rank"].tolist() == list(range(1, 36))
+    assert not ((found.frame == 5) & (found.patch == 2)).any()
+    ranking = search.rank_patches(embeddings[5, 2], embeddings)
+    assert found.score.tolist() == ranking.score[1:].tolist()
+    apart = search.similar_patches(5, 2, embeddings, 3, apart=2)
+    assert not ((apart.frame - 5).abs().le(2) & (apart.patch == 2)).any()
+    other = search.similar_patches(5, 2, embeddings, 1, within=embeddings[::-1])
+    assert (other.frame[0], other.patch[0]) == (3, 2)
+    with pytest.raises(ValueError, match="frame=9 must lie between 0 and 8"):
+        search.similar_patches(9, 0, embeddings)
+
+
+def test_relevancy_by_hand():
+    embeddings = np.array([[[1.0, 0], [0, 1]]])
+    found = search.relevancy([1, 0], [[0, 1]], embeddings, scale=2)
+    expected = np.exp(2) / (np.exp(2) + 1)
+    np.testing.assert_allclose(found, [[expected, 1 - expected]], rtol=1e-6)
+    # Of several phrases, the one that the patch answers best counts.
+    both = search.relevancy([1, 0], [[0, 1], [1, 0]], embeddings, scale=2)
+    np.testing.assert_allclose(both, [[0.5, 1 - expected]], rtol=1e-6)
+    with pytest.raises(ValueError, match="neutral phrase"):
+        search.relevancy([1, 0], [], embeddings)
+
+
+class Words:
+    """A teacher of texts: the length of each, as an angle."""
+
+    def __init__(self, is_clip):
+        self.is_clip, self.heard = is_clip, []
+
+    def encode_text(self, texts):
+        import torch
+        self.heard += texts
+        angles = torch.tensor([len(text) / 100 for text in texts])
+        return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def test_only_clip_gets_prompts():
+    clip, names = Words(True), Words(False)
+    found = search.encode_queries("hare; fox", clip, templates=("a {}", "one {} here"))
+    assert clip.heard == ["a hare", "a fox", "one hare here", "one fox here"]
+    assert found[0] == pytest.approx([np.cos(0.095), np.sin(0.095)])  # the mean of 6 and 13
+    search.encode_queries("hare; fox", names)
+    assert names.heard == ["hare", "fox"]
+    with pytest.raises(ValueError, match="no {} for the query"):
+        search.encode_queries("hare", clip, templates=("a photo",))
+
+
+def test_map_keeps_neighbours_together():
+    rng = np.random.default_rng(0)
+    centres = 5 * rng.standard_normal((4, 16))
+    teacher = measures.unit(centres + rng.standard_normal((40, 4, 16))).astype(np.float32)
+    places = search.map_embeddings(teacher, teacher, points=80, perplexity=10)
+    own = places[places.kind == "teacher"]
+    assert len(own) == 80 and set(own.frame) == set(range(0, 40, 2))
+    middles = own.groupby("patch")[["x", "y"]].mean().to_numpy()
+    nearest = np.linalg.norm(own[["x", "y"]].to_numpy()[:, None] - middles, axis=-1).argmin(1)
+    assert (nearest == own.patch).mean() > 0.95
+    with pytest.raises(ValueError, match="at least 4 patches"):
+        search.map_embeddings(teacher[:1, :2], teacher[:1, :2])
+
+
+def test_heat_is_blended_where_it_is_high():
+    from hnerv_clip.figures.search import blend_heat
+    frames = np.full((2, 3, 8, 8), 100, np.uint8)
+    heats = np.zeros((2, 2, 2))
+    heats[1, 0, 0] = 1
+    found = blend_heat(frames, heats)
+    assert found.shape == frames.shape and found.dtype == np.uint8
+    assert (found[0] == 100).all() and (found[1, :, 0, 0] != 100).all()
+    assert (found[1, :, -1, -1] == 100).all()
+    with pytest.raises(ValueError, match="1 heat maps for 2 frames"):
+        blend_heat(frames, heats[:1])
+
+
+def test_strips_and_map_name_the_teacher():
+    from hnerv_clip.figures import search as figures
+    embeddings = unit_vectors((8, 2, 16))
+    frames = np.zeros((8, 3, 16, 32), np.uint8)
+    strips = {"hare": search.score_patches(np.ones(16), embeddings)}
+    places = search.map_embeddings(embeddings, embeddings)
+    boxes = np.array([[0, 0, 12, 12], [4, 20, 12, 12]])
+    for figure in (figures.plot_strips(strips, "A (not CLIP)", reference=strips),
+                   figures.plot_strips(strips, "A (not CLIP)"),
+                   figures.plot_embedding_map(places, frames, boxes, "A (not CLIP)")):
+        assert any("A (not CLIP)" in text.get_text() for text in figure.texts)

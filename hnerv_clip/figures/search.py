@@ -1,12 +1,22 @@
-"""Figures of the search: ranked crops, agreement with the teacher, heat maps."""
+"""Figures of the search: ranked crops, agreement, heat maps, strips, and a map of the space."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from PIL import Image
 
-from hnerv_clip.figures.style import PALETTE, WIDTH, caption, new_figure, picture_axes
+from hnerv_clip.figures.style import (
+    PALETTE,
+    SEQUENTIAL,
+    WIDTH,
+    caption,
+    new_figure,
+    picture_axes,
+)
 
 
 def plot_ranked_patches(frames: np.ndarray, boxes: np.ndarray, predicted: pd.DataFrame,
@@ -77,7 +87,7 @@ def plot_heat_map(frame: np.ndarray, heat: np.ndarray, query: str, teacher_label
         teacher_label: the teacher in words, for the caption.
     """
     height, width = frame.shape[-2:]
-    figure, axes = new_figure(1, 2, height=WIDTH / 2 * height / width + 0.6)
+    figure, axes = new_figure(1, 2, height=0.42 * WIDTH * height / width + 0.45)
     picture = np.moveaxis(np.asarray(frame), 0, -1)
     for panel in axes:
         picture_axes(panel).imshow(picture)
@@ -98,3 +108,100 @@ def frame_panel(panel, colour):
     """Draw a coloured border around a picture."""
     for spine in panel.spines.values():
         spine.set(visible=True, color=colour, linewidth=2.5)
+
+
+def plot_strips(scores: dict, teacher_label: str, *, reference: dict | None = None) -> Figure:
+    """When each query is answered, and where: a strip a query, frames across, positions down.
+
+    Args:
+        scores: {query: [T, P]}, as `search.score_patches` gives them from predicted embeddings.
+        teacher_label: the teacher in words, for the caption.
+        reference: the same from the teacher's own embeddings, shown at the right.
+    """
+    columns = [("predicted", scores), ("teacher", reference)][:1 if reference is None else 2]
+    figure, axes = new_figure(len(scores), len(columns), height=0.95 * len(scores) + 0.9,
+                              sharex=True, squeeze=False)
+    for row, query in enumerate(scores):
+        low = min(np.min(source[query]) for _, source in columns)
+        high = max(np.max(source[query]) for _, source in columns)
+        for column, (kind, source) in enumerate(columns):
+            panel = axes[row, column]
+            shade = panel.imshow(source[query].T, aspect="auto", vmin=low, vmax=high)
+            panel.grid(False)
+            panel.set_yticks([])
+            if row == 0:
+                panel.set_title(kind, color=PALETTE[kind])
+        axes[row, 0].set_ylabel(query, rotation=0, ha="right", va="center")
+        figure.colorbar(shade, ax=list(axes[row]), pad=0.01)
+    for panel in axes[-1]:
+        panel.set_xlabel("frame")
+    return caption(figure, "Cosine of each query with every patch: frames across, patch positions "
+                           "down, row by row of the frame. The colours of a strip are its own. "
+                           f"Teacher: {teacher_label}.")
+
+
+def plot_embedding_map(places: pd.DataFrame, frames: np.ndarray, boxes: np.ndarray,
+                       teacher_label: str, *, thumbnails: int = 14) -> Figure:
+    """The embedding space laid flat, with thumbnails: predicted beside teacher.
+
+    Args:
+        places: as `search.map_embeddings` gives them.
+        frames: uint8 [T, 3, H, W].
+        boxes: int [P, 4], as for `plot_ranked_patches`.
+        teacher_label: the teacher in words, for the caption.
+        thumbnails: patches shown on each map; the same ones on both.
+    """
+    frames, boxes = np.asarray(frames), np.asarray(boxes)
+    figure, axes = new_figure(1, 2, height=4.2, sharex=True, sharey=True)
+    kinds = dict(list(places.groupby("kind", sort=False)))
+    chosen = _spread_out(kinds["teacher"][["x", "y"]].to_numpy(), thumbnails)
+    for panel, (kind, points) in zip(axes, kinds.items()):
+        shade = panel.scatter(points.x, points.y, c=points.frame, s=16, linewidths=0)
+        for point in points.iloc[chosen].itertuples():
+            picture = cut(frames[point.frame], boxes[point.patch])
+            box = OffsetImage(picture, zoom=20 / picture.shape[0])
+            panel.add_artist(AnnotationBbox(box, (point.x, point.y), pad=0.1,
+                                            bboxprops={"linewidth": 0.5}))
+        panel.set(xticks=[], yticks=[])
+        panel.set_title(kind, color=PALETTE[kind])
+        panel.grid(False)
+    figure.colorbar(shade, ax=list(axes), label="frame", shrink=0.8)
+    return caption(figure, "Every dot is a patch; neighbours on the map are neighbours among the "
+                           "embeddings (t-SNE of both sets together). The same patches are shown "
+                           f"on both sides. Teacher: {teacher_label}.")
+
+
+def _spread_out(points, count):
+    """Indices of points far from each other: each next one is the farthest from those chosen."""
+    chosen = [int(np.argmin(points[:, 0]))]
+    distance = np.linalg.norm(points - points[chosen[0]], axis=1)
+    while len(chosen) < min(count, len(points)):
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(points - points[chosen[-1]], axis=1))
+    return chosen
+
+
+def blend_heat(frames: np.ndarray, heats: np.ndarray, *, strength: float = 0.6) -> np.ndarray:
+    """Frames with their heat maps laid over, in one scale: for a short video.
+
+    Args:
+        frames: uint8 [T, 3, H, W].
+        heats: [T, h, w], enlarged bilinearly to the frame.
+        strength: opacity of the heat where it is highest; the lowest is clear.
+    Returns:
+        uint8 [T, 3, H, W].
+    Raises:
+        ValueError: another number of heat maps than frames.
+    """
+    frames, heats = np.asarray(frames), np.asarray(heats, dtype=np.float32)
+    if len(frames) != len(heats):
+        raise ValueError(f"{len(heats)} heat maps for {len(frames)} frames; give one each")
+    height, width = frames.shape[-2:]
+    scaled = (heats - heats.min()) / max(np.ptp(heats), 1e-12)
+    blended = np.empty_like(frames)
+    for index, (frame, heat) in enumerate(zip(frames, scaled)):
+        image = Image.fromarray(heat).resize((width, height), Image.Resampling.BILINEAR)
+        share = np.clip(np.asarray(image), 0, 1)
+        colour = np.moveaxis(colormaps[SEQUENTIAL](share)[..., :3], -1, 0) * 255
+        blended[index] = frame * (1 - strength * share) + colour * (strength * share)
+    return blended

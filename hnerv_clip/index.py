@@ -1,0 +1,138 @@
+"""An index over the patches of many videos, kept in a folder and searched in milliseconds.
+
+The vectors are held by faiss, an optional dependency (`pip install "hnerv-clip[index]"`). Up to
+`EXACT` patches the search is exact; beyond, vectors are grouped into cells and stored in a byte per
+value, and a search looks into the nearest cells.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from hnerv_clip.measures import check_embeddings
+from hnerv_clip.search import check_query
+
+EXACT = 100_000  # patches up to which every vector is compared
+PROBES = 32  # cells looked into, of about 4 √N
+FORMAT = 1
+
+
+@dataclass
+class PatchIndex:
+    """Patches of videos, in the order in which they were given.
+
+    faiss_index: the vectors. videos: name, frames, patches of each. dim: values a vector.
+    teacher: name of the teacher whose space this is.
+    """
+
+    faiss_index: object
+    videos: pd.DataFrame
+    dim: int
+    teacher: str
+
+    def __len__(self) -> int:
+        return self.faiss_index.ntotal
+
+    def search(self, query, top_k: int = 20) -> pd.DataFrame:
+        """The patches nearest to a query: rank, video, frame, patch, score (cosine).
+
+        Raises:
+            ValueError: a bad query, one of another teacher's size, or top_k < 1.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1")
+        query = check_query(query, self.dim)
+        scores, found = self.faiss_index.search(query[None], min(top_k, len(self)))
+        scores, found = scores[0][found[0] >= 0], found[0][found[0] >= 0]
+        ends = (self.videos.frames * self.videos.patches).cumsum().to_numpy()
+        video = np.searchsorted(ends, found, side="right")
+        inside = found - np.concatenate([[0], ends])[video]
+        patches = self.videos.patches.to_numpy()[video]
+        return pd.DataFrame({"rank": np.arange(1, len(found) + 1),
+                             "video": self.videos.video.to_numpy()[video],
+                             "frame": inside // patches, "patch": inside % patches,
+                             "score": scores})
+
+    def save(self, folder) -> Path:
+        """Write the index to a folder: vectors.faiss and videos.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _faiss().write_index(self.faiss_index, str(folder / "vectors.faiss"))
+        about = {"format": FORMAT, "dim": self.dim, "teacher": self.teacher,
+                 "videos": self.videos.to_dict("records")}
+        (folder / "videos.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+
+def build_index(videos: dict, *, teacher: str, exact: bool | None = None) -> PatchIndex:
+    """Index the embeddings of videos.
+
+    Args:
+        videos: {name: [T, P, D] unit vectors}; T and P may differ between videos.
+        teacher: name of the teacher whose space this is; kept, so that a query of another teacher
+            can be told.
+        exact: compare every vector; None decides by their number.
+    Raises:
+        ValueError: no video, a bad one, or videos of different D.
+        ImportError: faiss is not installed.
+    """
+    if not videos:
+        raise ValueError("no videos to index; give {name: embeddings}")
+    faiss, rows = _faiss(), []
+    arrays = {name: check_embeddings(embeddings, str(name)) for name, embeddings in videos.items()}
+    dims = {name: array.shape[-1] for name, array in arrays.items()}
+    if len(set(dims.values())) > 1:
+        raise ValueError(f"embeddings of different sizes, so of different teachers: {dims}; "
+                         "index each teacher's videos apart")
+    for name, array in arrays.items():
+        rows.append({"video": str(name), "frames": array.shape[0], "patches": array.shape[1]})
+    dim, count = next(iter(dims.values())), sum(row["frames"] * row["patches"] for row in rows)
+    exact = count <= EXACT if exact is None else exact
+    if exact:
+        index = faiss.IndexFlatIP(dim)
+    else:
+        cells = max(1, int(4 * count ** 0.5))
+        index = faiss.index_factory(dim, f"IVF{cells},SQ8", faiss.METRIC_INNER_PRODUCT)
+        sample = np.concatenate([array.reshape(-1, dim) for array in arrays.values()])
+        chosen = np.random.default_rng(0).permutation(count)[:40 * cells]
+        index.train(sample[np.sort(chosen)])
+        index.nprobe = min(PROBES, cells)
+    for array in arrays.values():
+        index.add(np.ascontiguousarray(array.reshape(-1, dim)))
+    return PatchIndex(index, pd.DataFrame(rows), dim, teacher)
+
+
+def load_index(folder) -> PatchIndex:
+    """Read an index that `PatchIndex.save` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the two files do not belong together, or are of another format.
+    """
+    folder = Path(folder)
+    paths = [folder / "videos.json", folder / "vectors.faiss"]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no index in {folder}: {path.name} is missing; "
+                                    "build and save one first")
+    about = json.loads(paths[0].read_text(encoding="utf-8"))
+    index, videos = _faiss().read_index(str(paths[1])), pd.DataFrame(about["videos"])
+    count = int((videos.frames * videos.patches).sum())
+    if about["format"] != FORMAT or index.d != about["dim"] or index.ntotal != count:
+        raise ValueError(f"the index in {folder} is damaged: {index.ntotal} vectors of {index.d} "
+                         f"values, where {count} of {about['dim']} are listed; build it again")
+    return PatchIndex(index, videos, about["dim"], about["teacher"])
+
+
+def _faiss():
+    try:
+        import faiss
+    except ImportError:
+        raise ImportError("an index over many videos needs faiss: "
+                          "pip install \"hnerv-clip[index]\" (or faiss-cpu)") from None
+    return faiss

@@ -1,0 +1,89 @@
+"""The index over many videos: exact where it should be, fast where it must be, and bad input."""
+
+import time
+
+import numpy as np
+import pytest
+
+from hnerv_clip import measures, search
+
+pytest.importorskip("faiss")
+from hnerv_clip.index import build_index, load_index  # noqa: E402
+
+
+def drifting(videos, frames, patches, dim, seed=0):
+    """Unit vectors that change slowly over the frames of each video: [videos, T, P, D]."""
+    rng = np.random.default_rng(seed)
+    steps = 0.15 * rng.standard_normal((videos, frames, patches, dim), dtype=np.float32)
+    start = rng.standard_normal((videos, 1, patches, dim), dtype=np.float32)
+    return measures.unit(start + np.cumsum(steps, axis=1))
+
+
+def test_search_over_videos_of_different_shapes_equals_ranking_each():
+    first, second = drifting(1, 7, 4, 16)[0], drifting(1, 5, 8, 16, seed=1)[0]
+    index = build_index({"bunny": first, "bikes": second}, teacher="t")
+    query = np.random.default_rng(2).standard_normal(16)
+    found = index.search(query, 1000)
+    assert len(found) == len(index) == 7 * 4 + 5 * 8
+    for name, embeddings in (("bunny", first), ("bikes", second)):
+        own = found[found.video == name].reset_index(drop=True)
+        expected = search.rank_patches(query, embeddings)
+        assert own[["frame", "patch"]].equals(expected[["frame", "patch"]])
+        np.testing.assert_allclose(own.score, expected.score, atol=1e-6)
+
+
+def test_saved_and_loaded_it_finds_the_same(tmp_path):
+    index = build_index({"a": drifting(1, 9, 4, 16)[0]}, teacher="t")
+    loaded = load_index(index.save(tmp_path / "index"))
+    query = np.ones(16)
+    assert loaded.search(query, 5).equals(index.search(query, 5)) and loaded.teacher == "t"
+
+
+def test_cells_find_nearly_all_that_is_near():
+    videos = {f"v{number}": video for number, video in enumerate(drifting(40, 50, 8, 32))}
+    exact, cells = (build_index(videos, teacher="t", exact=exact) for exact in (True, False))
+    shared = []
+    for name in list(videos)[:20]:
+        query = videos[name][25, 3] + 0.05
+        near, found = exact.search(query, 10), cells.search(query, 10)
+        shared.append(len(near.merge(found, on=["video", "frame", "patch"])) / 10)
+        assert (found.video[0], found.patch[0]) == (near.video[0], near.patch[0])
+    assert np.mean(shared) > 0.9
+
+
+@pytest.mark.slow
+def test_a_million_patches_are_searched_in_milliseconds():
+    vectors = drifting(2500, 50, 8, 64)
+    videos = {f"v{number}": video for number, video in enumerate(vectors)}
+    index, exact = build_index(videos, teacher="t"), build_index(videos, teacher="t", exact=True)
+    rng = np.random.default_rng(1)
+    picks = zip(rng.integers(0, 2500, 100), rng.integers(0, 50, 100), rng.integers(0, 8, 100))
+    queries = [vectors[pick] + 0.05 * rng.standard_normal(64, dtype=np.float32) for pick in picks]
+    start = time.perf_counter()
+    found = [index.search(query, 10) for query in queries]
+    per_query_s = (time.perf_counter() - start) / len(queries)
+    shared = [len(exact.search(query, 10).merge(own, on=["video", "frame", "patch"])) / 10
+              for query, own in zip(queries, found)]
+    assert len(index) == 1_000_000 and per_query_s < 0.02 and np.mean(shared) > 0.95
+
+
+def test_bad_input_is_refused(tmp_path):
+    good = drifting(1, 4, 2, 16)[0]
+    with pytest.raises(ValueError, match="no videos"):
+        build_index({}, teacher="t")
+    with pytest.raises(ValueError, match="different teachers"):
+        build_index({"a": good, "b": drifting(1, 4, 2, 8)[0]}, teacher="t")
+    with pytest.raises(ValueError, match="predict_clip=True"):
+        build_index({"a": None}, teacher="t")
+    index = build_index({"a": good}, teacher="t")
+    with pytest.raises(ValueError, match=r"\(8,\).*16 values"):
+        index.search(np.ones(8))
+    with pytest.raises(ValueError, match="top_k=0"):
+        index.search(np.ones(16), 0)
+    with pytest.raises(FileNotFoundError, match="no index"):
+        load_index(tmp_path)
+    index.save(tmp_path)
+    text = (tmp_path / "videos.json").read_text().replace('"frames": 4', '"frames": 5')
+    (tmp_path / "videos.json").write_text(text)
+    with pytest.raises(ValueError, match="8 vectors of 16 values, where 10"):
+        load_index(tmp_path)

@@ -46,6 +46,7 @@ SILENT_S = 900  # a run of another machine that wrote nothing for so long is tak
 SETTLE_S = 15  # a shared file system may show a file that late
 START_TIMEOUT = timedelta(minutes=5)  # between the first and the last rank to start
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # dead ranks are seen by `_Peers` long before
+ENDING = "ending"  # gone or failed, but perhaps not to its last file yet
 STOPPED = "stopped by a signal"  # said by a rank that is requeued or interrupted
 
 
@@ -121,6 +122,8 @@ def launch(
                 task=_Task(config.params(), str(folders[name]), str(resolve_path(cache_dir)), run))
             for name, config in named.items()]  # every folder is checked before any is touched
     with _alone(outf):
+        while any(job.why == ENDING for job in jobs):  # whether it is to start again shows soon
+            time.sleep(0.5)
         idle = [job for job in jobs if job.state in ("new", "failed")]
         _print_plan(jobs, idle, cluster)
         if cluster == "local" and idle:
@@ -282,7 +285,7 @@ class Job:
         outcome = _read_json(self.run_dir / "outcome.json")
         if outcome.get("token") == record["token"]:
             ending = record["cluster"] == "local" and _alive(record)
-            return ("running", "ending") if ending else ("failed", outcome["error"])
+            return ("running", ENDING) if ending else ("failed", outcome["error"])
         on_slurm = record["cluster"] == "slurm"
         state, why = _slurm_state(record) if on_slurm else _local_state(self.run_dir, record)
         if state != "gone":
@@ -292,7 +295,7 @@ class Job:
             self._gone_since = self._gone_since or time.monotonic()
             os.listdir(self.run_dir)
             if time.monotonic() < self._gone_since + SETTLE_S:
-                return "running", "ending"
+                return "running", ENDING
         return "failed", why
 
     def _run_inline(self, *, keep_error: bool) -> None:

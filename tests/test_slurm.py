@@ -16,6 +16,7 @@ from test_launch import CONFIG, calls, make_run, ranked, sum_of_ranks, wait_for_
 
 from hnerv_clip.launch import JobFailed, LaunchError, follow, launch
 from hnerv_clip.runs import RunDir, write_json
+from hnerv_clip.train import train
 
 pytestmark = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing())
 
@@ -138,6 +139,32 @@ def rank0_of(run):
             dist.all_reduce(torch.ones(1))
 
     return both
+
+
+@pytest.mark.slow
+def test_training_that_is_requeued_and_killed_ends_bit_for_bit_the_same(
+        slurm, small_config, small_dataset, cache_dir, tmp_path):
+    config = small_config.replace(epochs=100, eval_freq=50, checkpoint_s=0.2)
+    train(config, tmp_path / "reference", cache_dir=cache_dir, progress=False)
+    options = dict(cluster="slurm", cache_dir=cache_dir, cpus_per_task=1, signal_delay_s=10)
+    [job] = launch(config, tmp_path / "main", **options)
+
+    def starts():
+        return (tmp_path / "main/rank0.txt").read_text().count("start at epoch")
+
+    wait_until(lambda: job.epoch >= 5)
+    slurm.run("scancel", "--signal=USR2", job.record["job_id"])
+    wait_until(lambda: starts() == 2 and job.epoch >= 20)
+    slurm.run("scontrol", "requeue", job.record["job_id"])  # as preemption does
+    wait_until(lambda: starts() == 3)
+    slurm.run("scancel", "--signal=KILL", job.record["job_id"])
+    wait_until(lambda: job.state == "failed")
+    [again] = launch(config, tmp_path / "main", **options)
+    assert follow([again], poll_s=0.5)["state"].tolist() == ["finished"], again.log()
+    assert starts() == 4
+    one, other = (RunDir(tmp_path / name).load_checkpoint("model_latest.pth")["model"]
+                  for name in ("reference", "main"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow

@@ -355,7 +355,7 @@ def parse_lr_type(lr_type: str) -> tuple[float, float, float]:
 
 
 # Values that differ from the defaults above. `quick` fits two CPU cores and minutes; `full` is the
-# paper's setting on a GPU, which the defaults are. `quick` names the bundled teacher, which is not
+# paper's setting on a GPU, which the defaults are, by the fast engine. `quick` names the bundled teacher, which is not
 # CLIP, because a fresh machine has no CLIP weights.
 PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
@@ -372,7 +372,9 @@ PROFILES: dict[str, dict[str, Any]] = {
         "pixel_loss_warmup_epochs": 6,
         "eval_freq": 12,
     },
-    "full": {},
+    "full": {
+        "precision": "bf16",
+    },
 }
 
 

@@ -140,11 +140,13 @@ def _to_uint8(frames: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor) -> pd.DataFrame:
-    """Decode every frame from its embedding and measure it.
+def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
+                        chosen: np.ndarray | None = None) -> pd.DataFrame:
+    """Decode frames from their embeddings and measure them.
 
     Args:
         embeddings: [T, C, h, w] per-frame embeddings, on the model's device.
+        chosen: which frames, all by default.
     Returns:
         A row per frame: frame, split, psnr_db, ms_ssim (empty below 161 pixels a side, where its
         five scales are undefined), clip_similarity and clip_centred (cosine with the teacher, raw
@@ -160,7 +162,7 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor) -> p
     def add(name: str, values: Tensor) -> None:
         columns.setdefault(name, []).append(values.float().cpu())
 
-    for indices, frames, _ in _batches(model, dataset):
+    for indices, frames, _ in _batches(model, dataset, chosen):
         features = model.features(embeddings[indices])
         pred = model.rgb(features).float()
         add("psnr_db", psnr(pred, frames))
@@ -175,7 +177,8 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor) -> p
             add("clip_similarity", (clip * target).sum(-1).mean(-1))
             centred = F.cosine_similarity(clip - centre, target - centre, dim=-1)
             add("clip_centred", centred.mean(-1))
-    table = pd.DataFrame({"frame": range(len(embeddings)), "split": dataset.split.labels})
+    chosen = np.arange(len(embeddings)) if chosen is None else chosen
+    table = pd.DataFrame({"frame": chosen, "split": np.array(dataset.split.labels)[chosen]})
     for name, values in columns.items():
         table[name] = torch.cat(values).numpy().astype(float)
     return table
@@ -197,13 +200,14 @@ def evaluate_model(model: HNeRV, dataset: Dataset, *, variant: str = "trained",
     encoded = embed_frames(model, dataset) if embeddings is None else embeddings
     tables = []
     for source in sources_of(model):
-        if source == "interpolated" and len(dataset.split.train) == len(encoded):
+        if source != "interpolated":
+            table = evaluate_embeddings(model, dataset, encoded)
+        elif len(dataset.split.train) < len(encoded):
+            table = evaluate_embeddings(
+                model, dataset, interpolate_embeddings(encoded, dataset.split.train),
+                np.setdiff1d(np.arange(len(encoded)), dataset.split.train))
+        else:
             continue
-        used = interpolate_embeddings(encoded, dataset.split.train) \
-            if source == "interpolated" else encoded
-        table = evaluate_embeddings(model, dataset, used)
-        if source == "interpolated":
-            table = table[table.split != "train"]
         tables.append(table.assign(variant=variant, source=source))
     model.train(was_training)
     table = pd.concat(tables, ignore_index=True)
@@ -327,9 +331,11 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _batches(model: HNeRV, dataset: Dataset) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(indices [B], frames [B, 3, H, W] float in [0, 1], times [B]) over all frames, in order."""
+def _batches(model: HNeRV, dataset: Dataset, chosen: np.ndarray | None = None
+             ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(indices [B], frames [B, 3, H, W] float in [0, 1], times [B]) over frames, in order."""
     device = next(model.parameters()).device
-    for indices in torch.arange(model.frame_count).split(BATCH):
+    indices = torch.arange(model.frame_count) if chosen is None else torch.as_tensor(chosen)
+    for indices in indices.split(BATCH):
         frames = dataset.video.frames[indices].to(device).float() / 255
         yield indices, frames, frame_times(indices.to(device), model.frame_count)

@@ -1,0 +1,91 @@
+"""Evaluation: interpolation by hand, tables of every source, and the summary."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hnerv_clip.config import ConfigError
+from hnerv_clip.evaluate import (
+    decode_frames,
+    evaluate_model,
+    evaluate_run,
+    interpolate_embeddings,
+    load_run,
+    measure_decoding,
+    predict_embeddings,
+    summarise,
+)
+from hnerv_clip.train import train
+
+
+@pytest.fixture(scope="module")
+def run(small_config, small_dataset, cache_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "main"
+    train(small_config, folder, cache_dir=cache_dir, progress=False)
+    return load_run(folder, cache_dir=cache_dir, device="cpu")
+
+
+def test_interpolation_by_hand():
+    embeddings = torch.arange(6.0).view(6, 1, 1, 1) ** 2
+    between = interpolate_embeddings(embeddings, np.array([1, 2, 5])).flatten()
+    assert between.tolist() == pytest.approx([1, 1, 4, 4 + 7, 4 + 14, 25])
+    embeddings[[0, 3, 4]] = float("nan")  # frames that did not train are not read
+    assert torch.equal(interpolate_embeddings(embeddings, np.array([1, 2, 5])).flatten(), between)
+
+
+def test_a_row_per_frame_and_source(run):
+    table = evaluate_model(run.model, run.dataset)
+    assert len(table) == 12 + len(run.dataset.split.val)
+    interpolated = table[table.source == "interpolated"]
+    assert interpolated.frame.tolist() == run.dataset.split.val.tolist()
+    assert set(interpolated.split) == {"val"}
+    assert table.ms_ssim.isna().all()  # 80 pixels are too few for its five scales
+    assert table.clip_similarity.between(-1, 1).all()
+
+
+def test_the_table_is_what_the_pictures_give(run):
+    table = evaluate_model(run.model, run.dataset)
+    frames = run.dataset.split.val.tolist()
+    for source in ("encoder", "interpolated"):
+        decoded = decode_frames(run.model, run.dataset, frames, source=source).float()
+        error = (decoded - run.dataset.video.frames[frames].float()) / 255
+        psnr = -10 * torch.log10(error.square().mean((1, 2, 3)))
+        rows = table[(table.source == source) & table.frame.isin(frames)]
+        assert rows.psnr_db.tolist() == pytest.approx(psnr.tolist(), abs=0.05)  # 8-bit pictures
+
+
+def test_predicted_embeddings_give_the_tables_similarities(run):
+    table = evaluate_model(run.model, run.dataset)
+    predicted, target = predict_embeddings(run.model, run.dataset), run.dataset.embeddings
+    own = table[table.source == "encoder"]
+    assert own.clip_similarity.tolist() == pytest.approx(
+        (predicted * target).sum(-1).mean(-1).tolist(), abs=1e-5)
+    centre = target[run.dataset.split.train].mean((0, 1))
+    centred = torch.cosine_similarity(predicted - centre, target - centre, dim=-1).mean(-1)
+    assert own.clip_centred.tolist() == pytest.approx(centred.tolist(), abs=1e-5)
+    with pytest.raises(ConfigError, match="encoder or interpolated"):
+        predict_embeddings(run.model, run.dataset, source="coordinates")
+
+
+def test_standalone_evaluation_repeats_the_runs_own(run):
+    again = evaluate_run(run)
+    own = pd.read_csv(run.run_dir.path / "evaluation.csv")
+    pd.testing.assert_frame_equal(again, own, check_dtype=False, rtol=1e-4)
+
+
+def test_summary_by_hand():
+    table = pd.DataFrame({
+        "variant": "trained", "source": ["encoder"] * 3 + ["interpolated"], "frame": [0, 1, 2, 2],
+        "split": ["train", "train", "val", "val"], "psnr_db": [30.0, 32.0, 20.0, 18.0]})
+    summary = summarise(table).set_index(["source", "frames"])
+    assert summary.psnr_db["encoder", "seen"] == 31 and summary.n["encoder", "seen"] == 2
+    assert summary.psnr_db["encoder", "all"] == pytest.approx(82 / 3)
+    assert summary.psnr_db["interpolated", "unseen"] == 18
+    assert ("interpolated", "all") not in summary.index
+
+
+def test_decoding_speed_has_every_mode(run):
+    speed = measure_decoding(run.model, run.dataset, repeats=3)
+    assert speed["mode"].tolist() == ["RGB", "RGB and embeddings", "embeddings only"]
+    assert (speed["min"] <= speed.frames_per_s).all() and (speed.frames_per_s <= speed["max"]).all()

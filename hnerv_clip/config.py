@@ -354,9 +354,9 @@ def parse_lr_type(lr_type: str) -> tuple[float, float, float]:
                       "0 <= SHARE < 1, POWER > 0 and 0 <= START <= 1; use cosine_0.1_1_0.1")
 
 
-# Values that differ from the defaults above. `quick` fits two CPU cores and minutes; `full` is the
-# paper's setting on a GPU, which the defaults are, by the fast engine. `quick` names the bundled teacher, which is not
-# CLIP, because a fresh machine has no CLIP weights.
+# Values that differ from the defaults above, which are the paper's. `quick` fits two CPU cores and
+# minutes, and names the bundled teacher, which is not CLIP, because a fresh machine has no CLIP
+# weights. `full` is for a GPU, by the fast engine.
 PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
         "resize_list": "168_336",

@@ -335,7 +335,7 @@ def _batches(model: HNeRV, dataset: Dataset, chosen: np.ndarray | None = None
              ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(indices [B], frames [B, 3, H, W] float in [0, 1], times [B]) over frames, in order."""
     device = next(model.parameters()).device
-    indices = torch.arange(model.frame_count) if chosen is None else torch.as_tensor(chosen)
-    for indices in indices.split(BATCH):
+    wanted = torch.arange(model.frame_count) if chosen is None else torch.as_tensor(chosen)
+    for indices in wanted.split(BATCH):
         frames = dataset.video.frames[indices].to(device).float() / 255
         yield indices, frames, frame_times(indices.to(device), model.frame_count)

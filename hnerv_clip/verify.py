@@ -27,7 +27,6 @@ from hnerv_clip.measures import (
     retrieval_summary,
     similarity_band,
     skill,
-    unit,
 )
 from hnerv_clip.statistics import MIN_FRAMES, ShiftTest, holm, mean_interval, shift_test
 
@@ -84,7 +83,7 @@ class Verification:
 
     @property
     def alignment(self) -> pd.DataFrame:
-        """A row per split: the statistic as aligned, its distribution under all other shifts, p."""
+        """A row per split: the correlation as aligned, and under all other shifts in time."""
         return pd.DataFrame([
             {"split": split, "observed": test.observed, "null_mean": test.null.mean(),
              "null_std": test.null.std(ddof=1), "effect": test.effect, "p": test.p,
@@ -132,7 +131,7 @@ def verify_embeddings(predicted, teacher, train_frames, val_frames, *, seed: int
             where = {"split": split, "condition": condition}
             scores.append(_score_rows(where, frames, answer, target, centre))
             retrieval.append(where | _structure(answer, teacher, frames, near))
-        shift_tests[split] = shift_test(unit(predicted[frames] - centre), unit(target - centre))
+        shift_tests[split] = shift_test(predicted[frames], target)
     scores = pd.concat(scores, ignore_index=True)
     table, comparisons = summarise_scores(scores), compare(scores)
     return Verification(
@@ -353,8 +352,8 @@ def report_text(verification: Verification) -> str:
         lines += [f"{row.split:<6}over {name_of(row.over).lower():<27}{row.raw:>8.4f}"
                   f"{row.centred:>9.4f}  {mark} {tested}"]
     for row in verification.alignment.itertuples():
-        lines += [f"{row.split:<6}in time, against {row.shifts} shifts: {p_words(row.p)}, "
-                  f"effect {row.effect:.1f} sd"]
+        lines += [f"{row.split:<6}in time: correlation {row.observed:.3f} with what changes, "
+                  f"{p_words(row.p)} of {row.shifts} shifts"]
     lines += ["", f"Overall Quality: {verdict['quality'].upper()} by raw cosine "
                   f"({verdict['all_similarity']:.4f}: {verdict['quality_meaning']})"]
     if "gap" in verdict:

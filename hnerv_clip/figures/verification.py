@@ -116,7 +116,7 @@ def plot_comparisons(comparisons: pd.DataFrame, teacher_label: str, source: str 
 
 
 def plot_shift_tests(shift_tests: dict, teacher_label: str, source: str = "") -> Figure:
-    """Mean centred cosine under every shift in time, and as aligned.
+    """Correlation with the teacher under every shift in time, and as aligned.
 
     Args:
         shift_tests: `Verification.shift_tests`.
@@ -131,12 +131,12 @@ def plot_shift_tests(shift_tests: dict, teacher_label: str, source: str = "") ->
             panel.plot(np.sort(shifts), values, style, color=PALETTE["temporal"], linewidth=1.4)
         panel.plot(0, test.observed, "o", color=PALETTE["learned"], markeredgecolor="black",
                    markersize=7, zorder=4)
-        panel.set(xlabel=f"shift ({SPLIT_NAMES[split]} frames)", ylabel="mean centred cosine")
+        panel.set(xlabel=f"shift ({SPLIT_NAMES[split]} frames)", ylabel="correlation")
         panel.set_title(f"{SPLIT_NAMES[split]}: {p_words(test.p)}, {test.shifts} shifts")
     return caption(figure, _words(
-        "The prediction, mirrored at its end, shifted against the teacher by every number of frames"
-        " (dotted: the other way round). The dot is the prediction as it is; it knows when things "
-        "happen if it stands out.",
+        "What changes over time in the prediction, mirrored at its end and shifted against the "
+        "teacher by every number of frames (dotted: the other way round). The dot is the "
+        "prediction as it is; it knows when things happen if it stands out.",
         teacher_label, source))
 
 

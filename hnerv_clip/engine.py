@@ -95,8 +95,9 @@ class PlainEngine:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
-        for parameter, grad in zip(parameters, flat.split([g.numel() for g in grads])):
-            parameter.grad = grad.view_as(parameter)
+        # Back into tensors of the parameters' memory format: fused Adam reads them in step
+        for parameter, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads])):
+            parameter.grad = grad.copy_(part.view_as(grad))
 
 
 class FastEngine(PlainEngine):

@@ -7,6 +7,7 @@ from its checkpoint does what it would have done.
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ class TrainResult:
 
 
 def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "output/cache",
-          progress: bool = True) -> TrainResult:
+          progress: bool = True) -> TrainResult | None:
     """Train a run to its end, from its last checkpoint where there is one.
 
     A finished run is returned as it stands. Under `torch.distributed` every rank calls this;
@@ -62,13 +63,15 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
         run_dir: the run's folder; another configuration's is refused.
         cache_dir: where `prepare_dataset` left the teacher's embeddings.
         progress: show a progress bar.
+    Returns:
+        The run's figures; None on ranks above 0, which may not see rank 0's files yet.
     Raises:
         ConfigError, RunError: before any long work, see there.
         TrainError: the loss became NaN or infinite, or memory ran out.
     """
     rank, _ = _ranks()
     run = RunDir.create(run_dir, config) if rank == 0 else RunDir(run_dir)
-    if not run.finished:
+    if not _agree(run.finished):
         with run.lock() if rank == 0 else nullcontext():
             loop = _Loop(config, run, load_dataset(config, cache_dir))
             try:
@@ -78,12 +81,22 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
                     f"the GPU's memory ran out ({str(error).splitlines()[0]}); lower batch_size="
                     f"{config.train.batch_size}, modelsize or resize_list. The last checkpoint of "
                     f"{run.path} is intact") from error
-    return TrainResult(run.path, run.summary(), run.metrics())
+    return None if rank else TrainResult(run.path, run.summary(), run.metrics())
 
 
 def _ranks() -> tuple[int, int]:
     """(rank, ranks) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _agree(value: float) -> float:
+    """Rank 0's number, on every rank: clocks, and files on a shared disk, differ among them."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(number, src=0)
+    return number.item()
 
 
 def epoch_order(train_frames: np.ndarray, *, seed: int, epoch: int) -> Tensor:
@@ -115,6 +128,7 @@ class _Loop:
         self.history: list[dict[str, Any]] = []
         self.best_psnr_db = float("-inf")
         self.train_time_s = 0.0
+        self.unsaved_steps, self.save_steps = 0, math.inf  # ranks save together, so by steps
 
     def _no_losses(self) -> Tensor:
         return torch.zeros(self.steps, len(COLUMNS), device=self.device)
@@ -133,9 +147,12 @@ class _Loop:
             while self.epoch < train.epochs:
                 self._train_epoch(bar)
                 row = self._finish_epoch()
-                if self.epoch % train.eval_freq == 0 or self.epoch == train.epochs:
+                measured = self.epoch % train.eval_freq == 0 or self.epoch == train.epochs
+                if measured:
                     row |= self._evaluate(board)
                 self._record(row, board)
+                if measured or self._save_is_due():
+                    self._save_latest()
                 shown = {"loss": f"{row['total_loss']:.4f}", "PSNR": f"{row['psnr_db']:.2f} dB"}
                 if self.config.model.predict_clip:
                     shown["CLIP"] = f"{1 - row['clip_loss']:.3f}"
@@ -162,9 +179,17 @@ class _Loop:
                                                        weight=weight)
             self.batch += 1
             bar.update(len(indices))
-            if time.monotonic() - self.saved_at > train.checkpoint_s:
+            self.unsaved_steps += 1
+            if self._save_is_due():
                 self._save_latest()
         self._stop_clock()
+        self.save_steps = _agree(max(1, round(train.checkpoint_s * (
+            self.epoch * self.steps + self.batch) / self.train_time_s)))
+
+    def _save_is_due(self) -> bool:
+        if self.world > 1:
+            return self.unsaved_steps >= self.save_steps
+        return time.monotonic() - self.saved_at > self.config.train.checkpoint_s
 
     def _finish_epoch(self) -> dict[str, Any]:
         """Close the epoch: its row of metrics, and the position moved on."""
@@ -222,7 +247,7 @@ class _Loop:
             self.run.write_table("clip_similarity_per_frame.csv", table[names])
 
     def _record(self, row: dict[str, Any], board: SummaryWriter | nullcontext) -> None:
-        """Put an epoch's row into metrics.csv, TensorBoard, the log, and the checkpoint."""
+        """Put an epoch's row into metrics.csv, TensorBoard and the log."""
         self.history.append(row)
         if self.rank:
             return
@@ -234,9 +259,6 @@ class _Loop:
                 board.add_scalar(f"train/{name}", value, self.epoch)
         shown = {k: float(f"{v:.5g}") for k, v in row.items() if v == v}
         self.run.log(" ".join(f"{k}={v:g}" for k, v in shown.items()))
-        if "eval_psnr_all" in row or time.monotonic() - self.saved_at > \
-                self.config.train.checkpoint_s:
-            self._save_latest()
 
     def _tensorboard(self) -> SummaryWriter | nullcontext:
         if self.rank:
@@ -288,12 +310,12 @@ class _Loop:
 
     def _save_latest(self) -> None:
         """Write all that is needed to go on from here."""
-        self._check_finite()
         self._stop_clock()
         if self.world > 1:  # each rank knows its own part of an unfinished epoch
             dist.all_reduce(self.losses)
-            if self.rank:
-                self.losses.zero_()
+        self._check_finite()
+        if self.rank:
+            self.losses.zero_()
         if self.rank == 0:
             self.run.save_checkpoint(LATEST, {
                 "config": self.config.params(), "model": self.model.state_dict(),
@@ -301,15 +323,19 @@ class _Loop:
                 "batch": self.batch, "losses": self.losses.cpu(), "history": self.history,
                 "best_psnr_db": self.best_psnr_db, "train_time_s": self.train_time_s,
                 "world_size": self.world})
-        self.saved_at = time.monotonic()
+        self.saved_at, self.unsaved_steps = time.monotonic(), 0
         self._start_clock()
 
     def _resume(self) -> None:
         """Go on from model_latest.pth, where there is one."""
         self.saved_at = time.monotonic()
-        if not (self.run.path / LATEST).exists():
+        if not _agree((self.run.path / LATEST).exists()):
             return
         state = self.run.load_checkpoint(LATEST)
+        position = state["epoch"] * self.steps + state["batch"]
+        if position != _agree(position):
+            raise RunError(f"{self.run.path / LATEST} is not the same file for every rank; is the "
+                           "folder shared by all nodes? Launch it again in a minute")
         if state["world_size"] != self.world and state["batch"]:
             raise RunError(f"{self.run.path} was interrupted within an epoch on "
                            f"{state['world_size']} ranks; go on with as many, not {self.world}")

@@ -1,6 +1,7 @@
 """Training: it learns, it resumes exactly, it stops where it must."""
 
 import shutil
+import socket
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hnerv_clip import train as train_module
-from hnerv_clip.config import ConfigError
+from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.engine import PlainEngine
 from hnerv_clip.runs import RunDir, RunError
 from hnerv_clip.train import TrainError, epoch_order, train
@@ -151,3 +152,32 @@ def test_errors_come_before_any_long_work(small_config, finished, cache_dir, tmp
     latest.write_bytes(latest.read_bytes()[:-100])
     with pytest.raises(RunError, match="remove it"):
         train(small_config, tmp_path / "cut", cache_dir=cache_dir, progress=False)
+
+
+def _train_as_rank(rank, world, port, params, run_dir, cache_dir):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
+                                         world_size=world)
+    train(Config.from_params(**params), run_dir, cache_dir=cache_dir, progress=False)
+    torch.distributed.destroy_process_group()
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_with_the_same_global_batches_give_the_same_weights(world, small_config, cache_dir,
+                                                                  small_dataset, tmp_path):
+    """10 training frames do not divide by 4: the last batch is short, and some ranks have none."""
+    config = small_config.replace(batch_size=4, epochs=2, pixel_loss_warmup_epochs=1)
+    alone = train(config, tmp_path / "alone", cache_dir=cache_dir, progress=False)
+    shared = config.replace(batch_size=4 // world)
+    torch.multiprocessing.spawn(_train_as_rank, nprocs=world, args=(
+        world, _free_port(), shared.params(), str(tmp_path / "ranks"), str(cache_dir)))
+    for name, value in weights(alone.run_dir).items():
+        torch.testing.assert_close(weights(tmp_path / "ranks")[name], value, atol=2e-5, rtol=1e-4)
+    metrics = RunDir(tmp_path / "ranks").metrics()
+    assert metrics.pixel_loss.tolist() == pytest.approx(alone.metrics.pixel_loss.tolist(), 1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -54,6 +55,7 @@ def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.md").write_text(settings_markdown())
     _draw_architecture(folder / "architecture.svg", config)
+    _write_fidelity(folder, book / "results")
     video = book / "_static" / "headline.mp4"
     video.unlink(missing_ok=True)
     video.parent.mkdir(exist_ok=True)
@@ -76,6 +78,56 @@ def _draw_architecture(path: Path, config: Config) -> None:
     figure = plot_architecture(config, model.plan, frame_hw=frame_hw, sizes=model.part_sizes(),
                                patch_count=len(make_grid(config.teacher, frame_hw)))
     figure.savefig(path, metadata={"Date": None})
+
+
+def _write_fidelity(folder: Path, results: Path) -> None:
+    """The figure and the tables of `fidelity.md`, from the measurements in `book/results`."""
+    from .figures.style import use_style
+    from .figures.training import plot_fidelity
+
+    use_style()
+    measured = json.loads((results / "fidelity.json").read_text())
+    plot_fidelity(measured["runs"], measured["reference"]).savefig(folder / "fidelity.svg",
+                                                                   metadata={"Date": None})
+    (folder / "fidelity.md").write_text(fidelity_markdown(measured))
+    (folder / "steps.md").write_text(steps_markdown(json.loads(
+        (results / "steps_h100.json").read_text())))
+
+
+def fidelity_markdown(measured: dict) -> str:
+    """Final figures of this implementation's runs beside the paper's, as a Markdown table."""
+    reference = measured["reference"]
+    rows = ["| | PSNR (dB) | MS-SSIM | 8-bit weights, 6-bit embeddings (dB) | bits per pixel |",
+            "|---|---|---|---|---|",
+            "| {source} | {psnr_db:.2f} | {ms_ssim:.4f} | | |".format(**reference["paper"]),
+            "| {source} | {psnr_db:.2f} | {ms_ssim:.4f} | {quantised_psnr_db:.2f} | "
+            "{rate_bpp:.4f} |".format(**reference)]
+    rows += ["| here, seed {seed}: {precision}, {engine} engine, {device}, {seconds:.0f} s, commit "
+             "{short} | {psnr_db:.2f} | {ms_ssim:.4f} | {quantised_psnr_db:.2f} | {rate_bpp:.4f} |"
+             .format(seconds=run["train_time_s"], short=run["commit"][:12], **run)
+             for run in measured["runs"]]
+    values = [run["psnr_db"] for run in measured["runs"]]
+    gap = sum(values) / len(values) - reference["paper"]["psnr_db"]
+    return "\n".join(rows) + (
+        f"\n\nOver {len(values)} seeds, the mean lies {abs(gap):.2f} dB "
+        f"{'above' if gap > 0 else 'below'} the paper's figure, the single seeds between "
+        f"{min(values):.2f} and {max(values):.2f} dB.\n")
+
+
+def steps_markdown(measured: dict) -> str:
+    """Step times with and without the CLIP head, as a Markdown table."""
+    rows = ["| engine | precision | CLIP head | step (ms) | frames/s | peak memory (GiB) |",
+            "|---|---|---|---|---|---|"]
+    steps = [step for step in measured["steps"] if not step["embed"]]
+    rows += [f"| {s['engine']} | {s['precision']} | {'on' if s['clip_head'] else 'off'} | "
+             f"{s['step_ms']:.2f} | {s['train_frames_per_s']:.0f} | {s['peak_memory_gib']:.2f} |"
+             for s in steps]
+    cost = {(s["engine"], s["precision"], s["clip_head"]): s["step_ms"] for s in steps}
+    costs = [f"{cost[e, p, True] / cost[e, p, False] - 1:.1%} ({e}, {p})"
+             for e, p, with_head in cost if not with_head]
+    return "\n".join(rows) + (
+        f"\n\nThe head adds {' and '.join(costs)}. {measured['device']}, PyTorch "
+        f"{measured['torch']}, commit {measured['commit'][:12]}; {measured['what']}.\n")
 
 
 def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hnerv_clip.figures.style import (
+    CYCLE,
     GREY,
     PALETTE,
     SEQUENTIAL,
@@ -177,3 +178,21 @@ def plot_ablation(table: pd.DataFrame, *, teacher_label: str) -> Figure:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return caption(figure, "Held out: interpolated embeddings for hybrid runs, coordinates for the "
                            f"others; one run each. Teacher: {teacher_label}.")
+
+
+def plot_fidelity(runs: list[dict], reference: dict) -> Figure:
+    """PSNR over epochs of this implementation's runs, and of the authors' code.
+
+    Args:
+        runs: each with seed, precision and curve, a list of (epoch, PSNR in dB).
+        reference: source and curve of the authors' code.
+    """
+    figure, axes = new_figure(height=3.0)
+    axes.plot(*zip(*reference["curve"]), color=PALETTE["reference"], linestyle="--", marker="s",
+              label="authors' code")
+    for run, color in zip(runs, CYCLE):
+        axes.plot(*zip(*run["curve"]), color=color, marker="o",
+                  label=f"here, seed {run['seed']} ({run['precision']})")
+    axes.set(xlabel="epoch", ylabel="PSNR (dB)")
+    axes.legend()
+    return figure

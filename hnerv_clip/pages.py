@@ -130,6 +130,19 @@ def steps_markdown(measured: dict) -> str:
         f"{measured['torch']}, commit {measured['commit'][:12]}; {measured['what']}.\n")
 
 
+def ablations_markdown(table: pd.DataFrame) -> str:
+    """`ablation_table` as a Markdown table, shortened."""
+    columns = {"psnr_seen_db": ("PSNR seen (dB)", 2), "psnr_unseen_db": ("unseen (dB)", 2),
+               "similarity_seen": ("centred cosine seen", 3), "similarity_unseen": ("unseen", 3)}
+    rows = ["| run | " + " | ".join(name for name, _ in columns.values()) + " |",
+            "|---" * (1 + len(columns)) + "|"]
+    for _, row in table.iterrows():
+        cells = ["" if pd.isna(row[c]) else f"{row[c]:.{digits}f}"
+                 for c, (_, digits) in columns.items()]
+        rows.append(f"| `{row.run}` | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
 def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
     """The landing page's result: a moving picture, a table, and what they were made with.
 

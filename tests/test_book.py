@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from hnerv_clip import book, pages
@@ -215,6 +216,15 @@ def test_committed_pages_are_current():
     table = pages.settings_markdown()
     assert (ROOT / "book" / "_generated" / "settings.md").read_text() == table
     assert table in (ROOT / "README.md").read_text(), "README's table of settings is stale"
+
+
+def test_readme_shows_the_published_figures():
+    readme, results = (ROOT / "README.md").read_text(), ROOT / "book" / "results"
+    headline = (ROOT / "book" / "_generated" / "headline.md").read_text()
+    assert "\n".join(line for line in headline.splitlines() if line.startswith("|")) in readme
+    assert pages.fidelity_markdown(json.loads((results / "fidelity.json").read_text())) in readme
+    assert pages.steps_markdown(json.loads((results / "steps_h100.json").read_text())) in readme
+    assert pages.ablations_markdown(pd.read_csv(results / "ablations.csv")) in readme
     names = re.findall(r"book/(\d\d_\w+)", (ROOT / "_toc.yml").read_text())
     assert names == [p.stem for p in book.list_notebooks(ROOT)]
     for name in names:

@@ -21,10 +21,10 @@ from typing import Any
 
 import nbformat
 
-from . import pages
-from .config import Config, param_names, profile_params
-from .paths import resolve_path
-from .runs import RunDir
+from hnerv_clip import pages
+from hnerv_clip.config import Config, param_names, profile_params
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs import RunDir
 
 # Values of notebook parameters that are not settings of a run, where a profile differs from the
 # defaults in the notebooks, which are the quick profile's.
@@ -336,6 +336,8 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
         BookError, ConfigError, RunError: before any work where the request is wrong; BookError
             where it stopped later.
     """
+    from hnerv_clip.train import check_run  # imported here, as torch takes seconds
+
     root = repository_root()
     overrides, only = dict(overrides or {}), list(only)
     notebooks = list_notebooks(root, only)
@@ -347,6 +349,11 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
     if study == root or root.is_relative_to(study):
         raise BookError(f"outf={overrides['outf']!r} would put the book's pages into the "
                         "repository itself; use a folder of its own, such as output/mine/main")
+    if publish_pages and profile != "full":
+        raise BookError(f"only --profile full is published; a {profile} book stays in "
+                        f"output/{profile}/html")
+    if not only:
+        check_run(config)
     if (run_dir / "config.json").exists() and not only:
         RunDir.create(run_dir, config)  # refuses a run of other settings before any work
     if not only:

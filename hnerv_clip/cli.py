@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from .config import PROFILES, Config, ConfigError, param_names, settings_table
+from hnerv_clip.config import PROFILES, Config, ConfigError, param_names, settings_table
 
 SHORT = {"b": "batch_size", "batchSize": "batch_size", "e": "epochs", "d": "distributed"}
 # Options of the original scripts that are something else here
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _book(args: argparse.Namespace) -> None:
-    from .book import make_book
+    from hnerv_clip.book import make_book
 
     overrides = dict(args.parameter) | ({"outf": args.outf} if args.outf else {})
     make_book(args.profile, overrides=overrides, only=args.only, publish_pages=args.publish)
@@ -144,9 +144,11 @@ def _is_number(word: str) -> bool:
 def _train(args: argparse.Namespace) -> None:
     import pandas as pd
 
-    from .dataset import prepare_dataset
-    from .launch import follow, launch
+    from hnerv_clip.dataset import prepare_dataset
+    from hnerv_clip.launch import follow, launch
+    from hnerv_clip.train import check_run
 
+    check_run(args.config)
     prepare_dataset(args.config, args.cache_dir, device=args.config.train.device)
     jobs = launch(args.config, args.outf, cache_dir=args.cache_dir,
                   **{name: getattr(args, name) for name in LAUNCH})
@@ -159,27 +161,29 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _show_summary(table) -> None:
-    from .evaluate import summarise
+    from hnerv_clip.evaluate import summarise
 
     print(summarise(table).to_string(index=False, na_rep="", float_format="{:.4f}".format))
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from .dataset import prepare_dataset
+    from hnerv_clip.dataset import prepare_dataset
+    from hnerv_clip.train import check_run
 
+    check_run(args.config)
     dataset = prepare_dataset(args.config, args.cache_dir, device=args.config.train.device)
     print(dataset.facts().to_string(header=False))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from .evaluate import evaluate_run, load_run
+    from hnerv_clip.evaluate import evaluate_run, load_run
 
     _show_summary(evaluate_run(load_run(args.outf, cache_dir=args.cache_dir, device=args.device)))
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from .evaluate import load_run, predict_embeddings, sources_of
-    from .verify import report_text, verify_embeddings, write_report
+    from hnerv_clip.evaluate import load_run, predict_embeddings, sources_of
+    from hnerv_clip.verify import report_text, verify_embeddings, write_report
 
     run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
     source = sources_of(run.model)[-1]  # for held-out frames, the one that is a prediction
@@ -193,15 +197,16 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
-    from .evaluate import load_run, predict_embeddings
-    from .search import rank_patches
-    from .teachers import load_teacher
+    from hnerv_clip.evaluate import load_run, predict_embeddings
+    from hnerv_clip.search import encode_queries, parse_queries, rank_patches
+    from hnerv_clip.teachers import load_teacher
 
     run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
-    texts = load_teacher(run.config.teacher, args.device).encode_text(args.queries).cpu()
+    queries = parse_queries(args.queries)
+    texts = encode_queries(queries, load_teacher(run.config.teacher, args.device))
     predicted = predict_embeddings(run.model, run.dataset)
     boxes = run.dataset.grid.boxes.tolist()
-    for query, vector in zip(args.queries, texts):
+    for query, vector in zip(queries, texts):
         found = rank_patches(vector, predicted, args.top_k)
         found["time_s"] = found.frame / run.dataset.video.fps
         for i, side in enumerate(("top", "left", "height", "width")):

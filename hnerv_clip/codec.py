@@ -134,9 +134,13 @@ def decode_video(path: str | Path) -> tuple[HNeRV, Tensor | None]:
     embeddings = state.pop(EMBEDDINGS, None)
     model = build_model(Config.from_params(**header["config"]).model,
                         frame_hw=tuple(header["frame_hw"]), frame_count=header["frame_count"])
-    model.load_state_dict(state, strict=False)
     if hasattr(model, "encoder"):
-        del model.encoder
+        del model.encoder  # not stored
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise RunError(f"{path} does not hold the network that its header describes: {error}"
+                       ) from error
     return model.eval(), embeddings
 
 

@@ -296,6 +296,14 @@ def _validate(config: Config) -> None:
                  "num_blks"):
         for value in _unpack(name, config.params()[name]) or ():
             _at_least(name, value, 1)
+    if not 1 <= model.ks[1] <= model.ks[2] or model.ks[1] % 2 == 0 or model.ks[2] % 2 == 0:
+        raise ConfigError(f"ks='{_pack('ks', model.ks)}' must hold odd decoder kernels, the first "
+                          "no larger than the last, after its unused first value; use 0_1_5")
+    if model.enc_dim[0] < 1 or model.enc_dim[0] != int(model.enc_dim[0]) or model.enc_dim[1] <= 0:
+        raise ConfigError(f"enc_dim='{_pack('enc_dim', model.enc_dim)}' must be a whole width and "
+                          "channels above 0 (below 1: a share of the size); use 64_16")
+    if not math.isfinite(train.checkpoint_s):
+        raise ConfigError(f"checkpoint_s={train.checkpoint_s} must be finite; the default is 30")
     for name in ("lr", "modelsize"):
         value = config.params()[name]
         if not value > 0 or not math.isfinite(value):
@@ -360,17 +368,18 @@ def parse_lr_type(lr_type: str) -> tuple[float, float, float]:
 PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
         "resize_list": "168_336",
-        "frame_stride": 2,
+        "frame_stride": 3,
         "teacher": "efficientnet-lite0",
         "clip_dim": 1280,
         "enc_strds": "7 4 3",
         "dec_strds": "7 4 3",
-        "modelsize": 0.35,
-        "epochs": 36,
+        "modelsize": 0.25,
+        "epochs": 30,
         "batch_size": 1,
-        "lr": 2e-3,
-        "pixel_loss_warmup_epochs": 6,
-        "eval_freq": 12,
+        "lr": 5e-3,
+        "clip_loss_weight": 0.1,
+        "pixel_loss_warmup_epochs": 5,
+        "eval_freq": 10,
     },
     "full": {
         "precision": "bf16",

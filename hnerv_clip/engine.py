@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hnerv_clip.config import Config
+from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.evaluate import frame_times, psnr
 from hnerv_clip.losses import clip_loss, pixel_loss
@@ -148,6 +148,10 @@ def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: tor
                 ) -> PlainEngine:
     """The engine that `engine` asks for; `auto` is fast on a GPU with bf16, plain elsewhere."""
     device = next(model.parameters()).device
+    if config.train.engine == "fast" and (device.type != "cuda" or dist.is_initialized()):
+        raise ConfigError(f"engine='fast' needs one GPU and one rank, not {device} and "
+                          f"{dist.get_world_size() if dist.is_initialized() else 1}; use "
+                          "engine='auto'")
     fast = config.train.engine == "fast" or (
         config.train.engine == "auto" and device.type == "cuda" and autocast == torch.bfloat16
         and not dist.is_initialized())

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -214,23 +215,24 @@ def evaluate_model(model: HNeRV, dataset: Dataset, *, variant: str = "trained",
     return table[["variant", "source", *[c for c in table if c not in ("variant", "source")]]]
 
 
-def evaluate_stored(model: HNeRV, dataset: Dataset, path: Path, *, config: Config
+def store_video(model: HNeRV, dataset: Dataset, path: Path, *, config: Config) -> int:
+    """Write the video that a model stores, and return the file's size_bytes."""
+    with torch.inference_mode():
+        embeddings = embed_frames(model, dataset) if model.kind == "hybrid" else None
+    return encode_video(model, embeddings, path, config=config)
+
+
+def evaluate_stored(path: Path, dataset: Dataset, *, device: torch.device
                     ) -> tuple[pd.DataFrame, float]:
-    """Write the video to a file, decode that file, and measure what comes out.
+    """Decode a stored video and measure what comes out.
 
     Returns:
         The table of `evaluate_model` with variant `quantised`, and the file's rate_bpp.
     """
-    with torch.inference_mode():
-        embeddings = embed_frames(model, dataset) if model.kind == "hybrid" else None
-    size_bytes = encode_video(model, embeddings, path, config=config)
-    device = next(model.parameters()).device
     stored, embeddings = decode_video(path)
-    stored.to(device)
-    table = evaluate_model(stored, dataset, variant="quantised",
+    table = evaluate_model(stored.to(device), dataset, variant="quantised",
                            embeddings=None if embeddings is None else embeddings.to(device))
-    height, width = model.frame_hw
-    return table, 8 * size_bytes / (model.frame_count * height * width)
+    return table, 8 * path.stat().st_size / (stored.frame_count * math.prod(stored.frame_hw))
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -281,10 +283,15 @@ def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", dev
 
 
 def evaluate_run(run: Run) -> pd.DataFrame:
-    """Stand-alone evaluation of a run: as trained, and from its file `video.hnerv`."""
+    """Stand-alone evaluation of a run: as trained, and from its file `video.hnerv`.
+
+    The file is written where there is none, as in a run that is not finished.
+    """
     trained = evaluate_model(run.model, run.dataset)
-    stored, _ = evaluate_stored(run.model, run.dataset, run.run_dir.path / "video.hnerv",
-                                config=run.config)
+    path = run.run_dir.path / "video.hnerv"
+    if not path.exists():
+        store_video(run.model, run.dataset, path, config=run.config)
+    stored, _ = evaluate_stored(path, run.dataset, device=next(run.model.parameters()).device)
     return pd.concat([trained, stored], ignore_index=True)
 
 

@@ -37,8 +37,8 @@ import submitit.helpers
 from submitit.core.utils import JobPaths
 from tqdm.auto import tqdm
 
-from .config import Config
-from .runs import RunDir, resolve_path, write_json
+from hnerv_clip.config import Config
+from hnerv_clip.runs import RunDir, resolve_path, write_json
 
 CLUSTERS = ("inline", "local", "slurm")
 NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit's local executor wants a limit; there is none
@@ -117,6 +117,13 @@ def launch(
     if not configs:
         raise LaunchError("configs is empty; give a Config or a dict of them")
     named = {outf.name: configs} if single else dict(configs)
+    if run is None:
+        from hnerv_clip.train import (
+            check_run,  # imported here, as jobs that only wait need no model
+        )
+
+        for config in named.values():
+            check_run(config)
     folders = {name: outf if single else outf / name for name in named}
     jobs = [Job(name, RunDir.create(folders[name], config).path, config=config,
                 task=_Task(config.params(), str(folders[name]), str(resolve_path(cache_dir)), run))
@@ -335,7 +342,7 @@ class _Task(submitit.helpers.Checkpointable):
 
     def train(self, *, progress: bool = False) -> Any:
         if self.run is None:
-            from .train import train  # only here: submitting needs no training code
+            from hnerv_clip.train import train  # only here: submitting needs no training code
             run = train
         else:
             run = self.run

@@ -335,8 +335,8 @@ def plan_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: i
             near = [max(1, round(s / down)) * down for s in frame_hw]
             raise ConfigError(
                 f"the frame {_size(frame_hw)} is not divisible by the product {down} of "
-                f"enc_strds='{' '.join(map(str, config.enc_strds))}'; use crop_list or "
-                f"resize_list='{near[0]}_{near[1]}', or other strides")
+                f"enc_strds='{' '.join(map(str, config.enc_strds))}'; use "
+                f"resize_list='{near[0]}_{near[1]}', a crop_list of such a size, or other strides")
         if down < up:
             raise ConfigError(f"the product {up} of dec_strds is above the product {down} of "
                               "enc_strds; make them equal")

@@ -8,8 +8,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from .config import Config, settings_table
-from .runs import RunDir
+from hnerv_clip.config import Config, settings_table
+from hnerv_clip.runs import RunDir
 
 PLACEHOLDER = """# {title}
 
@@ -65,11 +65,11 @@ def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str
 
 
 def _draw_architecture(path: Path, config: Config) -> None:
-    from .figures.architecture import plot_architecture
-    from .figures.style import use_style
-    from .model import build_model
-    from .patches import make_grid
-    from .video import load_video
+    from hnerv_clip.figures.architecture import plot_architecture
+    from hnerv_clip.figures.style import use_style
+    from hnerv_clip.model import build_model
+    from hnerv_clip.patches import make_grid
+    from hnerv_clip.video import load_video
 
     frames = load_video(config.video).frames
     frame_hw = tuple(frames.shape[2:])
@@ -82,8 +82,8 @@ def _draw_architecture(path: Path, config: Config) -> None:
 
 def _write_fidelity(folder: Path, results: Path) -> None:
     """The figure and the tables of `fidelity.md`, from the measurements in `book/results`."""
-    from .figures.style import use_style
-    from .figures.training import plot_fidelity
+    from hnerv_clip.figures.style import use_style
+    from hnerv_clip.figures.training import plot_fidelity
 
     use_style()
     measured = json.loads((results / "fidelity.json").read_text())
@@ -150,8 +150,8 @@ def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
         run: a finished run.
         video: where the moving picture goes: the source above the network's own frames.
     """
-    from .evaluate import decode_frames, load_run, summarise
-    from .video import write_video
+    from hnerv_clip.evaluate import decode_frames, load_run, summarise
+    from hnerv_clip.video import write_video
 
     loaded = load_run(run.path, cache_dir=cache_dir)
     dataset, facts = loaded.dataset, run.provenance()

@@ -28,6 +28,10 @@ PACKAGES = ("hnerv-clip", "torch", "torchvision", "numpy", "open_clip_torch", "t
             "pytorch-msssim")
 
 
+# Files of which a run that has begun has at least one
+STARTED = ("model_latest.pth", "model_best.pth", "metrics.csv", "summary.json", "job.json")
+
+
 class RunError(RuntimeError):
     """A run directory or checkpoint can't be used as asked; the message says the fix."""
 
@@ -67,13 +71,18 @@ class RunDir:
     def create(cls, path: str | Path, config: Config) -> RunDir:
         """Open a run's folder, new or the same run's; another configuration's is never touched.
 
+        A folder whose run never finished a step, as after a wrong setting, is taken over.
+
         Raises:
             RunError: the folder holds another configuration, or other files.
         """
         run = cls(path)
         if (run.path / "config.json").exists():
             differences = config.diff(run.config())
-            if differences:
+            begun = any((run.path / name).exists() for name in STARTED)
+            if differences and not begun:
+                write_json(run.path / "config.json", config.params())
+            elif differences:
                 listed = "; ".join(f"{name}: {old!r} there, {new!r} asked"
                                    for name, (new, old) in differences.items())
                 raise RunError(f"{run.path} holds a run of another configuration ({listed}). "
@@ -196,7 +205,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise RunError(f"{path} does not exist; train the run first, or correct the path") from None
     except Exception as error:  # a damaged zip or pickle raises nearly anything
         raise RunError(f"{path} is not a readable checkpoint ({error}). It is truncated, altered "
-                       "or foreign; remove it, and training starts anew from what is left"
+                       "or foreign; remove it, and training starts at its first epoch"
                        ) from error
     if not isinstance(state, dict) or not {"config", "model", "epoch"} <= state.keys():
         raise RunError(f"{path} is no checkpoint of HNeRV-CLIP: it lacks config, model or epoch")

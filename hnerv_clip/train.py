@@ -11,6 +11,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,22 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from hnerv_clip.config import Config
+from hnerv_clip.config import Config, VideoConfig
 from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.engine import COLUMNS, make_engine
 from hnerv_clip.evaluate import (
     evaluate_model,
     evaluate_stored,
     set_precision,
+    store_video,
     summarise,
 )
-from hnerv_clip.losses import clip_weight, learning_rate
-from hnerv_clip.model import build_model
+from hnerv_clip.losses import PIXEL_LOSSES, check_ms_ssim_size, clip_weight, learning_rate
+from hnerv_clip.model import build_model, plan_model
+from hnerv_clip.patches import make_grid
 from hnerv_clip.runs import RunDir, RunError, make_provenance, write_json
 from hnerv_clip.teachers import select_device
+from hnerv_clip.video import load_video, split_frames
 
 LATEST, BEST = "model_latest.pth", "model_best.pth"
 
@@ -84,6 +88,27 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
     return None if rank else TrainResult(run.path, run.summary(), run.metrics())
 
 
+def check_run(config: Config) -> None:
+    """Raise what would stop a run later, before the teacher or any training takes time.
+
+    Raises:
+        ConfigError: see `load_video`, `make_grid`, `plan_model` and the MS-SSIM losses.
+    """
+    frame_hw, frame_count = _video_size(config.video)
+    split_frames(frame_count, config.video.data_split)
+    make_grid(config.teacher, frame_hw)
+    plan_model(config.model, frame_hw=frame_hw, frame_count=frame_count)
+    if "ms_ssim" in PIXEL_LOSSES[config.train.loss]:
+        check_ms_ssim_size(frame_hw)
+
+
+@lru_cache
+def _video_size(config: VideoConfig) -> tuple[tuple[int, int], int]:
+    """((H, W), T) of a video, decoded once for many runs."""
+    video = load_video(config)
+    return video.frame_hw, len(video.frames)
+
+
 def _ranks() -> tuple[int, int]:
     """(rank, ranks) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -127,7 +152,7 @@ class _Loop:
         self.losses = self._no_losses()
         self.history: list[dict[str, Any]] = []
         self.best_psnr_db = float("-inf")
-        self.train_time_s = 0.0
+        self.train_time_s, self._clock = 0.0, None  # the clock stands still outside training steps
         self.unsaved_steps, self.save_steps = 0, math.inf  # ranks save together, so by steps
 
     def _no_losses(self) -> Tensor:
@@ -234,8 +259,10 @@ class _Loop:
             board.add_histogram("eval/clip_similarity_distribution",
                                 own.clip_similarity.to_numpy(), self.epoch)
         # Chosen by the frames that train: nothing of the held-out ones leaks into the choice
-        if columns["eval_psnr_train"] > self.best_psnr_db:
-            self.best_psnr_db = columns["eval_psnr_train"]
+        # nor of pixels that a mask hides
+        score = columns[f"eval_psnr{'' if self.dataset.mask is None else '_outside'}_train"]
+        if score > self.best_psnr_db:
+            self.best_psnr_db = score
             self.run.save_checkpoint(BEST, {
                 "config": self.config.params(), "model": self.model.state_dict(),
                 "epoch": self.epoch, **columns})
@@ -289,8 +316,9 @@ class _Loop:
         best = self.run.load_checkpoint(BEST)
         self.model.load_state_dict(best["model"])
         trained = evaluate_model(self.model, self.dataset)
-        stored, rate_bpp = evaluate_stored(self.model, self.dataset, self.run.path / "video.hnerv",
-                                           config=self.config)
+        video = self.run.path / "video.hnerv"
+        size_bytes = store_video(self.model, self.dataset, video, config=self.config)
+        stored, rate_bpp = evaluate_stored(video, self.dataset, device=self.device)
         table = pd.concat([trained, stored], ignore_index=True)
         self.run.write_table("evaluation.csv", table)
         self._write_similarity(table)
@@ -298,7 +326,7 @@ class _Loop:
         write_json(self.run.path / "summary.json", {
             "best_epoch": best["epoch"], **evaluation_columns(trained),
             **{f"quantised_{k}": v for k, v in evaluation_columns(stored).items()},
-            "rate_bpp": rate_bpp, "size_bytes": (self.run.path / "video.hnerv").stat().st_size,
+            "rate_bpp": rate_bpp, "size_bytes": size_bytes,
             "part_sizes": self.model.part_sizes(), "train_time_s": self.train_time_s,
             "train_frames_per_s": frames / self.train_time_s,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device)
@@ -343,7 +371,7 @@ class _Loop:
         self.engine.load_optimizer(state["optimizer"])
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.best_psnr_db, self.train_time_s = state["best_psnr_db"], state["train_time_s"]
-        if self.rank == 0:
+        if self.rank == 0 and self.batch:
             self.losses.copy_(state["losses"])
 
     # Small things
@@ -353,9 +381,10 @@ class _Loop:
         self._clock = time.perf_counter()
 
     def _stop_clock(self) -> None:
-        self._synchronise()
-        self.train_time_s += time.perf_counter() - self._clock
-        self._clock = time.perf_counter()
+        if self._clock is not None:
+            self._synchronise()
+            self.train_time_s += time.perf_counter() - self._clock
+            self._clock = None
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

@@ -41,6 +41,7 @@ def repo(tmp_path, monkeypatch):
     root = tmp_path / "repo"
     shutil.copytree(ROOT / "book" / "_ext", root / "book" / "_ext")
     shutil.copytree(ROOT / "book" / "_static", root / "book" / "_static")
+    shutil.copytree(ROOT / "book" / "results", root / "book" / "results")
     shutil.copy(ROOT / "_config.yml", root)
     (root / "pyproject.toml").touch()
     (root / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n"
@@ -123,7 +124,8 @@ def test_a_bad_request_is_refused_before_any_work(repo, tmp_path, monkeypatch):
         book.make_book("large")
     with pytest.raises(BookError, match="repository itself"):
         book.make_book(overrides={"outf": "main"})
-    RunDir.create(repo / "output" / "quick" / "main", Config.from_params(epochs=2))
+    begun = RunDir.create(repo / "output" / "quick" / "main", Config.from_params(epochs=2))
+    (begun.path / "metrics.csv").touch()
     with pytest.raises(RunError, match="epochs: 2 there"):
         book.make_book()
     assert not (repo / "ran").exists() and not (repo / "output/quick/executed").exists()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hnerv_clip.codec import decode_video, encode_video, quantise
-from hnerv_clip.evaluate import embed_frames, evaluate_stored
+from hnerv_clip.evaluate import embed_frames, evaluate_stored, store_video
 from hnerv_clip.model import build_model
 from hnerv_clip.runs import RunError
 
@@ -69,8 +69,9 @@ def test_rate_is_near_the_entropy_bound(model, small_config, tmp_path):
 
 
 def test_evaluation_of_the_file(model, small_config, small_dataset, tmp_path):
-    table, rate_bpp = evaluate_stored(model, small_dataset, tmp_path / "v.hnerv",
-                                      config=small_config)
+    store_video(model, small_dataset, tmp_path / "v.hnerv", config=small_config)
+    table, rate_bpp = evaluate_stored(tmp_path / "v.hnerv", small_dataset,
+                                      device=torch.device("cpu"))
     assert set(table.variant) == {"quantised"} and table.psnr_db.notna().all()
     assert rate_bpp == (tmp_path / "v.hnerv").stat().st_size * 8 / (12 * 80 * 160)
 

@@ -29,6 +29,7 @@ def test_config_round_trip_and_reopening(run):
 
 
 def test_another_configuration_is_refused(run):
+    run.save_checkpoint("model_latest.pth", STATE)
     with pytest.raises(RunError, match=r"epochs: 3 there, 4 asked.*another outf"):
         RunDir.create(run.path, CONFIG.replace(epochs=4))
     assert run.config() == CONFIG

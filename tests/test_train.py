@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import time
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from hnerv_clip import train as train_module
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.engine import PlainEngine
 from hnerv_clip.runs import RunDir, RunError
-from hnerv_clip.train import TrainError, epoch_order, train
+from hnerv_clip.train import TrainError, check_run, epoch_order, train
 
 
 class Interrupted(Exception):
@@ -181,3 +182,55 @@ def test_ranks_with_the_same_global_batches_give_the_same_weights(world, small_c
         torch.testing.assert_close(weights(tmp_path / "ranks")[name], value, atol=2e-5, rtol=1e-4)
     metrics = RunDir(tmp_path / "ranks").metrics()
     assert metrics.pixel_loss.tolist() == pytest.approx(alone.metrics.pixel_loss.tolist(), 1e-5)
+
+
+def test_the_clock_counts_training_only(small_config, small_dataset, cache_dir, tmp_path,
+                                        monkeypatch):
+    evaluate = train_module.evaluate_model
+
+    def slow(*args, **kwargs):
+        time.sleep(1.5)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "evaluate_model", slow)
+    result = train(small_config.replace(epochs=2), tmp_path / "run", cache_dir=cache_dir,
+                   progress=False)
+    assert result.summary["train_time_s"] < 1.5
+
+
+def test_a_wrong_setting_does_not_occupy_the_folder(small_config, cache_dir, tmp_path):
+    with pytest.raises(ConfigError, match="modelsize"):
+        train(small_config.replace(modelsize=1e-4), tmp_path / "run", cache_dir=cache_dir)
+    RunDir.create(tmp_path / "run", small_config)
+    assert RunDir(tmp_path / "run").config() == small_config
+
+
+def test_what_would_stop_a_run_is_said_before_it(small_config):
+    for params, words in [({"modelsize": 1e-4}, "at least"), ({"loss": "Fusion10"}, "161 pixels"),
+                          ({"enc_strds": "7 4 2"}, "not divisible"),
+                          ({"patch_size": 500}, "patch_size")]:
+        with pytest.raises(ConfigError, match=words):
+            check_run(small_config.replace(**params))
+    check_run(small_config)
+
+
+def test_going_on_with_another_number_of_ranks(small_config, small_dataset, cache_dir, tmp_path,
+                                               monkeypatch):
+    """Between epochs any number of ranks may take over."""
+    step, taken = PlainEngine.step, 0
+
+    def interrupted(self, *args, **kwargs):
+        nonlocal taken
+        taken += 1
+        if taken > 5:
+            raise Interrupted
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PlainEngine, "step", interrupted)
+    with pytest.raises(Interrupted):  # after the first epoch's five steps
+        train(small_config.replace(eval_freq=1, checkpoint_s=1000), tmp_path / "run",
+              cache_dir=cache_dir, progress=False)
+    torch.multiprocessing.spawn(_train_as_rank, nprocs=2, args=(
+        2, _free_port(), small_config.replace(eval_freq=1).params(), str(tmp_path / "run"),
+        str(cache_dir)))
+    assert RunDir(tmp_path / "run").finished

@@ -226,6 +226,7 @@ def test_readme_shows_the_published_figures():
     assert "\n".join(line for line in headline.splitlines() if line.startswith("|")) in readme
     assert pages.fidelity_markdown(json.loads((results / "fidelity.json").read_text())) in readme
     assert pages.steps_markdown(json.loads((results / "steps_h100.json").read_text())) in readme
+    assert pages.quick_markdown(json.loads((results / "quick.json").read_text())) in readme
     assert pages.ablations_markdown(pd.read_csv(results / "ablations.csv")) in readme
     names = re.findall(r"book/(\d\d_\w+)", (ROOT / "_toc.yml").read_text())
     assert names == [p.stem for p in book.list_notebooks(ROOT)]

@@ -132,11 +132,11 @@ def steps_markdown(measured: dict) -> str:
 
 def quick_markdown(measured: dict) -> str:
     """What the quick profile took and reached, in a sentence."""
-    return ("The quick profile took {wall_s:.0f} s and {memory:.1f} GB (largest process) on {device}: "
-            "{psnr_seen_db:.2f} dB and a centred cosine of {centred_seen:.3f} on training frames, "
-            "{psnr_unseen_db:.2f} dB and {centred_unseen:.3f} on held-out ones; commit {short}.\n"
-            ).format(memory=measured["peak_memory_bytes"] / 1e9, short=measured["commit"][:12],
-                     **measured)
+    return (
+        "The quick profile took {wall_s:.0f} s and {memory:.1f} GB (largest process) on {device}: "
+        "{psnr_seen_db:.2f} dB and a centred cosine of {centred_seen:.3f} on training frames, "
+        "{psnr_unseen_db:.2f} dB and {centred_unseen:.3f} on held-out ones; commit {short}.\n"
+    ).format(memory=measured["peak_memory_bytes"] / 1e9, short=measured["commit"][:12], **measured)
 
 
 def ablations_markdown(table: pd.DataFrame) -> str:

@@ -132,6 +132,8 @@ class RunDir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
+            for half_written in self.path.glob(".model_*.tmp"):  # by a process that was killed
+                half_written.unlink(missing_ok=True)
             yield
 
     @property

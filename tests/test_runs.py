@@ -115,6 +115,14 @@ def test_one_process_at_a_time(run):
     assert "got it" in other()
 
 
+def test_what_a_killed_process_left_half_written_is_removed(run):
+    (run.path / ".model_latest.pth.123.tmp").write_bytes(b"half")
+    run.save_checkpoint("model_latest.pth", STATE)
+    with run.lock():
+        assert sorted(p.name for p in run.path.iterdir()) == [
+            ".lock", "config.json", "model_latest.pth"]
+
+
 def test_errors_of_missing_things(tmp_path, run):
     with pytest.raises(RunError, match="02_train"):
         RunDir(tmp_path / "none").config()

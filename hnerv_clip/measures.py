@@ -5,6 +5,8 @@ T frames, P patches a frame, D values an embedding. Embeddings are unit vectors,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -257,3 +259,63 @@ def label_agreement(labels, vectors: np.ndarray, predicted: np.ndarray, teacher:
                           "found": found})
     return {"agreement": agreement, "chance": chance, "n": len(own), "table": table,
             "kappa": (agreement - chance) / (1 - chance) if chance < 1 else np.nan}
+
+
+def mean_energy(embeddings) -> float:
+    """The share of unit embeddings [T, P, D] that their constant mean holds: its squared length.
+
+    At 1 all are the same; a constant prediction then has cosine 1.
+    """
+    return float(np.square(np.mean(np.asarray(embeddings), axis=(0, 1), dtype=np.float64)).sum())
+
+
+def frame_similarity(embeddings, *, centred: bool = False) -> np.ndarray:
+    """Cosine between frames, averaged over patch positions.
+
+    Args:
+        embeddings: [T, P, D], unit length.
+        centred: subtract the mean over all frames and patches first.
+    Returns:
+        float32 [T, T].
+    """
+    embeddings = np.asarray(embeddings)
+    frames, patches, _ = embeddings.shape
+    if centred:
+        embeddings = unit(embeddings - embeddings.mean(axis=(0, 1)))
+    flat = embeddings.reshape(frames, -1)
+    return flat @ flat.T / patches
+
+
+def similarity_by_lag(similarity: np.ndarray) -> np.ndarray:
+    """Mean similarity of frames that lie so many frames apart.
+
+    Args:
+        similarity: [T, T], as `frame_similarity` gives it.
+    Returns:
+        [L] for 0, 1, … L-1 frames apart, up to half the video; the first is a frame with itself.
+    """
+    frame_count = len(similarity)
+    lags = range(max(min(2, frame_count), frame_count // 2))
+    return np.array([similarity.diagonal(lag).mean() for lag in lags])
+
+
+class Structure(NamedTuple):
+    """How a teacher's embeddings of one video relate; cosines at the same patch position."""
+
+    raw: np.ndarray  # [T, T] cosine between frames
+    centred: np.ndarray  # [T, T], the mean of all embeddings taken off first
+    raw_by_lag: np.ndarray  # [L] of frames 0, 1, … L-1 apart
+    centred_by_lag: np.ndarray
+    mean_energy: float  # see `mean_energy`
+    constant_cosine: float  # what the constant mean embedding scores
+    neighbour_cosine: float  # what the frame before scores; NaN for a single frame
+
+
+def describe_structure(embeddings) -> Structure:
+    """How alike the embeddings [T, P, D] of a video are, so that a score can be judged."""
+    raw, centred = frame_similarity(embeddings), frame_similarity(embeddings, centred=True)
+    by_lag, energy = similarity_by_lag(raw), mean_energy(embeddings)
+    return Structure(
+        raw=raw, centred=centred, raw_by_lag=by_lag, centred_by_lag=similarity_by_lag(centred),
+        mean_energy=energy, constant_cosine=energy ** 0.5,
+        neighbour_cosine=float(by_lag[1]) if len(by_lag) > 1 else float("nan"))

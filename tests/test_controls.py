@@ -156,3 +156,28 @@ def test_bad_label_sets_are_refused(labels, message):
     ones = np.ones((2, 1, 2)) / 2 ** 0.5
     with pytest.raises(ValueError, match=message):
         label_agreement(labels, np.eye(2), ones, ones)
+
+
+def test_mean_energy_and_frame_similarity_by_hand():
+    embeddings = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])  # 2 frames, 1 patch, orthogonal
+    assert measures.mean_energy(embeddings) == pytest.approx(0.5)
+    np.testing.assert_allclose(measures.frame_similarity(embeddings), np.eye(2))
+    np.testing.assert_allclose(measures.frame_similarity(embeddings, centred=True),
+                               [[1, -1], [-1, 1]])
+
+
+def test_similarity_by_lag_by_hand():
+    similarity = np.array([[1.0, 0.5, 0.1, 0.0], [0.5, 1.0, 0.7, 0.2],
+                           [0.1, 0.7, 1.0, 0.9], [0.0, 0.2, 0.9, 1.0]])
+    np.testing.assert_allclose(measures.similarity_by_lag(similarity), [1.0, 0.7])
+    assert measures.similarity_by_lag(np.ones((1, 1))).tolist() == [1.0]
+
+
+def test_structure_says_what_a_constant_and_a_neighbour_score(small_dataset):
+    embeddings = small_dataset.embeddings.numpy()
+    structure = measures.describe_structure(small_dataset.embeddings)
+    constant = measures.unit(embeddings.mean((0, 1)))
+    assert structure.constant_cosine == pytest.approx((embeddings @ constant).mean(), abs=1e-5)
+    neighbours = (embeddings[1:] * embeddings[:-1]).sum(-1).mean()
+    assert structure.neighbour_cosine == pytest.approx(neighbours, abs=1e-5)
+    assert structure.centred_by_lag[1] < structure.raw_by_lag[1] < 1

@@ -13,19 +13,16 @@ from torch.nn.functional import normalize
 
 from hnerv_clip import teachers
 from hnerv_clip.config import ConfigError, TeacherConfig
+from hnerv_clip.measures import mean_energy
 from hnerv_clip.patches import cut_patches, make_grid
 from hnerv_clip.teachers import (
     cache_path,
     cached_embeddings,
-    describe_structure,
     describe_teacher,
-    frame_similarity,
     imagenet_classes,
     load_teacher,
-    mean_energy,
     preprocess,
     run_teacher,
-    similarity_by_lag,
     teacher_dim,
     teacher_embeddings,
 )
@@ -426,29 +423,3 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         teachers._write_cache(tmp_path / "x.safetensors", torch.ones(1, 1, 1), {})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_mean_energy_and_frame_similarity_by_hand():
-    embeddings = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])  # 2 frames, 1 patch, orthogonal
-    assert mean_energy(embeddings) == pytest.approx(0.5)
-    assert torch.allclose(frame_similarity(embeddings), torch.eye(2))
-    opposite = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
-    assert torch.allclose(frame_similarity(embeddings, centred=True), opposite, atol=1e-6)
-
-
-def test_similarity_by_lag_by_hand():
-    similarity = torch.tensor([[1.0, 0.5, 0.1, 0.0], [0.5, 1.0, 0.7, 0.2],
-                               [0.1, 0.7, 1.0, 0.9], [0.0, 0.2, 0.9, 1.0]])
-    assert torch.allclose(similarity_by_lag(similarity), torch.tensor([1.0, 0.7]))
-    assert similarity_by_lag(torch.ones(1, 1)).tolist() == [1.0]
-
-
-def test_structure_says_what_a_constant_and_a_neighbour_score(small_dataset):
-    embeddings = small_dataset.embeddings
-    structure = describe_structure(embeddings)
-    constant = normalize(embeddings.mean((0, 1)), dim=0)
-    expected = (embeddings @ constant).mean().item()
-    assert structure.constant_cosine == pytest.approx(expected, abs=1e-5)
-    neighbours = (embeddings[1:] * embeddings[:-1]).sum(-1).mean().item()
-    assert structure.neighbour_cosine == pytest.approx(neighbours, abs=1e-5)
-    assert structure.centred_by_lag[1] < structure.raw_by_lag[1] < 1

@@ -21,6 +21,7 @@ NORMS = ("none", "bn", "in")
 TEACHERS = ("clip", "efficientnet-lite0")
 ENGINES = ("auto", "plain", "fast")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+CLIP_LOSSES = ("cosine", "centred", "contrastive")
 RUNTIME_PARAMS = ("device", "checkpoint_s")  # where and how safely, not what
 LOSSES = ("L2", "L1", "SSIM", *(f"Fusion{i}" for i in range(1, 13)))
 
@@ -81,6 +82,8 @@ class ModelConfig:
     out_bias: str = "tanh"  # tanh, sigmoid, or a number that is added
     predict_clip: bool = True  # False is the pixel-only baseline
     clip_dim: int = 512  # the teacher's: 512 for ViT-B-32, 1280 for efficientnet-lite0
+    clip_stage: str = "last"  # what feeds the CLIP head: last, all, or stages as 1_3 (0: the stem)
+    clip_pool: float = 0.0  # side of the square it averages, in frame heights; 0 for one pixel
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class TrainConfig:
     loss: str = "L2"  # pixel loss, a row of losses.PIXEL_LOSSES
     clip_loss_weight: float = 0.5  # lambda of the cosine term
     pixel_loss_warmup_epochs: int = 50  # epochs before the cosine term joins
+    clip_loss_type: str = "cosine"  # cosine, centred (less the training mean), or contrastive
+    clip_jitter: int = 0  # training moves each position by up to so many pixels; 0 for none
     inpaint_size: int = 0  # side of the five boxes that the loss leaves out; 0 for none
     eval_freq: int = 30  # epochs between evaluations
     checkpoint_s: float = 30.0  # seconds between writes of model_latest.pth
@@ -273,6 +278,24 @@ def embed_kind(embed: str) -> str:
                       f"'xyt_1.25_80' (coordinates)")
 
 
+def clip_stages(model: ModelConfig) -> tuple[int, ...]:
+    """The decoder stages whose outputs feed the CLIP head, rising; 0 is the stem.
+
+    Raises:
+        ConfigError: no such stage, or one named twice.
+    """
+    last = len(model.dec_strds)
+    if model.clip_stage in ("last", "all"):
+        return (last,) if model.clip_stage == "last" else tuple(range(last + 1))
+    parts = model.clip_stage.replace("_", " ").split()
+    stages = tuple(int(part) for part in parts if part.isdecimal())
+    if not stages or len(stages) != len(parts) or sorted(set(stages)) != list(stages) \
+            or stages[-1] > last:
+        raise ConfigError(f"clip_stage={model.clip_stage!r} must be last, all, or rising numbers "
+                          f"from 0 to {last} (the entries of dec_strds), such as 1_{last}")
+    return stages
+
+
 def _validate(config: Config) -> None:
     video, teacher, model, train = config.video, config.teacher, config.model, config.train
     embed_kind(model.embed)
@@ -282,6 +305,11 @@ def _validate(config: Config) -> None:
     _one_of("teacher", teacher.teacher, TEACHERS)
     _one_of("precision", train.precision, PRECISIONS)
     _one_of("engine", train.engine, ENGINES)
+    _one_of("clip_loss_type", train.clip_loss_type, CLIP_LOSSES)
+    clip_stages(model)
+    if not 0 <= model.clip_pool <= 2:
+        raise ConfigError(f"clip_pool={model.clip_pool} must lie between 0 (one pixel) and 2 frame "
+                          "heights; 0.7 is the whole default patch")
     if model.conv_type != ("convnext", "pshuffel"):
         raise ConfigError(f"conv_type={_pack('conv_type', model.conv_type)!r} is not built; "
                           "use conv_type='convnext pshuffel', the one that HNeRV publishes")
@@ -290,7 +318,8 @@ def _validate(config: Config) -> None:
     for name, low in [("frame_limit", 0), ("frame_stride", 1), ("patch_size", 0),
                       ("patch_stride", 0), ("lower_width", 1), ("clip_dim", 1), ("epochs", 1),
                       ("batch_size", 1), ("clip_loss_weight", 0), ("pixel_loss_warmup_epochs", 0),
-                      ("inpaint_size", 0), ("eval_freq", 1), ("checkpoint_s", 0), ("seed", 0)]:
+                      ("inpaint_size", 0), ("clip_jitter", 0), ("eval_freq", 1), ("seed", 0),
+                      ("checkpoint_s", 0)]:
         _at_least(name, config.params()[name], low)
     for name in ("crop_list", "resize_list", "patch_grid", "enc_strds", "dec_strds", "fc_hw",
                  "num_blks"):

@@ -14,9 +14,8 @@ from torch import Tensor
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.evaluate import frame_times, psnr
-from hnerv_clip.losses import clip_loss, pixel_loss
+from hnerv_clip.losses import ClipObjective, pixel_loss
 from hnerv_clip.model import HNeRV
-from hnerv_clip.patches import feature_index
 
 # What a step measures of each frame
 COLUMNS = ("pixel_loss", "clip_loss", "total_loss", "psnr_db")
@@ -31,13 +30,13 @@ class PlainEngine:
         self.frames = dataset.video.frames.to(self.device)  # uint8 [T, 3, H, W]
         self.mask = None if dataset.mask is None else dataset.mask.to(self.device)
         if config.model.predict_clip:
-            self.targets = dataset.embeddings.to(self.device)  # [T, P, D]
-            self.cells = tuple(i.to(self.device) for i in feature_index(
-                dataset.grid.centres, dataset.video.frame_hw, model.plan.output_hw))
+            self.clip = ClipObjective(config, model, targets=dataset.embeddings,
+                                      centres=dataset.grid.centres, train=dataset.split.train)
         self.lr = torch.tensor(config.train.lr, device=self.device)
         self.weight = torch.tensor(0.0, device=self.device)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=self.lr, fused=True,
                                           capturable=self.device.type == "cuda")
+        self.compile_s = 0.0  # spent on compilation so far
 
     def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
         """One update.
@@ -69,16 +68,15 @@ class PlainEngine:
         seen = frames if self.mask is None else frames * self.mask
         with torch.autocast(self.device.type, self.autocast,
                             enabled=self.autocast != torch.float32):
-            features = self.model.features(self.model.embed(
+            stages = self.model.stages(self.model.embed(
                 seen, frame_times(indices, self.model.frame_count)))
-            pred = self.model.rgb(features)
+            pred = self.model.rgb(stages[-1])
         pred = pred.float()
         pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask)
         clip, total = torch.zeros_like(pixel), pixel
         if self.config.model.predict_clip:
-            clip = clip_loss(self.model.clip_at_index(features, *self.cells),
-                             self.targets[indices])
-            total = pixel + self.weight * clip
+            clip, term = self.clip(stages, indices, self.lr)  # 1 − cosine, and what is minimised
+            total = pixel + self.weight * term
         return torch.stack([pixel, clip, total, psnr(pred.detach(), frames)])
 
     def load_optimizer(self, state: dict) -> None:

@@ -123,7 +123,8 @@ def predict_embeddings(model: HNeRV, dataset: Dataset, *, source: str | None = N
         [T, P, D] float32 unit vectors, on the CPU.
     """
     embeddings = frame_embeddings(model, dataset, source or sources_of(model)[0])
-    return torch.cat([model.clip_at(model.features(chunk), dataset.grid.centres).cpu()
+    return torch.cat([model.clip_at(model.stages(chunk, last=model.clip_stages[-1]),
+                                    dataset.grid.centres.to(chunk.device)).cpu()
                       for chunk in embeddings.split(BATCH)])
 
 
@@ -158,14 +159,15 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
     mask = None if dataset.mask is None else dataset.mask.to(device)
     columns: dict[str, list[Tensor]] = {}
     if with_clip := model.config.predict_clip and dataset.embeddings is not None:
+        centres = dataset.grid.centres.to(device)
         centre = dataset.embeddings[dataset.split.train].mean((0, 1)).to(device)  # [D]
 
     def add(name: str, values: Tensor) -> None:
         columns.setdefault(name, []).append(values.float().cpu())
 
     for indices, frames, _ in _batches(model, dataset, chosen):
-        features = model.features(embeddings[indices])
-        pred = model.rgb(features).float()
+        stages = model.stages(embeddings[indices])
+        pred = model.rgb(stages[-1]).float()
         add("psnr_db", psnr(pred, frames))
         add("ms_ssim", ms_ssim(pred, frames, data_range=1, size_average=False)
             if min(model.frame_hw) >= MS_SSIM_MIN_SIDE else torch.full((len(pred),), float("nan")))
@@ -173,7 +175,7 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
             add("psnr_outside_db", psnr(pred, frames, mask=mask))
             add("psnr_inside_db", psnr(pred, frames, mask=1 - mask))
         if with_clip:
-            clip = model.clip_at(features, dataset.grid.centres)
+            clip = model.clip_at(stages, centres)
             target = dataset.embeddings[indices].to(device)
             add("clip_similarity", (clip * target).sum(-1).mean(-1))
             centred = F.cosine_similarity(clip - centre, target - centre, dim=-1)
@@ -187,11 +189,13 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
 
 @torch.inference_mode()
 def evaluate_model(model: HNeRV, dataset: Dataset, *, variant: str = "trained",
-                   embeddings: Tensor | None = None) -> pd.DataFrame:
+                   embeddings: Tensor | None = None, share: tuple[int, int] = (0, 1)
+                   ) -> pd.DataFrame:
     """`evaluate_embeddings` for every source of a model.
 
     Args:
         embeddings: [T, C, h, w] to use instead of the encoder's, as a stored video has them.
+        share: (rank, ranks): measure only the batches of frames that fall to this rank.
     Returns:
         Columns variant and source, then those of `evaluate_embeddings`. Interpolated rows are there
         only for frames that did not train.
@@ -201,18 +205,25 @@ def evaluate_model(model: HNeRV, dataset: Dataset, *, variant: str = "trained",
     encoded = embed_frames(model, dataset) if embeddings is None else embeddings
     tables = []
     for source in sources_of(model):
-        if source != "interpolated":
-            table = evaluate_embeddings(model, dataset, encoded)
-        elif len(dataset.split.train) < len(encoded):
-            table = evaluate_embeddings(
-                model, dataset, interpolate_embeddings(encoded, dataset.split.train),
-                np.setdiff1d(np.arange(len(encoded)), dataset.split.train))
-        else:
-            continue
-        tables.append(table.assign(variant=variant, source=source))
+        frames, used = np.arange(len(encoded)), encoded
+        if source == "interpolated":
+            frames = np.setdiff1d(frames, dataset.split.train)
+            used = interpolate_embeddings(encoded, dataset.split.train)
+        frames = _share(frames, *share)
+        if len(frames):
+            table = evaluate_embeddings(model, dataset, used, frames)
+            tables.append(table.assign(variant=variant, source=source))
     model.train(was_training)
+    if not tables:  # more ranks than batches
+        return pd.DataFrame()
     table = pd.concat(tables, ignore_index=True)
     return table[["variant", "source", *[c for c in table if c not in ("variant", "source")]]]
+
+
+def _share(frames: np.ndarray, rank: int, ranks: int) -> np.ndarray:
+    """Whole batches, so that a frame is measured beside the same others on any number of ranks."""
+    return np.concatenate([frames[:0], *[frames[start:start + BATCH] for start in range(
+        rank * BATCH, len(frames), ranks * BATCH)]])
 
 
 def store_video(model: HNeRV, dataset: Dataset, path: Path, *, config: Config) -> int:
@@ -222,15 +233,17 @@ def store_video(model: HNeRV, dataset: Dataset, path: Path, *, config: Config) -
     return encode_video(model, embeddings, path, config=config)
 
 
-def evaluate_stored(path: Path, dataset: Dataset, *, device: torch.device
-                    ) -> tuple[pd.DataFrame, float]:
+def evaluate_stored(path: Path, dataset: Dataset, *, device: torch.device,
+                    share: tuple[int, int] = (0, 1)) -> tuple[pd.DataFrame, float]:
     """Decode a stored video and measure what comes out.
 
+    Args:
+        share: see `evaluate_model`.
     Returns:
         The table of `evaluate_model` with variant `quantised`, and the file's rate_bpp.
     """
     stored, embeddings = decode_video(path)
-    table = evaluate_model(stored.to(device), dataset, variant="quantised",
+    table = evaluate_model(stored.to(device), dataset, variant="quantised", share=share,
                            embeddings=None if embeddings is None else embeddings.to(device))
     return table, 8 * path.stat().st_size / (stored.frame_count * math.prod(stored.frame_hw))
 
@@ -305,14 +318,14 @@ def measure_decoding(model: HNeRV, dataset: Dataset, *, batch_size: int = BATCH,
         batch_size.
     """
     embeddings = embed_frames(model, dataset)[:8 * batch_size]
-    centres = dataset.grid.centres
+    centres = dataset.grid.centres.to(embeddings.device)
 
     def decode(chunk: Tensor, rgb: bool, clip: bool) -> None:
-        features = model.features(chunk)
+        stages = model.stages(chunk, last=None if rgb else model.clip_stages[-1])
         if rgb:
-            model.rgb(features)
+            model.rgb(stages[-1])
         if clip:
-            model.clip_at(features, centres)
+            model.clip_at(stages, centres)
 
     modes = {"RGB": (True, False)}
     if model.config.predict_clip:

@@ -1,4 +1,4 @@
-"""Losses and schedules: pure functions of tensors and numbers.
+"""Losses and schedules: functions of tensors and numbers, and what the CLIP head is trained to.
 
 total = pixel + λ·(1 − mean cosine), the second term from epoch `pixel_loss_warmup_epochs` on.
 """
@@ -6,11 +6,16 @@ total = pixel + λ·(1 − mean cosine), the second term from epoch `pixel_loss_
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from pytorch_msssim import ms_ssim, ssim
 from torch import Tensor
 
-from hnerv_clip.config import ConfigError, parse_lr_type
+from hnerv_clip.config import Config, ConfigError, parse_lr_type
+from hnerv_clip.model import HNeRV
 
 # Each pixel loss as weights of its terms; the Fusion mixtures are HNeRV's.
 PIXEL_LOSSES: dict[str, dict[str, float]] = {
@@ -30,6 +35,7 @@ PIXEL_LOSSES: dict[str, dict[str, float]] = {
     "Fusion11": {"l1": 0.9, "ms_ssim": 0.1},
     "Fusion12": {"l1": 0.8, "ms_ssim": 0.2},
 }
+TEMPERATURE = 0.07  # of the contrastive loss: CLIP's initial value
 MS_SSIM_MIN_SIDE = 161  # five scales of an 11-pixel window
 
 
@@ -94,6 +100,95 @@ def clip_loss(pred: Tensor, target: Tensor) -> Tensor:
     if pred.shape != target.shape:
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} differ")
     return 1 - (pred * target).sum(-1).mean(-1)
+
+
+class ClipObjective:
+    """What the CLIP head is trained towards; its tensors are made once and stay on the device.
+
+    Nothing in a call waits for the GPU or depends on values for its shapes, so that a step with it
+    can be captured in a CUDA graph.
+    """
+
+    def __init__(self, config: Config, model: HNeRV, *, targets: Tensor, centres: Tensor,
+                 train: Sequence[int]):
+        """
+        Args:
+            targets: [T, P, D] unit vectors of the teacher.
+            centres: [P, 2] (y, x) patch centres in frame pixels.
+            train: the frames that train; the mean and the contrasts come from them alone.
+        """
+        device = next(model.parameters()).device
+        self.model, self.kind = model, config.train.clip_loss_type
+        self.jitter, self.seed = config.train.clip_jitter, config.train.seed
+        self.targets, self.centres = targets.to(device), centres.to(device)
+        self.limit = torch.tensor(model.frame_hw, dtype=torch.float32, device=device)
+        self.places = model.clip_places(self.centres)
+        known = self.targets[torch.as_tensor(np.asarray(train), device=device)]  # [T', P, D]
+        self.centre = known.mean((0, 1))
+        self.contrasts = F.normalize(known.flatten(0, 1) - self.centre, dim=1)  # [T'·P, D]
+
+    def __call__(self, stages: list[Tensor], indices: Tensor, key: Tensor
+                 ) -> tuple[Tensor, Tensor]:
+        """1 − mean cosine of frames, and the term that is minimised: both [B].
+
+        They are the same tensor for `clip_loss_type=cosine`.
+
+        Args:
+            stages: what `HNeRV.stages` returned for the frames.
+            indices: int64 [B] frames.
+            key: float32 scalar that differs from step to step and that a resumed run repeats, as
+                the learning rate does; it seeds the jitter.
+        """
+        places = self.places
+        if self.jitter:
+            moved = self.centres + self._moves(indices, key)
+            places = self.model.clip_places(torch.minimum(moved.clamp(min=0), self.limit))
+        pred = self.model.clip_at_places(stages, places)
+        target = self.targets[indices]
+        cosine = clip_loss(pred, target)
+        if self.kind == "cosine":
+            return cosine, cosine
+        pred, target = (F.normalize(v - self.centre, dim=-1) for v in (pred, target))
+        term = clip_loss(pred, target) if self.kind == "centred" else \
+            contrastive_loss(pred, target, self.contrasts)
+        return cosine, term
+
+    def _moves(self, indices: Tensor, key: Tensor) -> Tensor:
+        """Uniform in ±jitter pixels for each frame, patch and axis: [B, P, 2]."""
+        step = _scramble(key.view(torch.int32).long() + self.seed)
+        counter = indices[:, None] * self.centres.numel() + torch.arange(
+            self.centres.numel(), device=indices.device)
+        noise = _scramble(_scramble(counter) + step).double() / 2**32
+        return ((2 * noise - 1) * self.jitter).float().view(len(indices), -1, 2)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A hash of the low 32 bits of int64 values, in [0, 2³²).
+
+    C. Wellons, «Prospecting for hash functions», `hash32` of bias 0.107: the factors keep products
+    within 63 bits.
+    """
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def contrastive_loss(pred: Tensor, target: Tensor, contrasts: Tensor) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) against a bank of other embeddings.
+
+    Multiplied by its temperature, a deviation that makes its gradients as large as a cosine's:
+    τ·log Σ exp(s/τ) − s⁺, mean over a frame's patches.
+
+    Args:
+        pred, target: [B, P, D] unit vectors.
+        contrasts: [N, D] unit vectors, the targets among them.
+    Returns:
+        [B].
+    """
+    own = (pred * target).sum(-1)
+    others = torch.matmul(pred, contrasts.T) / TEMPERATURE
+    return (TEMPERATURE * others.logsumexp(-1) - own).mean(-1)
 
 
 def clip_weight(epoch: int, *, clip_loss_weight: float, pixel_loss_warmup_epochs: int) -> float:

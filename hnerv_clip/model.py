@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hnerv_clip.config import ConfigError, ModelConfig, embed_kind
-from hnerv_clip.patches import feature_index
+from hnerv_clip.config import ConfigError, ModelConfig, clip_stages, embed_kind
+from hnerv_clip.patches import axis_cells, axis_shares, check_positions
 
 ACTIVATIONS = {
     "relu": nn.ReLU, "leaky": nn.LeakyReLU, "leaky01": lambda: nn.LeakyReLU(0.1),
@@ -159,7 +159,8 @@ def sinusoids(position: Tensor, *, base: float, levels: int) -> Tensor:
 class HNeRV(nn.Module):
     """A video as a network. Build it with `build_model`.
 
-    `embed` → `features` → `rgb`, `clip_at` or `clip_map`; calling the module does all in one.
+    `embed` → `stages` → `rgb` of the last, `clip_at` or `clip_map` of all; calling the module does
+    all in one.
     """
 
     def __init__(self, config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: int):
@@ -184,7 +185,8 @@ class HNeRV(nn.Module):
         self.decoder = nn.Sequential(*layers)
         self.rgb_head = nn.Conv2d(plan.widths[-1], 3, 3, padding=1)
         if config.predict_clip:
-            width = plan.widths[-1]
+            self.clip_stages = clip_stages(config)
+            width = sum(plan.widths[i] for i in self.clip_stages)
             self.clip_head = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(),
                                            nn.Conv2d(2 * width, config.clip_dim, 1))
         if plan.output_hw != frame_hw:
@@ -218,7 +220,21 @@ class HNeRV(nn.Module):
 
     def features(self, embedding: Tensor) -> Tensor:
         """[B, C, h, w] embeddings to the last decoder block's output [B, n, H', W']."""
-        return self.decoder(embedding)
+        return self.stages(embedding)[-1]
+
+    def stages(self, embedding: Tensor, *, last: int | None = None) -> list[Tensor]:
+        """The outputs of the stem and of each decoder stage after it, [B, Cᵢ, Hᵢ, Wᵢ].
+
+        Args:
+            embedding: [B, C, h, w].
+            last: compute no stage beyond this one; the last of `clip_stages` is enough for the
+                CLIP head alone.
+        """
+        outputs = [self.decoder[0](embedding)]
+        blocks = self.config.num_blks[1]
+        for i in range(len(self.config.dec_strds) if last is None else last):
+            outputs.append(self.decoder[1 + i * blocks:1 + (i + 1) * blocks](outputs[-1]))
+        return outputs
 
     def pad_channels(self, multiple: int) -> None:
         """Compute with widths rounded up to a multiple, padded with zeros; parameters stay as is.
@@ -243,39 +259,92 @@ class HNeRV(nn.Module):
             x = F.interpolate(x, size=self.frame_hw, mode="bilinear", align_corners=False)
         return x
 
-    def clip_at(self, features: Tensor, centres: Tensor) -> Tensor:
+    def clip_at(self, stages: list[Tensor], centres: Tensor) -> Tensor:
         """Embeddings at positions of the frame.
 
         The head's 1×1 convolutions commute with picking positions: these are the values of the
-        dense map at the positions' pixels, and only they are computed.
+        dense map there, and only they are computed.
 
         Args:
-            features: [B, n, H', W'].
-            centres: [P, 2] (y, x) in frame pixels.
+            stages: what `stages` returned, at least up to the last one that feeds the head.
+            centres: [P, 2], or [B, P, 2] for positions of each frame, (y, x) in frame pixels.
         Returns:
             [B, P, D] unit vectors, float32.
+        Raises:
+            ValueError: a position outside the frame.
         """
-        return self.clip_at_index(features, *feature_index(centres, self.frame_hw,
-                                                           tuple(features.shape[-2:])))
+        check_positions(centres, self.frame_hw)
+        return self.clip_at_places(stages, self.clip_places(centres))
 
-    def clip_at_index(self, features: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """`clip_at` for cells of the feature map: rows and cols int64 [P]."""
-        self._need_clip_head()
-        picked = features[:, :self.plan.widths[-1], rows, cols][..., None].float()  # [B, n, P, 1]
-        return F.normalize(self.clip_head(picked)[..., 0], dim=1).transpose(1, 2)
+    def clip_places(self, centres: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Where `clip_at` looks, for `clip_at_places`: computed once, used in every step.
 
-    def clip_map(self, features: Tensor, *, stride: int = 1) -> Tensor:
-        """Embeddings on a grid over the feature map: [B, D, ⌈H'/stride⌉, ⌈W'/stride⌉], float32."""
+        Returns:
+            Of each stage that feeds the head, (rows, columns): int64 [..., P] cells, or with
+            `clip_pool` the share of every row and column, [..., P, Hᵢ] and [..., P, Wᵢ].
+        """
         self._need_clip_head()
-        start = stride // 2
-        picked = features[:, :self.plan.widths[-1], start::stride, start::stride].float()
+        return [tuple(self._axis(centres[..., axis], axis, stage) for axis in (0, 1))
+                for stage in self.clip_stages]
+
+    def clip_at_places(self, stages: list[Tensor], places: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """`clip_at` for places that `clip_places` found: nothing here waits for the GPU."""
+        picked = []
+        for stage, (rows, cols) in zip(self.clip_stages, places, strict=True):
+            features = stages[stage]
+            if self.config.clip_pool:  # as products: rows, then columns
+                found = _weigh_rows(features, rows)  # [B, P, W, C]
+                found = (found * cols.to(found.dtype)[..., None]).sum(-2).transpose(1, 2)
+            elif rows.ndim == 1:
+                found = features[:, :, rows, cols]
+            else:
+                frame = torch.arange(len(rows), device=rows.device)[:, None]
+                found = features[frame, :, rows, cols].transpose(1, 2)
+            picked.append(found[:, :self.plan.widths[stage]].float())  # [B, Cᵢ, P]
+        return self._clip_vectors(torch.cat(picked, dim=1)[..., None])[..., 0].transpose(1, 2)
+
+    def clip_map(self, stages: list[Tensor], *, stride: int = 1) -> Tensor:
+        """Embeddings at every so-manieth cell of the last stage: [B, D, ⌈H'/stride⌉, ⌈W'/stride⌉].
+
+        Args:
+            stages: what `stages` returned, at least up to the last one that feeds the head.
+        """
+        self._need_clip_head()
+        device, picked = stages[0].device, []
+        positions = [(torch.arange(stride // 2, cells, stride, device=device) + 0.5)
+                     * (length / cells)
+                     for cells, length in zip(self.plan.output_hw, self.frame_hw, strict=True)]
+        for stage in self.clip_stages:
+            rows, cols = (self._axis(positions[axis], axis, stage) for axis in (0, 1))
+            if self.config.clip_pool:
+                found = _weigh_rows(stages[stage], rows)
+                found = torch.matmul(cols.to(found.dtype), found).permute(0, 3, 1, 2)
+            else:
+                found = stages[stage][:, :, rows[:, None], cols]
+            picked.append(found[:, :self.plan.widths[stage]].float())
+        return self._clip_vectors(torch.cat(picked, dim=1))
+
+    def _axis(self, positions: Tensor, axis: int, stage: int) -> Tensor:
+        """Cells or shares of a stage's rows (axis 0) or columns (1) at positions in pixels."""
+        length, cells = self.frame_hw[axis], self.stage_hw(stage)[axis]
+        if not self.config.clip_pool:
+            return axis_cells(positions, length, cells)
+        return axis_shares(positions, self.config.clip_pool * self.frame_hw[0], length, cells)
+
+    def stage_hw(self, stage: int) -> tuple[int, int]:
+        """Rows and columns of a stage's output; stage 0 is the stem."""
+        rest = math.prod(self.config.dec_strds[stage:])
+        return self.plan.output_hw[0] // rest, self.plan.output_hw[1] // rest
+
+    def _clip_vectors(self, picked: Tensor) -> Tensor:
+        """[B, n, h, w] float32 to unit vectors [B, D, h, w]."""
         return F.normalize(self.clip_head(picked), dim=1)
 
     def forward(self, frames: Tensor | None, times: Tensor, centres: Tensor | None = None
                 ) -> tuple[Tensor, Tensor | None]:
         """Frames [B, 3, H, W] and, where `centres` [P, 2] is given, embeddings [B, P, D]."""
-        features = self.features(self.embed(frames, times))
-        return self.rgb(features), None if centres is None else self.clip_at(features, centres)
+        stages = self.stages(self.embed(frames, times))
+        return self.rgb(stages[-1]), None if centres is None else self.clip_at(stages, centres)
 
     def part_sizes(self) -> dict[str, int]:
         """Values of each part; `stored` is what must be kept to show the video.
@@ -421,6 +490,12 @@ def from_hnerv_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
             name = changed
         renamed[name] = value
     return renamed
+
+
+def _weigh_rows(features: Tensor, rows: Tensor) -> Tensor:
+    """Sums of the rows of [B, C, H, W] by weights [P, H] or [B, P, H]: [B, P, W, C]."""
+    columns = features.permute(0, 2, 3, 1).flatten(2)  # [B, H, W·C], a view in channels-last
+    return torch.matmul(rows.to(features.dtype), columns).unflatten(2, (features.shape[3], -1))
 
 
 def _size(hw: tuple[int, int]) -> str:

@@ -117,13 +117,45 @@ def feature_index(centres: Tensor, frame_hw: tuple[int, int],
     Raises:
         ValueError: a position outside the frame.
     """
-    frame, cells = (torch.tensor(hw, device=centres.device) for hw in (frame_hw, feature_hw))
-    if (centres < 0).any() or (centres > frame).any():
+    check_positions(centres, frame_hw)
+    rows, cols = (axis_cells(centres[..., i], frame_hw[i], feature_hw[i]) for i in (0, 1))
+    return rows, cols
+
+
+def check_positions(centres: Tensor, frame_hw: tuple[int, int]) -> None:
+    """Raise ValueError where a position [..., 2] lies outside the frame."""
+    if (centres < 0).any() or (centres > torch.tensor(frame_hw, device=centres.device)).any():
         raise ValueError(f"positions {centres.tolist()} must lie within the frame "
                          f"{frame_hw[0]}×{frame_hw[1]}")
-    index = (centres * cells / frame).floor().long()
-    rows, cols = torch.minimum(index, cells - 1).unbind(-1)  # the far edge is in the last cell
-    return rows, cols
+
+
+def axis_cells(positions: Tensor, length: int, cells: int) -> Tensor:
+    """The cell of one axis that holds each position; the far edge is in the last cell.
+
+    Args:
+        positions: [...] float, in frame pixels along the axis.
+        length: pixels of the frame along it.
+        cells: cells of the feature map along it.
+    Returns:
+        int64 [...].
+    """
+    return (positions * cells / length).floor().long().clamp(0, cells - 1)
+
+
+def axis_shares(positions: Tensor, side: float, length: int, cells: int) -> Tensor:
+    """How much of each cell of one axis lies within `side` pixels around each position.
+
+    Args:
+        positions: [...] float, in frame pixels along the axis.
+    Returns:
+        [..., cells] float32 that sums to 1; what reaches beyond the frame is left out.
+    """
+    scale = cells / length
+    low = ((positions - side / 2) * scale).clamp(0, cells)[..., None]
+    high = ((positions + side / 2) * scale).clamp(0, cells)[..., None]
+    start = torch.arange(cells, device=positions.device)
+    inside = (torch.minimum(high, start + 1) - torch.maximum(low, start)).clamp(min=0)
+    return inside / inside.sum(-1, keepdim=True)
 
 
 def cut_patches(frames: Tensor, grid: PatchGrid) -> Tensor:

@@ -150,12 +150,12 @@ def test_xyt_embedding_knows_its_place():
 def test_clip_at_equals_the_dense_map(stride):
     model = small_model()
     frames, times = inputs()
-    features = model.features(model.embed(frames, times))
-    dense = model.clip_map(features, stride=stride)
+    stages = model.stages(model.embed(frames, times))
+    dense = model.clip_map(stages, stride=stride)
     start = stride // 2
     rows = torch.arange(start, 80, stride)[:3]
     cols = torch.arange(start, 160, stride)[4:7]
-    picked = model.clip_at(features, torch.stack([rows, cols], 1) + 0.5)
+    picked = model.clip_at(stages, torch.stack([rows, cols], 1) + 0.5)
     torch.testing.assert_close(picked, dense[:, :, range(3), range(4, 7)].transpose(1, 2),
                                atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(dense.norm(dim=1), torch.ones_like(dense[:, 0]))
@@ -203,7 +203,7 @@ def test_enc_dim_as_a_share_of_the_size():
 def test_without_clip_head():
     model = small_model(predict_clip=False)
     with pytest.raises(ConfigError, match="predict_clip=True"):
-        model.clip_map(torch.zeros(1, model.plan.widths[-1], 80, 160))
+        model.clip_map(model.stages(model.embed(*inputs())))
     assert model.part_sizes()["clip_head"] == 0
 
 

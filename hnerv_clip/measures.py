@@ -151,19 +151,18 @@ def retrieval_ranks(predicted: np.ndarray, candidates: np.ndarray, frames: np.nd
         rank), right (how many candidates count for `rank_near`), candidates (how many there are).
     """
     total, patches, dim = candidates.shape
-    pool = candidates.reshape(-1, dim).T
-    rows = []
+    pool, places = candidates.reshape(-1, dim).T, np.arange(patches)
+    ranks, ranks_near, right = [], [], []
     for frame, answer in zip(frames, predicted):
         scores = (answer @ pool).reshape(patches, total, patches)
         first, last = max(frame - near, 0), min(frame + near, total - 1)
-        places = np.arange(patches)
-        exact = scores[places, frame, places]
-        best = scores[places, first:last + 1, places].max(axis=1)
-        rows.append(pd.DataFrame({
-            "frame": frame, "patch": places, "rank": _rank(scores, exact),
-            "rank_near": _rank(scores, best), "right": last - first + 1,
-            "candidates": total * patches}))
-    return pd.concat(rows, ignore_index=True)
+        ranks.append(_rank(scores, scores[places, frame, places]))
+        ranks_near.append(_rank(scores, scores[places, first:last + 1, places].max(axis=1)))
+        right.append(last - first + 1)
+    return pd.DataFrame({
+        "frame": np.repeat(frames, patches), "patch": np.tile(places, len(ranks)),
+        "rank": np.concatenate(ranks), "rank_near": np.concatenate(ranks_near),
+        "right": np.repeat(right, patches), "candidates": total * patches})
 
 
 def _rank(scores, right):
@@ -219,6 +218,46 @@ def _unbiased_hsic(a, b):
     rows = [x @ x.sum(axis=0) - diagonal for x, diagonal in zip((a, b), diagonals)]
     total = rows[0].sum() * rows[1].sum() / ((n - 1) * (n - 2))
     return (trace + total - 2 / (n - 2) * (rows[0] @ rows[1])) / (n * (n - 3))
+
+
+def cka_without_frames(predicted: np.ndarray, teacher: np.ndarray) -> tuple[float, np.ndarray]:
+    """`debiased_cka` of all patches, and without the patches of each frame, for its interval.
+
+    Computed from Gram matrices of all patches, so for some thousands of them.
+
+    Args:
+        predicted, teacher: [N, P, D] of the same frames, at least 3 beyond the one left out.
+    Returns:
+        (CKA, [N] CKA without each frame).
+    Raises:
+        ValueError: as `debiased_cka`.
+    """
+    frames, patches, _ = teacher.shape
+    value = debiased_cka(*(x.reshape(frames * patches, -1) for x in (predicted, teacher)))
+    grams = [_gram(x) for x in (predicted, teacher)]
+    left_out = np.kron(np.eye(frames), np.ones((patches, 1)))  # [N P, N]
+    both, own, other = (_hsic_without(grams[i], grams[j], left_out)
+                        for i, j in ((0, 1), (0, 0), (1, 1)))
+    return value, both / np.sqrt(np.maximum(own * other, 1e-36))
+
+
+def _gram(vectors):
+    flat = np.asarray(vectors, np.float64).reshape(-1, vectors.shape[-1])
+    flat = flat - flat.mean(axis=0)
+    gram = flat @ flat.T
+    np.fill_diagonal(gram, 0)
+    return gram
+
+
+def _hsic_without(k, m, left_out):
+    # The estimator of `_unbiased_hsic` without the rows that each column of `left_out` marks.
+    kept = 1 - left_out
+    n, products = kept.sum(axis=0), k * m
+    trace = products.sum() - 2 * products.sum(axis=1) @ left_out \
+        + (left_out * (products @ left_out)).sum(axis=0)
+    rows = [kept * (x.sum(axis=1)[:, None] - x @ left_out) for x in (k, m)]
+    total = rows[0].sum(axis=0) * rows[1].sum(axis=0) / ((n - 1) * (n - 2))
+    return (trace + total - 2 / (n - 2) * (rows[0] * rows[1]).sum(axis=0)) / (n * (n - 3))
 
 
 def label_agreement(labels, vectors: np.ndarray, predicted: np.ndarray, teacher: np.ndarray, *,

@@ -1,14 +1,15 @@
 """Tests and intervals for series in time, where neighbouring frames are not independent.
 
-Three tools. `shift_test`: is a prediction aligned in time with its target? `mean_interval`: how
-sure is the mean of a per-frame difference? `holm`: what remains when several comparisons are made.
-`simulate_shift_test` and `simulate_interval` measure on made data with a known answer how often
-they err; their results belong beside every p-value.
+`shift_test`: is a prediction aligned in time with its target? `mean_interval`: how sure is the mean
+of a per-frame difference? `median_interval` and `smooth_interval` carry that over to other
+statistics, `pool_intervals` to several seeds. `holm`: what remains when several comparisons are
+made. `simulate_shift_test` and `simulate_interval` measure on made data with a known answer how
+often they err; their results belong beside every p-value.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -109,13 +110,17 @@ def block_length(series: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval, and the one-sided p-value of a mean of 0 or less."""
+    """A mean with its confidence interval, and the one-sided p-value of a mean of 0 or less.
+
+    freedom: degrees of freedom of Student's t in both. block: frames a block, of n.
+    """
 
     mean: float
     low: float
     high: float
     p: float
     standard_error: float
+    freedom: float
     block: int
     n: int
 
@@ -147,11 +152,80 @@ def mean_interval(series: np.ndarray, *, level: float = 0.95) -> Interval:
     variance = block_means.var() * block / count
     rho, ratio = lag_one(series), block / count
     variance *= _inflation(count, rho) / (_inflation(block, rho) - ratio * _inflation(count, rho))
-    error, freedom = np.sqrt(variance), count / block - 1
+    return _interval(mean, np.sqrt(variance), count / block - 1, level, block, count)
+
+
+def _interval(mean, error, freedom, level, block, count):
     reach = stats.t.ppf((1 + level) / 2, freedom) * error
     p = float(stats.t.sf(mean / error, freedom)) if error > 1e-12 else float(mean <= 1e-12)
-    return Interval(float(mean), float(mean - reach), float(mean + reach), p, float(error), block,
-                    count)
+    return Interval(float(mean), float(mean - reach), float(mean + reach), p, float(error),
+                    float(freedom), block, count)
+
+
+def smooth_interval(value: float, without: np.ndarray, *, level: float = 0.95) -> Interval:
+    """Confidence interval of a smooth statistic of frames in time, such as a ratio or a CKA.
+
+    Its jackknife pseudo-values n·value - (n - 1)·without (Tukey 1958) are a series whose mean
+    stands for it; for a mean they are the values themselves. `mean_interval` of them is the
+    moving-block bootstrap to first order. Drawing frames again would not do for a CKA, where a
+    frame drawn twice counts as two that agree.
+
+    Args:
+        value: the statistic of all frames.
+        without: [n] the statistic without each frame, in order of time.
+    """
+    without = np.asarray(without, np.float64)
+    found = mean_interval(len(without) * value - (len(without) - 1) * without, level=level)
+    return _interval(value, found.standard_error, found.freedom, level, found.block, found.n)
+
+
+def median_interval(values: np.ndarray, *, level: float = 0.95) -> Interval:
+    """Confidence interval of the median of all values of frames in time.
+
+    Woodruff (1952): the interval of the share of values below the median, by `mean_interval`,
+    carried over to the values. The ends need not lie equally far away. p is that of a median of 0.
+
+    Args:
+        values: [n, ...] values of each frame, in order of time.
+    """
+    values = np.asarray(values, np.float64).reshape(len(values), -1)
+    median = np.median(values)
+    below = (values < median).mean(axis=1) + (values == median).mean(axis=1) / 2
+    share = mean_interval(below, level=level)
+    reach = (share.high - share.low) / 2
+    low, high = np.quantile(values, np.clip([0.5 - reach, 0.5 + reach], 0, 1))
+    error = (high - low) / 2 / stats.t.ppf((1 + level) / 2, share.freedom)
+    found = _interval(median, error, share.freedom, level, share.block, share.n)
+    return replace(found, low=float(low), high=float(high))
+
+
+def pool_intervals(means, errors, freedoms, *, level: float = 0.95) -> Interval:
+    """One interval for the mean over seeds, whose results are over the same frames.
+
+    The variance is the mean of the seeds' squared standard errors, which more seeds do not lower
+    since their frames are the same, plus the variance between seeds divided by their number; its
+    degrees of freedom are Satterthwaite's (1946). Of one seed it is that seed's interval.
+
+    Args:
+        means, errors, freedoms: [n] of each seed: value, standard error and degrees of freedom.
+    Returns:
+        An Interval whose n is the number of seeds; block is 0.
+    Raises:
+        ValueError: no seed, NaN, or other numbers of values.
+    """
+    means, errors, freedoms = (np.asarray(x, np.float64) for x in (means, errors, freedoms))
+    seeds = len(means)
+    if not seeds or not means.shape == errors.shape == freedoms.shape \
+            or not np.isfinite([means, errors, freedoms]).all():
+        raise ValueError("give each seed's mean, standard error and degrees of freedom, all finite;"
+                         f" got {means.tolist()}, {errors.tolist()}, {freedoms.tolist()}")
+    parts = [(np.mean(errors ** 2), np.mean(freedoms))]
+    if seeds > 1:
+        parts += [(means.var(ddof=1) / seeds, seeds - 1)]
+    variance = sum(part for part, _ in parts)
+    weights = sum(part ** 2 / freedom for part, freedom in parts)
+    freedom = variance ** 2 / weights if weights > 0 else parts[0][1]
+    return _interval(means.mean(), np.sqrt(variance), freedom, level, 0, seeds)
 
 
 def _inflation(count: int, rho: float) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
 
-from hnerv_clip import controls, measures
+from hnerv_clip import controls, measures, statistics
 from hnerv_clip.measures import debiased_cka, label_agreement, retrieval_ranks, retrieval_summary
 
 
@@ -136,6 +136,30 @@ def test_cka_is_blind_to_rotation_and_unbiased_for_unrelated_sets():
         debiased_cka(a[:3], a[:3])
     with pytest.raises(ValueError, match="does not vary"):
         debiased_cka(np.ones((9, 3)), a[:9])
+
+
+def test_cka_without_frames_equals_leaving_them_out():
+    a, b = unit_vectors((9, 3, 6)), unit_vectors((9, 3, 6), seed=1)
+    b = measures.unit(a + b)
+    value, without = measures.cka_without_frames(a, b)
+    assert value == pytest.approx(debiased_cka(a.reshape(27, 6), b.reshape(27, 6)))
+    for frame in range(9):
+        left = [np.delete(x, frame, axis=0).reshape(24, 6) for x in (a, b)]
+        assert without[frame] == pytest.approx(debiased_cka(*left))
+
+
+def test_interval_of_cka_covers_it():
+    """Against the CKA of far more data of the same kind."""
+    rng = np.random.default_rng(0)
+
+    def made(frames):
+        common, own = statistics.autoregression(rng, 2, frames, 3 * 8, 0.5)
+        return [x.reshape(frames, 3, 8) for x in (common, common + 0.7 * own)]
+
+    truth = debiased_cka(*(x.reshape(-1, 8) for x in made(20000)))
+    found = [statistics.smooth_interval(*measures.cka_without_frames(*made(60)))
+             for _ in range(100)]
+    assert 0.88 < np.mean([x.low <= truth <= x.high for x in found]) <= 0.99
 
 
 def test_labels_by_hand():

@@ -5,7 +5,15 @@ import pytest
 from scipy import stats
 
 from hnerv_clip import statistics
-from hnerv_clip.statistics import autoregression, holm, mean_interval, shift_test
+from hnerv_clip.statistics import (
+    autoregression,
+    holm,
+    mean_interval,
+    median_interval,
+    pool_intervals,
+    shift_test,
+    smooth_interval,
+)
 
 
 def test_shift_test_by_hand():
@@ -118,6 +126,66 @@ def test_found_is_the_power_of_the_moved_series():
     assert found.found[0] == pytest.approx(by_hand)
 
 
+def test_pseudo_values_of_a_mean_are_its_values():
+    series = autoregression(np.random.default_rng(0), 1, 40, 1, 0.5)[0, :, 0]
+    without = (series.sum() - series) / 39
+    assert smooth_interval(series.mean(), without) == mean_interval(series)
+
+
+def test_interval_of_a_ratio_covers_it():
+    """A ratio of means, 1/2 in truth, of two series that move together."""
+    rng, covered = np.random.default_rng(0), []
+    for common, own in zip(*autoregression(rng, 400, 60, 2, 0.5).reshape(2, 200, 60, 2)):
+        a, b = 1 + 0.2 * common[:, 0], 2 + 0.4 * common[:, 0] + 0.2 * own[:, 0]
+        found = smooth_interval(a.sum() / b.sum(), (a.sum() - a) / (b.sum() - b))
+        covered.append(found.low <= 0.5 <= found.high)
+    assert 0.9 < np.mean(covered) < 0.985
+
+
+@pytest.mark.parametrize("rho", [0, 0.6])
+def test_interval_of_a_median_covers_it(rho):
+    rng, covered = np.random.default_rng(0), []
+    for values in autoregression(rng, 400, 60, 4, rho):
+        found = median_interval(np.exp(values))  # median 1, far from symmetric
+        assert found.low <= found.mean <= found.high
+        covered.append(found.low <= 1 <= found.high)
+    assert 0.91 < np.mean(covered) < 0.985
+
+
+def test_median_interval_of_independent_values_is_that_of_order_statistics():
+    values = np.random.default_rng(0).standard_normal(400)
+    found = median_interval(values)
+    low, high = np.sort(values)[stats.binom.ppf([0.025, 0.975], 400, 0.5).astype(int) - 1]
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
+
+
+def test_pooling_adds_the_spread_between_seeds():
+    one = mean_interval(np.random.default_rng(0).standard_normal(50))
+    same = pool_intervals([one.mean], [one.standard_error], [one.freedom])
+    assert (same.low, same.high, same.p) == pytest.approx((one.low, one.high, one.p))
+    # Seeds at 1, 2, 3: variance 1 between them, 1/3 of their mean; 0.5² of the frames.
+    found = pool_intervals([1, 2, 3], [0.5] * 3, [10] * 3)
+    assert found.standard_error ** 2 == pytest.approx(0.25 + 1 / 3)
+    freedom = (0.25 + 1 / 3) ** 2 / (0.25 ** 2 / 10 + (1 / 3) ** 2 / 2)
+    assert found.freedom == pytest.approx(freedom) and found.n == 3
+    assert found.high == pytest.approx(2 + stats.t.ppf(0.975, freedom) * (0.25 + 1 / 3) ** 0.5)
+    exact = pool_intervals([0.5, 0.5], [0, 0], [9, 9])
+    assert (exact.low, exact.high, exact.p) == (0.5, 0.5, 0)
+
+
+def test_pooled_interval_covers_the_truth():
+    """Seeds share their frames' error; each adds its own."""
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(400):
+        frames = rng.standard_normal(40)
+        series = [frames + 0.3 * rng.standard_normal() + 0.3 * rng.standard_normal(40)
+                  for _ in range(3)]
+        parts = [mean_interval(one) for one in series]
+        found = pool_intervals(*zip(*[(x.mean, x.standard_error, x.freedom) for x in parts]))
+        covered.append(found.low <= 0 <= found.high)
+    assert np.mean(covered) > 0.92
+
+
 def test_holm_by_hand():
     # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1: 0.04, 0.06, 0.06, 0.04, made monotone.
     np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
@@ -131,6 +199,8 @@ def test_holm_by_hand():
     (lambda: shift_test(np.full((3, 2), np.nan), np.ones((3, 2))), "NaN"),
     (lambda: mean_interval(np.ones(7)), "at least 8 frames, got 7"),
     (lambda: mean_interval(np.full(9, np.nan)), "NaN"),
+    (lambda: pool_intervals([], [], []), "each seed's mean"),
+    (lambda: pool_intervals([0.5, np.nan], [1, 1], [3, 3]), "all finite"),
     (lambda: holm([0.5, 1.5]), r"\[0, 1\]"),
     (lambda: holm([np.nan]), r"\[0, 1\]")])
 def test_bad_input_is_refused(call, message):

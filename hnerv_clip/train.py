@@ -7,7 +7,9 @@ from its checkpoint does what it would have done.
 
 from __future__ import annotations
 
+import errno
 import math
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from hnerv_clip.config import Config, VideoConfig
+from hnerv_clip.config import Config, ConfigError, VideoConfig
 from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.engine import COLUMNS, make_engine
 from hnerv_clip.evaluate import (
@@ -41,6 +43,7 @@ from hnerv_clip.teachers import select_device
 from hnerv_clip.video import load_video, split_frames
 
 LATEST, BEST = "model_latest.pth", "model_best.pth"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class TrainError(RuntimeError):
@@ -70,7 +73,8 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
     Returns:
         The run's figures; None on ranks above 0, which may not see rank 0's files yet.
     Raises:
-        ConfigError, RunError: before any long work, see there.
+        ConfigError: before any long work, see there.
+        RunError: likewise; or the disk is full or became read-only, the last checkpoint is intact.
         TrainError: the loss became NaN or infinite, or memory ran out.
     """
     rank, _ = _ranks()
@@ -85,6 +89,12 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
                     f"the GPU's memory ran out ({str(error).splitlines()[0]}); lower batch_size="
                     f"{config.train.batch_size}, modelsize or resize_list. The last checkpoint of "
                     f"{run.path} is intact") from error
+            except OSError as error:  # of the log or TensorBoard; checkpoints say it themselves
+                if error.errno not in UNWRITABLE:
+                    raise
+                raise RunError(f"cannot write to {run.path}: {error}. Its last checkpoint is "
+                               "intact; free space or make the folder writable, then run again "
+                               "to resume") from error
     return None if rank else TrainResult(run.path, run.summary(), run.metrics())
 
 
@@ -124,6 +134,42 @@ def _agree(value: float) -> float:
     return number.item()
 
 
+def _from_rank0(value: Any) -> Any:
+    """Rank 0's object, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _gather(table: pd.DataFrame) -> pd.DataFrame:
+    """On rank 0 the ranks' rows of an evaluation in one rank's order; elsewhere the own ones."""
+    rank, world = _ranks()
+    if world == 1:
+        return table
+    tables = [None] * world if rank == 0 else None
+    dist.gather_object(table, tables, dst=0)
+    if rank:
+        return table
+    whole = pd.concat([part for part in tables if len(part)])
+    return whole.sort_values(["source", "frame"], ignore_index=True)
+
+
+def own_device(device: str) -> torch.device:
+    """Where this process computes: under NCCL its rank's own GPU, whatever `device` names.
+
+    Raises:
+        ConfigError: a device that this machine lacks, or the CPU under NCCL.
+    """
+    if not (dist.is_initialized() and dist.get_backend() == "nccl"):
+        return select_device(device)
+    if torch.device("cuda" if device == "auto" else device).type != "cuda":
+        raise ConfigError(f"device={device!r} does not go with NCCL; use device='auto', or start "
+                          "the ranks with the gloo backend")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def epoch_order(train_frames: np.ndarray, *, seed: int, epoch: int) -> Tensor:
     """The order in which an epoch visits the training frames: int64, the same on every rank."""
     shuffle = torch.randperm(len(train_frames),
@@ -137,7 +183,7 @@ class _Loop:
     def __init__(self, config: Config, run: RunDir, dataset: Dataset):
         self.config, self.run = config, run
         self.rank, self.world = _ranks()
-        self.device = select_device(config.train.device)
+        self.device = own_device(config.train.device)
         autocast = set_precision(config.train.precision, self.device)
         self.model = build_model(config.model, frame_hw=dataset.video.frame_hw,
                                  frame_count=len(dataset.video.frames), seed=config.train.seed)
@@ -153,6 +199,8 @@ class _Loop:
         self.history: list[dict[str, Any]] = []
         self.best_psnr_db = float("-inf")
         self.train_time_s, self._clock = 0.0, None  # the clock stands still outside training steps
+        # Of this process
+        self.eval_time_s, self.checkpoint_time_s, self.checkpoints = 0.0, 0.0, 0
         self.unsaved_steps, self.save_steps = 0, math.inf  # ranks save together, so by steps
 
     def _no_losses(self) -> Tensor:
@@ -182,9 +230,7 @@ class _Loop:
                 if self.config.model.predict_clip:
                     shown["CLIP"] = f"{1 - row['clip_loss']:.3f}"
                 bar.set_postfix(shown, refresh=False)
-        if self.rank == 0:
-            self._finish()
-        self._barrier()
+        self._finish()
 
     def _train_epoch(self, bar: tqdm) -> None:
         """The steps that are left of this epoch."""
@@ -248,10 +294,11 @@ class _Loop:
 
     def _evaluate(self, board: SummaryWriter | nullcontext) -> dict[str, float]:
         """Evaluate; keep the best model. Returns the epoch's evaluation columns."""
-        self._barrier()
+        started = time.perf_counter()
+        table = _gather(evaluate_model(self.model, self.dataset, share=(self.rank, self.world)))
+        self.eval_time_s += time.perf_counter() - started
         if self.rank:
             return {}
-        table = evaluate_model(self.model, self.dataset)
         columns = evaluation_columns(table)
         self._write_similarity(table)
         if self.config.model.predict_clip:
@@ -313,12 +360,21 @@ class _Loop:
 
     def _finish(self) -> None:
         """Evaluate the best model as trained and as stored, and close the run."""
-        best = self.run.load_checkpoint(BEST)
+        best = _from_rank0(self.run.load_checkpoint(BEST) if self.rank == 0 else None)
         self.model.load_state_dict(best["model"])
-        trained = evaluate_model(self.model, self.dataset)
+        share = (self.rank, self.world)
+        trained = _gather(evaluate_model(self.model, self.dataset, share=share))
         video = self.run.path / "video.hnerv"
-        size_bytes = store_video(self.model, self.dataset, video, config=self.config)
-        stored, rate_bpp = evaluate_stored(video, self.dataset, device=self.device)
+        if self.rank == 0:
+            store_video(self.model, self.dataset, video, config=self.config)
+        content = _from_rank0(video.read_bytes() if self.rank == 0 else None)
+        with tempfile.TemporaryDirectory() as folder:  # a shared disk may show the file late
+            copy = Path(folder) / video.name
+            copy.write_bytes(content)
+            stored, rate_bpp = evaluate_stored(copy, self.dataset, device=self.device, share=share)
+        stored = _gather(stored)
+        if self.rank:
+            return
         table = pd.concat([trained, stored], ignore_index=True)
         self.run.write_table("evaluation.csv", table)
         self._write_similarity(table)
@@ -326,9 +382,11 @@ class _Loop:
         write_json(self.run.path / "summary.json", {
             "best_epoch": best["epoch"], **evaluation_columns(trained),
             **{f"quantised_{k}": v for k, v in evaluation_columns(stored).items()},
-            "rate_bpp": rate_bpp, "size_bytes": size_bytes,
+            "rate_bpp": rate_bpp, "size_bytes": len(content),
             "part_sizes": self.model.part_sizes(), "train_time_s": self.train_time_s,
             "train_frames_per_s": frames / self.train_time_s,
+            "compile_s": self.engine.compile_s, "eval_time_s": self.eval_time_s,
+            "checkpoint_time_s": self.checkpoint_time_s, "checkpoints": self.checkpoints,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device)
             if self.device.type == "cuda" else None})
         for row in summarise(table).to_dict("records"):
@@ -339,6 +397,7 @@ class _Loop:
     def _save_latest(self) -> None:
         """Write all that is needed to go on from here."""
         self._stop_clock()
+        started = time.perf_counter()
         if self.world > 1:  # each rank knows its own part of an unfinished epoch
             dist.all_reduce(self.losses)
         self._check_finite()
@@ -351,6 +410,8 @@ class _Loop:
                 "batch": self.batch, "losses": self.losses.cpu(), "history": self.history,
                 "best_psnr_db": self.best_psnr_db, "train_time_s": self.train_time_s,
                 "world_size": self.world})
+        self.checkpoint_time_s += time.perf_counter() - started
+        self.checkpoints += 1
         self.saved_at, self.unsaved_steps = time.monotonic(), 0
         self._start_clock()
 
@@ -378,21 +439,17 @@ class _Loop:
 
     def _start_clock(self) -> None:
         self._synchronise()
-        self._clock = time.perf_counter()
+        self._clock = time.perf_counter() + self.engine.compile_s
 
     def _stop_clock(self) -> None:
         if self._clock is not None:
             self._synchronise()
-            self.train_time_s += time.perf_counter() - self._clock
+            self.train_time_s += time.perf_counter() - self.engine.compile_s - self._clock
             self._clock = None
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
 
 
 def evaluation_columns(table: pd.DataFrame) -> dict[str, float]:

@@ -12,7 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hnerv_clip import train as train_module
 from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.dataset import load_dataset
 from hnerv_clip.engine import PlainEngine
+from hnerv_clip.evaluate import evaluate_model
+from hnerv_clip.model import build_model
 from hnerv_clip.runs import RunDir, RunError
 from hnerv_clip.train import TrainError, check_run, epoch_order, train
 
@@ -169,19 +172,62 @@ def _free_port():
         return free.getsockname()[1]
 
 
+def _evaluate_as_rank(rank, world, port, params, cache_dir, path):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
+                                         world_size=world)
+    table = train_module._gather(_evaluate(Config.from_params(**params), cache_dir,
+                                           share=(rank, world)))
+    if rank == 0:
+        table.to_pickle(path)
+    torch.distributed.destroy_process_group()
+
+
+def _evaluate(config, cache_dir, **options):
+    dataset = load_dataset(config, cache_dir)
+    model = build_model(config.model, frame_hw=dataset.video.frame_hw,
+                        frame_count=len(dataset.video.frames), seed=0)
+    return evaluate_model(model, dataset, **options)
+
+
 @pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_evaluation_and_rank_0_has_the_table_of_one(world, small_config, cache_dir,
+                                                                    small_dataset, tmp_path):
+    """3 batches of all frames and 1 of held-out ones: of 4 ranks, one has nothing to do."""
+    torch.multiprocessing.spawn(_evaluate_as_rank, nprocs=world, args=(
+        world, _free_port(), small_config.params(), str(cache_dir), str(tmp_path / "table")))
+    pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "table"),
+                                  _evaluate(small_config, cache_dir), check_exact=True)
+
+
+def test_under_nccl_a_rank_keeps_to_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device in ("auto", "cuda", "cuda:1"):
+        assert train_module.own_device(device) == torch.device("cuda:3")
+    with pytest.raises(ConfigError, match="device='cpu' does not go with NCCL"):
+        train_module.own_device("cpu")
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_ranks_with_the_same_global_batches_give_the_same_weights(world, small_config, cache_dir,
                                                                   small_dataset, tmp_path):
-    """10 training frames do not divide by 4: the last batch is short, and some ranks have none."""
-    config = small_config.replace(batch_size=4, epochs=2, pixel_loss_warmup_epochs=1)
+    """10 training frames, 8 a step: the last batch is short, and some ranks have none."""
+    config = small_config.replace(batch_size=8, epochs=2, pixel_loss_warmup_epochs=1)
     alone = train(config, tmp_path / "alone", cache_dir=cache_dir, progress=False)
-    shared = config.replace(batch_size=4 // world)
+    shared = config.replace(batch_size=8 // world)
     torch.multiprocessing.spawn(_train_as_rank, nprocs=world, args=(
         world, _free_port(), shared.params(), str(tmp_path / "ranks"), str(cache_dir)))
     for name, value in weights(alone.run_dir).items():
         torch.testing.assert_close(weights(tmp_path / "ranks")[name], value, atol=2e-5, rtol=1e-4)
     metrics = RunDir(tmp_path / "ranks").metrics()
     assert metrics.pixel_loss.tolist() == pytest.approx(alone.metrics.pixel_loss.tolist(), 1e-5)
+    shared, single = (pd.read_csv(path / "evaluation.csv")
+                      for path in (tmp_path / "ranks", alone.run_dir))
+    keys = ["variant", "source", "frame", "split"]
+    pd.testing.assert_frame_equal(shared[keys], single[keys])
+    np.testing.assert_allclose(shared.psnr_db, single.psnr_db, atol=0.05)
 
 
 def test_the_clock_counts_training_only(small_config, small_dataset, cache_dir, tmp_path,
@@ -193,9 +239,20 @@ def test_the_clock_counts_training_only(small_config, small_dataset, cache_dir, 
         return evaluate(*args, **kwargs)
 
     monkeypatch.setattr(train_module, "evaluate_model", slow)
+    step = PlainEngine.step
+
+    def compiling(self, *args, **kwargs):
+        time.sleep(0.2)
+        self.compile_s += 0.2
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PlainEngine, "step", compiling)
     result = train(small_config.replace(epochs=2), tmp_path / "run", cache_dir=cache_dir,
                    progress=False)
     assert result.summary["train_time_s"] < 1.5
+    assert result.summary["compile_s"] == pytest.approx(10 * 0.2)
+    assert result.summary["eval_time_s"] > 1.5
+    assert result.summary["checkpoints"] >= 10 and result.summary["checkpoint_time_s"] > 0
 
 
 def test_a_wrong_setting_does_not_occupy_the_folder(small_config, cache_dir, tmp_path):

@@ -75,7 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(f"--{name}", type=type(default), default=default)
     prepare = add("prepare", _prepare, "run the teacher once and cache its embeddings; settings as "
                   "for train")
-    for sub in (train, prepare):
+    bench = add("bench", _bench, "measure how fast it is on this machine; settings as for train")
+    bench.add_argument("--parts", nargs="+", metavar="PART", help=
+                       "any of ceilings train scaling decode teacher fit (all but fit)")
+    bench.add_argument("--out", default="output/bench.json", help="JSON file that collects parts")
+    bench.add_argument("--outf", default="output/bench/fit", help="new run folder, for fit")
+    for sub in (train, prepare, bench):
         sub.add_argument("--cache_dir", default="output/cache")
         sub.set_defaults(takes_settings=True)
 
@@ -173,6 +178,13 @@ def _prepare(args: argparse.Namespace) -> None:
     check_run(args.config)
     dataset = prepare_dataset(args.config, args.cache_dir, device=args.config.train.device)
     print(dataset.facts().to_string(header=False))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from hnerv_clip.bench import DEFAULT_PARTS, bench
+
+    bench(args.config, parts=args.parts or list(DEFAULT_PARTS), out=args.out, outf=args.outf,
+          cache_dir=args.cache_dir)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

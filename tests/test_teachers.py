@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from hnerv_clip import teachers
-from hnerv_clip.config import ConfigError, TeacherConfig
+from hnerv_clip.config import Config, ConfigError, TeacherConfig
 from hnerv_clip.measures import mean_energy
 from hnerv_clip.patches import cut_patches, make_grid
 from hnerv_clip.teachers import (
@@ -95,6 +95,18 @@ def test_preprocessing_is_that_of_open_clip(small_dataset, hw):
     assert grey_levels[1].abs().max() < 1.01  # the video
     assert grey_levels[0].abs().max() < 2.01  # noise, where a tie in the first pass may add up
     assert (grey_levels.abs() > 0.01).float().mean() < 0.002
+
+
+def test_bf16_agrees_with_fp32(tiny_clip, small_dataset):
+    """As documented: cosines above 0.999, and unit length; the bundled teacher refuses it."""
+    frames, grid = small_dataset.video.frames, small_dataset.grid
+    exact, fast = (run_teacher(load_teacher(tiny_file(tiny_clip, teacher_precision=name), "cpu"),
+                               frames, grid, progress=False) for name in ("fp32", "bf16"))
+    assert fast.dtype == torch.float32 and not torch.equal(fast, exact)
+    assert (fast * exact).sum(-1).min() > 0.999
+    assert torch.allclose(fast.norm(dim=-1), torch.ones(fast.shape[:2]))
+    with pytest.raises(ConfigError, match="CLIP alone.*fp32"):
+        Config.from_params(teacher="efficientnet-lite0", teacher_precision="bf16")
 
 
 def test_squash_is_that_of_open_clip():
@@ -369,6 +381,7 @@ def test_cache_key_covers_all_that_embeddings_depend_on(tiny_clip, tiny_video, t
         cache_path(video, grid, TeacherConfig(clip_model="ViT-B-16-quickgelu"), tmp_path),
         cache_path(video, grid, TeacherConfig(clip_pretrained="metaclip_400m"), tmp_path),
         cache_path(video, grid, tiny_file(tiny_clip), tmp_path),
+        cache_path(video, grid, tiny_file(tiny_clip, teacher_precision="bf16"), tmp_path),
         cache_path(video, grid, tiny_file(tmp_path), tmp_path),  # same name, other weights
         cache_path(video, grid, tiny_dir(tiny_clip), tmp_path),
     ]

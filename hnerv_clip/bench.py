@@ -1,0 +1,517 @@
+"""How fast it is, on this machine: warmed up, synchronised, medians with their spread.
+
+Every part gives rows of plain values, which one JSON file collects, also from several calls.
+Training is measured on the video of the configuration with random unit vectors in place of the
+teacher's embeddings, which no time depends on. Frames are decoded, and the model is evaluated,
+outside the clock.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import math
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hnerv_clip.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    TeacherConfig,
+    clip_stages,
+    embed_kind,
+)
+from hnerv_clip.dataset import Dataset, load_dataset, prepare_dataset
+from hnerv_clip.devices import synchronise
+from hnerv_clip.engine import make_engine
+from hnerv_clip.evaluate import measure_decoding, set_precision
+from hnerv_clip.model import Plan, build_model, plan_model
+from hnerv_clip.patches import make_grid
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs import RunDir, code_version, device_name, package_versions, write_json
+from hnerv_clip.teachers import load_teacher, run_teacher, select_device
+from hnerv_clip.train import epoch_order, train
+from hnerv_clip.video import split_frames
+
+PARTS = ("ceilings", "train", "scaling", "decode", "teacher", "fit")
+DEFAULT_PARTS = PARTS[:-1]  # `fit` takes a whole training
+# (engine, precision) that training is measured with
+GPU_ENGINES = (("fast", "bf16"), ("plain", "tf32"), ("plain", "fp32"))
+CPU_ENGINES = (("plain", "fp32"),)
+EMBEDS = ("", "xyt_1.25_80")
+# What `scaling` varies, one at a time
+RESOLUTIONS = (0.5, 1, 2)  # of the frame's sides
+MODEL_SIZES = (0.25, 0.5, 1, 2)  # of modelsize
+BATCH_SIZES = (1, 2, 4, 8)
+PATCH_GRIDS = ("1_2", "2_4", "4_8", "8_16")
+FRAME_COUNTS = (0.25, 1, 4)  # of the video's
+CLIP_MODEL = "ViT-B-32-quickgelu"
+
+
+class Layer(NamedTuple):
+    """The work of one part of the network for one frame, forward."""
+
+    part: str
+    macs: int  # multiplications with an addition
+    values: int  # read and written by its matrix products: their inputs and outputs
+
+
+def count_work(config: ModelConfig, plan: Plan, *, frame_hw: tuple[int, int],
+               patch_count: int) -> list[Layer]:
+    """What a frame costs by the plan alone: convolutions and linear layers, widths unpadded.
+
+    Training takes three times as much: forward, gradients of the inputs, gradients of the weights
+    (an upper bound by one layer, since the frame needs no gradient). Element-wise work is left out,
+    as it can be fused away, and so are weights, which are few.
+
+    Args:
+        patch_count: P, positions of the CLIP head.
+    Returns:
+        encoder (hybrid), coordinate_encoder (xyt), decoder, rgb_head, and clip_head where it is on.
+    """
+    def conv(width_in: int, width: int, kernel_area: int, cells: int, scale: int = 1
+             ) -> tuple[int, int]:  # `scale`: input cells of an output cell
+        return width_in * width * kernel_area * cells, (width_in * scale + width) * cells
+
+    def blocks(width: int, cells: int) -> list[tuple[int, int]]:
+        depthwise = (49 * width * cells, 2 * width * cells)
+        return config.num_blks[0] * [depthwise, conv(width, 4 * width, 1, cells),
+                                     conv(4 * width, width, 1, cells)]
+
+    parts: dict[str, list[tuple[int, int]]] = {}
+    kind = embed_kind(config.embed)
+    if kind == "hybrid":
+        parts["encoder"], width_in, (h, w) = [], 3, frame_hw
+        for i, stride in enumerate(config.enc_strds):
+            last = i == len(config.enc_strds) - 1
+            width = plan.embed_channels if last else int(config.enc_dim[0])
+            h, w = h // stride, w // stride
+            parts["encoder"] += [conv(width_in, width, stride**2, h * w, scale=stride**2),
+                                 *blocks(width, h * w)]
+            width_in = width
+    else:
+        h, w = config.fc_hw if kind == "xyt" else (1, 1)
+        if kind == "xyt":
+            parts["coordinate_encoder"] = [
+                conv(2 * plan.levels, plan.embed_channels, 1, h * w),
+                *blocks(plan.embed_channels, h * w)]
+    fc_h, fc_w = plan.unfold
+    decoder = [conv(plan.embed_channels, plan.widths[0] * fc_h * fc_w, 1, h * w)]
+    h, w = h * fc_h, w * fc_w
+    for i, stride in enumerate(config.dec_strds):
+        for block in range(config.num_blks[1]):
+            width_in, s = plan.widths[i + (block > 0)], 1 if block else stride
+            decoder.append(conv(width_in, plan.widths[i + 1] * s**2, plan.kernels[i]**2, h * w))
+            h, w = h * s, w * s
+    parts["decoder"] = decoder
+    width = plan.widths[-1]
+    parts["rgb_head"] = [conv(width, 3, 9, h * w)]
+    if config.predict_clip:
+        width = sum(plan.widths[stage] for stage in clip_stages(config))
+        parts["clip_head"] = [conv(width, 2 * width, 1, patch_count),
+                              conv(2 * width, config.clip_dim, 1, patch_count)]
+    return [Layer(part, *(sum(column) for column in zip(*layers)))
+            for part, layers in parts.items()]
+
+
+@dataclass
+class Bench:
+    """What the parts share."""
+
+    config: Config
+    device: torch.device
+    repeats: int
+    repeat_s: float  # a repeat calls as often as fills this time, once at least
+    results: dict[str, Any]  # what the JSON file holds
+    cache_dir: str | Path
+    outf: str | Path
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether there is room and time for the whole programme."""
+        return self.device.type == "cuda"
+
+    def dataset(self, config: Config | None = None) -> Dataset:
+        """The video, with random unit vectors as embeddings."""
+        config = config or self.config
+        dataset = load_dataset(config.replace(predict_clip=False), self.cache_dir)
+        return replace(dataset, embeddings=_random_embeddings(dataset, config))
+
+    def clock(self, call: Callable[[], Any], *, warm_up: int = 1) -> list[float]:
+        """Seconds of a call, a value for each repeat, the device synchronised around each."""
+        for _ in range(warm_up):
+            once = self._seconds(call, 1)
+        calls = max(1, min(2000, round(self.repeat_s / once)))
+        return [self._seconds(call, calls) for _ in range(self.repeats)]
+
+    def _seconds(self, call: Callable[[], Any], calls: int) -> float:
+        synchronise(self.device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronise(self.device)
+        return (time.perf_counter() - start) / calls
+
+    def ceiling(self, measure: str, precision: str) -> float | None:
+        """A measured ceiling; None where there is none."""
+        found = [row[measure] for row in self.results["parts"].get("ceilings", [])
+                 if row["precision"] == precision and measure in row]
+        return found[0] if found else None
+
+
+def bench(config: Config, *, parts: list[str] = DEFAULT_PARTS, out: str | Path,
+          cache_dir: str | Path = "output/cache", outf: str | Path = "output/bench/fit",
+          say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure the parts and write one JSON file, after every row, so that nothing is lost.
+
+    A part replaces its rows of an earlier call; `fit` adds a row for each run folder.
+
+    Args:
+        out: the JSON file; parts measured earlier on the same device stay in it.
+        outf: run folder of `fit`, which must be new.
+    Returns:
+        device, `made` (for each part: commit, dirty, versions, settings, time) and `parts` (rows).
+    Raises:
+        ConfigError: the file holds another device's measurements, or an unknown part.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ConfigError(f"parts={unknown[0]!r} is unknown; use any of {', '.join(PARTS)}")
+    device, path = select_device(config.train.device), resolve_path(out)
+    results = _open_results(path, device_name(device))
+    gpu = device.type == "cuda"
+    bench = Bench(config, device, repeats=7 if gpu else 2, repeat_s=0.3 if gpu else 0.0,
+                  results=results, cache_dir=cache_dir, outf=outf)
+    if "train" in parts and "ceilings" not in [*parts, *results["parts"]]:
+        parts = ["ceilings", *parts]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for part in sorted(parts, key=PARTS.index):
+        started = time.perf_counter()
+        kept = [row for row in results["parts"].get(part, [])
+                if part == "fit" and row["run"] != Path(outf).name]
+        results["made"][part] = _provenance(config)
+        results["parts"][part] = kept
+        for row in MEASURES[part](bench):
+            kept.append(row)
+            results["made"][part]["seconds"] = round(time.perf_counter() - started, 1)
+            write_json(path, results)
+        say(f"\n{part}  ({time.perf_counter() - started:.0f} s)")
+        say(show_rows(kept))
+    say(f"\n{path}")
+    return results
+
+
+def show_rows(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table of text, empty columns left out."""
+    table = pd.DataFrame(rows).dropna(axis=1, how="all")
+    return table.to_string(index=False, na_rep="", float_format="{:.4g}".format)
+
+
+def _open_results(path: Path, device: str) -> dict[str, Any]:
+    if not path.exists():
+        return {"device": device, "made": {}, "parts": {}}
+    results = json.loads(path.read_text())
+    if results["device"] != device:
+        raise ConfigError(f"{path} holds measurements of {results['device']}, and this is {device}:"
+                          " give another --out")
+    return results
+
+
+def _provenance(config: Config) -> dict[str, Any]:
+    commit, dirty = code_version()
+    return {"commit": commit, "dirty": dirty, "python": platform.python_version(),
+            "versions": package_versions(), "cuda": torch.version.cuda,
+            "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "settings": config.params()}
+
+
+def _random_embeddings(dataset: Dataset, config: Config) -> Tensor | None:
+    if not config.model.predict_clip:
+        return None
+    shape = (len(dataset.video.frames), len(dataset.grid), config.model.clip_dim)
+    return normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+# The parts: each yields rows
+
+
+def measure_ceilings(bench: Bench) -> Iterator[dict[str, Any]]:
+    """What the device reaches at best: matrix products, and copies within its memory."""
+    size = 8192 if bench.on_gpu else 1024
+    for precision in ("bf16", "tf32", "fp32") if bench.on_gpu else ("bf16", "fp32"):
+        dtype = set_precision(precision, bench.device)
+        a, b = torch.randn(2, size, size, device=bench.device).to(dtype)
+        seconds = bench.clock(lambda a=a, b=b: a @ b, warm_up=3)
+        yield {"what": f"product of {size}×{size} matrices", "precision": precision,
+               **_rates("tflop_per_s", 2 * size**3 / 1e12, seconds)}
+    source = torch.randn(2**28 if bench.on_gpu else 2**25, device=bench.device)
+    target = torch.empty_like(source)
+    seconds = bench.clock(lambda: target.copy_(source), warm_up=3)
+    yield {"what": f"copy of {source.nbytes / 2**30:.3g} GiB, read and written", "precision": "",
+           **_rates("gb_per_s", 2 * source.nbytes / 1e9, seconds)}
+
+
+def _rates(name: str, work: float, seconds: list[float]) -> dict[str, Any]:
+    return {name: work / median(seconds), f"{name}_min": work / max(seconds),
+            f"{name}_max": work / min(seconds), "n": len(seconds)}
+
+
+def measure_train(bench: Bench) -> Iterator[dict[str, Any]]:
+    """A training step, with and without CLIP head, from frames and from coordinates.
+
+    An `engine` or `precision` other than `auto` in the configuration leaves the others out.
+    """
+    wanted = bench.config.train
+    engines = [(engine, precision) for engine, precision in
+               (GPU_ENGINES if bench.on_gpu else CPU_ENGINES)
+               if wanted.engine in ("auto", engine) and wanted.precision in ("auto", precision)]
+    engines = engines or [(wanted.engine, wanted.precision)]
+    dataset = bench.dataset(bench.config.replace(predict_clip=True))
+    for embed, (engine, precision), clip_head in itertools.product(EMBEDS, engines, (True, False)):
+        if not bench.on_gpu and embed and not clip_head:
+            continue  # a CPU's time is short
+        config = bench.config.replace(embed=embed, engine=engine, precision=precision,
+                                      predict_clip=clip_head)
+        yield {"embed": embed, "clip_head": clip_head, "precision": precision,
+               **time_training(bench, config, dataset)}
+
+
+def time_training(bench: Bench, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """A fresh model's training step: time, memory, and shares of the device's ceilings.
+
+    Returns:
+        engine (that ran), batch_size, step_ms (median, min, max over n repeats), frames_per_s,
+        compile_s, peak_memory_bytes (GPU), gflop_per_frame and gb_per_frame (counted, see
+        `count_work`), and what shares of the measured ceilings they make; or `failed`, why not.
+    """
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    try:
+        return _time_training(bench, config, dataset)
+    except RuntimeError as error:  # out of memory, most likely; the other rows still count
+        return {"engine": config.train.engine, "batch_size": config.train.batch_size,
+                "failed": str(error).splitlines()[0]}
+    finally:
+        gc.collect()
+        if bench.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def _time_training(bench: Bench, config: Config, dataset: Dataset) -> dict[str, Any]:
+    autocast = set_precision(config.train.precision, bench.device)
+    model = build_model(config.model, frame_hw=dataset.video.frame_hw,
+                        frame_count=len(dataset.video.frames), seed=config.train.seed)
+    model.to(bench.device, memory_format=torch.channels_last)
+    engine = make_engine(config, model, dataset, autocast=autocast)
+    size = config.train.batch_size
+    order = epoch_order(dataset.split.train, seed=config.train.seed, epoch=0)
+    order = order.repeat(-(-size // len(order))).to(bench.device)
+    batches = itertools.cycle([batch for batch in order.split(size) if len(batch) == size])
+    weight = config.train.clip_loss_weight if config.model.predict_clip else 0.0
+
+    def step() -> Tensor:
+        return engine.step(next(batches), count=size, lr=config.train.lr / 10, weight=weight)
+
+    start = time.perf_counter()
+    step()
+    synchronise(bench.device)
+    first_s = time.perf_counter() - start
+    seconds = bench.clock(step, warm_up=10 if bench.on_gpu else 1)
+    if not step().isfinite().all():
+        raise RuntimeError("the loss is not finite")
+    ran = type(engine).__name__.removesuffix("Engine").lower()
+    row = {"engine": ran, "batch_size": size,
+           "step_ms": 1e3 * median(seconds), "step_ms_min": 1e3 * min(seconds),
+           "step_ms_max": 1e3 * max(seconds), "n": len(seconds),
+           "frames_per_s": size / median(seconds),
+           "compile_s": engine.compile_s or (None if ran == "plain" else first_s),
+           "peak_memory_bytes": torch.cuda.max_memory_allocated(bench.device)
+           if bench.on_gpu else None}
+    return row | _shares(bench, config, dataset, row["frames_per_s"])
+
+
+def _shares(bench: Bench, config: Config, dataset: Dataset, frames_per_s: float
+            ) -> dict[str, float | None]:
+    frame_hw, precision = dataset.video.frame_hw, config.train.precision
+    precision = ("tf32" if bench.on_gpu else "fp32") if precision == "auto" else precision
+    plan = plan_model(config.model, frame_hw=frame_hw, frame_count=len(dataset.video.frames))
+    layers = count_work(config.model, plan, frame_hw=frame_hw, patch_count=len(dataset.grid))
+    flop = 3 * 2 * sum(layer.macs for layer in layers)
+    size_bytes = 3 * (2 if precision == "bf16" else 4) * sum(layer.values for layer in layers)
+    compute, copy = bench.ceiling("tflop_per_s", precision), bench.ceiling("gb_per_s", "")
+    return {"gflop_per_frame": flop / 1e9, "gb_per_frame": size_bytes / 1e9,
+            "compute_share": compute and flop * frames_per_s / 1e12 / compute,
+            "bandwidth_share": copy and size_bytes * frames_per_s / 1e9 / copy}
+
+
+def measure_scaling(bench: Bench) -> Iterator[dict[str, Any]]:
+    """How a step's time grows with one thing at a time, by the engine and precision in use.
+
+    On a CPU from half the frame's sides, where the strides divide them, and fewer values.
+    """
+    config = bench.config.replace(embed="", predict_clip=True)
+    if bench.on_gpu and config.train.precision == "auto":
+        config = config.replace(precision="bf16")
+    dataset = bench.dataset(config)
+    (height, width), count = dataset.video.frame_hw, len(dataset.video.frames)
+    unit = math.prod(config.model.enc_strds)
+    sides = {f: (round(height * f), round(width * f)) for f in RESOLUTIONS
+             if height * f % unit == 0 and width * f % unit == 0}
+    base_hw = sides.get(1 if bench.on_gpu else 0.5, (height, width))
+    own_grid = config.params()["patch_grid"]
+    base = {"hw": base_hw, "modelsize": config.model.modelsize, "patch_grid": own_grid,
+            "batch_size": config.train.batch_size, "frames": count}
+    if not bench.on_gpu:
+        sides.pop(2, None)
+    last = None if bench.on_gpu else -1  # the largest values are left to a GPU
+    axes = {"resolution": [{"hw": hw} for hw in sides.values()],
+            "modelsize": [{"modelsize": round(f * base["modelsize"], 4)} for f in MODEL_SIZES],
+            "batch_size": [{"batch_size": size} for size in BATCH_SIZES[:last]],
+            "patches": [{"patch_grid": grid} for grid in PATCH_GRIDS[:last]],
+            "frames": [{"frames": max(2, round(f * count))} for f in FRAME_COUNTS[:last]]}
+    measured: dict[tuple, dict[str, Any]] = {}
+    for axis, changes in axes.items():
+        for change in changes:
+            setting = base | change
+            key = tuple(setting.values())
+            if key not in measured:
+                varied = config.replace(**{name: setting[name] for name in
+                                           ("modelsize", "patch_grid", "batch_size")})
+                measured[key] = _time_varied(bench, varied, dataset, frame_hw=setting["hw"],
+                                             frame_count=setting["frames"])
+            yield {"axis": axis, **measured[key]}
+
+
+def _time_varied(bench: Bench, config: Config, dataset: Dataset, *, frame_hw: tuple[int, int],
+                 frame_count: int) -> dict[str, Any]:
+    """`time_training` on the video's frames tiled or cut to another size and number."""
+    index = [torch.arange(n) % have for n, have in
+             zip((frame_count, *frame_hw), (dataset.video.frames[:, 0].shape))]
+    frames = dataset.video.frames[index[0]][:, :, index[1]][..., index[2]]
+    varied = replace(dataset, video=replace(dataset.video, frames=frames.contiguous()),
+                     grid=make_grid(config.teacher, frame_hw), mask=None,
+                     split=split_frames(frame_count, config.video.data_split))
+    varied.embeddings = _random_embeddings(varied, config)
+    return {"frame": f"{frame_hw[0]}×{frame_hw[1]}", "pixels": math.prod(frame_hw),
+            "modelsize": config.model.modelsize, "patches": len(varied.grid),
+            "frames": frame_count, "precision": config.train.precision,
+            **time_training(bench, config, varied)}
+
+
+def measure_decode(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Frames, and embeddings at the patch centres, from stored per-frame embeddings."""
+    config = bench.config.replace(predict_clip=True)
+    if bench.on_gpu and config.train.precision == "auto":
+        config = config.replace(precision="bf16")
+    precision = config.train.precision
+    set_precision(precision, bench.device)
+    dataset = bench.dataset(config)
+    model = build_model(config.model, frame_hw=dataset.video.frame_hw,
+                        frame_count=len(dataset.video.frames))
+    model.to(bench.device, memory_format=torch.channels_last).eval()
+    for batch_size in (1, 4, 16) if bench.on_gpu else (1,):
+        table = measure_decoding(model, dataset, batch_size=batch_size, repeats=bench.repeats)
+        yield from table.to_dict("records")
+
+
+def measure_teacher(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Patches a second through the teachers' own path, from frames in memory to embeddings there.
+
+    ViT-B-32 has random weights, which are as fast as trained ones.
+    """
+    dataset = bench.dataset(bench.config.replace(predict_clip=True))
+    frames = dataset.video.frames if bench.on_gpu else dataset.video.frames[:4]
+    set_precision("fp32", bench.device)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = _random_clip(Path(folder) / "random.pt")
+        for config in (TeacherConfig(clip_model=CLIP_MODEL, clip_pretrained=str(weights)),
+                       TeacherConfig(teacher="efficientnet-lite0")):
+            exact = None
+            for precision in ("fp32", "bf16") if bench.on_gpu and config.teacher == "clip" \
+                    else ("fp32",):
+                teacher = load_teacher(replace(config, teacher_precision=precision), bench.device)
+
+                def run(teacher=teacher) -> Tensor:
+                    return run_teacher(teacher, frames, dataset.grid, progress=False)
+
+                embeddings = run()
+                exact = embeddings if exact is None else exact
+                seconds = bench.clock(run)
+                yield {"teacher": f"{CLIP_MODEL}, random weights" if teacher.is_clip
+                       else teacher.label, "precision": precision,
+                       **_rates("patches_per_s", len(frames) * len(dataset.grid), seconds),
+                       "patches": len(frames) * len(dataset.grid),
+                       "cosine_to_fp32_min": (embeddings * exact).sum(-1).min().item()}
+
+
+def _random_clip(path: Path) -> Path:
+    import open_clip
+
+    with warnings.catch_warnings():  # it warns of what is wanted here: no pretrained weights
+        warnings.simplefilter("ignore")
+        torch.save(open_clip.create_model(CLIP_MODEL).state_dict(), path)
+    return path
+
+
+def measure_fit(bench: Bench) -> Iterator[dict[str, Any]]:
+    """A whole training: where its wall clock goes, and what it reaches."""
+    run = RunDir(bench.outf)
+    if run.finished or (run.path / "metrics.csv").exists():
+        raise ConfigError(f"outf={str(bench.outf)!r} holds a run already, whose wall clock is gone;"
+                          " give a new folder")
+    start = time.perf_counter()
+    prepare_dataset(bench.config, bench.cache_dir, device=bench.device)
+    data_s = time.perf_counter() - start
+    start = time.perf_counter()
+    train(bench.config, bench.outf, cache_dir=bench.cache_dir)
+    wall_s = time.perf_counter() - start
+    record = run_record(run)
+    yield {"run": run.path.name, **record, "data_s": data_s, "wall_s": data_s + wall_s,
+           "evaluation_s": wall_s - record["train_time_s"] - (record["compile_s"] or 0)}
+
+
+def run_record(run: RunDir) -> dict[str, Any]:
+    """A finished run in one row of plain values, for `book/results`.
+
+    Returns:
+        settings and provenance, the figures of summary.json in short names, and `curve`: (epoch,
+        PSNR over all frames in dB) at each evaluation.
+    Raises:
+        RunError: the run is not finished.
+    """
+    config, facts, summary = run.config(), run.provenance(), run.summary()
+    metrics = run.metrics()
+    measured = metrics[metrics.eval_psnr_all.notna()]
+    return {
+        "seed": facts["seed"], "engine": facts.get("engine", config.train.engine),
+        "precision": facts.get("precision", config.train.precision), "device": facts["device"],
+        "clip_head": config.model.predict_clip, "epochs": config.train.epochs,
+        "commit": facts["commit"], "dirty": facts["dirty"], "versions": facts["versions"],
+        "data_digest": facts["data_digest"], "config": config.params(),
+        "psnr_db": summary["eval_psnr_all"], "ms_ssim": summary.get("eval_ms_ssim_all"),
+        "clip_centred": summary.get("eval_clip_centred_all"),
+        "quantised_psnr_db": summary["quantised_eval_psnr_all"],
+        "rate_bpp": summary["rate_bpp"], "size_bytes": summary["size_bytes"],
+        **{name: summary.get(name) for name in ("train_time_s", "train_frames_per_s",
+                                                "compile_s", "peak_memory_bytes")},
+        "curve": [[int(epoch), psnr] for epoch, psnr in
+                  zip(measured.epoch, measured.eval_psnr_all)]}
+
+
+MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
+    "ceilings": measure_ceilings, "train": measure_train, "scaling": measure_scaling,
+    "decode": measure_decode, "teacher": measure_teacher, "fit": measure_fit}

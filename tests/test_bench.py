@@ -1,0 +1,109 @@
+"""What is counted, and that every part measures something; speeds themselves are not tested."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hnerv_clip import bench
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.model import build_model, plan_model
+from hnerv_clip.runs import RunDir
+
+
+def work(config, frame_hw, frame_count=132, patch_count=8):
+    plan = plan_model(config.model, frame_hw=frame_hw, frame_count=frame_count)
+    return {layer.part: layer for layer in bench.count_work(
+        config.model, plan, frame_hw=frame_hw, patch_count=patch_count)}
+
+
+def test_counted_work_of_the_papers_setting():
+    """About 30 GMAC a frame, five sixths of it in the last two decoder blocks."""
+    layers = work(Config(), (640, 1280))
+    assert sum(layer.macs for layer in layers.values()) == pytest.approx(30e9, rel=0.05)
+    last_two = (40 * 33 * 4 * 25 * 160 * 320) + (33 * 28 * 4 * 25 * 320 * 640)
+    assert last_two / sum(layer.macs for layer in layers.values()) == pytest.approx(5 / 6, abs=0.03)
+    assert layers["clip_head"].macs == 8 * (28 * 56 + 56 * 512)
+    assert layers["rgb_head"].macs == 640 * 1280 * 28 * 3 * 9
+    assert layers["rgb_head"].values == 640 * 1280 * (28 + 3)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"predict_clip": False}, {"embed": "pe_1.25_80"}, {"embed": "xyt_1.25_80"},
+    {"num_blks": "2_2"}, {"dec_strds": "5 4 2", "clip_stage": "all"}])
+def test_counted_work_is_that_of_the_modules(small_config, changes):
+    """PyTorch's own counter, which watches a forward pass, finds the same."""
+    config = small_config.replace(fc_hw="1_2", **changes)
+    model = build_model(config.model, frame_hw=(80, 160), frame_count=12)
+    centres = torch.tensor([[40.0, 40.0], [20.0, 120.0]]) if config.model.predict_clip else None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 80, 160), torch.zeros(1, dtype=torch.float64), centres)
+    counted = work(config, (80, 160), frame_count=12, patch_count=2)
+    assert 2 * sum(layer.macs for layer in counted.values()) == counter.get_total_flops()
+
+
+def test_every_part_measures(small_config, cache_dir, small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "CLIP_MODEL", "ViT-S-32-alt")  # a small one
+    config = small_config.replace(fc_hw="1_2", epochs=2, eval_freq=2)
+    out = tmp_path / "bench.json"
+    said = []
+    results = bench.bench(config, parts=list(bench.PARTS), out=out, cache_dir=cache_dir,
+                          outf=tmp_path / "fit", say=said.append)
+    assert results == json.loads(out.read_text())
+    parts = results["parts"]
+    assert set(parts) == set(bench.PARTS) == set(results["made"])
+    assert not [row for rows in parts.values() for row in rows if "failed" in row]
+    for rows, speed in [("train", "frames_per_s"), ("decode", "frames_per_s"),
+                        ("teacher", "patches_per_s"), ("scaling", "frames_per_s")]:
+        for row in parts[rows]:
+            assert row[speed] > 0 and row["n"] > 1
+    for row in parts["train"]:
+        assert row["step_ms_min"] <= row["step_ms"] <= row["step_ms_max"]
+        assert row["frames_per_s"] == pytest.approx(2e3 / row["step_ms"])
+        assert 0 < row["compute_share"] < 1
+    assert {row["axis"] for row in parts["scaling"]} == {
+        "resolution", "modelsize", "batch_size", "patches", "frames"}
+    assert {row["mode"] for row in parts["decode"]} == {
+        "RGB", "RGB and embeddings", "embeddings only"}
+    assert results["made"]["train"]["settings"] == config.params()
+    summary = RunDir(tmp_path / "fit").summary()
+    fit = parts["fit"][0]
+    assert fit["psnr_db"] == summary["eval_psnr_all"] and fit["curve"][-1][0] == 2
+    assert fit["wall_s"] >= fit["train_time_s"] + fit["data_s"] and fit["evaluation_s"] > 0
+    assert any("frames_per_s" in text for text in said)
+
+
+def test_parts_of_several_calls_meet_in_one_file(small_config, cache_dir, tmp_path):
+    out = tmp_path / "bench.json"
+    first = bench.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir,
+                        say=lambda text: None)
+    kept = {**first["parts"], "decode": [{"mode": "RGB"}]}
+    out.write_text(json.dumps({**first, "parts": kept}))
+    again = bench.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir,
+                        say=lambda text: None)
+    assert again["parts"]["decode"] == [{"mode": "RGB"}]
+    assert len(again["parts"]["ceilings"]) == len(first["parts"]["ceilings"])
+    out.write_text(json.dumps({**again, "device": "a fast one"}))
+    with pytest.raises(ConfigError, match="a fast one.*another --out"):
+        bench.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir)
+
+
+def test_what_is_measured_already_or_unknown_is_refused(small_config, cache_dir, tmp_path):
+    with pytest.raises(ConfigError, match="'speed'.*ceilings, train"):
+        bench.bench(small_config, parts=["speed"], out=tmp_path / "bench.json")
+    (tmp_path / "fit").mkdir()
+    (tmp_path / "fit" / "metrics.csv").touch()
+    with pytest.raises(ConfigError, match="a new folder"):
+        bench.bench(small_config, parts=["fit"], out=tmp_path / "bench.json",
+                    cache_dir=cache_dir, outf=tmp_path / "fit")
+
+
+def test_a_setting_that_fails_is_a_row(small_config, small_dataset, cache_dir, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(bench, "make_engine", fail)
+    own = bench.Bench(small_config, torch.device("cpu"), 1, 0.0, {"parts": {}}, cache_dir, "")
+    row = bench.time_training(own, small_config, small_dataset)
+    assert row["failed"] == "out of memory"

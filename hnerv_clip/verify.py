@@ -3,15 +3,15 @@
 Pure functions on arrays: predicted p and teacher g, unit vectors [T, P, D]. A raw cosine flatters,
 because the embeddings of one video share most of their direction; so every condition is also
 measured after the mean of the training frames' teacher embeddings is taken off (`centred`), and
-stands beside what needs no learning (`controls`). No model and no teacher is touched here.
+stands beside what needs no learning (`controls`). No model and no teacher is touched here: trained
+runs are put to it by `verify_runs`.
 """
 
 from __future__ import annotations
 
-import json
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from hnerv_clip.controls import conditions
 from hnerv_clip.measures import (
     centred_cosine,
     check_pair,
+    cka_without_frames,
     cosine,
     debiased_cka,
     gap_band,
@@ -28,7 +29,16 @@ from hnerv_clip.measures import (
     similarity_band,
     skill,
 )
-from hnerv_clip.statistics import MIN_FRAMES, ShiftTest, holm, mean_interval, shift_test
+from hnerv_clip.statistics import (
+    MIN_FRAMES,
+    Interval,
+    ShiftTest,
+    holm,
+    mean_interval,
+    median_interval,
+    shift_test,
+    smooth_interval,
+)
 
 # Condition → how a table names it. The first four are the user's, the fifth is a control like them;
 # the others need no learning. More baselines can be given by name to `verify_embeddings`.
@@ -44,7 +54,14 @@ CONDITIONS = {
     "between": "Between Training Frames",
 }
 CONTROLS = ("random", "shuffled", "temporal", "spatial")
-SPLIT_LABELS = {"train": "training frames", "val": "held-out frames"}
+SPLIT_LABELS = {"train": "training frames", "held_out": "held-out frames"}
+# Measures of `Verification.measures` → how a table names them.
+MEASURES = {
+    "raw": "raw cosine", "centred": "centred cosine", "skill": "skill",
+    "r1": "R@1", "r5": "R@5", "median_rank": "median rank", "r1_near": "R@1 near",
+    "r5_near": "R@5 near", "median_rank_near": "median rank near", "cka": "CKA",
+}
+CKA_ROWS = 4000  # patches up to which a CKA gets an interval, which needs a matrix of their square
 SOURCES = {
     "encoder": "held-out frames go through the encoder: the model sees the frame it is asked about",
     "interpolated": "held-out frames are predicted: their embedding is interpolated from the "
@@ -55,8 +72,9 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of `verify_embeddings`. Tables have a column `split`, train or val.
+    """The outcome of `verify_embeddings`. Tables have a column `split`, train or held_out.
 
+    predicted: [T, P, D], what was verified.
     scores: a row per condition, frame and patch, with `raw` and `centred` cosine.
     table: a row per condition: mean and standard deviation of both, and `n`.
     improvements: a row per other condition: learned minus it, raw and centred, and `clear`:
@@ -65,17 +83,24 @@ class Verification:
     comparisons: the same with intervals and tests, see `compare`.
     shift_tests: by split, whether the prediction knows when things happen
         (`statistics.shift_test`); `alignment` is the same as a table.
-    retrieval: a row per condition, see `measures.retrieval_summary`; and `cka`.
+    measures: a row per condition and measure (a key of `MEASURES`): value, its 95 % interval low
+        to high, standard_error and freedom of Student's t, the value that chance gives (NaN where
+        that is not known), and frames. Without an interval where frames are fewer than 8, where
+        they do not vary, and for a CKA of more than `CKA_ROWS` patches.
+    candidates, near: how many patches retrieval looks among, and its tolerance in frames.
     verdict: what `judge` says.
     source: where held-out embeddings came from, a key of `SOURCES` or "".
     """
 
+    predicted: np.ndarray
     scores: pd.DataFrame
     table: pd.DataFrame
     improvements: pd.DataFrame
     comparisons: pd.DataFrame
     shift_tests: dict[str, ShiftTest]
-    retrieval: pd.DataFrame
+    measures: pd.DataFrame
+    candidates: int
+    near: int
     verdict: dict
     teacher_label: str
     source: str
@@ -95,14 +120,14 @@ def name_of(condition: str) -> str:
     return CONDITIONS.get(condition, condition)
 
 
-def verify_embeddings(predicted, teacher, train_frames, val_frames, *, seed: int = 0,
+def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed: int = 0,
                       source: str = "", teacher_label: str = "", others: dict | None = None,
                       near: int = 2) -> Verification:
     """Measure the predicted embeddings against controls and baselines.
 
     Args:
         predicted, teacher: [T, P, D] unit vectors of the same frames and patches.
-        train_frames, val_frames: frame numbers, or boolean masks [T]. Held-out frames may be
+        train_frames, held_out_frames: frame numbers, or boolean masks [T]. Held-out frames may be
             none (a split such as 1_1_1).
         seed: of the random embeddings and the shuffles.
         source: how held-out frames were predicted, a key of `SOURCES` or "".
@@ -116,27 +141,32 @@ def verify_embeddings(predicted, teacher, train_frames, val_frames, *, seed: int
     """
     predicted, teacher = check_pair(predicted, teacher)
     others = {name: _whole(answer, teacher, name) for name, answer in (others or {}).items()}
-    parts = _parts(train_frames, val_frames, len(teacher))
+    parts = _parts(train_frames, held_out_frames, len(teacher))
     if source and source not in SOURCES:
         raise ValueError(f"source={source!r} is unknown; use one of {', '.join(SOURCES)}")
     centre = teacher[parts["train"]].mean(axis=(0, 1))
     rng = np.random.default_rng(seed)
-    scores, shift_tests, retrieval = [], {}, []
+    scores, shift_tests, measures = [], {}, []
     for split, frames in parts.items():
         target = teacher[frames]
         answers = conditions(predicted, teacher, parts["train"], frames, rng)
         answers |= {name: answer[frames] for name, (known, answer) in others.items()
                     if np.isin(frames, known).all()}
+        constant = cosine(answers["mean"], target)
         for condition, answer in answers.items():
             where = {"split": split, "condition": condition}
             scores.append(_score_rows(where, frames, answer, target, centre))
-            retrieval.append(where | _structure(answer, teacher, frames, near))
+            cosines = [scores[-1][name].to_numpy().reshape(target.shape[:2])
+                       for name in ("raw", "centred")]
+            measures += [where | row for row in
+                         _measure_rows(answer, teacher, frames, *cosines, constant, near)]
         shift_tests[split] = shift_test(predicted[frames], target)
     scores = pd.concat(scores, ignore_index=True)
     table, comparisons = summarise_scores(scores), compare(scores)
     return Verification(
-        scores=scores, table=table, improvements=improvement_table(table), comparisons=comparisons,
-        shift_tests=shift_tests, retrieval=pd.DataFrame(retrieval),
+        predicted=predicted, scores=scores, table=table, improvements=improvement_table(table),
+        comparisons=comparisons, shift_tests=shift_tests, measures=pd.DataFrame(measures),
+        candidates=teacher.shape[0] * teacher.shape[1], near=near,
         verdict=judge(table, comparisons, source), teacher_label=teacher_label, source=source,
         seed=seed)
 
@@ -162,16 +192,16 @@ def frame_indices(frames, frame_count: int, name: str = "frames") -> np.ndarray:
     return frames
 
 
-def _parts(train_frames, val_frames, frame_count):
+def _parts(train_frames, held_out_frames, frame_count):
     """{split: frames} of the parts that exist, checked."""
     parts = {"train": frame_indices(train_frames, frame_count, "training frames"),
-             "val": frame_indices(val_frames, frame_count, "held-out frames")}
-    both = np.intersect1d(parts["train"], parts["val"])
+             "held_out": frame_indices(held_out_frames, frame_count, "held-out frames")}
+    both = np.intersect1d(parts["train"], parts["held_out"])
     if len(both):
         raise ValueError(f"frame {both[0]} is in the training and the held-out part; "
                          "a frame belongs to one")
     for split, frames in parts.items():
-        if len(frames) < 2 and not (split == "val" and not len(frames)):
+        if len(frames) < 2 and not (split == "held_out" and not len(frames)):
             raise ValueError(f"there are {len(frames)} {SPLIT_LABELS[split]}; shuffling in time "
                              "needs at least 2: use a longer video or another data_split")
     return {split: frames for split, frames in parts.items() if len(frames)}
@@ -199,13 +229,62 @@ def _score_rows(where, frames, answer, target, centre):
     })
 
 
-def _structure(answer, teacher, frames, near):
-    """Retrieval of the answers among the whole video, and their alignment of structure."""
-    dim = teacher.shape[-1]
-    flat, target = answer.reshape(-1, dim), teacher[frames].reshape(-1, dim)
-    varies = len(flat) >= 4 and min(np.ptp(flat, axis=0).max(), np.ptp(target, axis=0).max()) > 1e-5
-    summary = retrieval_summary(retrieval_ranks(answer, teacher, frames, near=near))
-    return summary | {"near": near, "cka": debiased_cka(flat, target) if varies else np.nan}
+def _measure_rows(answer, teacher, frames, raw, centred, constant, near):
+    """A row per measure of one condition; raw, centred and constant [N, P] are cosines."""
+    ranks = retrieval_ranks(answer, teacher, frames, near=near)
+    summary = retrieval_summary(ranks)
+    away, reference = ((1 - x).mean(axis=1) for x in (raw, constant))  # [N], distance from 1
+    rest = np.maximum(reference.sum() - reference, 1e-12)
+    rows = [
+        _measured("raw", raw.mean(), raw, lambda: mean_interval(raw.mean(axis=1))),
+        _measured("centred", centred.mean(), centred, lambda: mean_interval(centred.mean(axis=1))),
+        _measured("skill", skill(raw.mean(), constant.mean()), raw, lambda: smooth_interval(
+            skill(raw.mean(), constant.mean()), 1 - (away.sum() - away) / rest)),
+    ]
+    for near_by in ("", "_near"):
+        found = ranks[f"rank{near_by}"].to_numpy().reshape(len(frames), -1)
+        for top in (1, 5):
+            hits, name = (found <= top).mean(axis=1), f"r{top}{near_by}"
+            row = _measured(name, summary[name], hits, lambda hits=hits: mean_interval(hits))
+            row |= {end: np.clip(row[end], 0, 1) for end in ("low", "high")}
+            rows.append(row | {"chance": summary[f"r{top}{near_by}_chance"]})
+        name = f"median_rank{near_by}"
+        rows.append(_measured(name, summary[name], found,
+                              lambda found=found: median_interval(found)))
+    rows.append(_cka_row(answer, teacher[frames]) | {"chance": 0.0})
+    return rows
+
+
+def _measured(measure: str, value: float, series, interval: Callable[[], Interval]) -> dict:
+    """One measure's row; the interval is asked for where frames are enough and vary."""
+    row = {"measure": measure, "value": float(value), "low": np.nan, "high": np.nan,
+           "standard_error": np.nan, "freedom": np.nan, "chance": np.nan, "frames": len(series)}
+    if len(series) < MIN_FRAMES or np.ptp(series) < 1e-9:
+        return row
+    found = interval()
+    return row | {name: getattr(found, name)
+                  for name in ("low", "high", "standard_error", "freedom")}
+
+
+def _cka_row(answer, target):
+    flat = [x.reshape(-1, x.shape[-1]) for x in (answer, target)]
+    if len(flat[0]) < 4 or min(np.ptp(x, axis=0).max() for x in flat) < 1e-5:
+        return _measured("cka", np.nan, np.zeros(len(target)), None)
+    if len(target) < MIN_FRAMES or len(flat[0]) > CKA_ROWS:
+        return _measured("cka", debiased_cka(*flat), np.zeros(len(target)), None)
+    value, without = cka_without_frames(answer, target)
+    return _measured("cka", value, without, lambda: smooth_interval(value, without))
+
+
+def measure_table(measures: pd.DataFrame, names=tuple(MEASURES)) -> pd.DataFrame:
+    """Measures for reading: a row per split and condition, cells "value [low, high]"."""
+    chosen = measures[measures.measure.isin(names)]
+    cells = chosen.assign(cell=[
+        "" if np.isnan(row.value) else f"{row.value:.3g}" if np.isnan(row.low) else
+        f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in chosen.itertuples()])
+    table = cells.pivot_table(index=["split", "condition"], columns="measure", values="cell",
+                              aggfunc="first", sort=False)[list(names)]
+    return table.rename(columns=MEASURES, index=name_of).rename_axis(columns=None).reset_index()
 
 
 def summarise_scores(scores: pd.DataFrame) -> pd.DataFrame:
@@ -242,8 +321,9 @@ def compare(scores: pd.DataFrame, *, measure: str = "centred", level: float = 0.
         scores: `Verification.scores`.
     Returns:
         split, over, difference, low, high, effect_size (mean over standard deviation of the
-        per-frame differences), share_better (of the frames), block, frames, independent (how many
-        independent frames would give the same standard error), p, p_holm. With fewer than 8 frames
+        per-frame differences), share_better (of the frames), standard_error and freedom of
+        Student's t, block, frames, independent (how many independent frames would give the same
+        standard error), p, p_holm. With fewer than 8 frames
         there are differences, and no interval or p.
     """
     rows = []
@@ -264,12 +344,14 @@ def _difference(series, level):
     spread = series.std()
     row = {"difference": series.mean(), "low": np.nan, "high": np.nan,
            "effect_size": series.mean() / spread if spread > 1e-12 else 0.0,
-           "share_better": (series > 1e-9).mean(), "block": np.nan, "frames": len(series),
+           "share_better": (series > 1e-9).mean(), "standard_error": np.nan, "freedom": np.nan,
+           "block": np.nan, "frames": len(series),
            "independent": np.nan, "p": np.nan, "p_holm": np.nan}
     if len(series) >= MIN_FRAMES:
         found = mean_interval(series.to_numpy(), level=level)
         alike = (spread / found.standard_error) ** 2 if found.standard_error > 1e-12 else np.nan
         row |= {"low": found.low, "high": found.high, "block": found.block, "p": found.p,
+                "standard_error": found.standard_error, "freedom": found.freedom,
                 "independent": min(alike, len(series))}
     return row
 
@@ -277,7 +359,8 @@ def _difference(series, level):
 def judge(table: pd.DataFrame, comparisons: pd.DataFrame, source: str = "") -> dict:
     """The user's verdict by raw cosine, and beside it the honest one by held-out skill.
 
-    The user's: the band of the mean raw cosine, and the band of the train-validation gap. The
+    The user's: the band of the mean raw cosine, and that of the gap between training and held-out
+    frames. The
     honest one sorts the baselines by the centred cosine on held-out frames: `beaten` (at 5 % after
     Holm's correction), `unproven` (the network is above, but that may be chance), `not_beaten` (it
     is not above). `learned` is True when all are beaten, False when one is not, else None.
@@ -293,12 +376,12 @@ def judge(table: pd.DataFrame, comparisons: pd.DataFrame, source: str = "") -> d
         verdict[f"{split}_skill"] = float(skill(mean.raw_mean[split, "learned"],
                                                 mean.raw_mean[split, "mean"]))
         verdict[f"{split}_centred"] = float(mean.centred_mean[split, "learned"])
-    if "val" not in splits:
+    if "held_out" not in splits:
         return verdict | {"beaten": [], "unproven": [], "not_beaten": [], "learned": None,
                           "honest": "No verdict: no frame was held out, and training frames only "
                                     "show what was memorised. Use data_split=\"4_5_5\"."}
-    gap = verdict["train_similarity"] - verdict["val_similarity"]
-    rows = comparisons[(comparisons.split == "val") & ~comparisons.over.isin(CONTROLS)]
+    gap = verdict["train_similarity"] - verdict["held_out_similarity"]
+    rows = comparisons[(comparisons.split == "held_out") & ~comparisons.over.isin(CONTROLS)]
     sure, above = rows.p_holm < 0.05, rows.difference > 1e-9
     sorted_out = {"beaten": list(rows.over[sure]), "unproven": list(rows.over[above & ~sure]),
                   "not_beaten": list(rows.over[~above & ~sure])}
@@ -349,10 +432,10 @@ def report_text(verification: Verification) -> str:
         tested = f"[{row.low:7.4f}, {row.high:7.4f}]  {p_words(row.p_holm)}" \
             if np.isfinite(row.p_holm) else "too few frames for a test"
         mark = "✓" if row.p_holm < 0.05 else "✗"
-        lines += [f"{row.split:<6}over {name_of(row.over).lower():<27}{row.raw:>8.4f}"
+        lines += [f"{row.split:<9}over {name_of(row.over).lower():<26}{row.raw:>8.4f}"
                   f"{row.centred:>9.4f}  {mark} {tested}"]
     for row in verification.alignment.itertuples():
-        lines += [f"{row.split:<6}in time: correlation {row.observed:.3f} with what changes, "
+        lines += [f"{row.split:<9}in time: correlation {row.observed:.3f} with what changes, "
                   f"{p_words(row.p)} of {row.shifts} shifts"]
     lines += ["", f"Overall Quality: {verdict['quality'].upper()} by raw cosine "
                   f"({verdict['all_similarity']:.4f}: {verdict['quality_meaning']})"]
@@ -360,35 +443,10 @@ def report_text(verification: Verification) -> str:
         lines += [f"Train-validation gap: {verdict['gap']:.4f}, {verdict['gap_band'].lower()} "
                   f"({verdict['gap_meaning']})",
                   f"Skill against the constant: {verdict['train_skill']:.4f} on training, "
-                  f"{verdict['val_skill']:.4f} on held-out frames"]
+                  f"{verdict['held_out_skill']:.4f} on held-out frames"]
     return "\n".join(lines + [*textwrap.wrap(verdict["honest"], 78), wide, ""])
 
 
 def p_words(p: float) -> str:
     """A p-value as a text gives it: "p = 0.023", "p < 0.0001"."""
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
-
-
-def write_report(verification: Verification, folder, name: str = "verification") -> list[Path]:
-    """Write NAME.csv (the table), NAME.json (everything but the scores) and NAME.txt.
-
-    Returns:
-        The three paths.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{ending}" for ending in ("csv", "json", "txt")]
-    verification.table.to_csv(paths[0], index=False)
-    content = {"teacher_label": verification.teacher_label, "source": verification.source,
-               "seed": verification.seed, "verdict": verification.verdict}
-    for part in ("table", "improvements", "comparisons", "alignment", "retrieval"):
-        rows = getattr(verification, part).astype(object)
-        content[part] = rows.where(rows.notna(), None).to_dict("records")
-    paths[1].write_text(json.dumps(content, indent=2, allow_nan=False, default=_plain) + "\n",
-                        encoding="utf-8")
-    paths[2].write_text(report_text(verification), encoding="utf-8")
-    return paths
-
-
-def _plain(value):
-    return value.item()  # numpy scalars

@@ -1,7 +1,5 @@
 """The verification: worked values, known answers, and bad input."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,7 +81,7 @@ def test_table_holds_the_mean_and_std_over_frames_and_patches():
     teacher, predicted = slow_video(), unit_vectors((60, 4, 32), seed=1)
     result = study(predicted, teacher)
     dots = (predicted * teacher).sum(-1)[HELD_OUT]
-    row = result.table.set_index(["split", "condition"]).loc[("val", "learned")]
+    row = result.table.set_index(["split", "condition"]).loc[("held_out", "learned")]
     assert row.raw_mean == pytest.approx(dots.mean(), abs=1e-6)
     assert row.raw_std == pytest.approx(dots.std(ddof=1), abs=1e-6)
     assert row.n == HELD_OUT.sum() * 4
@@ -111,12 +109,12 @@ def test_perfect_prediction_passes_and_the_constant_fails():
     perfect = study(teacher, teacher)
     assert perfect.verdict["learned"] is True
     assert perfect.verdict["quality"] == "Excellent"
-    assert perfect.verdict["val_skill"] == pytest.approx(1, abs=1e-5)
+    assert perfect.verdict["held_out_skill"] == pytest.approx(1, abs=1e-5)
     constant = measures.unit(teacher[~HELD_OUT].mean((0, 1)))
     flat = study(np.broadcast_to(constant, teacher.shape), teacher)
     assert flat.verdict["learned"] is False
-    assert flat.verdict["val_skill"] == pytest.approx(0, abs=1e-5)
-    assert abs(mean_of(flat, "val", "learned")) < 0.1
+    assert flat.verdict["held_out_skill"] == pytest.approx(0, abs=1e-5)
+    assert abs(mean_of(flat, "held_out", "learned")) < 0.1
     # The user's verdict by raw cosine is what the constant deceives.
     assert flat.verdict["quality"] in ("Good", "Moderate")
 
@@ -147,15 +145,9 @@ def test_same_seed_same_numbers():
     assert not study(predicted, teacher, seed=3).table.equals(study(predicted, teacher).table)
 
 
-def test_report_is_written_and_reads_back(tmp_path):
+def test_report_names_what_was_measured():
     result = study(slow_video(seed=2), slow_video(), source="encoder", teacher_label="A (not CLIP)")
-    paths = verify.write_report(result, tmp_path / "new")
-    assert [path.name for path in paths] == ["verification.csv", "verification.json",
-                                             "verification.txt"]
-    assert len(pd.read_csv(paths[0])) == 2 * len(verify.CONDITIONS)
-    content = json.loads(paths[1].read_text())
-    assert content["verdict"]["quality"] == result.verdict["quality"]
-    text = paths[2].read_text()
+    text = verify.report_text(result)
     for words in ("Teacher: A (not CLIP)", "the model sees the frame", "Learned (Your Model)",
                   "no prediction", "IMPROVEMENT ANALYSIS"):
         assert words in text
@@ -187,7 +179,7 @@ def test_bad_arrays_are_refused(_, predicted, teacher, message):
         study(predicted, teacher)
 
 
-@pytest.mark.parametrize("train, val, message", [
+@pytest.mark.parametrize("train, held_out, message", [
     ([0], [1, 2], "1 training frames"),
     ([0, 1], [2], "1 held-out frames"),
     ([0, 1, 2], [2, 3], "frame 2 is in the training and the held-out part"),
@@ -196,9 +188,9 @@ def test_bad_arrays_are_refused(_, predicted, teacher, message):
     ([0, 0, 1], [2, 3], "twice"),
     ([], [2, 3], "0 training frames"),
 ])
-def test_bad_frames_are_refused(train, val, message):
+def test_bad_frames_are_refused(train, held_out, message):
     with pytest.raises(ValueError, match=message):
-        verify.verify_embeddings(slow_video(), slow_video(), train, val)
+        verify.verify_embeddings(slow_video(), slow_video(), train, held_out)
 
 
 def test_unknown_source_is_refused():
@@ -223,7 +215,7 @@ def test_other_baselines_join_the_study():
     held_out = np.flatnonzero(HELD_OUT)
     result = study(predicted, teacher, others={
         "Oracle": teacher, "Held-Out Only": (held_out, teacher[held_out])})
-    assert mean_of(result, "val", "Oracle") == pytest.approx(1, abs=1e-5)
+    assert mean_of(result, "held_out", "Oracle") == pytest.approx(1, abs=1e-5)
     assert {"Oracle", "Held-Out Only"} <= set(result.verdict["not_beaten"])
     assert "Held-Out Only" not in set(result.table.condition[result.table.split == "train"])
     with pytest.raises(ValueError, match="choose another name"):
@@ -246,10 +238,52 @@ def test_comparisons_agree_with_their_parts():
     np.testing.assert_allclose(family.p_holm, statistics.holm(family.p))
 
 
+def test_measures_carry_the_intervals_of_their_series():
+    teacher, predicted = slow_video(), slow_video(seed=1)
+    predicted = measures.unit(predicted + teacher)
+    result = study(predicted, teacher)
+    rows = result.measures[result.measures.split == "train"].set_index(["condition", "measure"])
+    frames = np.flatnonzero(~HELD_OUT)
+    ranks = measures.retrieval_ranks(predicted[frames], teacher, frames)
+    hits = (ranks["rank"].to_numpy().reshape(48, 4) <= 1).mean(1)
+    expected = {"r1": statistics.mean_interval(hits), "median_rank": statistics.median_interval(
+        ranks["rank"].to_numpy().reshape(48, 4)),
+        "cka": statistics.smooth_interval(*measures.cka_without_frames(
+            predicted[frames], teacher[frames]))}
+    for measure, found in expected.items():
+        row = rows.loc[("learned", measure)]
+        assert (row.value, row.low, row.high) == pytest.approx((found.mean, found.low, found.high))
+    constant = controls.conditions(predicted, teacher, frames, frames,
+                                   np.random.default_rng(0))["mean"]
+    away, reference = (1 - measures.cosine(x, teacher[frames]).mean(1)
+                       for x in (predicted[frames], constant))
+    found = statistics.smooth_interval(1 - away.sum() / reference.sum(), 1 - (
+        away.sum() - away) / (reference.sum() - reference))
+    row = rows.loc[("learned", "skill")]
+    assert (row.value, row.low, row.high) == pytest.approx((found.mean, found.low, found.high))
+    assert result.verdict["train_skill"] == pytest.approx(found.mean)
+    assert rows.chance["learned", "r1"] == 1 / 240
+
+
+def test_no_interval_where_frames_agree_or_are_few():
+    teacher = slow_video()
+    result = study(teacher, teacher)
+    rows = result.measures.set_index(["split", "condition", "measure"])
+    assert rows.value["train", "learned", "r1"] == 1
+    assert np.isnan(rows.low["train", "learned", "r1"])
+    assert np.isnan(rows.value["train", "mean", "cka"])  # a constant has no structure
+    few = verify.verify_embeddings(teacher, teacher, np.arange(50), np.arange(50, 55)).measures
+    held_out = few[few.split == "held_out"]
+    assert held_out.low.isna().all() and held_out[held_out.measure != "cka"].value.notna().all()
+    table = verify.measure_table(result.measures, ("centred", "r1"))
+    assert list(table) == ["split", "condition", "centred cosine", "R@1"]
+    assert table["R@1"][0] == "1" and "[" in table["centred cosine"][5]
+
+
 def test_few_held_out_frames_give_differences_and_say_so():
     teacher = slow_video()
     result = verify.verify_embeddings(teacher, teacher, np.arange(50), np.arange(50, 55))
-    held_out = result.comparisons[result.comparisons.split == "val"]
+    held_out = result.comparisons[result.comparisons.split == "held_out"]
     assert held_out.p.isna().all() and held_out.difference.notna().all()
     assert result.verdict["learned"] is None and result.verdict["beaten"] == []
     assert "NOT PROVEN" in result.verdict["honest"] and "too few" in result.verdict["honest"]
@@ -274,7 +308,8 @@ def test_study_figures_draw_every_table():
                    others={"Held-Out Only": (np.flatnonzero(HELD_OUT), slow_video()[HELD_OUT])})
     drawn = [figures.plot_comparisons(result.comparisons, "A (not CLIP)", result.source),
              figures.plot_shift_tests(result.shift_tests, "A (not CLIP)", result.source),
-             figures.plot_retrieval(result.retrieval, "A (not CLIP)", result.source),
+             figures.plot_retrieval(result.measures, "A (not CLIP)", result.source,
+                                    candidates=result.candidates, near=result.near),
              figures.plot_side_files([{"size_bytes": 9000, "centred": 0.5}], 8000, 0.4,
                                      "A (not CLIP)")]
     for figure in drawn:

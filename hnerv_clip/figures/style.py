@@ -19,7 +19,7 @@ YELLOW, BLUE, VERMILLION, PURPLE, GREY = "#F0E442", "#0072B2", "#D55E00", "#CC79
 # Colours by meaning.
 PALETTE = {
     # frames
-    "train": BLUE, "val": ORANGE, "skip": "#C8C8C8",
+    "train": BLUE, "val": ORANGE, "held_out": ORANGE, "skip": "#C8C8C8",
     # whose embedding
     "predicted": BLUE, "teacher": VERMILLION,
     # which head, which loss

@@ -6,13 +6,15 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hnerv_clip.figures.style import PALETTE, caption, new_figure
 from hnerv_clip.verify import SOURCES, name_of, p_words
+from hnerv_clip.verify_runs import Study
 
 MEASURES = {"raw": "raw cosine", "centred": "cosine, training mean taken off"}
-SPLIT_NAMES = {"train": "training", "val": "held-out"}
+SPLIT_NAMES = {"train": "training", "held_out": "held-out"}
 # Finer versions of a baseline have its colour, and another dash where lines are drawn.
 COLOURS = {"position": "mean", "between": "neighbour", "spatial": "temporal"}
 DASHES = {"position": "--", "between": "--"}
@@ -63,7 +65,7 @@ def plot_similarity_over_time(scores: pd.DataFrame, teacher_label: str, source: 
         shown: the conditions to draw.
     """
     figure, axes = new_figure(2, 1, height=4.6, sharex=True)
-    held_out = np.sort(scores.frame[scores.split == "val"].unique())
+    held_out = np.sort(scores.frame[scores.split == "held_out"].unique())
     for panel, (measure, label) in zip(axes, MEASURES.items()):
         frames = scores.pivot_table(index="frame", columns="condition", values=measure)
         for condition in reversed(shown):
@@ -71,7 +73,7 @@ def plot_similarity_over_time(scores: pd.DataFrame, teacher_label: str, source: 
             panel.plot(frames.index, frames[condition], DASHES.get(condition, "-"),
                        color=PALETTE[COLOURS.get(condition, condition)], zorder=3 if front else 2,
                        linewidth=2 if front else 1.2, label=short_name(condition))
-        panel.plot(held_out, frames["learned"].reindex(held_out), "o", color=PALETTE["val"],
+        panel.plot(held_out, frames["learned"].reindex(held_out), "o", color=PALETTE["held_out"],
                    markeredgecolor="black", markeredgewidth=0.5, zorder=4,
                    label="learned, held-out frame")
         panel.set_ylabel(label.replace(", ", ",\n"))
@@ -140,34 +142,135 @@ def plot_shift_tests(shift_tests: dict, teacher_label: str, source: str = "") ->
         teacher_label, source))
 
 
-def plot_retrieval(retrieval: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
+def plot_retrieval(measures: pd.DataFrame, teacher_label: str, source: str = "", *,
+                   candidates: int, near: int) -> Figure:
     """How often the right patch of the video is found first, exactly and within a few frames.
 
     Args:
-        retrieval: `Verification.retrieval`.
+        measures: `Verification.measures`.
         teacher_label, source: for the caption, as in `plot_conditions`.
+        candidates, near: `Verification.candidates` and `near`.
     """
-    order, splits = list(retrieval.condition.unique()), _splits(retrieval)
-    near = retrieval.near.iloc[0]
+    order, splits = list(measures.condition.unique()), _splits(measures)
     panels = {"r1": "exact patch first", "r1_near": f"first within ±{near} frames",
               "cka": "CKA (debiased)"}
     figure, axes = new_figure(1, 3, height=0.36 * len(order) + 1.2, sharey=True)
-    for panel, (column, label) in zip(axes, panels.items()):
+    for panel, (measure, label) in zip(axes, panels.items()):
+        own = measures[measures.measure == measure]
         for split in splits:
-            rows = retrieval[retrieval.split == split].set_index("condition").reindex(order)
+            rows = own[own.split == split].set_index("condition").reindex(order)
             places = np.arange(len(order)) + _side(split, splits)
-            panel.barh(places, rows[column], height=0.36, color=PALETTE[split])
-        if f"{column}_chance" in retrieval:
-            panel.axvline(retrieval[f"{column}_chance"].mean(), color="black", linestyle=":",
-                          linewidth=1.2)
-        panel.set(xlabel=label, xlim=(min(0, retrieval[column].min() - 0.02), 1))
+            panel.barh(places, rows.value, height=0.36, color=PALETTE[split])
+            panel.hlines(places, rows.low, rows.high, color="black", linewidth=1)
+        panel.axvline(own.chance.mean(), color="black", linestyle=":", linewidth=1.2)
+        panel.set(xlabel=label, xlim=(min(0, own.value.min() - 0.02), 1.02))
     axes[0].set_yticks(range(len(order)), [short_name(name) for name in order])
     axes[0].invert_yaxis()
     _split_legend(figure, splits)
     return caption(figure, _words(
-        f"Share of patches whose embedding, looked up among the {retrieval.candidates.iloc[0]} of "
-        "the whole video, finds the right one first (dotted: at random), and likeness of structure."
-        " No bar where an answer does not vary.", teacher_label, source))
+        f"Share of patches whose embedding, looked up among the {candidates} of the whole video, "
+        "finds the right one first, and likeness of structure; dotted: by chance. Lines: 95 % "
+        "intervals, where frames are enough and differ. No bar where an answer does not vary.",
+        teacher_label, source))
+
+
+def plot_positions(scores: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
+    """How well a run answers at its patches' positions and half-way between them.
+
+    Args:
+        scores: `verify_runs.position_scores`.
+        teacher_label, source: for the caption, as in `plot_conditions`.
+    """
+    splits = _splits(scores)
+    figure, axes = new_figure(len(splits), 2, height=2.1 * len(splits) + 0.8, squeeze=False,
+                              width_ratios=(1.5, 1))
+    kinds = {"network": PALETTE["learned"], "own_neighbours": PALETTE["encoder"],
+             "teacher_neighbours": PALETTE["teacher"]}
+    network = scores[scores.answer == "network"]
+    maps = network.pivot_table(index=["split", "y"], columns="x", values="centred")
+    low, high = maps.min(axis=None), maps.max(axis=None)
+    for (map_panel, panel), split in zip(axes, splits):
+        shade = map_panel.pcolormesh(maps.columns, maps.loc[split].index, maps.loc[split],
+                                     vmin=low, vmax=high, shading="nearest")
+        taught = network[(network["where"] == "taught") & (network.split == split)]
+        map_panel.plot(taught.x, taught.y, "o", color="white", markeredgecolor="black")
+        map_panel.set(xlabel="x (pixels)", ylabel="y (pixels)", aspect="equal")
+        map_panel.invert_yaxis()
+        map_panel.grid(False)
+        map_panel.set_title(f"network, {SPLIT_NAMES[split]} frames")
+        figure.colorbar(shade, ax=map_panel, label="centred cosine", shrink=0.8)
+        means = scores[scores.split == split].groupby(["where", "answer"]).centred.mean()
+        places = [name for name in ("taught", "between") if name in means]
+        for shift, (kind, colour) in zip((-0.25, 0, 0.25), kinds.items()):
+            panel.bar(np.arange(len(places)) + shift, [means[place, kind] for place in places],
+                      width=0.24, color=colour, label=kind.replace("_", " ") if split == splits[0]
+                      else None)
+        panel.set_xticks(range(len(places)), places)
+        panel.set(ylabel="centred cosine", ylim=(min(0, means.min()) - 0.02, 1.02))
+    figure.legend(loc="outside upper right", ncols=3)
+    return caption(figure, _words(
+        "Left: mean centred cosine at every position; circles are the taught ones. Right: the head "
+        "asked at the position, the mean of its own answers at the nearest taught positions, and "
+        "the same mean of the teacher's embeddings (at taught positions neighbours are the position"
+        " itself).", teacher_label, source))
+
+
+STUDY_LINES = {"position": "--", "between": "-.", "Linear Map": ":", "Side File": (0, (6, 2))}
+STUDY_PANELS = {"centred": "centred cosine", "r1": "R@1", "cka": "CKA"}
+
+
+def plot_study(study: Study, *, split: str = "held_out") -> Figure:
+    """Several runs at once: seeds as dots, pooled intervals as bars, baselines as lines.
+
+    Args:
+        study: `verify_runs.join_runs`.
+        split: train or held_out.
+    """
+    place = list(study.table.columns[:list(study.table.columns).index("split")])
+    own = study.measures[study.measures.split == split]
+    videos = list(own.video.unique())
+    counts = [len(own[own.video == name][place].drop_duplicates()) for name in videos]
+    figure, axes = new_figure(
+        len(videos), len(STUDY_PANELS), height=0.42 * sum(counts) + 0.9 * len(videos) + 0.8,
+        squeeze=False, sharex="col", height_ratios=counts)
+    for panels, video in zip(axes, videos):
+        settings = own[own.video == video][place].drop_duplicates()
+        names = [" ".join(map(str, row[1:])) for row in settings.itertuples(index=False)]
+        for panel, measure in zip(panels, STUDY_PANELS):
+            for row, setting in enumerate(settings.itertuples(index=False, name=None)):
+                _study_row(panel, row, study, own, place, setting, split, measure)
+            panel.set_yticks(range(len(names)), names if measure == "centred" else [])
+            panel.set_ylim(len(names) - 0.5, -0.5)
+        panels[0].set_title(video)
+    for panel, label in zip(axes[-1], STUDY_PANELS.values()):
+        panel.set_xlabel(label)
+    handles = [Line2D([], [], color="black", linestyle=style, label=short_name(name))
+               for name, style in STUDY_LINES.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
+    seeds = study.table.seeds
+    count = str(seeds.min()) if seeds.nunique() == 1 else f"{seeds.min()} to {seeds.max()}"
+    return caption(figure, _words(
+        f"{SPLIT_NAMES[split].capitalize()} frames: a dot a seed ({count} a row), bar: 95 % "
+        "interval over frames and seeds, lines: baselines, averaged over seeds. A hybrid row is "
+        "named by where the embedding comes from; through the encoder the network sees the frame.",
+        study.teacher_label))
+
+
+def _study_row(panel, row, study, own, place, setting, split, measure):
+    def of(table):
+        return table[(table[place] == list(setting)).all(axis=1) & (table.split == split)
+                     & (table.measure == measure)].set_index("condition")
+
+    pooled, seeds = of(own), of(study.seeds)
+    for name, style in STUDY_LINES.items():
+        if name in pooled.index:
+            panel.plot([pooled["mean"][name]] * 2, [row - 0.42, row + 0.42], color="black",
+                       linestyle=style, linewidth=1.2)
+    learned, colour = pooled.loc["learned"], PALETTE[setting[1]]
+    panel.hlines(row, learned.low, learned.high, color=colour, linewidth=5, alpha=0.4)
+    values = seeds.loc[["learned"], "value"].astype(float)
+    panel.plot(values, [row] * len(values), "o", color=colour, markeredgecolor="black",
+               markeredgewidth=0.5)
 
 
 def plot_side_files(files, head_bytes: int, learned: float, teacher_label: str,

@@ -1,0 +1,459 @@
+"""The verification put to trained runs: one in depth, between its patches, and several at once.
+
+`verify_run` asks one run and `write_verification` keeps the answer in the run's folder, so that
+`join_runs` can join many runs (seeds, kinds of embedding, videos) without a model or a video.
+`between_positions` asks a run where nobody taught it: half-way between its patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from hnerv_clip.config import RUNTIME_PARAMS, ConfigError, embed_kind
+from hnerv_clip.controls import linear_map, store_embeddings
+from hnerv_clip.evaluate import (
+    Run,
+    decode_frames,
+    frame_embeddings,
+    predict_embeddings,
+    sources_of,
+)
+from hnerv_clip.measures import centred_cosine, check_embeddings, check_pair, cosine, unit
+from hnerv_clip.model import HNeRV, build_model
+from hnerv_clip.patches import PatchGrid
+from hnerv_clip.runs import RunError, code_version, write_atomic, write_json
+from hnerv_clip.statistics import MIN_FRAMES, holm, mean_interval, pool_intervals
+from hnerv_clip.teachers import Teacher, load_teacher, run_teacher, teacher_embeddings
+from hnerv_clip.verify import (
+    CONTROLS,
+    Verification,
+    name_of,
+    p_words,
+    report_text,
+    verify_embeddings,
+)
+
+FORMAT = 1  # of verification.json
+TABLES = ("table", "improvements", "comparisons", "alignment", "measures")
+STUDY_MEASURES = ("raw", "centred", "skill", "r1", "r5", "median_rank", "cka")
+
+
+def held_out_frames(run: Run) -> np.ndarray:
+    """Every frame that did not train."""
+    return np.setdiff1d(np.arange(len(run.dataset.video.frames)), run.dataset.split.train)
+
+
+def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near: int = 2
+               ) -> dict[str, Verification]:
+    """Verify a run in every way in which its embeddings come about.
+
+    Beside the baselines of `verify_embeddings`, the prediction meets an untrained head on the
+    trained network, a linear map of the per-frame embedding, a side file of as many bytes as the
+    head takes, and on held-out frames the teacher run on the decoded frame.
+
+    Args:
+        teacher: the run's, loaded if it is not given.
+        seed: of the random embeddings, the shuffles and the untrained head.
+        near: see `verify_embeddings`.
+    Returns:
+        {source: its Verification}, the prediction last; see `evaluate.sources_of`.
+    Raises:
+        ConfigError: the run has no CLIP head, or its teacher's weights are not there.
+        ValueError: as `verify_embeddings`.
+    """
+    model, dataset = run.model, run.dataset
+    _need_head(run)
+    answers = {source: predict_embeddings(model, dataset, source=source)
+               for source in sources_of(model)}
+    reference = check_embeddings(dataset.embeddings, "teacher")
+    train, held_out = dataset.split.train, held_out_frames(run)
+    teacher = teacher or load_teacher(run.config.teacher, _device(model))
+    untrained, (_, side_file) = _untrained_head(run, seed + 1), store_embeddings(
+        reference, train, head_bytes(run))
+    studies = {}
+    for source, predicted in answers.items():
+        per_frame = frame_embeddings(model, dataset, source).detach().cpu().numpy()
+        others = {"Untrained Head": predict_embeddings(untrained, dataset, source=source),
+                  "Linear Map": linear_map(per_frame, reference, train), "Side File": side_file}
+        if len(held_out):
+            decoded = decode_frames(model, dataset, held_out.tolist(), source=source)
+            others["Teacher on Decoded Frame"] = held_out, run_teacher(
+                teacher, decoded, dataset.grid, progress=False)
+        studies[source] = verify_embeddings(
+            predicted, reference, train, held_out, seed=seed, source=source, others=others,
+            teacher_label=dataset.teacher_label, near=near)
+    return studies
+
+
+def head_bytes(run: Run) -> int:
+    """Bytes of the CLIP head at the width in which a run stores its weights."""
+    return run.model.part_sizes()["clip_head"] * run.config.train.quant_model_bit // 8
+
+
+def _untrained_head(run: Run, seed: int) -> HNeRV:
+    """The trained network with a head as it was before training."""
+    model = build_model(run.config.model, frame_hw=run.model.frame_hw,
+                        frame_count=run.model.frame_count, seed=seed)
+    body = {name: value for name, value in run.model.state_dict().items()
+            if not name.startswith("clip_head")}
+    model.load_state_dict(body, strict=False)
+    return model.to(_device(run.model)).eval()
+
+
+def _need_head(run):
+    if not run.config.model.predict_clip:
+        raise ConfigError(f"{run.run_dir.path} is a run without the CLIP head (predict_clip=False),"
+                          " so it predicts no embeddings: train one with predict_clip=True")
+
+
+def _device(model: HNeRV) -> torch.device:
+    return next(model.parameters()).device
+
+
+def halfway_grid(grid: PatchGrid) -> PatchGrid:
+    """The grid with a row and a column more between every two: each second one is the given's."""
+    def fill(starts):
+        middles = ((a + b) // 2 for a, b in zip(starts, starts[1:]))
+        return tuple(sorted({*starts, *middles}))
+
+    return dataclasses.replace(grid, tops=fill(grid.tops), lefts=fill(grid.lefts))
+
+
+def position_scores(run: Run, *, cache_dir: str | Path = "output/cache",
+                    device: str | torch.device = "auto", source: str | None = None,
+                    progress: bool = True) -> pd.DataFrame:
+    """How well a run answers at its patches, and half-way between them, where nobody taught it.
+
+    The teacher embeds a patch at every position of `halfway_grid` (cached like others; at 2×4
+    patches these are 21, so 2.6 times the teacher's usual work). Three answers stand side by side:
+    `network`: the head asked at the position. `own_neighbours`: the mean of the network's answers
+    at the nearest taught positions, which needs nothing of the head between them.
+    `teacher_neighbours`: the same mean of the teacher's embeddings.
+
+    Args:
+        source: how frames' embeddings come about, a prediction by default (`sources_of(…)[-1]`).
+    Returns:
+        A row per frame, position and answer: source, split (train, held_out), frame, where
+        (taught, between), y, x (centre in pixels), answer, raw and centred cosine.
+    Raises:
+        ConfigError: the run has no CLIP head, or its teacher's weights are not there.
+    """
+    _need_head(run)
+    source = source or sources_of(run.model)[-1]
+    dense = halfway_grid(run.dataset.grid)
+    there = dataclasses.replace(run.dataset, grid=dense)
+    predicted = predict_embeddings(run.model, there, source=source)
+    teacher = teacher_embeddings(run.dataset.video, dense, run.config.teacher,
+                                 cache_dir=cache_dir, device=device, progress=progress)
+    return score_positions(predicted.numpy(), teacher.numpy(), dense, run.dataset.grid,
+                           run.dataset.split.train).assign(source=source)
+
+
+def score_positions(predicted, teacher, dense: PatchGrid, taught: PatchGrid,
+                    train_frames) -> pd.DataFrame:
+    """`position_scores` from embeddings at every position of a denser grid.
+
+    Args:
+        predicted, teacher: [T, P, D] unit vectors, at the P positions of `dense`.
+        taught: the grid of the positions that were taught, all of them in `dense`.
+        train_frames: frame numbers; the centre is the mean of the teacher there, taught positions.
+    """
+    predicted, teacher = check_pair(predicted, teacher)
+    nearest = _nearest_taught(dense, taught)  # [P, taught], rows sum to 1
+    places = [dense.boxes.tolist().index(box) for box in taught.boxes.tolist()]
+    known = np.isin(np.arange(len(dense)), places)
+    centre = teacher[train_frames][:, known].mean(axis=(0, 1))
+    answers = {"network": predicted,
+               "own_neighbours": unit(np.einsum("pk,tkd->tpd", nearest, predicted[:, places])),
+               "teacher_neighbours": unit(np.einsum("pk,tkd->tpd", nearest, teacher[:, places]))}
+    frames, count = len(teacher), len(dense)
+    split = np.where(np.isin(np.arange(frames), train_frames), "train", "held_out")
+    y, x = dense.centres.numpy().T
+    where = {"split": np.repeat(split, count), "frame": np.repeat(np.arange(frames), count),
+             "where": np.tile(np.where(known, "taught", "between"), frames),
+             "y": np.tile(y, frames), "x": np.tile(x, frames)}
+    return pd.concat([pd.DataFrame(where | {
+        "answer": name, "raw": cosine(answer, teacher).ravel(),
+        "centred": centred_cosine(answer, teacher, centre).ravel()})
+        for name, answer in answers.items()], ignore_index=True)
+
+
+def _nearest_taught(dense, taught):
+    """Weights [P, taught] of the nearest taught positions: all at the smallest distance, alike."""
+    away = torch.cdist(dense.centres, taught.centres).numpy()
+    nearest = away <= away.min(axis=1, keepdims=True) + 1.5  # half-way, up to rounding
+    return nearest / nearest.sum(axis=1, keepdims=True)
+
+
+def summarise_positions(scores: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """Means of `position_scores`, with intervals over frames as in `verify.compare`.
+
+    Returns:
+        source, split, where, answer, raw, centred, low and high (of the centred cosine; empty with
+        fewer than 8 frames), over_neighbours (centred cosine of the network minus that of its own
+        neighbours' mean: above 0, asking the head there is worth it), frames, positions.
+    """
+    rows = []
+    keys = ["source", "split", "where"]
+    for place, part in scores.groupby(keys, sort=False):
+        means = part.groupby("answer", sort=False).centred.mean()
+        for answer, own in part.groupby("answer", sort=False):
+            series = own.groupby("frame").centred.mean()
+            row = dict(zip(keys, place)) | {
+                "answer": answer, "raw": own.raw.mean(), "centred": own.centred.mean(),
+                "low": np.nan, "high": np.nan, "over_neighbours":
+                means["network"] - means["own_neighbours"] if answer == "network" else np.nan,
+                "frames": len(series), "positions": len(own) // len(series)}
+            if len(series) >= MIN_FRAMES:
+                found = mean_interval(series.to_numpy(), level=level)
+                row |= {"low": found.low, "high": found.high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def between_positions(run: Run, **options) -> pd.DataFrame:
+    """`summarise_positions` of `position_scores`: one table of how a run does between patches."""
+    return summarise_positions(position_scores(run, **options))
+
+
+def write_verification(run: Run, studies: dict[str, Verification]) -> list[Path]:
+    """Keep what `verify_run` found in the run's folder, each file whole or not at all.
+
+    `verification.csv`: a row per source, split, condition and measure. `verification.json`: every
+    table, the verdicts, and what was verified. `verification.txt`: the reports.
+
+    Returns:
+        The three paths.
+    """
+    folder, first = run.run_dir.path, next(iter(studies.values()))
+    facts = {"video": run.dataset.video.name, "kind": embed_kind(run.config.model.embed),
+             "seed": run.config.train.seed}
+    long = pd.concat([study.measures.assign(source=source, **facts)
+                      for source, study in studies.items()], ignore_index=True)
+    commit, dirty = code_version()
+    content = {
+        "format": FORMAT, **facts, "teacher": run.dataset.teacher_name,
+        "teacher_label": first.teacher_label, "shuffle_seed": first.seed, "near": first.near,
+        "checkpoint": checkpoint_digest(folder), "commit": commit, "dirty": dirty,
+        "params": run.config.params(),
+        "sources": {source: {"verdict": study.verdict,
+                             **{name: _records(getattr(study, name)) for name in TABLES}}
+                    for source, study in studies.items()}}
+    paths = [folder / f"verification.{ending}" for ending in ("csv", "txt", "json")]
+    order = [*facts, "source", *first.measures.columns]
+    write_atomic(paths[0], lambda file: file.write(long[order].to_csv(index=False).encode()))
+    text = "\n".join(report_text(study) for study in studies.values())
+    write_atomic(paths[1], lambda file: file.write(text.encode()))
+    write_json(paths[2], content)  # last: where it stands, the others do
+    return paths
+
+
+def _records(table):
+    rows = table.astype(object)
+    return [{name: value.item() if isinstance(value, np.generic) else value
+             for name, value in row.items()}
+            for row in rows.where(rows.notna(), None).to_dict("records")]
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 of a run's best checkpoint, which a verification belongs to; "" without one."""
+    path = Path(folder) / "model_best.pth"
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_verification(folder) -> dict:
+    """The content of a run's verification.json.
+
+    Raises:
+        RunError: none there, damaged, or of another format.
+    """
+    path = Path(folder) / "verification.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content["format"]
+    except FileNotFoundError:
+        raise RunError(f"{folder} holds no verification.json: run `hnerv-clip verify {folder}`"
+                       ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}): remove it and verify again") from error
+    if found != FORMAT:
+        raise RunError(f"{path} has format {found}, this version reads {FORMAT}: verify again")
+    return content
+
+
+def is_verified(folder, *, seed: int = 0, near: int = 2) -> bool:
+    """Whether a run's verification is there, of its checkpoint as it is, made in the same way."""
+    try:
+        content = read_verification(folder)
+    except RunError:
+        return False
+    digest = checkpoint_digest(folder)
+    return (content["shuffle_seed"], content["near"]) == (seed, near) \
+        and digest in ("", content["checkpoint"])
+
+
+def find_verified(folder) -> list[Path]:
+    """Run folders with a verification below a folder, in order of their names.
+
+    Raises:
+        RunError: none there.
+    """
+    found = sorted(path.parent for path in Path(folder).rglob("verification.json"))
+    if not found:
+        raise RunError(f"no run below {folder} holds a verification.json: run "
+                       "`hnerv-clip verify RUN …` first")
+    return found
+
+
+@dataclass(frozen=True)
+class Study:
+    """Several runs joined. All tables begin with video, kind, the columns of `by`, source, split.
+
+    runs: a row per run: folder, video, kind, seed.
+    seeds: a row per run, condition and measure: value.
+    measures: a row per condition and measure: mean over seeds, sd between seeds, seeds, and the
+        pooled interval low to high (`statistics.pool_intervals`).
+    comparisons: learned minus every other condition: difference, sd, seeds, low, high, p, p_holm,
+        outcome (beaten, unproven, not beaten). Holm's correction is over all rows of a split.
+    table: a row per video, kind, source and split: mean, sd, low and high of each of
+        `STUDY_MEASURES`, seeds, and the baselines beaten (with their p after Holm's correction),
+        unproven and not beaten.
+    """
+
+    runs: pd.DataFrame
+    seeds: pd.DataFrame
+    measures: pd.DataFrame
+    comparisons: pd.DataFrame
+    table: pd.DataFrame
+    teacher_label: str
+
+
+def join_runs(folders: Iterable, *, by: tuple[str, ...] = ()) -> Study:
+    """Join the verifications of several runs; models and videos are not needed.
+
+    Runs of one video and kind of embedding must be seeds of one setting. Training frames count
+    once: for a hybrid model they are the same from the encoder and interpolated.
+
+    Args:
+        folders: run folders that hold a verification.json.
+        by: parameters that tell settings apart, such as clip_loss_weight.
+    Raises:
+        RunError: see `read_verification`.
+        ValueError: no run, different teachers, a seed twice, runs that differ in more than their
+            seed, an unknown name in `by`, or a measure without a value.
+    """
+    contents = {str(folder): read_verification(folder) for folder in folders}
+    if not contents:
+        raise ValueError("no run to join; give run folders that `hnerv-clip verify` has seen")
+    runs = pd.DataFrame([{"folder": folder, "video": content["video"], "kind": content["kind"],
+                          **_chosen(content, by, folder), "seed": content["seed"]}
+                         for folder, content in contents.items()])
+    keys = ["video", "kind", *by]
+    _check_runs(runs, contents, keys)
+    seeds, differences = [], []
+    for (folder, content), run in zip(contents.items(), runs.to_dict("records")):
+        where = {name: run[name] for name in [*keys, "seed"]}
+        for source, study in content["sources"].items():
+            for rows, kept in ((study["measures"], seeds), (study["comparisons"], differences)):
+                kept += [where | {"source": source} | row for row in rows
+                         if not (source == "interpolated" and row["split"] == "train")]
+        bad = [row for row in seeds
+               if row["measure"] in ("raw", "centred") and row["value"] is None]
+        if bad:
+            raise ValueError(f"{folder}: the {bad[0]['measure']} cosine of {bad[0]['condition']} "
+                             "has no value (NaN): remove its verification.json and verify again")
+    place = [*keys, "source", "split"]
+    seeds, differences = (pd.DataFrame(rows).infer_objects() for rows in (seeds, differences))
+    measures = _pool(seeds, [*place, "condition", "measure"], "value", "mean").drop(columns="p")
+    comparisons = _outcomes(_pool(differences, [*place, "over"], "difference", "difference"))
+    return Study(runs=runs, seeds=seeds[[*place, "seed", "condition", "measure", "value"]],
+                 measures=measures, comparisons=comparisons,
+                 table=_study_table(measures, comparisons, place),
+                 teacher_label=next(iter(contents.values()))["teacher_label"])
+
+
+def _chosen(content, by, folder):
+    unknown = [name for name in by if name not in content["params"]]
+    if unknown:
+        raise ValueError(f"by={unknown[0]!r} is no parameter of {folder}; "
+                         "see `hnerv-clip settings`")
+    return {name: content["params"][name] for name in by}
+
+
+def _check_runs(runs, contents, keys):
+    teachers = sorted({content["teacher"] for content in contents.values()})
+    if len(teachers) > 1:
+        raise ValueError(f"runs of different teachers do not compare: {', '.join(teachers)}")
+    for key, group in runs.groupby(keys, sort=False):
+        name = " ".join(map(str, key))
+        if group.seed.duplicated().any():
+            twice = group.folder[group.seed.duplicated(keep=False)].tolist()
+            raise ValueError(f"{name}: {' and '.join(twice[:2])} have the same seed; give one of "
+                             "them, or name in `by` what tells them apart")
+        first, *rest = (contents[folder]["params"] for folder in group.folder)
+        for folder, params in zip(group.folder[1:], rest):
+            differ = [x for x in first if first[x] != params.get(x)
+                      and x not in ("seed", *RUNTIME_PARAMS)]
+            if differ:
+                raise ValueError(f"{name}: {folder} and {group.folder.iloc[0]} differ in "
+                                 f"{', '.join(differ)}, so they are no seeds of one setting: name "
+                                 "it in `by`, or join them apart")
+
+
+def _pool(rows, keys, value, name):
+    """Mean over seeds, sd between them and the pooled interval of every group."""
+    pooled = []
+    for key, group in rows.groupby(keys, sort=False, dropna=False):
+        values = group[value].astype(float)
+        row = dict(zip(keys, key)) | {
+            name: values.mean(skipna=False), "sd": values.std(ddof=1, skipna=False),
+            "seeds": len(group), "low": np.nan, "high": np.nan, "p": np.nan}
+        parts = group[[value, "standard_error", "freedom"]].astype(float)
+        if parts.notna().all(axis=None):
+            found = pool_intervals(*parts.to_numpy().T)
+            row |= {"low": found.low, "high": found.high, "p": found.p}
+        pooled.append(row)
+    return pd.DataFrame(pooled)
+
+
+def _outcomes(comparisons):
+    comparisons["p_holm"] = np.nan
+    for _, rows in comparisons.groupby("split"):
+        tested = rows.index[rows.p.notna()]
+        comparisons.loc[tested, "p_holm"] = holm(comparisons.p[tested])
+    comparisons["outcome"] = np.where(
+        comparisons.p_holm < 0.05, "beaten",
+        np.where(comparisons.difference > 1e-9, "unproven", "not beaten"))
+    return comparisons
+
+
+def _study_table(measures, comparisons, place):
+    own = measures[(measures.condition == "learned") & measures.measure.isin(STUDY_MEASURES)]
+    rows = []
+    for key, group in own.groupby(place, sort=False, dropna=False):
+        row = dict(zip(place, key)) | {"seeds": group.seeds.iloc[0]}
+        for found in group.itertuples():
+            row |= {found.measure: found.mean, f"{found.measure}_sd": found.sd,
+                    f"{found.measure}_low": found.low, f"{found.measure}_high": found.high}
+        mine = (comparisons[place] == list(key)).all(axis=1) & ~comparisons.over.isin(CONTROLS)
+        for outcome, against in comparisons[mine].groupby("outcome"):
+            row[outcome.replace(" ", "_")] = "; ".join(
+                f"{name_of(x.over).lower()}" + (f" ({p_words(x.p_holm)})" if outcome == "beaten"
+                                                else "") for x in against.itertuples())
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    for outcome in ("beaten", "unproven", "not_beaten"):
+        table[outcome] = table[outcome].fillna("") if outcome in table else ""
+    return table

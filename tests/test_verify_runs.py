@@ -1,0 +1,232 @@
+"""Trained runs put to the verification: one, between its patches, and several joined."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_verify import HELD_OUT, slow_video, unit_vectors
+
+from hnerv_clip import controls, evaluate, figures, measures, statistics, verify, verify_runs
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.patches import PatchGrid
+from hnerv_clip.runs import RunDir, RunError
+from hnerv_clip.train import train
+
+
+@pytest.fixture(scope="module")
+def small_run(small_config, small_dataset, cache_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "main"
+    train(small_config, folder, cache_dir=cache_dir)
+    return evaluate.load_run(folder, cache_dir=cache_dir)
+
+
+@pytest.fixture(scope="module")
+def studies(small_run):
+    return verify_runs.verify_run(small_run)
+
+
+def test_a_run_is_verified_against_all_baselines(small_run, studies):
+    assert list(studies) == ["encoder", "interpolated"]
+    study = studies["interpolated"]
+    wanted = {*verify.CONDITIONS, "Untrained Head", "Linear Map", "Side File"}
+    conditions = study.table.groupby("split").condition.agg(set)
+    assert conditions["train"] == wanted
+    assert conditions["held_out"] == wanted | {"Teacher on Decoded Frame"}
+    own = evaluate.predict_embeddings(small_run.model, small_run.dataset, source="interpolated")
+    np.testing.assert_allclose(study.predicted, own, atol=1e-6)
+    # Held-out frames are all that did not train, skipped ones too.
+    split = small_run.dataset.split
+    assert verify_runs.held_out_frames(small_run).tolist() == split.val.tolist()
+    skipping = dataclasses.replace(split, train=split.train[1:])
+    cut = dataclasses.replace(small_run, dataset=dataclasses.replace(
+        small_run.dataset, split=skipping))
+    assert verify_runs.held_out_frames(cut)[0] == split.train[0]
+
+
+def test_untrained_head_is_the_only_difference(small_run):
+    untrained = verify_runs._untrained_head(small_run, seed=1)
+    own, other = small_run.model.state_dict(), untrained.state_dict()
+    differ = {name for name in own if not own[name].equal(other[name])}
+    assert differ and all(name.startswith("clip_head") for name in differ)
+
+
+def test_files_are_written_whole_and_known_by_their_checkpoint(small_run, studies, monkeypatch):
+    folder = small_run.run_dir.path
+    paths = verify_runs.write_verification(small_run, studies)
+    assert {path.name for path in paths} == {f"verification.{x}" for x in ("csv", "json", "txt")}
+    assert not list(folder.glob(".verification*"))
+    table = pd.read_csv(paths[0])
+    assert set(table.source) == set(studies) and set(table.kind) == {"hybrid"}
+    text = paths[1].read_text()
+    assert text.count("CLIP LEARNING VERIFICATION RESULTS") == 2 and "not CLIP" in text
+    assert verify_runs.find_verified(folder.parent) == [folder]
+    assert verify_runs.is_verified(folder) and not verify_runs.is_verified(folder, seed=1)
+    monkeypatch.setattr(verify_runs, "checkpoint_digest", lambda folder: "other")
+    assert not verify_runs.is_verified(folder)
+
+
+def test_a_run_without_head_is_refused(small_config, small_run):
+    config = small_config.replace(predict_clip=False)
+    model = evaluate.build_model(config.model, frame_hw=small_run.model.frame_hw,
+                                 frame_count=small_run.model.frame_count)
+    blind = dataclasses.replace(small_run, config=config, model=model.eval())
+    for ask in (verify_runs.verify_run, verify_runs.position_scores):
+        with pytest.raises(ConfigError, match="without the CLIP head"):
+            ask(blind)
+
+
+def test_halfway_grid_holds_the_given_one():
+    grid = PatchGrid(frame=(640, 1280), size=(448, 448), tops=(0, 192), lefts=(0, 277, 555, 832))
+    dense = verify_runs.halfway_grid(grid)
+    assert dense.tops == (0, 96, 192) and dense.lefts == (0, 138, 277, 416, 555, 693, 832)
+    one = PatchGrid(frame=(64, 64), size=(64, 64), tops=(0,), lefts=(0,))
+    assert verify_runs.halfway_grid(one) == one
+
+
+def test_positions_by_hand():
+    """One row of two patches and the one between: neighbours' mean, and three answers."""
+    taught = PatchGrid(frame=(8, 24), size=(8, 8), tops=(0,), lefts=(0, 16))
+    dense = verify_runs.halfway_grid(taught)
+    teacher, predicted = slow_video(20, 3), slow_video(20, 3, seed=1)
+    scores = verify_runs.score_positions(predicted, teacher, dense, taught, np.arange(15))
+    assert len(scores) == 3 * 20 * 3
+    between = scores[scores["where"] == "between"]
+    assert set(between.x) == {12} and set(between.y) == {4}
+    for answer, expected in [
+            ("network", predicted[:, 1]),
+            ("own_neighbours", measures.unit(predicted[:, 0] + predicted[:, 2])),
+            ("teacher_neighbours", measures.unit(teacher[:, 0] + teacher[:, 2]))]:
+        found = between[between.answer == answer].raw
+        np.testing.assert_allclose(found, (expected * teacher[:, 1]).sum(-1), atol=1e-6)
+    centre = teacher[:15][:, [0, 2]].mean((0, 1))
+    expected = measures.centred_cosine(predicted[:, 1], teacher[:, 1], centre)
+    np.testing.assert_allclose(between[between.answer == "network"].centred, expected)
+    at = scores[scores["where"] == "taught"].groupby("answer").raw.mean()
+    assert at["network"] == pytest.approx(at["own_neighbours"])
+    assert at["teacher_neighbours"] == pytest.approx(1)
+
+    table = verify_runs.summarise_positions(scores.assign(source="coordinates"))
+    row = table.set_index(["split", "where", "answer"]).loc[("train", "between", "network")]
+    series = between[(between.answer == "network") & (between.split == "train")].centred
+    found = statistics.mean_interval(series.to_numpy())
+    assert (row.centred, row.low, row.high) == pytest.approx((found.mean, found.low, found.high))
+    assert (row.frames, row.positions) == (15, 1)
+    short = table.set_index(["split", "where", "answer"]).loc[("held_out", "between", "network")]
+    assert np.isnan(short.low) and short.frames == 5
+
+
+def test_a_run_is_asked_between_its_patches(small_run, cache_dir):
+    scores = verify_runs.position_scores(small_run, cache_dir=cache_dir, device="cpu",
+                                         progress=False)
+    assert set(scores.source) == {"interpolated"} and len(scores) == 3 * 12 * 21
+    own = evaluate.predict_embeddings(small_run.model, small_run.dataset, source="interpolated")
+    taught = scores[(scores["where"] == "taught") & (scores.answer == "network")]
+    expected = measures.cosine(own, small_run.dataset.embeddings)
+    np.testing.assert_allclose(taught.raw.to_numpy().reshape(12, 8), expected, atol=2e-5)
+    table = verify_runs.between_positions(small_run, cache_dir=cache_dir, device="cpu",
+                                          progress=False)
+    assert len(table) == 2 * 2 * 3
+    figure = figures.plot_positions(scores, "A (not CLIP)", "interpolated")
+    assert any("A (not CLIP)" in text.get_text() for text in figure.texts)
+
+
+def made_run(folder, *, video="bunny", seed=0, offset=None, **params):
+    """A stand-in for a run of 60 frames: its prediction is the teacher's with noise."""
+    config = Config.from_params(clip_dim=1280, teacher="efficientnet-lite0", seed=seed, **params)
+    RunDir.create(folder, config)
+    teacher = slow_video(seed=len(video))
+    noise = unit_vectors(teacher.shape, seed=100 + seed)
+    predicted = measures.unit(teacher + (0.8 if offset is None else offset) * noise)
+    study = verify.verify_embeddings(predicted, teacher, ~HELD_OUT, HELD_OUT,
+                                     source="coordinates", teacher_label="A (not CLIP)")
+    run = SimpleNamespace(run_dir=RunDir(folder), config=config, dataset=SimpleNamespace(
+        video=SimpleNamespace(name=video), teacher_name="a"))
+    verify_runs.write_verification(run, {"coordinates": study})
+    return study
+
+
+def test_seeds_are_joined(tmp_path):
+    made = {(video, embed, seed): made_run(
+        tmp_path / f"{video}{embed[:2]}{seed}", video=video, embed=embed, seed=seed)
+        for video in ("bunny", "bikes") for embed in ("pe_1.25_80", "xyt_1.25_80")
+        for seed in range(3)}
+    study = verify_runs.join_runs(verify_runs.find_verified(tmp_path))
+    assert len(study.runs) == 12 and len(study.table) == 2 * 2 * 2
+    assert set(study.table.seeds) == {3} and study.teacher_label == "A (not CLIP)"
+    row = study.table.set_index(["video", "kind", "split"]).loc[("bunny", "xyt", "held_out")]
+    own = [made["bunny", "xyt_1.25_80", seed] for seed in range(3)]
+    found = pd.DataFrame([one.measures.set_index(["split", "condition", "measure"]).loc[
+        ("held_out", "learned", "centred")] for one in own])
+    pooled = statistics.pool_intervals(found.value, found.standard_error, found.freedom)
+    assert row.centred == pytest.approx(found.value.mean())
+    assert row.centred_sd == pytest.approx(found.value.std())
+    assert (row.centred_low, row.centred_high) == pytest.approx((pooled.low, pooled.high))
+    held_out = study.comparisons[study.comparisons.split == "held_out"]
+    np.testing.assert_allclose(held_out.p_holm, statistics.holm(held_out.p))
+    beaten = held_out[(held_out.video == "bunny") & (held_out.kind == "xyt")
+                      & (held_out.outcome == "beaten") & ~held_out.over.isin(verify.CONTROLS)]
+    assert "constant mean (p" in row.beaten and row.beaten.count("(p") == len(beaten) > 0
+    # A prediction that is mostly noise beats no one, and the table says so.
+    for seed in range(3):
+        made_run(tmp_path / f"noise{seed}", video="noise", embed="pe_1.25_80", seed=seed,
+                 offset=9)
+    noise = verify_runs.join_runs(tmp_path / f"noise{seed}" for seed in range(3)).table
+    assert noise.not_beaten.str.contains("mean per position").all()
+    assert not noise.beaten.str.contains("mean per position").any()
+
+    figure = figures.plot_study(study)
+    assert any("A (not CLIP)" in text.get_text() and "a dot a seed (3" in text.get_text()
+               for text in figure.texts)
+
+
+def test_one_seed_is_joined_too(tmp_path):
+    study = made_run(tmp_path / "a", embed="pe_1.25_80")
+    table = verify_runs.join_runs([tmp_path / "a"]).table
+    own = study.measures.set_index(["split", "condition", "measure"]).loc[
+        ("held_out", "learned", "centred")]
+    row = table[table.split == "held_out"].iloc[0]
+    assert (row.centred_low, row.centred_high) == pytest.approx((own.low, own.high))
+    assert np.isnan(row.centred_sd) and row.seeds == 1
+
+
+def test_what_does_not_belong_together_is_not_joined(tmp_path):
+    made_run(tmp_path / "a", embed="pe_1.25_80", seed=0)
+    made_run(tmp_path / "b", embed="pe_1.25_80", seed=1, lr=2e-3)
+    made_run(tmp_path / "c", embed="pe_1.25_80", seed=0, lr=3e-3)
+    a, b, c = (tmp_path / name for name in "abc")
+    with pytest.raises(ValueError, match="differ in lr.*name it in `by`"):
+        verify_runs.join_runs([a, b])
+    with pytest.raises(ValueError, match="same seed"):
+        verify_runs.join_runs([a, c])
+    assert verify_runs.join_runs([a, b, c], by=("lr",)).table.lr.nunique() == 3
+    with pytest.raises(ValueError, match="'colour' is no parameter"):
+        verify_runs.join_runs([a], by=("colour",))
+    with pytest.raises(ValueError, match="no run to join"):
+        verify_runs.join_runs([])
+    with pytest.raises(RunError, match="no run below"):
+        verify_runs.find_verified(tmp_path / "nothing")
+    with pytest.raises(RunError, match="holds no verification.json"):
+        verify_runs.join_runs([tmp_path])
+    path = b / "verification.json"
+    content = json.loads(path.read_text())
+    for change, error, message in [
+            ({"teacher": "b"}, ValueError, "different teachers do not compare: a, b"),
+            ({"format": 0}, RunError, "format 0"), (None, RunError, "damaged")]:
+        path.write_text("{" if change is None else json.dumps(content | change))
+        with pytest.raises(error, match=message):
+            verify_runs.join_runs([a, b], by=("lr",))
+    content["sources"]["coordinates"]["measures"][0]["value"] = None
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="raw cosine of learned has no value"):
+        verify_runs.join_runs([b])
+
+
+def test_side_file_has_the_heads_bytes(small_run):
+    size = verify_runs.head_bytes(small_run)
+    assert size == small_run.model.part_sizes()["clip_head"]  # 8 bits a weight
+    stored, _ = controls.store_embeddings(small_run.dataset.embeddings.numpy(),
+                                          small_run.dataset.split.train, size)
+    assert stored.size_bytes <= size

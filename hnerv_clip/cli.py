@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     try:
         if args.takes_settings:
-            args.config = Config.from_params(**read_settings(words))
+            args.settings = read_settings(words)
+            args.config = Config.from_params(**args.settings)
         args.command(args)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -80,16 +81,32 @@ def _parser() -> argparse.ArgumentParser:
                        "any of ceilings train scaling decode teacher fit (all but fit)")
     bench.add_argument("--out", default="output/bench.json", help="JSON file that collects parts")
     bench.add_argument("--outf", default="output/bench/fit", help="new run folder, for fit")
-    for sub in (train, prepare, bench):
+    study = add("study", _study, "train and measure the runs of the whole study; settings as for "
+                "train change the base of all of them")
+    study.add_argument("--profile", choices=list(PROFILES), default="full")
+    study.add_argument("--outf", default="output/study", help="folder of the runs")
+    study.add_argument("--only", nargs="+", default=[], metavar="PATTERN",
+                       help="only runs whose name matches, for example 'bunny_xyt_*'")
+    study.add_argument("--list", action="store_true", help="print the runs and stop")
+    study.add_argument("--workers", type=int, default=0, help="processes, spread over the GPUs (0: "
+                                                              "one on each, or one on the CPU)")
+    study.add_argument("--minutes", type=float, default=float("inf"), help=
+                       "stop after so many, the next call goes on; 0 only gathers what is there")
+    study.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
+                       help="put every run to the verification, too")
+    study.add_argument("--csv", help="write the table of results here")
+    study.add_argument("--pack", help="write all but the checkpoints here, a .tar.xz")
+    for sub in (train, prepare, bench, study):
         sub.add_argument("--cache_dir", default="output/cache")
         sub.set_defaults(takes_settings=True)
 
     for name, command, words in [
             ("evaluate", _evaluate, "measure a trained run, as trained and from its file"),
-            ("verify", _verify, "compare its embeddings with controls and baselines"),
+            ("verify", _verify, "compare embeddings with controls and baselines; of several runs, "
+                                "also in one table"),
             ("search", _search, "rank patches by a text")]:
         sub = add(name, command, words)
-        sub.add_argument("outf", help="run folder")
+        sub.add_argument("outf", nargs="+" if name == "verify" else None, help="run folder")
         sub.add_argument("--cache_dir", default="output/cache")
         sub.add_argument("--device", default="auto")
         if name == "search":
@@ -97,7 +114,13 @@ def _parser() -> argparse.ArgumentParser:
                                                         "with the bundled teacher")
             sub.add_argument("--top_k", type=int, default=5)
         if name == "verify":
-            sub.add_argument("--seed", type=int, default=0)
+            sub.add_argument("--seed", type=int, default=0, help="of shuffles and random vectors")
+            sub.add_argument("--near", type=int, default=2, help="frames of tolerance in retrieval")
+            sub.add_argument("--force", action="store_true", help="also where it is done already")
+            sub.add_argument("--table", nargs="?", const="-", metavar="CSV",
+                             help="join the runs: mean over seeds, sd, intervals, baselines beaten")
+            sub.add_argument("--by", nargs="+", default=[], metavar="NAME",
+                             help="parameters that tell settings apart in the table")
 
     add("settings", _settings, "print every setting, its default and its meaning")
     return parser
@@ -187,6 +210,27 @@ def _bench(args: argparse.Namespace) -> None:
           cache_dir=args.cache_dir)
 
 
+def _study(args: argparse.Namespace) -> None:
+    from hnerv_clip import study
+
+    base = study.study_base(args.profile, args.settings)
+    configs = study.study_configs(base, args.only)
+    if args.list:
+        print(study.show_plan(configs, base))
+        return
+    states = study.run_study(configs, args.outf, base=base, cache_dir=args.cache_dir,
+                             workers=args.workers, minutes=args.minutes, with_verify=args.verify)
+    print(study.count_states(states))
+    if args.csv:
+        print(study.write_study(args.outf, args.csv)[["run", *study.SHOWN]].to_string(
+            index=False, na_rep="", float_format="{:.3f}".format))
+    if args.pack:
+        print(f"{args.pack}: {study.pack_study(args.outf, args.pack):,} bytes")
+    failed = [name for name, state in states.items() if state == "failed"]
+    if failed:
+        raise SystemExit(f"error: {', '.join(failed)} failed; see NAME.error.txt in {args.outf}")
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from hnerv_clip.evaluate import evaluate_run, load_run
 
@@ -194,36 +238,39 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from hnerv_clip.evaluate import load_run, predict_embeddings, sources_of
-    from hnerv_clip.verify import report_text, verify_embeddings, write_report
+    from hnerv_clip.verify_runs import join_runs, verify_folders
 
-    run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
-    source = sources_of(run.model)[-1]  # for held-out frames, the one that is a prediction
-    report = verify_embeddings(
-        predict_embeddings(run.model, run.dataset, source=source), run.dataset.embeddings,
-        run.dataset.split.train, run.dataset.split.val, seed=args.seed, source=source,
-        teacher_label=run.dataset.teacher_label)
-    print(report_text(report))
-    for path in write_report(report, run.run_dir.path):
-        print(path)
+    verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
+                              seed=args.seed, near=args.near, force=args.force)
+    for folder in verified:
+        print((folder / "verification.txt").read_text(encoding="utf-8"))
+        print(folder / "verification.json")
+    if args.table:
+        study = join_runs(verified, by=tuple(args.by))
+        print(f"\n{study.teacher_label}")
+        print(study.table.T.to_string(header=False, na_rep="", float_format="{:.4f}".format))
+        if args.table != "-":
+            study.table.to_csv(args.table, index=False)
+            print(args.table)
 
 
 def _search(args: argparse.Namespace) -> None:
-    from hnerv_clip.evaluate import load_run, predict_embeddings
+    from hnerv_clip.evaluate import load_run, predict_embeddings, sources_of
     from hnerv_clip.search import encode_queries, parse_queries, rank_patches
     from hnerv_clip.teachers import load_teacher
 
     run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
     queries = parse_queries(args.queries)
     texts = encode_queries(queries, load_teacher(run.config.teacher, args.device))
-    predicted = predict_embeddings(run.model, run.dataset)
+    source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
+    predicted = predict_embeddings(run.model, run.dataset, source=source)
     boxes = run.dataset.grid.boxes.tolist()
     for query, vector in zip(queries, texts):
         found = rank_patches(vector, predicted, args.top_k)
         found["time_s"] = found.frame / run.dataset.video.fps
         for i, side in enumerate(("top", "left", "height", "width")):
             found[side] = [boxes[patch][i] for patch in found.patch]
-        print(f"{query}  ({run.dataset.teacher_label})")
+        print(f"{query}  ({run.dataset.teacher_label}; embeddings: {source})")
         print(found.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
 
 

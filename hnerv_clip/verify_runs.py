@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from hnerv_clip.config import RUNTIME_PARAMS, ConfigError, embed_kind
 from hnerv_clip.controls import linear_map, store_embeddings
@@ -24,13 +25,14 @@ from hnerv_clip.evaluate import (
     Run,
     decode_frames,
     frame_embeddings,
+    load_run,
     predict_embeddings,
     sources_of,
 )
 from hnerv_clip.measures import centred_cosine, check_embeddings, check_pair, cosine, unit
 from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.patches import PatchGrid
-from hnerv_clip.runs import RunError, code_version, write_atomic, write_json
+from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json
 from hnerv_clip.statistics import MIN_FRAMES, holm, mean_interval, pool_intervals
 from hnerv_clip.teachers import Teacher, load_teacher, run_teacher, teacher_embeddings
 from hnerv_clip.verify import (
@@ -302,6 +304,37 @@ def is_verified(folder, *, seed: int = 0, near: int = 2) -> bool:
     digest = checkpoint_digest(folder)
     return (content["shuffle_seed"], content["near"]) == (seed, near) \
         and digest in ("", content["checkpoint"])
+
+
+def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
+                   device: str = "auto", seed: int = 0, near: int = 2, force: bool = False
+                   ) -> list[Path]:
+    """Verify runs one after the other, and keep the answers in their folders.
+
+    A run whose verification is there, of the same checkpoint, seed and near, is left as it is; so
+    is one whose checkpoint is not here any more. The teacher is loaded once for runs that share it.
+
+    Returns:
+        The folders, as `Path`s.
+    Raises:
+        RunError: some could not be verified, after all others were; the message says which and why.
+    """
+    folders, failed, teachers = [RunDir(folder).path for folder in folders], {}, {}
+    for folder in tqdm(folders, desc="verify", unit="run", disable=len(folders) < 2):
+        if not force and is_verified(folder, seed=seed, near=near):
+            continue
+        try:
+            run = load_run(folder, cache_dir=cache_dir, device=device)
+            _need_head(run)
+            name = run.dataset.teacher_name
+            if name not in teachers:
+                teachers[name] = load_teacher(run.config.teacher, device)
+            write_verification(run, verify_run(run, teacher=teachers[name], seed=seed, near=near))
+        except (RunError, ValueError) as error:
+            failed[folder] = error
+    if failed:
+        raise RunError("; ".join(f"{folder}: {error}" for folder, error in failed.items()))
+    return folders
 
 
 def find_verified(folder) -> list[Path]:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from hnerv_clip import cli
@@ -85,10 +86,16 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     assert cli.main(["evaluate", outf, *cache]) == 0
     assert capsys.readouterr().out.strip() in trained
     assert cli.main(["verify", outf, *cache]) == 0
-    assert "Temporal Shuffle" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Temporal Shuffle" in told and "Teacher on Decoded Frame" in told
+    again, table = (tmp_path / "main/verification.json").stat(), str(tmp_path / "study.csv")
+    assert cli.main(["verify", outf, *cache, "--table", table]) == 0
+    assert (tmp_path / "main/verification.json").stat().st_mtime_ns == again.st_mtime_ns
+    assert "not_beaten" in capsys.readouterr().out
+    assert len(pd.read_csv(table)) == 3  # training frames, held out by encoder and interpolated
     assert cli.main(["search", outf, "hare", "wood rabbit", "--top_k", "2", *cache]) == 0
     found = capsys.readouterr().out
-    assert found.count("not CLIP") == 2 and "wood rabbit" in found
+    assert found.count("not CLIP); embeddings: interpolated") == 2 and "wood rabbit" in found
     assert cli.main(["search", outf, "a rabbit in love", *cache]) == 2
     assert "ImageNet class" in capsys.readouterr().err
     assert cli.main(["train", "--outf", outf, *cache, *settings, "--epochs", "9"]) == 1

@@ -230,3 +230,19 @@ def test_side_file_has_the_heads_bytes(small_run):
     stored, _ = controls.store_embeddings(small_run.dataset.embeddings.numpy(),
                                           small_run.dataset.split.train, size)
     assert stored.size_bytes <= size
+
+
+def test_folders_are_verified_once_and_failures_are_named(tmp_path, small_run, studies, cache_dir,
+                                                         monkeypatch):
+    verify_runs.write_verification(small_run, studies)
+    made_run(tmp_path / "brought", embed="pe_1.25_80")  # its checkpoint stayed elsewhere
+    monkeypatch.setattr(verify_runs, "verify_run", lambda *a, **o: pytest.fail("verified again"))
+    folders = [small_run.run_dir.path, tmp_path / "brought"]
+    assert verify_runs.verify_folders(folders, cache_dir=cache_dir) == folders
+    asked = []
+    monkeypatch.setattr(verify_runs, "verify_run",
+                        lambda run, **options: asked.append(run.run_dir.path) or studies)
+    with pytest.raises(RunError, match="nothing: .*holds no run"):
+        verify_runs.verify_folders([tmp_path / "nothing", folders[0]], cache_dir=cache_dir,
+                                   force=True)
+    assert asked == [folders[0]]  # one that fails keeps no other from being verified

@@ -96,7 +96,16 @@ def _parser() -> argparse.ArgumentParser:
                        help="put every run to the verification, too")
     study.add_argument("--csv", help="write the table of results here")
     study.add_argument("--pack", help="write all but the checkpoints here, a .tar.xz")
-    for sub in (train, prepare, bench, study):
+    scale = add("scale", _scale, "measure what several GPUs give on this machine; settings as for "
+                "train, by default the paper's network with the bundled teacher, 40 epochs")
+    scale.add_argument("--outf", default="output/scaling", help="folder of the runs and of "
+                                                                "scaling.json")
+    scale.add_argument("--gpus", type=int, default=0, help="0 for all; on a CPU, ranks (0 for 2)")
+    scale.add_argument("--parts", nargs="+", default=[], metavar="PART",
+                       help="any of speed correctness sweep kill checkpoint (all)")
+    scale.add_argument("--correctness_epochs", type=int, default=4)
+    scale.add_argument("--sweep_epochs", type=int, default=0, help="0 for a third of epochs")
+    for sub in (train, prepare, bench, study, scale):
         sub.add_argument("--cache_dir", default="output/cache")
         sub.set_defaults(takes_settings=True)
 
@@ -229,6 +238,16 @@ def _study(args: argparse.Namespace) -> None:
     failed = [name for name, state in states.items() if state == "failed"]
     if failed:
         raise SystemExit(f"error: {', '.join(failed)} failed; see NAME.error.txt in {args.outf}")
+
+
+def _scale(args: argparse.Namespace) -> None:
+    from hnerv_clip.scaling import SETTINGS, measure_scaling, scaling_markdown
+
+    measured = measure_scaling(
+        Config.from_params(**{**SETTINGS, **args.settings}), args.outf, gpus=args.gpus,
+        parts=args.parts, correctness_epochs=args.correctness_epochs,
+        sweep_epochs=args.sweep_epochs, cache_dir=args.cache_dir)
+    print(scaling_markdown(measured))
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -1,0 +1,461 @@
+"""What more ranks give: speed, quality, correctness, sweeps, and what a dead rank costs.
+
+`measure_scaling` trains through `launch` in processes of this machine, one task a GPU (on a CPU:
+ranks over gloo), and writes `scaling.json` as it goes: a part that is there is not measured again,
+and what a time limit interrupts goes on from its last finished run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from hnerv_clip.config import Config, ConfigError, TrainConfig
+from hnerv_clip.dataset import prepare_dataset
+from hnerv_clip.launch import Job, launch
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs import RunDir, code_version, device_name, package_versions, write_json
+from hnerv_clip.train import LATEST
+
+# What `hnerv-clip scale` trains unless told: the paper's network and the bundled teacher, which is
+# not CLIP, for so many epochs that all parts fit six minutes of two GPUs.
+SETTINGS = {"precision": "bf16", "teacher": "efficientnet-lite0", "clip_dim": 1280, "epochs": 40,
+            "pixel_loss_warmup_epochs": 10, "eval_freq": 4}
+LAMBDAS = (0.5, 0.1, 0.2, 1.0, 0.0)  # the sweep's; then again with the next seed
+WARM_UP_EPOCHS = 2  # not timed: compilation, first use of the algorithms
+KILL_CHECKPOINT_S = 1.0
+
+
+class ScalingError(RuntimeError):
+    """The measurement can't be made, or one of its runs failed; the message says why."""
+
+
+def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
+                    parts: Sequence[str] = (), correctness_epochs: int = 4, sweep_epochs: int = 0,
+                    cache_dir: str | Path = "output/cache") -> dict[str, Any]:
+    """Measure and write `outf`/scaling.json.
+
+    Args:
+        config: what each rank trains; batch_size is per rank.
+        gpus: ranks of the largest run; 0 for every GPU, and on a CPU for two ranks.
+        parts: which of `PARTS`, all unless told, in the order given.
+            speed: 1, 2, 4, … ranks at the same batch per rank, learning rate kept and scaled.
+            correctness: the same global batch on one rank and on all.
+            sweep: as many independent one-rank runs as GPUs, at once and in sequence.
+            kill: a rank killed halfway, and the run resumed.
+            checkpoint: the cost of checkpoints in the runs of `speed`.
+        correctness_epochs: of the fp32 comparison.
+        sweep_epochs: of each run of the sweep; a third of the others' unless told.
+    Returns:
+        What scaling.json holds: gpus, settings, and each part with its figures, the code's version
+        and the machine.
+    Raises:
+        ScalingError: see there. ConfigError: settings that no run would accept.
+    """
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise ConfigError(f"parts={' '.join(unknown)} unknown; use any of {' '.join(PARTS)}")
+    visible = torch.cuda.device_count()
+    gpus = gpus or visible or 2
+    if gpus < 2:
+        raise ScalingError("scaling needs two ranks or more, and this machine shows one GPU; "
+                           "measure one GPU with `hnerv-clip bench`")
+    if visible and gpus > visible:
+        raise ScalingError(f"gpus={gpus}, but this machine shows {visible}; use --gpus {visible}")
+    if config.train.epochs < WARM_UP_EPOCHS + 2:
+        raise ConfigError(f"epochs={config.train.epochs} must be at least {WARM_UP_EPOCHS + 2}: "
+                          f"the first {WARM_UP_EPOCHS} are not timed")
+    study = _Study(config, resolve_path(outf), gpus, on_gpu=visible > 0, cache_dir=cache_dir,
+                   correctness_epochs=correctness_epochs,
+                   sweep_epochs=sweep_epochs or max(1, config.train.epochs // 3))
+    study.open()
+    dataset = prepare_dataset(config, cache_dir, device=config.train.device)
+    study.frames = len(dataset.split.train)
+    study.measured["teacher"] = dataset.teacher_label if config.model.predict_clip else None
+    for name in parts or PARTS:
+        if study.measured["parts"].get(name, {}).get("complete"):
+            print(f"{name}: measured already, see {study.path}")
+            continue
+        print(f"== {name}", flush=True)
+        PARTS[name](study)
+    return study.measured
+
+
+@dataclass
+class _Study:
+    """Where the measurement stands."""
+
+    config: Config
+    outf: Path
+    gpus: int
+    on_gpu: bool
+    cache_dir: str | Path
+    correctness_epochs: int
+    sweep_epochs: int
+    frames: int = 0  # training frames of an epoch
+
+    @property
+    def path(self) -> Path:
+        return self.outf / "scaling.json"
+
+    def open(self) -> None:
+        """Take up what is measured already; of the same settings only."""
+        fresh = {"gpus": self.gpus, "backend": "nccl" if self.on_gpu else "gloo",
+                 "settings": self.config.params(), "sweep_epochs": self.sweep_epochs,
+                 "correctness_epochs": self.correctness_epochs}
+        self.measured = {**fresh, "parts": {}}
+        if not self.path.exists():
+            return
+        found = json.loads(self.path.read_text())
+        differing = [name for name, value in json.loads(json.dumps(fresh)).items()
+                     if found.get(name) != value]
+        if differing:
+            raise ScalingError(f"{self.path} was measured with other {', '.join(differing)}; "
+                               "give another outf, or remove that folder")
+        self.measured = found
+
+    def save(self, part: str, figures: dict[str, Any], *, complete: bool) -> None:
+        """Write a part as far as it is measured."""
+        commit, dirty = code_version()
+        self.measured["parts"][part] = {
+            **figures, "complete": complete, "commit": commit, "dirty": dirty,
+            "device": device_name(torch.device("cuda" if self.on_gpu else "cpu")),
+            "cores": os.cpu_count(), "versions": package_versions(), "cuda": torch.version.cuda,
+            "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self.outf.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.measured)
+
+    def train(self, name: str, config: Config, ranks: int) -> Path:
+        """One run on so many ranks; a finished one is taken as it stands."""
+        return self.wait(launch(config, self.outf / name, cluster="local", gpus_per_node=ranks,
+                                cache_dir=self.cache_dir))[0]
+
+    def train_many(self, folder: Path, configs: dict[str, Config], *, at_once: int) -> list[Path]:
+        """Independent runs of one rank each."""
+        return self.wait(launch(configs, folder, cluster="local", gpus_per_node=1,
+                                slurm_array_parallelism=at_once, cache_dir=self.cache_dir))
+
+    def wait(self, jobs: list[Job]) -> list[Path]:
+        started = time.monotonic()
+        while not all(job.ended for job in jobs):
+            time.sleep(0.1)
+        for job in jobs:
+            if job.state == "failed":
+                raise ScalingError(f"run {job.name} failed: {job.why}\n{job.log()}")
+            print(f"  {job.name}: {job.figures()}, {time.monotonic() - started:.0f} s", flush=True)
+        return [job.run_dir for job in jobs]
+
+    def fresh_folder(self, stem: str) -> Path:
+        """A folder of this name and a number that nothing was run in: clocks need new runs."""
+        number = 1
+        while (folder := self.outf / f"{stem}{number}").exists():
+            number += 1
+        return folder
+
+
+# The parts
+
+def _measure_speed(study: _Study) -> None:
+    rows: list[dict[str, Any]] = []
+    for ranks in rank_counts(study.gpus):
+        for name, lr, config in speed_runs(study.config, ranks, largest=ranks == study.gpus):
+            run_dir = study.train(name, config, ranks)
+            rows.append({"run": name, "ranks": ranks, "learning_rate": lr,
+                         **run_figures(run_dir, frames=study.frames)})
+            alone = rows[0]
+            for row in rows:
+                row["efficiency"] = row["frames_per_s"] / (row["ranks"] * alone["frames_per_s"])
+                row["time_to_quality_s"] = time_to_reach(row["curve"], alone["curve"][-1][2])
+            study.save("speed", {"quality_db": alone["curve"][-1][2], "runs": rows},
+                       complete=False)
+    study.save("speed", {"quality_db": rows[0]["curve"][-1][2], "runs": rows}, complete=True)
+
+
+def _measure_correctness(study: _Study) -> None:
+    """The same global batches on one rank, on one rank again (what a repeat differs by), on all."""
+    exact = study.config.replace(
+        precision="fp32", engine="plain", epochs=study.correctness_epochs,
+        eval_freq=study.correctness_epochs,
+        pixel_loss_warmup_epochs=study.correctness_epochs // 2)
+    cases = [("exact", "exact_ranks", exact)]
+    if study.on_gpu:  # and as it is trained, if that is not the same
+        cases.append(("whole", f"ranks{study.gpus}", study.config))
+    rows: list[dict[str, Any]] = []
+    for name, on_all, config in cases:
+        alone = config.replace(batch_size=config.train.batch_size * study.gpus)
+        one, again = study.train_many(study.outf / name, {"one": alone, "again": alone}, at_once=2)
+        ranks = study.train(on_all, config, study.gpus)
+        losses = {key: RunDir(path).metrics().total_loss.tolist()
+                  for key, path in [("loss_one", one), ("loss_ranks", ranks)]}
+        rows.append({"precision": config.train.precision, "engine": config.train.engine,
+                     "epochs": config.train.epochs, "ranks": study.gpus,
+                     "global_batch": alone.train.batch_size,
+                     "ranks_differ": weight_difference(one, ranks),
+                     "repeat_differs": weight_difference(one, again), **losses,
+                     "psnr_one_db": RunDir(one).summary()["eval_psnr_train"],
+                     "psnr_ranks_db": RunDir(ranks).summary()["eval_psnr_train"]})
+        study.save("correctness", {"cases": rows}, complete=len(rows) == len(cases))
+
+
+def _measure_sweep(study: _Study) -> None:
+    folder, count = study.fresh_folder("sweep"), study.gpus
+    configs = sweep_configs(study.config, count, epochs=study.sweep_epochs)
+    figures: dict[str, Any] = {"runs": count, "epochs": study.sweep_epochs}
+    for way, at_once in [("at_once", count), ("in_sequence", 1)]:
+        started = time.monotonic()
+        folders = study.train_many(folder / way, configs, at_once=at_once)
+        figures[f"{way}_s"] = time.monotonic() - started
+        figures[f"{way}_gpu_s"] = figures[f"{way}_s"] * at_once  # GPUs that it occupies
+        figures[f"{way}_psnr_db"] = {path.name: RunDir(path).summary()["eval_psnr_train"]
+                                     for path in folders}
+        study.save("sweep", figures, complete=False)
+    figures["speed_up"] = figures["in_sequence_s"] / figures["at_once_s"]
+    study.save("sweep", figures, complete=True)
+
+
+def _measure_kill(study: _Study) -> None:
+    whole = study.train(f"ranks{study.gpus}", study.config, study.gpus)
+    config = study.config.replace(checkpoint_s=KILL_CHECKPOINT_S)
+    folder, half = study.fresh_folder("killed"), study.config.train.epochs // 2
+    [job] = launch(config, folder, cluster="local", gpus_per_node=study.gpus,
+                   cache_dir=study.cache_dir)
+    while job.epoch < half:
+        if job.ended:
+            raise ScalingError(f"run {job.name} ended before it was killed: {job.why}\n{job.log()}")
+        time.sleep(0.02)
+    controller = psutil.Process(job.record["pid"])
+    processes = [controller, *controller.children()]
+    victim = next(process for process in processes[1:] if process.environ().get(
+        "SUBMITIT_LOCAL_GLOBALID") == str(study.gpus - 1))
+    killed_epoch, killed = job.epoch, time.monotonic()
+    victim.kill()
+    while not job.ended:
+        time.sleep(0.02)
+    figures = {"ranks": study.gpus, "checkpoint_s": KILL_CHECKPOINT_S, "killed_epoch": killed_epoch,
+               "down_s": time.monotonic() - killed, "message": job.why}
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    if alive:
+        raise ScalingError(f"{len(alive)} processes of the killed run are still there after a "
+                           "minute")
+    figures["all_processes_gone_s"] = time.monotonic() - killed
+    figures["resumed_epoch"] = RunDir(folder).load_checkpoint(LATEST)["epoch"]
+    study.save("kill", figures, complete=False)
+    resumed = study.train(folder.name, config, study.gpus)
+    figures |= {"differs": weight_difference(whole, resumed),
+                "psnr_uninterrupted_db": RunDir(whole).summary()["eval_psnr_train"],
+                "psnr_resumed_db": RunDir(resumed).summary()["eval_psnr_train"]}
+    study.save("kill", figures, complete=True)
+
+
+def _measure_checkpoint(study: _Study) -> None:
+    default_s, rows = TrainConfig().checkpoint_s, []
+    for ranks in (1, study.gpus):
+        run = RunDir(study.train(f"ranks{ranks}", study.config, ranks))
+        summary = run.summary()
+        mean_s = summary["checkpoint_time_s"] / summary["checkpoints"]
+        rows.append({"ranks": ranks, "checkpoints": summary["checkpoints"], "mean_s": mean_s,
+                     "size_bytes": (run.path / LATEST).stat().st_size,
+                     "share": mean_s / (default_s + mean_s)})
+    study.save("checkpoint", {"checkpoint_s": default_s, "runs": rows}, complete=True)
+
+
+PARTS: dict[str, Callable[[_Study], None]] = {
+    "speed": _measure_speed, "correctness": _measure_correctness, "sweep": _measure_sweep,
+    "kill": _measure_kill, "checkpoint": _measure_checkpoint}
+
+
+# What is run, and what is read off a run
+
+def rank_counts(gpus: int) -> list[int]:
+    """1, 2, 4, … and `gpus` itself."""
+    return [2**k for k in range(gpus.bit_length()) if 2**k < gpus] + [gpus]
+
+
+def speed_runs(config: Config, ranks: int, *, largest: bool) -> list[tuple[str, str, Config]]:
+    """(name, what the learning rate is, configuration) of the runs on so many ranks.
+
+    With several ranks an epoch has fewer steps. The largest number is therefore also trained for
+    as many steps as one rank, with the learning rate scaled.
+    """
+    runs = [(f"ranks{ranks}", "kept", config)]
+    if ranks > 1:
+        scaled = config.replace(lr=config.train.lr * ranks)
+        runs.append((f"ranks{ranks}_scaled", f"×{ranks}", scaled))
+        if largest:
+            train = config.train
+            runs.append((f"ranks{ranks}_steps", f"×{ranks}, as many steps", scaled.replace(
+                epochs=train.epochs * ranks, eval_freq=train.eval_freq * ranks,
+                pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs * ranks)))
+    return runs
+
+
+def sweep_configs(config: Config, count: int, *, epochs: int) -> dict[str, Config]:
+    """So many runs that differ in λ, or else in the seed; they cost the same."""
+    shorter = epochs / config.train.epochs
+    base = config.replace(epochs=epochs, eval_freq=epochs, pixel_loss_warmup_epochs=round(
+        config.train.pixel_loss_warmup_epochs * shorter))
+    runs = {}
+    for index in range(count):
+        value, seed = LAMBDAS[index % len(LAMBDAS)], config.train.seed + index // len(LAMBDAS)
+        runs[f"lambda_{value:g}_seed{seed}"] = base.replace(clip_loss_weight=value, seed=seed)
+    return runs
+
+
+def run_figures(run_dir: Path, *, frames: int) -> dict[str, Any]:
+    """Speed and quality of a finished run.
+
+    Args:
+        frames: training frames of an epoch.
+    Returns:
+        frames_per_s: median over epochs, without the first `WARM_UP_EPOCHS`, evaluation,
+        checkpoints and compilation, with its 10th and 90th percentile; wall_s: from submission to
+        the last file, empty where the run was resumed; curve: (epoch, train_time_s, PSNR of
+        training frames in dB) at each evaluation; and settings and figures of the run.
+    """
+    run = RunDir(run_dir)
+    config, summary, metrics = run.config().train, run.summary(), run.metrics()
+    rates = frames / np.diff(metrics.train_time_s)[WARM_UP_EPOCHS - 1:]
+    low, median, high = (float(value) for value in np.percentile(rates, [10, 50, 90]))
+    measured = metrics[metrics.eval_psnr_train.notna()]
+    resumed = run.provenance()["resumed_at_epoch"] > 0
+    return {
+        "batch_size": config.batch_size, "lr": config.lr, "epochs": config.epochs,
+        "steps": int(metrics.step.iloc[-1]),
+        "frames_per_s": median, "frames_per_s_p10": low, "frames_per_s_p90": high,
+        "epochs_timed": len(rates),
+        "wall_s": None if resumed else (run.path / "summary.json").stat().st_mtime
+        - (run.path / "job.json").stat().st_mtime,
+        **{name: summary[name] for name in ("train_time_s", "compile_s", "eval_time_s",
+                                            "peak_memory_bytes")},
+        "psnr_db": summary["eval_psnr_train"],
+        "cosine_centred": summary.get("eval_clip_centred_train"),
+        "curve": [[int(epoch), float(time_s), float(psnr_db)] for epoch, time_s, psnr_db in zip(
+            measured.epoch, measured.train_time_s, measured.eval_psnr_train)]}
+
+
+def time_to_reach(curve: Sequence[Sequence[float]], psnr_db: float) -> float | None:
+    """Training seconds until a quality is first reached, between evaluations linearly.
+
+    Args:
+        curve: rows of epoch, train_time_s and PSNR.
+    Returns:
+        None where it is never reached.
+    """
+    before = None
+    for _, time_s, reached_db in curve:
+        if reached_db >= psnr_db:
+            if before is None:
+                return time_s
+            share = (psnr_db - before[1]) / (reached_db - before[1])
+            return before[0] + share * (time_s - before[0])
+        before = time_s, reached_db
+    return None
+
+
+def weight_difference(one: Path, other: Path) -> dict[str, Any]:
+    """How far the last weights of two runs lie apart.
+
+    Returns:
+        identical: bit for bit; largest: of all weights; relative: root of the summed squares of
+        the differences over that of the weights.
+    """
+    pairs = [(value.double(), RunDir(other).load_checkpoint(LATEST)["model"][name].double())
+             for name, value in RunDir(one).load_checkpoint(LATEST)["model"].items()]
+    gap = sum((a - b).square().sum() for a, b in pairs)
+    return {"identical": all(torch.equal(a, b) for a, b in pairs),
+            "largest": max(float((a - b).abs().max()) for a, b in pairs),
+            "relative": float((gap / sum(a.square().sum() for a, _ in pairs)).sqrt())}
+
+
+# For the page «How fast»
+
+def scaling_markdown(measured: dict[str, Any]) -> str:
+    """What scaling.json holds, as tables with a sentence each, for the parts that are complete."""
+    parts = {name: part for name, part in measured["parts"].items() if part["complete"]}
+    texts = [_TEXTS[name](parts[name]) for name in PARTS if name in parts]
+    missing = [name for name in PARTS if name not in parts]
+    if missing:
+        texts.append(f"Not measured here: {', '.join(missing)}.")
+    settings = measured["settings"]
+    teacher = f"teacher {measured['teacher']}" if measured["teacher"] else "pixels only"
+    texts.append(
+        f"{settings['data_path']}, {settings['epochs']} epochs, batch {settings['batch_size']} a "
+        f"rank, precision {settings['precision']}, {teacher}; over {measured['backend']}; "
+        + "; ".join(dict.fromkeys(_machine(part, measured) for part in parts.values())) + ".")
+    return "\n\n".join(texts) + "\n"
+
+
+def _machine(part: dict[str, Any], measured: dict[str, Any]) -> str:
+    dirty = {True: " with uncommitted changes", None: " (changes unknown)", False: ""}
+    count = f"{measured['gpus']} × " if measured["backend"] == "nccl" else ""
+    return (f"{count}{part['device']}, PyTorch {part['versions']['torch']}, commit "
+            f"{part['commit'][:12]}{dirty[part['dirty']]}")
+
+
+def _speed_text(part: dict[str, Any]) -> str:
+    rows = ["| ranks | learning rate | epochs | frames/s (10–90 %) | efficiency | PSNR (dB) | "
+            "time to one rank's quality (s) | whole run (s) |", "|---" * 8 + "|"]
+    for run in part["runs"]:
+        reached = run["time_to_quality_s"]
+        rows.append(
+            f"| {run['ranks']} | {run['learning_rate']} | {run['epochs']} | "
+            f"{run['frames_per_s']:.0f} ({run['frames_per_s_p10']:.0f}–"
+            f"{run['frames_per_s_p90']:.0f}) | {run['efficiency']:.0%} | {run['psnr_db']:.2f} | "
+            f"{'not reached' if reached is None else f'{reached:.1f}'} | "
+            f"{'resumed' if run['wall_s'] is None else format(run['wall_s'], '.0f')} |")
+    return "\n".join(rows) + (
+        "\n\nFrames/s: median over epochs, without evaluation, checkpoints and compilation. Time "
+        f"to {part['quality_db']:.2f} dB on training frames likewise. Whole run: from submission "
+        "to the last file, with everything. One run each.")
+
+
+def _correctness_text(part: dict[str, Any]) -> str:
+    rows = ["| precision, engine | global batch | epochs | one rank against all: largest weight "
+            "difference (relative) | one rank twice | PSNR one, all (dB) |", "|---" * 6 + "|"]
+    for case in part["cases"]:
+        apart, again = (f"{case[key]['largest']:.1e} ({case[key]['relative']:.1e})"
+                        for key in ("ranks_differ", "repeat_differs"))
+        rows.append(f"| {case['precision']}, {case['engine']} | {case['global_batch']} | "
+                    f"{case['epochs']} | {apart} | {again} | {case['psnr_one_db']:.2f}, "
+                    f"{case['psnr_ranks_db']:.2f} |")
+    return "\n".join(rows)
+
+
+def _sweep_text(part: dict[str, Any]) -> str:
+    return (f"A sweep of {part['runs']} runs over {part['epochs']} epochs, one GPU each, took "
+            f"{part['at_once_s']:.0f} s at once and {part['in_sequence_s']:.0f} s in sequence: "
+            f"{part['speed_up']:.2f} times faster, for {part['at_once_gpu_s']:.0f} GPU seconds "
+            f"against {part['in_sequence_gpu_s']:.0f}.")
+
+
+def _kill_text(part: dict[str, Any]) -> str:
+    differs = part["differs"]
+    same = "bit for bit the same weights as" if differs["identical"] else (
+        f"weights that differ by at most {differs['largest']:.1e} (relative "
+        f"{differs['relative']:.1e}) from those of")
+    return (f"A rank of {part['ranks']} killed in epoch {part['killed_epoch'] + 1}: the job was "
+            f"down after {part['down_s']:.1f} s («{part['message']}»), its processes gone after "
+            f"{part['all_processes_gone_s']:.1f} s. Launched again, it went on from epoch "
+            f"{part['resumed_epoch'] + 1} and reached {part['psnr_resumed_db']:.2f} dB, with "
+            f"{same} an uninterrupted run ({part['psnr_uninterrupted_db']:.2f} dB).")
+
+
+def _checkpoint_text(part: dict[str, Any]) -> str:
+    costs = " and ".join(f"{run['mean_s'] * 1000:.0f} ms on {run['ranks']} rank"
+                         f"{'s' if run['ranks'] > 1 else ''} ({run['share']:.2%} of training)"
+                         for run in part["runs"])
+    return (f"A checkpoint ({part['runs'][0]['size_bytes'] / 1e6:.0f} MB), one every "
+            f"{part['checkpoint_s']:.0f} s by default, takes {costs}.")
+
+
+_TEXTS = {"speed": _speed_text, "correctness": _correctness_text, "sweep": _sweep_text,
+          "kill": _kill_text, "checkpoint": _checkpoint_text}

@@ -1,0 +1,183 @@
+"""The study's list of runs, its runner on a few small ones, and the table of what they gave."""
+
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hnerv_clip import cli, study
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.evaluate import load_run, predict_embeddings
+from hnerv_clip.patches import make_grid
+from hnerv_clip.runs import RunDir, load_checkpoint
+from hnerv_clip.study import StudyError, run_study, study_base, study_configs, study_table
+from hnerv_clip.train import check_run
+
+FULL = study_base("full", {"teacher": "efficientnet-lite0", "clip_dim": 1280})
+
+
+def test_every_run_can_run():
+    configs = study_configs(FULL)
+    assert list(configs)[0] == "bunny_hybrid_base_s0" and configs["bunny_hybrid_base_s0"] == FULL
+    assert len(set(configs.values())) == len(configs)
+    for config in configs.values():
+        check_run(config)
+    for video in study.VIDEOS:
+        for kind in study.KINDS:
+            assert {f"{video}_{kind}_base_s{seed}" for seed in range(3)} <= set(configs)
+    weights = {c.train.clip_loss_weight for n, c in configs.items() if "bunny_hybrid_" in n}
+    assert weights == {0.5, *study.LAMBDAS}
+
+
+def test_the_study_is_evaluated_at_the_end_unless_asked():
+    assert study_base("full", {"epochs": "7"}).train.eval_freq == 7
+    assert study_base("full", {"epochs": "7", "eval_freq": "2"}).train.eval_freq == 2
+
+
+def test_patterns_choose_runs():
+    chosen = study_configs(FULL, ["bikes_*_s1", "bunny_pe_base_s0"])
+    assert list(chosen) == ["bunny_pe_base_s0", "bikes_hybrid_base_s1", "bikes_xyt_base_s1",
+                            "bikes_pe_base_s1", "bikes_hybrid_pixels_only_s1"]
+    with pytest.raises(ConfigError, match="--list"):
+        study_configs(FULL, ["bunnies_*"])
+    with pytest.raises(ConfigError, match="CLIP head"):
+        study_configs(FULL.replace(predict_clip=False))
+
+
+def test_the_denser_grid_holds_the_bases_patches():
+    dense = FULL.replace(patch_grid=study.between_grid(FULL))
+    own, more = (make_grid(c.teacher, (640, 1280)) for c in (FULL, dense))
+    assert own.tops == more.tops[::2] and own.lefts == more.lefts[::2] and len(more) == 21
+    with pytest.raises(ConfigError, match="2_4"):
+        study.between_grid(FULL.replace(patch_grid=""))
+
+
+@pytest.fixture(scope="module")
+def done(small_config, cache_dir, tmp_path_factory):
+    """Two runs that end and one whose loss becomes NaN between them."""
+    folder = tmp_path_factory.mktemp("study")
+    configs = study_configs(small_config, ["bunny_hybrid_base_s0", "bunny_xyt_stage_all_s1"])
+    xyt = configs["bunny_xyt_stage_all_s1"].replace(modelsize=0.2)
+    configs = {"bunny_hybrid_base_s0": configs["bunny_hybrid_base_s0"],
+               "bunny_hybrid_lambda_1_s0": small_config.replace(lr=1e30),
+               "bunny_xyt_stage_all_s1": xyt}
+    said = []
+    states = run_study(configs, folder, base=small_config, cache_dir=cache_dir, say=said.append)
+    return folder, configs, states, said
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(done, small_config, cache_dir):
+    folder, configs, states, said = done
+    assert states == {"bunny_hybrid_base_s0": "finished", "bunny_hybrid_lambda_1_s0": "failed",
+                      "bunny_xyt_stage_all_s1": "finished"}
+    assert any("bunny_hybrid_lambda_1_s0 failed" in line and "lower lr" in line for line in said)
+    assert "TrainError" in (folder / "bunny_hybrid_lambda_1_s0.error.txt").read_text()
+    assert (folder / "bunny_hybrid_base_s0" / "verification.json").exists()
+    again = run_study(configs, folder, base=small_config, cache_dir=cache_dir, minutes=0)
+    assert again == states | {"bunny_hybrid_lambda_1_s0": "waiting"}
+
+
+def test_a_run_of_another_process_is_left_alone(done, small_config, cache_dir):
+    folder, configs, *_ = done
+    name = "bunny_hybrid_lambda_1_s0"
+    with RunDir(folder / name).lock():
+        states = run_study({name: configs[name]}, folder, base=small_config, cache_dir=cache_dir)
+    assert states == {name: "busy"}
+
+
+def test_stopped_in_the_middle_the_next_call_goes_on(small_config, small_dataset, cache_dir,
+                                                     tmp_path):
+    """Twice SIGTERM in a run of many epochs: the worker ends too, and its checkpoint is there."""
+    name = "bunny_hybrid_base_s0"
+    words = [word for key, value in small_config.replace(epochs=100_000).params().items()
+             if value != "" for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "hnerv_clip.cli", "study", "--outf", str(tmp_path), "--only",
+               name, "--cache_dir", str(cache_dir), "--no-verify", *words]
+    epoch = 0
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            while _epoch(tmp_path / name) <= epoch:
+                assert process.poll() is None, "it ended by itself"
+                time.sleep(0.2)
+            process.terminate()
+            assert process.wait(timeout=60) == 143
+        finally:
+            process.kill()
+        with RunDir(tmp_path / name).lock():  # no worker is left that trains it
+            epoch = _epoch(tmp_path / name)
+    assert not RunDir(tmp_path / name).finished
+
+
+def _epoch(run_dir):
+    latest = run_dir / "model_latest.pth"
+    return load_checkpoint(latest)["epoch"] if latest.exists() else 0
+
+
+def test_no_run_is_begun_that_would_not_end_in_time(tmp_path):
+    now = time.monotonic()
+    assert study._next_run(["a"], {}, tmp_path, now + 60, []) == "a"
+    assert study._next_run(["a"], {}, tmp_path, now + 60, [10, 20, 90]) == "a"
+    assert study._next_run(["a"], {}, tmp_path, now + 60, [10, 70, 90]) is None
+    assert study._next_run(["a"], {}, tmp_path, now - 1, []) is None
+
+
+def test_the_table_is_what_the_runs_gave(done, cache_dir, tmp_path):
+    folder, configs, *_ = done
+    table = study.write_study(folder, tmp_path / "study.csv").set_index("run")
+    assert table.index.tolist() == ["bunny_hybrid_base_s0", "bunny_xyt_stage_all_s1"]
+    assert table.variant.tolist() == ["base", "stage_all"] and table.seed.tolist() == [0, 1]
+    assert table.kind.tolist() == ["hybrid", "xyt"]
+    summary = RunDir(folder / "bunny_hybrid_base_s0").summary()
+    row = table.loc["bunny_hybrid_base_s0"]
+    assert row.psnr_held_out_db == summary["eval_psnr_val_interpolated"]
+    assert row.psnr_held_out_encoder_db == summary["eval_psnr_val"]
+    for part, name in [("train", "train"), ("held_out", "val_interpolated")]:
+        for measure in ("clip_similarity", "clip_centred"):
+            assert row[f"{measure}_{part}"] == pytest.approx(summary[f"eval_{measure}_{name}"],
+                                                             abs=1e-5)
+    run = load_run(folder / "bunny_xyt_stage_all_s1", cache_dir=cache_dir, device="cpu")
+    own = predict_embeddings(run.model, run.dataset).numpy()
+    right, split = run.dataset.embeddings.numpy(), run.dataset.split
+    mean = right[split.train].mean((0, 1))
+    constant = (right[split.val] @ (mean / np.linalg.norm(mean))).mean()
+    raw = (own[split.val] * right[split.val]).sum(-1).mean()
+    row = table.loc["bunny_xyt_stage_all_s1"]
+    assert row.skill_held_out == pytest.approx((raw - constant) / (1 - constant), abs=1e-4)
+    first = (own[split.val] @ right.reshape(-1, 1280).T).argmax(-1)
+    exact = first == split.val[:, None] * 8 + np.arange(8)
+    assert row.r1_held_out == pytest.approx(exact.mean())
+    assert np.isfinite(row.clip_centred_between_held_out)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "study.csv").set_index("run"), table,
+                                  check_dtype=False, rtol=1e-4)
+
+
+def test_a_pack_holds_all_but_the_checkpoints(done, tmp_path):
+    folder, *_ = done
+    size_bytes = study.pack_study(folder, tmp_path / "study.tar.xz")
+    assert size_bytes == (tmp_path / "study.tar.xz").stat().st_size < 200_000
+    with tarfile.open(tmp_path / "study.tar.xz") as archive:
+        archive.extractall(tmp_path / "there", filter="data")
+        assert not any(name.endswith((".pth", ".hnerv")) for name in archive.getnames())
+    pd.testing.assert_frame_equal(study_table(tmp_path / "there"), study_table(folder))
+    with pytest.raises(StudyError, match="first"):
+        study_table(tmp_path / "nowhere")
+    with pytest.raises(StudyError, match="no runs"):
+        study.pack_study(tmp_path / "nowhere", tmp_path / "x.tar.xz")
+
+
+def test_the_command_lists_and_gathers(done, tmp_path, capsys):
+    folder, configs, *_ = done
+    words = [w for n, v in Config.from_params(**configs["bunny_hybrid_base_s0"].params())
+             .params().items() if v != "" for w in (f"--{n}", str(v))]
+    assert cli.main(["study", "--list", "--only", "bikes_pe_*", *words]) == 0
+    assert "bikes_pe_base_s2" in capsys.readouterr().out
+    assert cli.main(["study", "--outf", str(folder), "--only", "bunny_hybrid_base_s0", *words,
+                     "--minutes", "0", "--csv", str(tmp_path / "a.csv"),
+                     "--pack", str(tmp_path / "a.tar.xz")]) == 0
+    assert "1 finished" in capsys.readouterr().out
+    assert len(pd.read_csv(tmp_path / "a.csv")) == 2 and (tmp_path / "a.tar.xz").exists()

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from hnerv_clip.config import PROFILES, Config, ConfigError, param_names, settings_table
+from hnerv_clip.paths import resolve_path
 
 SHORT = {"b": "batch_size", "batchSize": "batch_size", "e": "epochs", "d": "distributed"}
 # Options of the original scripts that are something else here
@@ -131,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--by", nargs="+", default=[], metavar="NAME",
                              help="parameters that tell settings apart in the table")
 
+    made = add("pages", _pages, "make anew what README and book take from book/results")
+    made.add_argument("--fidelity", nargs="+", metavar="RUN", help=
+                      "first collect book/results/fidelity.json from these finished runs")
+    made.add_argument("--quick", metavar="FOLDER", help=
+                      "first collect book/results/quick.json from a quick study's folder")
     add("settings", _settings, "print every setting, its default and its meaning")
     return parser
 
@@ -291,6 +297,18 @@ def _search(args: argparse.Namespace) -> None:
             found[side] = [boxes[patch][i] for patch in found.patch]
         print(f"{query}  ({run.dataset.teacher_label}; embeddings: {source})")
         print(found.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
+
+
+def _pages(args: argparse.Namespace) -> None:
+    from hnerv_clip import pages
+    from hnerv_clip.book import repository_root
+
+    root = repository_root()
+    if args.fidelity:
+        pages.collect_fidelity(root / "book" / "results", args.fidelity)
+    if args.quick:
+        pages.collect_quick(root / "book" / "results", resolve_path(args.quick))
+    pages.refresh(root)
 
 
 def _settings(args: argparse.Namespace) -> None:

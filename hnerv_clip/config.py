@@ -57,7 +57,7 @@ class TeacherConfig:
     teacher: str = "clip"  # clip, or the bundled efficientnet-lite0 (not CLIP)
     clip_model: str = "ViT-B-32-quickgelu"  # open_clip architecture
     clip_pretrained: str = "openai"  # open_clip tag, a checkpoint file, or local-dir:FOLDER
-    teacher_precision: str = "fp32"  # fp32, or for CLIP bf16: faster on a GPU, cosine to fp32 > 0.999
+    teacher_precision: str = "fp32"  # fp32, or for CLIP bf16: faster, cosine to fp32 above 0.999
     patch_grid: tuple[int, int] | None = (2, 4)  # rows_columns, evenly from edge to edge
     patch_size: int = 0  # pixels; 0 means 448 at height 640 and in proportion
     patch_stride: int = 0  # pixels; used when patch_grid is "", 0 means half the patch

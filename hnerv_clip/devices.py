@@ -1,4 +1,4 @@
-"""Small things that every clock needs."""
+"""What depends on the device alone."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given; at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What `auto` stands for: tf32 on a GPU, fp32 on a CPU."""
+    return precision if precision != "auto" else "tf32" if device.type == "cuda" else "fp32"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
 
+from hnerv_clip import speed
 from hnerv_clip.config import Config, settings_table
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs import RunDir, RunError, write_json
 
 PLACEHOLDER = """# {title}
 
@@ -44,6 +47,101 @@ def settings_markdown() -> str:
     return "\n".join(rows) + "\n"
 
 
+# What the README repeats: name of the block, and what makes it from `book`
+README_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "headline": lambda book: headline_table(book / "_generated" / "headline.md"),
+    "ablations": lambda book: ablations_markdown(pd.read_csv(book / "results" / "ablations.csv")),
+    "fidelity": lambda book: fidelity_markdown(_results(book, "fidelity")),
+    "speed": lambda book: speed.training_markdown(speed.load_benches(book / "results"),
+                                                  _results(book, "reference_speed")),
+    "quick": lambda book: quick_markdown(_results(book, "quick")),
+    "settings": lambda book: settings_markdown(),
+}
+
+
+def refresh(root: Path) -> None:
+    """Make anew what README and book take from `book/results` and the settings.
+
+    In the README that is what stands between `<!-- made: NAME -->` and `<!-- end: NAME -->`.
+
+    Raises:
+        ValueError: the README lacks a block.
+    """
+    book = root / "book"
+    write_from_results(book)
+    readme = root / "README.md"
+    readme.write_text(fill_blocks(readme.read_text(), {
+        name: make(book) for name, make in README_BLOCKS.items()}))
+
+
+def fill_blocks(text: str, blocks: dict[str, str]) -> str:
+    """Put each block between its two comments."""
+    for name, content in blocks.items():
+        begin, end = f"<!-- made: {name} -->", f"<!-- end: {name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"the README lacks {begin} … {end}; put both around the place where "
+                             "the figures go")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{content.strip()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def headline_table(page: Path) -> str:
+    """The table of the landing page and what stands below it; empty while no run is published."""
+    text = page.read_text()
+    return text[text.index("\n|") + 1:] if "\n|" in text else ""
+
+
+def _results(book: Path, name: str) -> dict[str, Any]:
+    return json.loads((book / "results" / f"{name}.json").read_text())
+
+
+def write_from_results(book: Path) -> None:
+    """Write what pages include of the settings and of the measurements in `book/results`."""
+    folder = book / "_generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.md").write_text(settings_markdown())
+    _write_fidelity(folder, book / "results")
+    _write_speed(folder, book / "results")
+
+
+def collect_fidelity(results: Path, run_dirs: list[str | Path]) -> None:
+    """Write `fidelity.json` from finished runs; the reference figures in it stay.
+
+    Raises:
+        RunError: a run is not finished.
+    """
+    from hnerv_clip.bench import run_record
+
+    path = results / "fidelity.json"
+    measured = json.loads(path.read_text())
+    write_json(path, {"runs": [run_record(RunDir(run)) for run in run_dirs],
+                      "reference": measured["reference"]})
+
+
+def collect_quick(results: Path, study: Path) -> None:
+    """Write `quick.json` from the folder of a quick study that `hnerv-clip book` executed whole.
+
+    Raises:
+        RunError: the study's main run is not finished, or it was executed in parts or resumed.
+    """
+    run = RunDir(study / "main")
+    summary, facts = run.summary(), run.provenance()
+    made = study / "book.json"
+    if not made.exists():
+        raise RunError(f"{study} has no book.json: execute the whole book into an empty folder, "
+                       "hnerv-clip book --outf NEW/main")
+    cost = json.loads(made.read_text())
+    held_out = "_val_interpolated" if "eval_psnr_val_interpolated" in summary else "_val"
+    write_json(results / "quick.json", {
+        "what": "hnerv-clip book, quick profile, after installation", **cost,
+        "psnr_seen_db": summary["eval_psnr_train"],
+        "psnr_unseen_db": summary[f"eval_psnr{held_out}"],
+        "centred_seen": summary["eval_clip_centred_train"],
+        "centred_unseen": summary[f"eval_clip_centred{held_out}"],
+        "train_frames_per_s": summary["train_frames_per_s"], "versions": facts["versions"]})
+
+
 def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str | Path) -> None:
     """Write what `book/*.md` include: settings, the drawing of the network, the headline result.
 
@@ -51,11 +149,9 @@ def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str
         book: the folder with the pages; `_generated` and `_static` in it are written to.
         run_dir: the study's main run; where it is not finished, the headline says so.
     """
+    write_from_results(book)
     folder = book / "_generated"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.md").write_text(settings_markdown())
     _draw_architecture(folder / "architecture.svg", config)
-    _write_fidelity(folder, book / "results")
     video = book / "_static" / "headline.mp4"
     video.unlink(missing_ok=True)
     video.parent.mkdir(exist_ok=True)
@@ -90,8 +186,24 @@ def _write_fidelity(folder: Path, results: Path) -> None:
     plot_fidelity(measured["runs"], measured["reference"]).savefig(folder / "fidelity.svg",
                                                                    metadata={"Date": None})
     (folder / "fidelity.md").write_text(fidelity_markdown(measured))
-    (folder / "steps.md").write_text(steps_markdown(json.loads(
-        (results / "steps_h100.json").read_text())))
+
+
+def _write_speed(folder: Path, results: Path) -> None:
+    """The figures and the tables of `how_fast.md`, from the measurements in `book/results`."""
+    from hnerv_clip.figures.speed import plot_profile, plot_scaling
+    from hnerv_clip.figures.style import use_style
+
+    use_style()
+    for name, text in speed.speed_pages(results).items():
+        (folder / f"{name}.md").write_text(text)
+    scaling = {bench["device"]: rows for bench, rows in
+               speed.part_rows(speed.load_benches(results), "scaling")}
+    if scaling:
+        plot_scaling(scaling, {name: axis[:2] for name, axis in speed.AXES.items()}).savefig(
+            folder / "speed_scaling.svg", metadata={"Date": None})
+    if profile := speed.load_optional(results / "profile_h100.json"):
+        plot_profile(profile["rows"], device=profile["device"]).savefig(
+            folder / "speed_profile.svg", metadata={"Date": None})
 
 
 def fidelity_markdown(measured: dict) -> str:
@@ -112,22 +224,6 @@ def fidelity_markdown(measured: dict) -> str:
         f"\n\nOver {len(values)} seeds, the mean lies {abs(gap):.2f} dB "
         f"{'above' if gap > 0 else 'below'} the paper's figure, the single seeds between "
         f"{min(values):.2f} and {max(values):.2f} dB.\n")
-
-
-def steps_markdown(measured: dict) -> str:
-    """Step times with and without the CLIP head, as a Markdown table."""
-    rows = ["| engine | precision | CLIP head | step (ms) | frames/s | peak memory (GiB) |",
-            "|---|---|---|---|---|---|"]
-    steps = [step for step in measured["steps"] if not step["embed"]]
-    rows += [f"| {s['engine']} | {s['precision']} | {'on' if s['clip_head'] else 'off'} | "
-             f"{s['step_ms']:.2f} | {s['train_frames_per_s']:.0f} | {s['peak_memory_gib']:.2f} |"
-             for s in steps]
-    cost = {(s["engine"], s["precision"], s["clip_head"]): s["step_ms"] for s in steps}
-    costs = [f"{cost[e, p, True] / cost[e, p, False] - 1:.1%} ({e}, {p})"
-             for e, p, with_head in cost if not with_head]
-    return "\n".join(rows) + (
-        f"\n\nThe head adds {' and '.join(costs)}. {measured['device']}, PyTorch "
-        f"{measured['torch']}, commit {measured['commit'][:12]}; {measured['what']}.\n")
 
 
 def quick_markdown(measured: dict) -> str:

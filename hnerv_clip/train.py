@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from hnerv_clip.config import Config, ConfigError, VideoConfig
 from hnerv_clip.dataset import Dataset, load_dataset
+from hnerv_clip.devices import resolve_precision
 from hnerv_clip.engine import COLUMNS, make_engine
 from hnerv_clip.evaluate import (
     evaluate_model,
@@ -38,7 +39,7 @@ from hnerv_clip.evaluate import (
 from hnerv_clip.losses import PIXEL_LOSSES, check_ms_ssim_size, clip_weight, learning_rate
 from hnerv_clip.model import build_model, plan_model
 from hnerv_clip.patches import make_grid
-from hnerv_clip.runs import RunDir, RunError, make_provenance, write_json
+from hnerv_clip.runs import RunDir, RunError, commit_words, make_provenance, write_json
 from hnerv_clip.teachers import select_device
 from hnerv_clip.video import load_video, split_frames
 
@@ -351,12 +352,13 @@ class _Loop:
             self.config, device=self.device, world_size=self.world,
             data_digest=self.dataset.video.digest,
             teacher=self.dataset.teacher_name if self.config.model.predict_clip else None)
+        facts["engine"] = type(self.engine).__name__.removesuffix("Engine").lower()
+        facts["precision"] = resolve_precision(self.config.train.precision, self.device)
         facts["part_sizes"] = self.model.part_sizes()
         facts["resumed_at_epoch"] = self.epoch
         write_json(self.run.path / "provenance.json", facts)
-        self.run.log(f"start at epoch {self.epoch}: {facts['device']}, commit {facts['commit']}"
-                     f"{' with uncommitted changes' if facts['dirty'] else ''}; "
-                     f"{self.dataset.split}; values {facts['part_sizes']}")
+        self.run.log(f"start at epoch {self.epoch}: {facts['device']}, commit "
+                     f"{commit_words(facts)}; {self.dataset.split}; values {facts['part_sizes']}")
 
     def _finish(self) -> None:
         """Evaluate the best model as trained and as stored, and close the run."""

@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from hnerv_clip import book, pages
+from hnerv_clip import book, pages, speed
 from hnerv_clip.book import BookError
 from hnerv_clip.config import Config, ConfigError, profile_params
 from hnerv_clip.runs import RunDir, RunError
@@ -225,7 +225,9 @@ def test_readme_shows_the_published_figures():
     headline = (ROOT / "book" / "_generated" / "headline.md").read_text()
     assert "\n".join(line for line in headline.splitlines() if line.startswith("|")) in readme
     assert pages.fidelity_markdown(json.loads((results / "fidelity.json").read_text())) in readme
-    assert pages.steps_markdown(json.loads((results / "steps_h100.json").read_text())) in readme
+    assert speed.training_markdown(
+        speed.load_benches(results),
+        json.loads((results / "reference_speed.json").read_text())) in readme
     assert pages.quick_markdown(json.loads((results / "quick.json").read_text())) in readme
     assert pages.ablations_markdown(pd.read_csv(results / "ablations.csv")) in readme
     names = re.findall(r"book/(\d\d_\w+)", (ROOT / "_toc.yml").read_text())
@@ -235,6 +237,15 @@ def test_readme_shows_the_published_figures():
         published = "code" in [cell["cell_type"] for cell in json.loads(page)["cells"]]
         assert published or page == pages.placeholder(name)
         assert "papermill" not in json.loads(page)["metadata"]
+
+
+def test_speed_pages_are_current():
+    """What `how_fast.md` includes is what the measurements say."""
+    made = speed.speed_pages(ROOT / "book" / "results")
+    included = re.findall(r"_generated/(\w+)\.md", (ROOT / "book" / "how_fast.md").read_text())
+    assert sorted(included) == sorted(made)
+    for name, text in made.items():
+        assert (ROOT / "book" / "_generated" / f"{name}.md").read_text() == text, name
 
 
 def test_the_headline_comes_from_the_run(small_config, small_dataset, cache_dir, tmp_path):

@@ -1,0 +1,62 @@
+"""Figures of speed: how a step's time grows, and where it goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+from hnerv_clip.figures.style import CYCLE, PALETTE, caption, new_figure
+
+
+def plot_scaling(devices: dict[str, list[dict[str, Any]]],
+                 axes: dict[str, tuple[str, str]]) -> Figure:
+    """Time of a training step over one thing at a time, a line for each device.
+
+    Args:
+        devices: by name, rows of `hnerv-clip bench --parts scaling`.
+        axes: by axis of the rows, its label and the column of its values.
+    """
+    figure, panels = new_figure(2, 3, height=4.6, sharey=True)
+    for panel, (axis, (label, column)) in zip(panels.flat, axes.items()):
+        for rows, color in zip(devices.values(), CYCLE):
+            own = sorted((row for row in rows if row["axis"] == axis), key=lambda r: r[column])
+            x, y = [row[column] for row in own], [row["step_ms"] for row in own]
+            low = [row["step_ms"] - row["step_ms_min"] for row in own]
+            high = [row["step_ms_max"] - row["step_ms"] for row in own]
+            panel.errorbar(x, y, yerr=[low, high], marker="o", color=color)
+        values = sorted({row[column] for rows in devices.values() for row in rows
+                         if row["axis"] == axis})
+        panel.set(xscale="log", yscale="log", xlabel=label)
+        panel.set_xticks(values, [f"{v / 1e6:.2g} M" if v >= 1e4 else f"{v:g}" for v in values])
+        panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for panel in panels[:, 0]:
+        panel.set_ylabel("step (ms)")
+    for panel in panels.flat[len(axes):]:
+        panel.axis("off")
+        for name, color in zip(devices, CYCLE):
+            panel.plot([], [], marker="o", color=color, label=name)
+        panel.legend(loc="center left")
+    return caption(figure, "One thing varied at a time, each point a fresh model; whiskers from "
+                           "the fastest to the slowest repeat. Both axes logarithmic.")
+
+
+def plot_profile(rows: list[dict[str, Any]], *, device: str) -> Figure:
+    """Where a training step's time went before the engine was optimised, and goes now.
+
+    Args:
+        rows: part, before_ms, after_ms.
+    """
+    figure, axes = new_figure(height=0.9 + 0.42 * len(rows))
+    for offset, when, color, label in [(-0.2, "before_ms", PALETTE["reference"], "before"),
+                                       (0.2, "after_ms", PALETTE["learned"], "now")]:
+        axes.barh([i + offset for i in range(len(rows))], [row[when] for row in rows], height=0.38,
+                  color=color, label=label)
+    axes.set_yticks(range(len(rows)), [row["part"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds of a step")
+    axes.legend()
+    return caption(figure, f"Parts of one training step on {device}.")

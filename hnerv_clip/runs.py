@@ -5,7 +5,7 @@ Checkpoints hold tensors and plain values only, are written atomically and are c
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import importlib.metadata
 import json
 import os
@@ -14,15 +14,21 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import pandas as pd
+import psutil
 import torch
 
 from hnerv_clip.config import Config
 from hnerv_clip.paths import resolve_path
+
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None
 
 PACKAGES = ("hnerv-clip", "torch", "torchvision", "numpy", "open_clip_torch", "timm", "av",
             "pytorch-msssim")
@@ -32,8 +38,16 @@ PACKAGES = ("hnerv-clip", "torch", "torchvision", "numpy", "open_clip_torch", "t
 STARTED = ("model_latest.pth", "model_best.pth", "metrics.csv", "summary.json", "job.json")
 
 
+NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # some cluster disks
+SILENT_S = 900  # a process of another machine that wrote nothing for so long is taken for dead
+
+
 class RunError(RuntimeError):
     """A run directory or checkpoint can't be used as asked; the message says the fix."""
+
+
+class Held(RuntimeError):
+    """Another process holds a lock; the message names it."""
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -50,7 +64,8 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error}. What stood there before is intact; free "
                        "space or make the folder writable, then run again to resume") from error
 
@@ -59,6 +74,119 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def hold(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file for this process.
+
+    By flock, which the system releases when the process dies. Where the disk has none, by a file
+    beside it that only one process can make; what a dead process left is taken over.
+
+    Args:
+        wait: for the process that holds it, instead of raising.
+    Raises:
+        Held: another process holds it.
+    """
+    with open(path, "a+") as file:
+        if _flock(file, wait=wait):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+            return
+    own = {"pid": os.getpid(), "start": process_start(os.getpid()), "host": platform.node()}
+    exclusive = path.with_name(f"{path.name}.held")
+    while not _make_exclusive(exclusive, json.dumps(own)):
+        if not wait:
+            holder = _read_holder(exclusive)
+            raise Held("process {pid} on {host}".format(**holder) if holder else "unknown")
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        if _read_holder(exclusive) == own:
+            exclusive.unlink()
+
+
+def _flock(file: IO[str], *, wait: bool) -> bool:
+    """Take the lock of an open file; False where the disk has no locks."""
+    try:
+        if fcntl is None:
+            return False
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        file.seek(0)
+        raise Held(file.read().strip() or "unknown") from None
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        return False
+
+
+def _make_exclusive(path: Path, content: str) -> bool:
+    """Make a file that must not exist yet; what a dead process left is removed first."""
+    holder = _read_holder(path)
+    if holder is not None and _is_dead(holder, path):
+        aside = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:  # another process was as quick
+            return False
+        taken = _read_holder(aside)
+        if taken != holder:  # another process was quicker, and this is its own
+            os.rename(aside, path)
+            return False
+        aside.unlink()
+    try:
+        with open(path, "x") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _read_holder(path: Path) -> dict[str, Any] | None:
+    """Who made an exclusive file: pid, start, host; empty where it does not say, None without."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+
+
+def _is_dead(holder: dict[str, Any], path: Path) -> bool:
+    if holder.get("host") == platform.node():
+        return not is_alive(holder)
+    return silent_s(path.parent) > SILENT_S
+
+
+def silent_s(folder: Path) -> float:
+    """Seconds since a file of the folder was last written."""
+    times = []
+    for file in folder.iterdir():
+        try:
+            times.append(file.stat().st_mtime)
+        except FileNotFoundError:  # a temporary one, gone since
+            continue
+    return time.time() - max(times, default=0.0)
+
+
+def process_start(pid: int) -> float | None:
+    """When a process began, which tells it from a later one of the same id; None if it ended."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def is_alive(process: dict[str, Any]) -> bool:
+    """Whether the process with this pid and start runs on this machine."""
+    start = process_start(process["pid"])
+    return start is not None and abs(start - process["start"]) < 2  # the clock may be adjusted
 
 
 class RunDir:
@@ -121,17 +249,12 @@ class RunDir:
         Raises:
             RunError: another process trains this run.
         """
-        with open(self.path / ".lock", "a+") as file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise RunError(f"{self.path} is being trained by another process "
-                               f"({file.read().strip() or 'unknown'}); wait for it, or stop it "
-                               "first") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
+                stack.enter_context(hold(self.path / ".lock"))
+            except Held as held:
+                raise RunError(f"{self.path} is being trained by another process ({held}); wait "
+                               "for it, or stop it first") from None
             for half_written in self.path.glob(".model_*.tmp"):  # by a process that was killed
                 half_written.unlink(missing_ok=True)
             yield
@@ -232,19 +355,30 @@ def make_provenance(config: Config, *, device: torch.device, data_digest: str, t
     }
 
 
-def code_version() -> tuple[str, bool]:
-    """(commit, whether tracked files differ from it); the package's version outside a checkout."""
+def code_version() -> tuple[str, bool | None]:
+    """(commit, whether tracked files differ from it).
+
+    Outside a checkout: what HNERV_CLIP_COMMIT says, for copies without their .git, or the package's
+    version; and None, as nobody can tell whether it was changed.
+    """
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True,
                               check=True).stdout.strip()
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the checkout is another's
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain",
                                                   "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
-        recorded = os.environ.get("HNERV_CLIP_COMMIT")  # for copies without their .git
-        return recorded or f"package {package_versions().get('hnerv-clip', 'unknown')}", False
+        recorded = os.environ.get("HNERV_CLIP_COMMIT")
+        return recorded or f"package {package_versions().get('hnerv-clip', 'unknown')}", None
+
+
+def commit_words(facts: dict[str, Any]) -> str:
+    """The commit and dirty of `code_version`, as a reader needs them."""
+    changes = {True: " with uncommitted changes", False: "", None: " (changes unknown)"}
+    return facts["commit"][:12] + changes[facts["dirty"]]
 
 
 def package_versions() -> dict[str, str]:
@@ -278,8 +412,7 @@ def provenance_table(*run_dirs: str | Path) -> pd.DataFrame:
         facts = run.provenance()
         summary = run.summary() if run.finished else {}
         columns[run.path.name] = {
-            "commit": facts["commit"][:12] + (" (with uncommitted changes)" if facts["dirty"]
-                                              else ""),
+            "commit": commit_words(facts),
             "device": facts["device"] + (f" × {facts['world_size']}" if facts["world_size"] > 1
                                          else ""),
             "versions": ", ".join(f"{n} {v}" for n, v in facts["versions"].items()),

@@ -23,7 +23,14 @@ from hnerv_clip.config import Config, ConfigError, TrainConfig
 from hnerv_clip.dataset import prepare_dataset
 from hnerv_clip.launch import Job, launch
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.runs import RunDir, code_version, device_name, package_versions, write_json
+from hnerv_clip.runs import (
+    RunDir,
+    code_version,
+    commit_words,
+    device_name,
+    package_versions,
+    write_json,
+)
 from hnerv_clip.train import LATEST
 
 # What `hnerv-clip scale` trains unless told: the paper's network and the bundled teacher, which is
@@ -395,10 +402,9 @@ def scaling_markdown(measured: dict[str, Any]) -> str:
 
 
 def _machine(part: dict[str, Any], measured: dict[str, Any]) -> str:
-    dirty = {True: " with uncommitted changes", None: " (changes unknown)", False: ""}
     count = f"{measured['gpus']} × " if measured["backend"] == "nccl" else ""
     return (f"{count}{part['device']}, PyTorch {part['versions']['torch']}, commit "
-            f"{part['commit'][:12]}{dirty[part['dirty']]}")
+            f"{commit_words(part)}")
 
 
 def _speed_text(part: dict[str, Any]) -> str:

@@ -1,8 +1,13 @@
 """Training: it learns, it resumes exactly, it stops where it must."""
 
+import errno
+import os
+import resource
 import shutil
 import socket
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -156,6 +161,60 @@ def test_errors_come_before_any_long_work(small_config, finished, cache_dir, tmp
     latest.write_bytes(latest.read_bytes()[:-100])
     with pytest.raises(RunError, match="remove it"):
         train(small_config, tmp_path / "cut", cache_dir=cache_dir, progress=False)
+
+
+def _train_until_unwritable(how, params, run_dir, cache_dir, answer):
+    """Trains seven steps, then nothing can be written any more; answers with the error."""
+    torch.set_num_threads(1)
+    step, taken = PlainEngine.step, 0
+
+    def until(self, *args, **kwargs):
+        nonlocal taken
+        taken += 1
+        if taken == 8 and how == "limit":  # of a file's size: a real error in the middle of writing
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        if taken == 8 and how == "full":
+            torch.save = half_saved
+        if taken == 8 and how == "read-only":
+            os.chmod(run_dir, 0o555)
+            if os.geteuid() == 0:  # whom permissions do not stop
+                os.seteuid(65534)
+        return step(self, *args, **kwargs)
+
+    def half_saved(state, file):
+        file.write(b"x" * 1000)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    PlainEngine.step = until
+    try:
+        train(Config.from_params(**params), run_dir, cache_dir=cache_dir, progress=False)
+    except RunError as error:
+        answer.send((taken, str(error)))
+
+
+@pytest.mark.parametrize("how, words", [("limit", "File too large"), ("full", "No space left"),
+                                        ("read-only", "Permission denied")])
+def test_an_unwritable_disk_stops_training_and_leaves_the_last_checkpoint(
+        how, words, finished, small_config, cache_dir):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        run_dir = Path(folder) / "run"
+        mine, other = torch.multiprocessing.get_context("spawn").Pipe()
+        process = torch.multiprocessing.get_context("spawn").Process(
+            target=_train_until_unwritable,
+            args=(how, small_config.params(), str(run_dir), str(cache_dir), other))
+        process.start()
+        assert mine.poll(120), "no error was raised"
+        taken, message = mine.recv()
+        process.join()
+        assert taken == 8 and words in message
+        assert "intact" in message and "run again to resume" in message
+        state = RunDir(run_dir).load_checkpoint("model_latest.pth")
+        assert state["epoch"] * 5 + state["batch"] == 7
+        os.chmod(run_dir, 0o755)
+        train(small_config, run_dir, cache_dir=cache_dir, progress=False)
+        for name, value in weights(finished.run_dir).items():
+            assert torch.equal(weights(run_dir)[name], value), name
 
 
 def _train_as_rank(rank, world, port, params, run_dir, cache_dir):

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from hnerv_clip.config import Config, ConfigError, VideoConfig
 from hnerv_clip.dataset import Dataset, load_dataset
+from hnerv_clip.devices import resolve_precision
 from hnerv_clip.engine import COLUMNS, make_engine
 from hnerv_clip.evaluate import (
     evaluate_model,
@@ -351,6 +352,8 @@ class _Loop:
             self.config, device=self.device, world_size=self.world,
             data_digest=self.dataset.video.digest,
             teacher=self.dataset.teacher_name if self.config.model.predict_clip else None)
+        facts["engine"] = type(self.engine).__name__.removesuffix("Engine").lower()
+        facts["precision"] = resolve_precision(self.config.train.precision, self.device)
         facts["part_sizes"] = self.model.part_sizes()
         facts["resumed_at_epoch"] = self.epoch
         write_json(self.run.path / "provenance.json", facts)

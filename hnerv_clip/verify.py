@@ -61,6 +61,10 @@ MEASURES = {
     "r1": "R@1", "r5": "R@5", "median_rank": "median rank", "r1_near": "R@1 near",
     "r5_near": "R@5 near", "median_rank_near": "median rank near", "cka": "CKA",
 }
+# The values that a measure can take, where an interval ends.
+LIMITS = {"raw": (-1, 1), "centred": (-1, 1), "skill": (-np.inf, 1), "cka": (-np.inf, 1),
+          **dict.fromkeys(("r1", "r5", "r1_near", "r5_near"), (0, 1)),
+          **dict.fromkeys(("median_rank", "median_rank_near"), (1, np.inf))}
 CKA_ROWS = 4000  # patches up to which a CKA gets an interval, which needs a matrix of their square
 SOURCES = {
     "encoder": "held-out frames go through the encoder: the model sees the frame it is asked about",
@@ -246,8 +250,7 @@ def _measure_rows(answer, teacher, frames, raw, centred, constant, near):
         for top in (1, 5):
             hits, name = (found <= top).mean(axis=1), f"r{top}{near_by}"
             row = _measured(name, summary[name], hits, lambda hits=hits: mean_interval(hits))
-            row |= {end: np.clip(row[end], 0, 1) for end in ("low", "high")}
-            rows.append(row | {"chance": summary[f"r{top}{near_by}_chance"]})
+            rows.append(row | {"chance": summary[f"{name}_chance"]})
         name = f"median_rank{near_by}"
         rows.append(_measured(name, summary[name], found,
                               lambda found=found: median_interval(found)))
@@ -261,9 +264,9 @@ def _measured(measure: str, value: float, series, interval: Callable[[], Interva
            "standard_error": np.nan, "freedom": np.nan, "chance": np.nan, "frames": len(series)}
     if len(series) < MIN_FRAMES or np.ptp(series) < 1e-9:
         return row
-    found = interval()
-    return row | {name: getattr(found, name)
-                  for name in ("low", "high", "standard_error", "freedom")}
+    found, (low, high) = interval(), LIMITS[measure]
+    return row | {"low": max(found.low, low), "high": min(found.high, high),
+                  "standard_error": found.standard_error, "freedom": found.freedom}
 
 
 def _cka_row(answer, target):

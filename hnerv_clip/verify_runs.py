@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from hnerv_clip.evaluate import (
     decode_frames,
     frame_embeddings,
     load_run,
+    measure_decoding,
     predict_embeddings,
     sources_of,
 )
@@ -37,6 +39,8 @@ from hnerv_clip.statistics import MIN_FRAMES, holm, mean_interval, pool_interval
 from hnerv_clip.teachers import Teacher, load_teacher, run_teacher, teacher_embeddings
 from hnerv_clip.verify import (
     CONTROLS,
+    LIMITS,
+    MEASURES,
     Verification,
     name_of,
     p_words,
@@ -225,6 +229,32 @@ def summarise_positions(scores: pd.DataFrame, *, level: float = 0.95) -> pd.Data
 def between_positions(run: Run, **options) -> pd.DataFrame:
     """`summarise_positions` of `position_scores`: one table of how a run does between patches."""
     return summarise_positions(position_scores(run, **options))
+
+
+def measure_costs(run: Run, teacher: Teacher, *, frames: int = 8, repeats: int = 5
+                  ) -> pd.DataFrame:
+    """Embeddings a second: predicted, by decoding and the teacher, and by the teacher alone.
+
+    Returns:
+        A row per way: embeddings_per_s (median over passes after a warm-up), min, max, n passes.
+    """
+    grid, timed = run.dataset.grid, run.dataset.video.frames[:frames]
+    decoding = measure_decoding(run.model, run.dataset, repeats=repeats).set_index("mode")
+    run_teacher(teacher, timed, grid, progress=False)
+    rates = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run_teacher(teacher, timed, grid, progress=False)  # its result is on the CPU: it is done
+        rates.append(len(timed) / (time.perf_counter() - start))
+    columns = {"embeddings_per_s": ("frames_per_s", np.median), "min": ("min", min),
+               "max": ("max", max)}
+    ways = {"predicted": lambda rgb, own, taught: own,
+            "frame decoded, then the teacher": lambda rgb, own, taught: 1 / (1 / rgb + 1 / taught),
+            "teacher, frame at hand": lambda rgb, own, taught: taught}
+    return pd.DataFrame([{"way": way, **{name: len(grid) * rate(
+        decoding[column]["RGB"], decoding[column]["embeddings only"], reduce(rates))
+        for name, (column, reduce) in columns.items()}, "n": repeats}
+        for way, rate in ways.items()])
 
 
 def write_verification(run: Run, studies: dict[str, Verification]) -> list[Path]:
@@ -456,7 +486,8 @@ def _pool(rows, keys, value, name):
         parts = group[[value, "standard_error", "freedom"]].astype(float)
         if parts.notna().all(axis=None):
             found = pool_intervals(*parts.to_numpy().T)
-            row |= {"low": found.low, "high": found.high, "p": found.p}
+            low, high = LIMITS.get(row.get("measure"), (-np.inf, np.inf))
+            row |= {"low": max(found.low, low), "high": min(found.high, high), "p": found.p}
         pooled.append(row)
     return pd.DataFrame(pooled)
 
@@ -470,6 +501,24 @@ def _outcomes(comparisons):
         comparisons.p_holm < 0.05, "beaten",
         np.where(comparisons.difference > 1e-9, "unproven", "not beaten"))
     return comparisons
+
+
+def study_words(study: Study) -> pd.DataFrame:
+    """`Study.table` for reading: means ± sd between seeds, with the pooled interval in brackets."""
+    table = study.table
+    place = list(table.columns[:table.columns.get_loc("seeds") + 1])
+
+    def cell(row, measure):
+        spread = "" if np.isnan(row[f"{measure}_sd"]) else f" ± {row[f'{measure}_sd']:.2g}"
+        interval = "" if np.isnan(row[f"{measure}_low"]) else \
+            f" [{row[f'{measure}_low']:.3g}, {row[f'{measure}_high']:.3g}]"
+        return f"{row[measure]:.3g}{spread}{interval}"
+
+    words = table[place].copy()
+    for measure in STUDY_MEASURES:
+        words[MEASURES[measure]] = [cell(row, measure) for _, row in table.iterrows()]
+    return words.assign(beaten=table.beaten, unproven=table.unproven,
+                        **{"not beaten": table.not_beaten})
 
 
 def _study_table(measures, comparisons, place):

@@ -137,7 +137,7 @@ def made_run(folder, *, video="bunny", seed=0, offset=None, **params):
     """A stand-in for a run of 60 frames: its prediction is the teacher's with noise."""
     config = Config.from_params(clip_dim=1280, teacher="efficientnet-lite0", seed=seed, **params)
     RunDir.create(folder, config)
-    teacher = slow_video(seed=len(video))
+    teacher = slow_video(seed=sum(map(ord, video)))
     noise = unit_vectors(teacher.shape, seed=100 + seed)
     predicted = measures.unit(teacher + (0.8 if offset is None else offset) * noise)
     study = verify.verify_embeddings(predicted, teacher, ~HELD_OUT, HELD_OUT,
@@ -177,6 +177,8 @@ def test_seeds_are_joined(tmp_path):
     assert noise.not_beaten.str.contains("mean per position").all()
     assert not noise.beaten.str.contains("mean per position").any()
 
+    words = verify_runs.study_words(study)
+    assert words["centred cosine"].str.fullmatch(r"[\d.]+ ± [\d.e-]+ \[[\d.]+, [\d.]+\]").all()
     figure = figures.plot_study(study)
     assert any("A (not CLIP)" in text.get_text() and "a dot a seed (3" in text.get_text()
                for text in figure.texts)
@@ -222,6 +224,17 @@ def test_what_does_not_belong_together_is_not_joined(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="raw cosine of learned has no value"):
         verify_runs.join_runs([b])
+
+
+def test_costs_are_medians_with_their_spread(small_run, monkeypatch):
+    from hnerv_clip.teachers import load_teacher
+    table = verify_runs.measure_costs(small_run, load_teacher(small_run.config.teacher, "cpu"),
+                                      frames=2, repeats=3).set_index("way")
+    assert (table["min"] <= table.embeddings_per_s).all() and set(table.n) == {3}
+    assert (table.embeddings_per_s <= table["max"]).all()
+    both, alone = table.loc[["frame decoded, then the teacher", "teacher, frame at hand"],
+                            "embeddings_per_s"]
+    assert 0 < both < alone
 
 
 def test_side_file_has_the_heads_bytes(small_run):

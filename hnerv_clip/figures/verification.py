@@ -215,7 +215,7 @@ def plot_positions(scores: pd.DataFrame, teacher_label: str, source: str = "") -
         " itself).", teacher_label, source))
 
 
-STUDY_LINES = {"position": "--", "between": "-.", "Linear Map": ":", "Side File": (0, (6, 2))}
+STUDY_LINES = {"position": "--", "between": "-.", "Linear Map": ":", "Side File": "-"}
 STUDY_PANELS = {"centred": "centred cosine", "r1": "R@1", "cka": "CKA"}
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from hnerv_clip.config import Config, ConfigError, embed_kind
 from hnerv_clip.runs import RunDir
 
+PARTS = {"train": "training frames", "held_out": "held-out frames"}
 PAPER_EPOCHS = 300  # what warm-ups of 0, 50 and 100 epochs are meant for
 
 
@@ -64,9 +65,9 @@ def ablation_table(run_dirs: Mapping[str, str | Path]) -> pd.DataFrame:
         run_dirs: run folders by name.
     Returns:
         A row per run: run, kind, clip_loss_weight (0 for pixels_only), warmup_epochs,
-        psnr_{seen,unseen}_db, raw_{seen,unseen}, similarity_{seen,unseen} (centred cosine),
-        psnr_unseen_encoder_db, rate_bpp, train_time_s. Unseen frames are decoded from interpolated
-        embeddings (hybrid) or from coordinates.
+        psnr_{train,held_out}_db, clip_similarity_{train,held_out}, clip_centred_{train,held_out},
+        psnr_held_out_encoder_db, rate_bpp, train_time_s; empty where a run has none. Held-out
+        frames are decoded from interpolated embeddings (hybrid) or from coordinates.
     Raises:
         RunError: a run is not finished.
     """
@@ -76,7 +77,7 @@ def ablation_table(run_dirs: Mapping[str, str | Path]) -> pd.DataFrame:
 def _row(run: RunDir) -> dict[str, Any]:
     config, summary = run.config(), run.summary()
     kind = embed_kind(config.model.embed)
-    unseen = "val_interpolated" if kind == "hybrid" else "val"
+    held_out = "val_interpolated" if kind == "hybrid" else "val"
     with_clip = config.model.predict_clip
 
     def value(measure: str, part: str) -> float:
@@ -85,10 +86,39 @@ def _row(run: RunDir) -> dict[str, Any]:
     return {
         "kind": kind, "clip_loss_weight": config.train.clip_loss_weight if with_clip else 0.0,
         "warmup_epochs": config.train.pixel_loss_warmup_epochs if with_clip else None,
-        "psnr_seen_db": value("psnr", "train"), "psnr_unseen_db": value("psnr", unseen),
-        "psnr_unseen_encoder_db": value("psnr", "val") if kind == "hybrid" else float("nan"),
-        "raw_seen": value("clip_similarity", "train"),
-        "raw_unseen": value("clip_similarity", unseen),
-        "similarity_seen": value("clip_centred", "train"),
-        "similarity_unseen": value("clip_centred", unseen),
+        "psnr_train_db": value("psnr", "train"), "psnr_held_out_db": value("psnr", held_out),
+        "psnr_held_out_encoder_db": value("psnr", "val") if kind == "hybrid" else float("nan"),
+        "clip_similarity_train": value("clip_similarity", "train"),
+        "clip_similarity_held_out": value("clip_similarity", held_out),
+        "clip_centred_train": value("clip_centred", "train"),
+        "clip_centred_held_out": value("clip_centred", held_out),
         "rate_bpp": summary["rate_bpp"], "train_time_s": summary["train_time_s"]}
+
+
+def ablation_answer(table: pd.DataFrame) -> list[str]:
+    """What the table says, a sentence each, and what it cannot say.
+
+    Args:
+        table: as from `ablation_table`; runs may be missing.
+    """
+    rows = table.set_index("run")
+    said = []
+    missing = [name for name in ("base", "pixels_only") if name not in rows.index]
+    if missing:
+        said.append(f"What the second task costs is not known: `{'` and `'.join(missing)}` did not "
+                    "finish.")
+    else:
+        base, alone = rows.loc["base"], rows.loc["pixels_only"]
+        costs = [f"{abs(cost):.2f} dB {'less' if cost > 0 else 'more'} on {words}"
+                 for part, words in PARTS.items()
+                 if (cost := alone[f"psnr_{part}_db"] - base[f"psnr_{part}_db"]) == cost]
+        said.append(f"With λ = {base.clip_loss_weight:g}, the pictures of the network with both "
+                    f"tasks have **{' and '.join(costs)}** than those of pixels alone, in one run "
+                    "each.")
+    for name, row in rows[rows.clip_centred_train.notna()].iterrows():
+        if name == "base" or row.kind != "hybrid":
+            who = "The base run" if name == "base" else f"From coordinates alone, `{name}`"
+            scores = [f"{row[f'clip_centred_{part}']:.3f} on {words}"
+                      for part, words in PARTS.items() if pd.notna(row[f"clip_centred_{part}"])]
+            said.append(f"{who} reaches a centred cosine of {' and '.join(scores)}.")
+    return said

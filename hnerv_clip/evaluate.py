@@ -30,6 +30,9 @@ from hnerv_clip.runs import RunDir
 from hnerv_clip.teachers import select_device
 
 BATCH = 4  # frames decoded at once
+SOURCE_WORDS = {"encoder": "encoded from the frame itself",
+                "interpolated": "predicted from their neighbours' embeddings",
+                "coordinates": "predicted from coordinates"}
 
 
 def psnr(pred: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -249,16 +252,16 @@ def evaluate_stored(path: Path, dataset: Dataset, *, device: torch.device,
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over frames: seen (trained on), unseen (the rest) and all, per variant and source.
+    """Means over frames: those that trained, those held out, and all, per variant and source.
 
     Returns:
-        Columns variant, source, frames (seen, unseen or all), n, then the mean of each measure.
+        Columns variant, source, frames (train, held_out or all), n, then the mean of each measure.
     """
     measures = [c for c in table if c not in ("variant", "source", "frame", "split")]
     rows = []
     for (variant, source), group in table.groupby(["variant", "source"], sort=False):
-        parts = {"seen": group[group.split == "train"], "unseen": group[group.split != "train"],
-                 "all": group}
+        parts = {"train": group[group.split == "train"],
+                 "held_out": group[group.split != "train"], "all": group}
         rows += [{"variant": variant, "source": source, "frames": name, "n": len(part),
                   **part[measures].mean()} for name, part in parts.items()
                  if len(part) and (name != "all" or source != "interpolated")]

@@ -237,8 +237,10 @@ def quick_markdown(measured: dict) -> str:
 
 def ablations_markdown(table: pd.DataFrame) -> str:
     """`ablation_table` as a Markdown table, shortened."""
-    columns = {"psnr_seen_db": ("PSNR seen (dB)", 2), "psnr_unseen_db": ("unseen (dB)", 2),
-               "similarity_seen": ("centred cosine seen", 3), "similarity_unseen": ("unseen", 3)}
+    columns = {"psnr_train_db": ("PSNR, training frames (dB)", 2),
+               "psnr_held_out_db": ("held out (dB)", 2),
+               "clip_centred_train": ("centred cosine, training frames", 3),
+               "clip_centred_held_out": ("held out", 3)}
     rows = ["| run | " + " | ".join(name for name, _ in columns.values()) + " |",
             "|---" * (1 + len(columns)) + "|"]
     for _, row in table.iterrows():
@@ -286,12 +288,12 @@ def _side_by_side(source, shown):
     return pair[..., :pair.shape[2] // 2 * 2, :pair.shape[3] // 2 * 2]
 
 
-SOURCES = {"encoder": "encoded from the frame itself",
-           "interpolated": "predicted from their neighbours' embeddings",
-           "coordinates": "predicted from coordinates"}
+FRAMES = {"train": "training", "held_out": "held out"}
 
 
 def _headline_table(table: pd.DataFrame) -> str:
+    from hnerv_clip.evaluate import SOURCE_WORDS
+
     values = table[table.frames != "all"].set_index(["frames", "source", "variant"])
     columns = {"PSNR (dB)": ("psnr_db", "trained", 2), "from the file": ("psnr_db", "quantised", 2),
                "MS-SSIM": ("ms_ssim", "trained", 4),
@@ -302,8 +304,8 @@ def _headline_table(table: pd.DataFrame) -> str:
     for frames, source in dict.fromkeys(key[:2] for key in values.index):
         cells = [f"{values[measure].get((frames, source, variant), float('nan')):.{digits}f}"
                  for measure, variant, digits in columns.values()]
-        rows.append(f"| {frames}, {SOURCES[source]} | {values.n[frames, source, 'trained']} | "
-                    + " | ".join(cells) + " |")
+        rows.append(f"| {FRAMES[frames]}, {SOURCE_WORDS[source]} | "
+                    f"{values.n[frames, source, 'trained']} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 

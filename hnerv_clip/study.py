@@ -561,6 +561,18 @@ def write_study(folder: str | Path, path: str | Path) -> pd.DataFrame:
     return table
 
 
+def read_study(path: str | Path) -> pd.DataFrame:
+    """What `write_study` wrote.
+
+    Raises:
+        StudyError: there is no such file.
+    """
+    try:
+        return pd.read_csv(resolve_path(path)).fillna({"embed": "", "patch_grid": ""})
+    except FileNotFoundError:
+        raise StudyError(f"{path} does not exist; write it with hnerv-clip study --csv") from None
+
+
 def count_states(states: dict[str, str]) -> str:
     """How many runs are in which state, in a line."""
     counts = pd.Series(states).value_counts()

@@ -82,7 +82,7 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
                 for word in (f"--{name}", str(value))]
     assert cli.main(["train", "--outf", outf, *cache, *settings]) == 0
     trained = capsys.readouterr().out
-    assert "interpolated unseen" in " ".join(trained.split())
+    assert "interpolated held_out" in " ".join(trained.split())
     assert cli.main(["evaluate", outf, *cache]) == 0
     assert capsys.readouterr().out.strip() in trained
     assert cli.main(["verify", outf, *cache]) == 0

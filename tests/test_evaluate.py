@@ -79,9 +79,9 @@ def test_summary_by_hand():
         "variant": "trained", "source": ["encoder"] * 3 + ["interpolated"], "frame": [0, 1, 2, 2],
         "split": ["train", "train", "val", "val"], "psnr_db": [30.0, 32.0, 20.0, 18.0]})
     summary = summarise(table).set_index(["source", "frames"])
-    assert summary.psnr_db["encoder", "seen"] == 31 and summary.n["encoder", "seen"] == 2
+    assert summary.psnr_db["encoder", "train"] == 31 and summary.n["encoder", "train"] == 2
     assert summary.psnr_db["encoder", "all"] == pytest.approx(82 / 3)
-    assert summary.psnr_db["interpolated", "unseen"] == 18
+    assert summary.psnr_db["interpolated", "held_out"] == 18
     assert ("interpolated", "all") not in summary.index
 
 

@@ -152,8 +152,10 @@ def test_the_table_is_what_the_runs_gave(done, cache_dir, tmp_path):
     exact = first == split.val[:, None] * 8 + np.arange(8)
     assert row.r1_held_out == pytest.approx(exact.mean())
     assert np.isfinite(row.clip_centred_between_held_out)
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "study.csv").set_index("run"), table,
-                                  check_dtype=False, rtol=1e-4)
+    pd.testing.assert_frame_equal(study.read_study(tmp_path / "study.csv").set_index("run"),
+                                  table, check_dtype=False, rtol=1e-4)
+    with pytest.raises(StudyError, match="--csv"):
+        study.read_study(tmp_path / "nothing.csv")
 
 
 def test_a_pack_holds_all_but_the_checkpoints(done, tmp_path):

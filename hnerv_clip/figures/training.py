@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from hnerv_clip.evaluate import SOURCE_WORDS
 from hnerv_clip.figures.style import (
     CYCLE,
     GREY,
@@ -18,10 +19,6 @@ from hnerv_clip.figures.style import (
     new_figure,
     picture_axes,
 )
-
-SOURCE_NAMES = {"encoder": "held out, seen by the encoder",
-                "interpolated": "held out, interpolated",
-                "coordinates": "held out, from coordinates"}
 
 
 def plot_training(metrics: pd.DataFrame, *, warmup_epochs: int, teacher_label: str) -> Figure:
@@ -109,13 +106,13 @@ def plot_frame_quality(table: pd.DataFrame, *, teacher_label: str) -> Figure:
         for source, group in table.groupby("source", sort=False):
             if source != "interpolated":
                 panel.plot(group.frame, group[measure], color=GREY, linewidth=0.8, zorder=1)
-                seen = group[group.split == "train"]
-                panel.scatter(seen.frame, seen[measure], s=9, color=PALETTE["train"],
+                trained = group[group.split == "train"]
+                panel.scatter(trained.frame, trained[measure], s=9, color=PALETTE["train"],
                               label="training frames", zorder=2)
             held_out = group[group.split != "train"]
             color = PALETTE["neighbour" if source == "interpolated" else "val"]
             panel.scatter(held_out.frame, held_out[measure], s=14, color=color,
-                          label=SOURCE_NAMES[source], zorder=3)
+                          label=f"held out, {SOURCE_WORDS[source]}", zorder=3)
         panel.set_ylabel(title)
     axes.flat[-1].set_xlabel("frame")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
@@ -136,20 +133,19 @@ def plot_decoding_speed(speed: pd.DataFrame, *, device: str) -> Figure:
 
 
 def plot_tradeoff(table: pd.DataFrame, *, teacher_label: str) -> Figure:
-    """Picture quality against semantic similarity, a point per λ, for seen and held-out frames.
+    """Picture quality against semantic similarity, a point per λ, for training and held-out frames.
 
     Args:
-        table: columns clip_loss_weight, psnr_seen_db, psnr_unseen_db, similarity_seen,
-            similarity_unseen; similarities are centred cosines.
+        table: columns clip_loss_weight, psnr_{train,held_out}_db, clip_centred_{train,held_out}.
     """
     figure, axes = new_figure(height=3.4)
     rows = table.sort_values("clip_loss_weight")
-    for part, color, label in [("seen", "train", "training frames"), ("unseen", "val", "held out")]:
-        axes.plot(rows[f"psnr_{part}_db"], rows[f"similarity_{part}"], marker="o",
-                  color=PALETTE[color], label=label)
+    for part, label in [("train", "training frames"), ("held_out", "held out")]:
+        axes.plot(rows[f"psnr_{part}_db"], rows[f"clip_centred_{part}"], marker="o",
+                  color=PALETTE[part], label=label)
         for _, row in rows.iterrows():
             axes.annotate(f"λ={row.clip_loss_weight:g}",
-                          (row[f"psnr_{part}_db"], row[f"similarity_{part}"]),
+                          (row[f"psnr_{part}_db"], row[f"clip_centred_{part}"]),
                           xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="PSNR (dB)", ylabel="centred cosine")
     axes.legend()
@@ -165,12 +161,11 @@ def plot_ablation(table: pd.DataFrame, *, teacher_label: str) -> Figure:
     figure, axes = new_figure(1, 2, height=0.8 + 0.38 * len(table), sharey=True)
     y = np.arange(len(table))
     for panel, measure, title in [(axes[0], "psnr_{}_db", "PSNR (dB)"),
-                                  (axes[1], "similarity_{}", "centred cosine")]:
-        for part, color, label in [("seen", "train", "training frames"),
-                                   ("unseen", "val", "held out")]:
-            panel.scatter(table[measure.format(part)], y, s=34, color=PALETTE[color], label=label,
+                                  (axes[1], "clip_centred_{}", "centred cosine")]:
+        for part, label in [("train", "training frames"), ("held_out", "held out")]:
+            panel.scatter(table[measure.format(part)], y, s=34, color=PALETTE[part], label=label,
                           zorder=3)
-        panel.hlines(y, table[measure.format("seen")], table[measure.format("unseen")],
+        panel.hlines(y, table[measure.format("train")], table[measure.format("held_out")],
                      color=GREY, linewidth=1)
         panel.set_xlabel(title)
     axes[0].set_yticks(y, table.run)

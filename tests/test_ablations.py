@@ -1,0 +1,57 @@
+"""Which runs the ablations need, and what their table lets one say."""
+
+import pandas as pd
+import pytest
+
+from hnerv_clip.ablations import ablation_answer, ablation_configs
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.figures import plot_ablation, plot_tradeoff
+
+
+def test_each_run_differs_from_the_base_in_one_setting():
+    base = Config.from_params(epochs=30, pixel_loss_warmup_epochs=5)
+    configs = ablation_configs(base)
+    assert list(configs) == ["base", "pixels_only", "lambda_0", "lambda_0.1", "lambda_0.2",
+                             "lambda_1", "warmup_0", "warmup_10", "pe_1.25_80", "xyt_1.25_80"]
+    assert all(len(base.diff(config)) == 1 for name, config in configs.items() if name != "base")
+    half = ablation_configs(base, epochs=15)["base"].train
+    assert (half.epochs, half.pixel_loss_warmup_epochs, half.eval_freq) == (15, 2, 15)
+    with pytest.raises(ConfigError, match="predict_clip=True"):
+        ablation_configs(base.replace(predict_clip=False))
+    with pytest.raises(ConfigError, match="lambdas"):
+        ablation_configs(base, lambdas="half")
+
+
+def table(*names, held_out=True):
+    nan = float("nan")
+    rows = {"base": ("hybrid", 0.5, 30.0, 28.0, 0.9, 0.8),
+            "pixels_only": ("hybrid", 0.0, 32.5, 27.5, nan, nan),
+            "xyt_1.25_80": ("xyt", 0.5, 29.0, 25.0, 0.7, 0.6)}
+    frame = pd.DataFrame([{"run": n, **dict(zip((
+        "kind", "clip_loss_weight", "psnr_train_db", "psnr_held_out_db", "clip_centred_train",
+        "clip_centred_held_out"), rows[n]))} for n in names])
+    if not held_out:
+        frame[["psnr_held_out_db", "clip_centred_held_out"]] = nan
+    return frame
+
+
+def test_the_answer_says_what_the_runs_gave():
+    said = ablation_answer(table("base", "pixels_only", "xyt_1.25_80"))
+    assert "2.50 dB less on training frames and 0.50 dB more on held-out frames" in said[0]
+    assert "0.900 on training frames and 0.800 on held-out frames" in said[1]
+    assert len(said) == 3 and "`xyt_1.25_80` reaches a centred cosine of 0.700" in said[2]
+
+
+def test_the_answer_says_what_is_missing():
+    for there, missing in [("base", "pixels_only"), ("pixels_only", "base")]:
+        said = ablation_answer(table(there))
+        assert "is not known" in said[0] and f"`{missing}` did not finish" in said[0]
+    said = " ".join(ablation_answer(table("base", "pixels_only", "xyt_1.25_80", held_out=False)))
+    assert "nan" not in said and "held-out" not in said and "2.50 dB less" in said
+
+
+def test_figures_draw_the_table():
+    rows = table("base", "pixels_only", "xyt_1.25_80")
+    assert len(plot_ablation(rows, teacher_label="A").axes) == 2
+    labels = [text.get_text() for text in plot_tradeoff(rows, teacher_label="A").axes[0].texts]
+    assert labels.count("λ=0.5") == 4

@@ -10,11 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 import slurm_cluster
+import submitit
 import torch
 import torch.distributed as dist
 from test_launch import CONFIG, calls, make_run, ranked, sum_of_ranks, wait_for_ever, wait_until
 
-from hnerv_clip.launch import JobFailed, LaunchError, follow, launch
+from hnerv_clip.launch import Job, JobFailed, LaunchError, follow, launch
 from hnerv_clip.runs import RunDir, write_json
 from hnerv_clip.train import train
 
@@ -204,6 +205,42 @@ def test_what_slurm_refuses_is_said_and_nothing_is_left_behind(slurm, tmp_path):
     with pytest.raises(LaunchError, match="signal_delay_s=90 must be shorter"):
         launch_slurm(CONFIG, tmp_path / "main", make_run(), timeout_min=1)
     [job] = launch_slurm(CONFIG, tmp_path / "main", make_run())
+    assert follow([job], poll_s=0.5)["state"].tolist() == ["finished"], job.log()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_launcher_that_dies_once_slurm_has_its_jobs_leaves_none_to_submit_again(
+        slurm, tmp_path, monkeypatch, capsys, count):
+    configs = {f"seed{s}": CONFIG.replace(seed=s) for s in range(count)}
+    write_record = Job.write_record
+
+    def die(job, cluster, **facts):
+        if facts["job_id"]:  # sbatch has answered
+            raise KeyboardInterrupt
+        return write_record(job, cluster, **facts)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Job, "write_record", die)
+        with pytest.raises(KeyboardInterrupt):
+            launch_slurm(configs, tmp_path, make_run(seconds=5))
+    jobs = launch_slurm(configs, tmp_path, make_run())
+    assert f"{count} under way, 0 to start" in capsys.readouterr().out
+    assert len({job.record["job_id"] for job in jobs}) == count
+    assert follow(jobs, poll_s=0.5)["state"].tolist() == ["finished"] * count
+    assert [len(calls(tmp_path / name)) for name in configs] == [1] * count
+
+
+def test_a_launcher_that_dies_before_slurm_has_its_job_is_started_anew(slurm, tmp_path, monkeypatch,
+                                                                      capsys):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(submitit.AutoExecutor, "submit_array", die)
+        with pytest.raises(KeyboardInterrupt):
+            launch_slurm(CONFIG, tmp_path / "main", make_run())
+    [job] = launch_slurm(CONFIG, tmp_path / "main", make_run())
+    assert "0 under way, 1 to start" in capsys.readouterr().out
     assert follow([job], poll_s=0.5)["state"].tolist() == ["finished"], job.log()
 
 

@@ -1,0 +1,106 @@
+"""Jobs as processes of this machine, which outlive the one that starts them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import submitit
+import submitit.helpers
+
+from hnerv_clip.launch.errors import LaunchError
+from hnerv_clip.runs import SILENT_S, is_alive, silent_s
+
+if TYPE_CHECKING:
+    from hnerv_clip.launch.jobs import Job
+
+NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit's local executor wants a limit; there is none
+
+
+class LocalQueue:
+    """Starts waiting jobs when others end."""
+
+    def __init__(self, jobs: Sequence[Job], folder: Path, gpus_per_job: int, parallelism: int):
+        on_cpu = all(job.config.train.device == "cpu" for job in jobs)
+        gpus = [] if on_cpu else _visible_gpus()
+        if 0 < len(gpus) < gpus_per_job:
+            raise LaunchError(f"gpus_per_node={gpus_per_job}, but this machine shows {len(gpus)}; "
+                              f"use gpus_per_node={len(gpus)}")
+        self.folder, self.tasks = folder, max(1, gpus_per_job)
+        if gpus and gpus_per_job:
+            starts = range(0, len(gpus) - gpus_per_job + 1, gpus_per_job)
+            slots = [gpus[start:start + gpus_per_job] for start in starts]
+        else:
+            slots = [[]] * max(1, _cpu_count() // self.tasks)
+        self.slots = dict(enumerate(slots[:min(parallelism, len(jobs))]))
+        self.waiting, self.running = list(jobs), {}
+        for job in jobs:
+            job._queue = self
+        self.pump()
+
+    def pump(self) -> None:
+        """Start what there is room for."""
+        self.running = {slot: job for slot, job in self.running.items()
+                        if alive(job.record)}
+        for slot in self.slots.keys() - self.running.keys():
+            if self.waiting:
+                job = self.waiting.pop(0)
+                self._start(job, self.slots[slot])
+                self.running[slot] = job
+
+    def _start(self, job: Job, gpus: list[int]) -> None:
+        executor = submitit.LocalExecutor(self.folder / "%j", max_num_timeout=sys.maxsize)
+        executor.update_parameters(timeout_min=NO_LIMIT_MIN, tasks_per_node=self.tasks,
+                                   gpus_per_node=len(gpus), visible_gpus=gpus)
+        (job.run_dir / "outcome.json").unlink(missing_ok=True)
+        # Its own session: Jupyter's interrupt and shutdown signal the kernel's whole group
+        detached = types.SimpleNamespace(
+            Popen=functools.partial(subprocess.Popen, start_new_session=True))
+        threads = max(1, _cpu_count() // (len(self.slots) * self.tasks))
+        with (submitit.helpers.clean_env(),
+              submitit.helpers.environment_variables(OMP_NUM_THREADS=threads),
+              mock.patch("submitit.local.local.subprocess", detached)):
+            started = executor.submit(job.task)
+        job.write_record("local", token=job.task.token, job_id=started.job_id,
+                         pid=int(started.job_id), folder=str(executor.folder))
+        threading.Thread(target=started._process.wait, daemon=True).start()  # leave no zombie
+
+
+def _visible_gpus() -> list[int]:
+    import torch
+
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    if shown and all(part.strip().isdigit() for part in shown.split(",")):
+        return [int(part) for part in shown.split(",")][:count]
+    return list(range(count))
+
+
+def state(run_dir: Path, record: dict[str, Any]) -> tuple[str, str]:
+    """(running or gone, why)."""
+    if record["host"] == socket.gethostname():
+        if alive(record):
+            return "running", ""
+        return "gone", f"process {record['pid']} ended without a word (killed?)"
+    silence = silent_s(run_dir)
+    if silence < SILENT_S:
+        return "running", f"on {record['host']}"
+    return "gone", f"process {record['pid']} on {record['host']} is silent for {silence:.0f} s"
+
+
+def alive(record: dict[str, Any]) -> bool:
+    """Whether the process of a job runs, here."""
+    return bool(record) and is_alive({"pid": record["pid"], "start": record["pid_start"]})
+
+
+def _cpu_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

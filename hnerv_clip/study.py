@@ -63,7 +63,8 @@ PACKED = ("config.json", "provenance.json", "summary.json", "study.json", "metri
 SETTINGS = ("embed", "predict_clip", "clip_loss_weight", "pixel_loss_warmup_epochs", "clip_stage",
             "clip_pool", "clip_loss_type", "clip_jitter", "patch_grid", "epochs")
 MEASURES = ["clip_similarity", "clip_centred", "skill", "r1", "r5", "median_rank"]
-BASELINES = ["r1_chance", "constant", "neighbour", "interpolated"]
+BASELINES = ["r1_chance", "constant", "neighbour", "interpolated", "over_neighbour",
+             "over_interpolated"]
 SHOWN = ["psnr_train_db", "psnr_held_out_db", "clip_centred_train", "clip_centred_held_out",
          "skill_held_out", "r1_held_out", "train_time_s"]  # of the table, on the terminal
 PACK_LIMIT_BYTES = 16 * 2**20
@@ -405,9 +406,11 @@ def measure_run(run, *, grid: str, between: str, cache_dir: str | Path) -> pd.Da
     Returns:
         A row per source, split (train, held_out) and place (supervised, between): frames, n, means
         clip_similarity and clip_centred, skill against the constant, r1, r5 and median_rank among
-        all patches of that place, chance r1_chance; and what needs no network: constant (raw
-        cosine), neighbour and interpolated (centred cosine of the nearest training frame's and of
-        the interpolated teacher's embeddings).
+        all patches of that place, chance r1_chance; what needs no network: constant (raw cosine),
+        neighbour and interpolated (centred cosine of the nearest training frame's and of the
+        interpolated teacher's embeddings), and by how much the network is over those two. With 8
+        frames or more, MEASURE_se and MEASURE_freedom of four of them, see
+        `statistics.mean_interval`.
     """
     from hnerv_clip.evaluate import predict_embeddings, sources_of
     from hnerv_clip.patches import make_grid
@@ -450,20 +453,33 @@ def _measures(predicted: np.ndarray, target: np.ndarray, frames: np.ndarray, tra
         skill,
         unit,
     )
+    from hnerv_clip.statistics import MIN_FRAMES, mean_interval, smooth_interval
 
     own, right = predicted[frames], target[frames]
-    similarity, constant = cosine(own, right).mean(), cosine(unit(known), right).mean()
+    raw, constant = cosine(own, right).mean(1), cosine(unit(known), right).mean(1)  # [N]
+    centred, neighbour, interpolated = (
+        centred_cosine(answer, right, known).mean(1) for answer in (
+            own, target[nearest_training_frame(frames, train)],
+            interpolate_teacher(target, train, frames)))
     ranks = retrieval_summary(retrieval_ranks(own, target, frames))
-    return {
-        "frames": len(frames), "n": own.shape[0] * own.shape[1], "clip_similarity": similarity,
-        "clip_centred": centred_cosine(own, right, known).mean(),
-        "skill": float(skill(similarity, constant)),
+    found = {
+        "frames": len(frames), "n": own.shape[0] * own.shape[1], "clip_similarity": raw.mean(),
+        "clip_centred": centred.mean(), "skill": float(skill(raw.mean(), constant.mean())),
         **{name: ranks[name] for name in ("r1", "r5", "median_rank", "r1_chance")},
-        "constant": constant,
-        "neighbour": centred_cosine(target[nearest_training_frame(frames, train)], right,
-                                    known).mean(),
-        "interpolated": centred_cosine(interpolate_teacher(target, train, frames), right,
-                                       known).mean()}
+        "constant": constant.mean(), "neighbour": neighbour.mean(),
+        "interpolated": interpolated.mean(),
+        "over_neighbour": (centred - neighbour).mean(),
+        "over_interpolated": (centred - interpolated).mean()}
+    if len(frames) >= MIN_FRAMES:
+        others = len(frames) - 1
+        without = skill((raw.sum() - raw) / others, (constant.sum() - constant) / others)
+        intervals = {"clip_centred": mean_interval(centred),
+                     "skill": smooth_interval(found["skill"], without),
+                     "over_neighbour": mean_interval(centred - neighbour),
+                     "over_interpolated": mean_interval(centred - interpolated)}
+        for name, interval in intervals.items():
+            found |= {f"{name}_se": interval.standard_error, f"{name}_freedom": interval.freedom}
+    return found
 
 
 def study_table(folder: str | Path) -> pd.DataFrame:
@@ -504,8 +520,8 @@ def _row(run: RunDir) -> dict[str, Any]:
     row = {"run": study["name"], "video": study["video"], "kind": kind,
            "variant": study["variant"], "seed": config.train.seed}
     for name, part in parts.items():
-        row[f"psnr_{name}_db"] = summary.get(f"eval_psnr_{part}")
-        row[f"ms_ssim_{name}"] = summary.get(f"eval_ms_ssim_{part}")
+        row[f"psnr_{name}_db"] = summary.get(f"eval_psnr_{part}", float("nan"))
+        row[f"ms_ssim_{name}"] = summary.get(f"eval_ms_ssim_{part}", float("nan"))
     if (run.path / "measures.csv").exists():
         for found in pd.read_csv(run.path / "measures.csv").to_dict("records"):
             part = found["split"]
@@ -513,7 +529,9 @@ def _row(run: RunDir) -> dict[str, Any]:
                 part = "held_out_encoder"
             place = "" if found["place"] == "supervised" else "between_"
             measures = MEASURES + ([] if part == "held_out_encoder" else BASELINES)
-            row |= {f"{measure}_{place}{part}": found[measure] for measure in measures}
+            for measure in [*measures, *(c for c in found if c.endswith(("_se", "_freedom"))
+                                         and c.rsplit("_", 1)[0] in measures)]:
+                row[f"{measure}_{place}{part}"] = found[measure]
     sizes = summary["part_sizes"]
     return row | {
         "rate_bpp": summary["rate_bpp"], "size_bytes": summary["size_bytes"],

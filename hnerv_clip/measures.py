@@ -228,17 +228,20 @@ def cka_without_frames(predicted: np.ndarray, teacher: np.ndarray) -> tuple[floa
     Args:
         predicted, teacher: [N, P, D] of the same frames, at least 3 beyond the one left out.
     Returns:
-        (CKA, [N] CKA without each frame).
+        (CKA, [N] CKA without each frame, NaN where the rest does not vary).
     Raises:
-        ValueError: as `debiased_cka`.
+        ValueError: a set without any variation.
     """
     frames, patches, _ = teacher.shape
-    value = debiased_cka(*(x.reshape(frames * patches, -1) for x in (predicted, teacher)))
     grams = [_gram(x) for x in (predicted, teacher)]
-    left_out = np.kron(np.eye(frames), np.ones((patches, 1)))  # [N P, N]
+    left_out = np.kron(np.eye(frames, frames + 1), np.ones((patches, 1)))  # the last: none
     both, own, other = (_hsic_without(grams[i], grams[j], left_out)
                         for i, j in ((0, 1), (0, 0), (1, 1)))
-    return value, both / np.sqrt(np.maximum(own * other, 1e-36))
+    varies = np.minimum(own, other) > 1e-18
+    if not varies[-1]:
+        raise ValueError("CKA is undefined: one set of vectors does not vary")
+    cka = np.where(varies, both / np.sqrt(np.where(varies, own * other, 1)), np.nan)
+    return float(cka[-1]), cka[:-1]
 
 
 def _gram(vectors):

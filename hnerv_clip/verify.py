@@ -276,6 +276,8 @@ def _cka_row(answer, target):
     if len(target) < MIN_FRAMES or len(flat[0]) > CKA_ROWS:
         return _measured("cka", debiased_cka(*flat), np.zeros(len(target)), None)
     value, without = cka_without_frames(answer, target)
+    if not np.isfinite(without).all():
+        return _measured("cka", value, np.zeros(len(target)), None)
     return _measured("cka", value, without, lambda: smooth_interval(value, without))
 
 

@@ -148,6 +148,16 @@ def test_cka_without_frames_equals_leaving_them_out():
         assert without[frame] == pytest.approx(debiased_cka(*left))
 
 
+def test_cka_without_the_only_frame_that_varies_is_undefined():
+    a = np.repeat(unit_vectors((1, 3, 6)), 9, axis=0)
+    a[:, 1:] = a[:, :1]
+    a[4] = unit_vectors((3, 6), seed=2)
+    value, without = measures.cka_without_frames(a, unit_vectors((9, 3, 6), seed=1))
+    assert np.isfinite(value) and np.flatnonzero(np.isnan(without)).tolist() == [4]
+    with pytest.raises(ValueError, match="does not vary"):
+        measures.cka_without_frames(np.ones((9, 3, 6)), a)
+
+
 def test_interval_of_cka_covers_it():
     """Against the CKA of far more data of the same kind."""
     rng = np.random.default_rng(0)

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -147,12 +148,16 @@ class Bench:
 
     def dataset(self, config: Config | None = None) -> Dataset:
         """The video, with random unit vectors as embeddings."""
-        config = config or self.config
-        dataset = load_dataset(config.replace(predict_clip=False), self.cache_dir)
-        return replace(dataset, embeddings=_random_embeddings(dataset, config))
+        dataset = self._loaded
+        return replace(dataset, embeddings=_random_embeddings(dataset, config or self.config))
+
+    @cached_property
+    def _loaded(self) -> Dataset:
+        return load_dataset(self.config.replace(predict_clip=False), self.cache_dir)
 
     def clock(self, call: Callable[[], Any], *, warm_up: int = 1) -> list[float]:
         """Seconds of a call, a value for each repeat, the device synchronised around each."""
+        once = math.inf
         for _ in range(warm_up):
             once = self._seconds(call, 1)
         calls = max(1, min(2000, round(self.repeat_s / once)))
@@ -327,11 +332,13 @@ def _time_training(bench: Bench, config: Config, dataset: Dataset) -> dict[str, 
         return engine.step(next(batches), count=size, lr=config.train.lr / 10, weight=weight)
 
     start = time.perf_counter()
-    step()
+    sums = step()
     synchronise(bench.device)
     first_s = time.perf_counter() - start
-    seconds = bench.clock(step, warm_up=10 if bench.on_gpu else 1)
-    if not step().isfinite().all():
+    seconds = bench.clock(step, warm_up=10 if bench.on_gpu else 0)
+    if bench.on_gpu:
+        sums = step()
+    if not sums.isfinite().all():
         raise RuntimeError("the loss is not finite")
     ran = type(engine).__name__.removesuffix("Engine").lower()
     row = {"engine": ran, "batch_size": size,
@@ -379,7 +386,8 @@ def measure_scaling(bench: Bench) -> Iterator[dict[str, Any]]:
         sides.pop(2, None)
     last = None if bench.on_gpu else -1  # the largest values are left to a GPU
     axes = {"resolution": [{"hw": hw} for hw in sides.values()],
-            "modelsize": [{"modelsize": round(f * base["modelsize"], 4)} for f in MODEL_SIZES],
+            "modelsize": [{"modelsize": round(f * base["modelsize"], 4)}
+                          for f in MODEL_SIZES[:last]],
             "batch_size": [{"batch_size": size} for size in BATCH_SIZES[:last]],
             "patches": [{"patch_grid": grid} for grid in PATCH_GRIDS[:last]],
             "frames": [{"frames": max(2, round(f * count))} for f in FRAME_COUNTS[:last]]}

@@ -11,6 +11,7 @@ import ast
 import difflib
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,8 @@ import nbformat
 from hnerv_clip import pages
 from hnerv_clip.config import Config, param_names, profile_params
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs import RunDir, code_version, device_name, package_versions, write_json
+from hnerv_clip.teachers import select_device
 
 # Values of notebook parameters that are not settings of a run, where a profile differs from the
 # defaults in the notebooks, which are the quick profile's.
@@ -185,7 +187,8 @@ def execute(notebook: Path, target: Path, *, parameters: dict[str, Any]) -> floa
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     partial = target.with_suffix(".failed.ipynb")
-    started = time.perf_counter()
+    started, at = time.perf_counter(), time.strftime("%Y-%m-%d %H:%M:%S %z")
+    commit, dirty = code_version()
     try:
         papermill.execute_notebook(
             notebook, partial, parameters=parameters or None, kernel_name="python3",
@@ -202,8 +205,37 @@ def execute(notebook: Path, target: Path, *, parameters: dict[str, Any]) -> floa
     except DeadKernelError as error:
         raise BookError(f"{notebook.stem}: its kernel died, as it does when memory runs out; the "
                         f"partly executed copy is {_shown(partial)}") from error
+    seconds = time.perf_counter() - started
+    executed = nbformat.read(partial, as_version=4)
+    executed.metadata["hnerv_clip"] = {
+        "commit": commit, "dirty": dirty, "at": at, "seconds": round(seconds, 1),
+        "device": device_name(select_device(parameters.get("device", "auto"))),
+        "torch": package_versions()["torch"]}
+    nbformat.write(executed, partial)
     partial.replace(target)
-    return time.perf_counter() - started
+    return seconds
+
+
+EXECUTED = """*This page was executed at {at} in {seconds} s, on {device}, with PyTorch {torch}, at
+commit {commit}{changes}. Runs that it shows may have been trained elsewhere: see the table above.*
+"""
+
+
+def execution_note(facts: dict[str, Any]) -> str:
+    """When and where a page was executed, which is not when and where its runs were trained."""
+    changes = {True: " with uncommitted changes", False: ""}.get(
+        facts["dirty"], ", perhaps with uncommitted changes")
+    return EXECUTED.format(**{**facts, "commit": facts["commit"][:12]}, changes=changes).strip()
+
+
+def _cost(wall_s: float) -> dict[str, Any]:
+    """What a whole book took, from the first notebook to the last page."""
+    commit, dirty = code_version()
+    unit = 1 if sys.platform == "darwin" else 1024
+    largest = max(resource.getrusage(who).ru_maxrss
+                  for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {"wall_s": round(wall_s, 1), "peak_memory_bytes": largest * unit,
+            "device": device_name(select_device("auto")), "commit": commit, "dirty": dirty}
 
 
 def _shown(path: Path) -> str:
@@ -213,10 +245,13 @@ def _shown(path: Path) -> str:
 def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
     """A copy for the reader: no progress bars, no widgets, no machine's paths, no timing noise.
 
+    Its last lines say when and where it was executed.
+
     Args:
         folders: {absolute path: what the page says instead}, the longest first.
     """
     page = nbformat.from_dict(notebook)
+    facts = page.metadata.get("hnerv_clip")
     page.metadata = nbformat.from_dict({k: v for k, v in page.metadata.items()
                                         if k in ("kernelspec", "language_info")})
     for cell in page.cells:
@@ -231,6 +266,8 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
             cell.outputs = [_clean_output(output, folders) for output in cell.outputs
                             if output.get("name") != "stderr"
                             and WIDGET not in output.get("data", {})]
+    if facts:
+        page.cells.append(nbformat.v4.new_markdown_cell(execution_note(facts), id="executed"))
     return page
 
 
@@ -358,6 +395,7 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
         RunDir.create(run_dir, config)  # refuses a run of other settings before any work
     if not only:
         shutil.rmtree(study / "executed", ignore_errors=True)
+    fresh = not only and not RunDir(run_dir).finished
     started = time.perf_counter()
     for i, (notebook, parameters) in enumerate(zip(notebooks, injected)):
         changed = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
@@ -370,6 +408,8 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
                           cache_dir=overrides.get("cache_dir", "output/cache"))
     say("rendering the book")
     render(site, study / "html")
+    if fresh:
+        write_json(study / "book.json", _cost(time.perf_counter() - started))
     if publish_pages is None:
         publish_pages = profile == "full" and set(overrides) <= PLACE_PARAMS and not missing
     if publish_pages:

@@ -135,10 +135,10 @@ def collect_quick(results: Path, study: Path) -> None:
     held_out = "_val_interpolated" if "eval_psnr_val_interpolated" in summary else "_val"
     write_json(results / "quick.json", {
         "what": "hnerv-clip book, quick profile, after installation", **cost,
-        "psnr_seen_db": summary["eval_psnr_train"],
-        "psnr_unseen_db": summary[f"eval_psnr{held_out}"],
-        "centred_seen": summary["eval_clip_centred_train"],
-        "centred_unseen": summary[f"eval_clip_centred{held_out}"],
+        "psnr_train_db": summary["eval_psnr_train"],
+        "psnr_held_out_db": summary[f"eval_psnr{held_out}"],
+        "clip_centred_train": summary["eval_clip_centred_train"],
+        "clip_centred_held_out": summary[f"eval_clip_centred{held_out}"],
         "train_frames_per_s": summary["train_frames_per_s"], "versions": facts["versions"]})
 
 
@@ -215,8 +215,9 @@ def fidelity_markdown(measured: dict) -> str:
             "| {source} | {psnr_db:.2f} | {ms_ssim:.4f} | {quantised_psnr_db:.2f} | "
             "{rate_bpp:.4f} |".format(**reference)]
     rows += ["| here, seed {seed}: {precision}, {engine} engine, {device}, {seconds:.0f} s, commit "
-             "{short} | {psnr_db:.2f} | {ms_ssim:.4f} | {quantised_psnr_db:.2f} | {rate_bpp:.4f} |"
-             .format(seconds=run["train_time_s"], short=run["commit"][:12], **run)
+             "{short} | {psnr_db:.2f} | {quality} | {quantised_psnr_db:.2f} | {rate_bpp:.4f} |"
+             .format(seconds=run["train_time_s"], short=run["commit"][:12], quality=""
+                     if run["ms_ssim"] is None else f"{run['ms_ssim']:.4f}", **run)
              for run in measured["runs"]]
     values = [run["psnr_db"] for run in measured["runs"]]
     gap = sum(values) / len(values) - reference["paper"]["psnr_db"]
@@ -230,8 +231,8 @@ def quick_markdown(measured: dict) -> str:
     """What the quick profile took and reached, in a sentence."""
     return (
         "The quick profile took {wall_s:.0f} s and {memory:.1f} GB (largest process) on {device}: "
-        "{psnr_seen_db:.2f} dB and a centred cosine of {centred_seen:.3f} on training frames, "
-        "{psnr_unseen_db:.2f} dB and {centred_unseen:.3f} on held-out ones; commit {short}.\n"
+        "{psnr_train_db:.2f} dB and a centred cosine of {clip_centred_train:.3f} on training frames, "
+        "{psnr_held_out_db:.2f} dB and {clip_centred_held_out:.3f} on held-out ones; commit {short}.\n"
     ).format(memory=measured["peak_memory_bytes"] / 1e9, short=measured["commit"][:12], **measured)
 
 

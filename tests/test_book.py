@@ -153,6 +153,8 @@ def test_a_book_from_notebooks_to_published_pages(repo, capsys):
     assert [c.source for c in page.cells[2:3]] == ["# Parameters\nepochs = 3\n"]
     assert page.cells[3].outputs[0].text == "100%\n./notebooks 3\n"
     assert set(page.metadata) <= {"kernelspec", "language_info"}
+    assert re.search(r"executed at \d{4}-.* in [\d.]+ s, on .*\scommit \w", page.cells[-1].source)
+    assert not (repo / "output/quick/book.json").exists(), "only a whole book has a cost"
     text = (repo / "output/quick/site/book/02_second.ipynb").read_text()
     assert "PosixPath" in text and str(repo) not in text
     index = (html.parent / "book" / "index.html").read_text()
@@ -166,6 +168,14 @@ def test_a_book_from_notebooks_to_published_pages(repo, capsys):
     for name in ("01_first", "02_second"):
         assert (repo / f"book/{name}.ipynb").read_bytes() == \
             (repo / f"output/quick/site/book/{name}.ipynb").read_bytes()
+
+
+def test_a_whole_book_notes_what_it_took(repo, monkeypatch):
+    monkeypatch.setattr(book, "render", lambda site, html: html.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr("hnerv_clip.train.check_run", lambda config: None)
+    book.make_book(say=lambda text: None)
+    cost = json.loads((repo / "output/quick/book.json").read_text())
+    assert cost["wall_s"] > 0 and cost["peak_memory_bytes"] > 2**20 and cost["device"]
 
 
 def test_a_page_too_large_to_commit_is_not_published(repo, monkeypatch):
@@ -237,6 +247,42 @@ def test_readme_shows_the_published_figures():
         published = "code" in [cell["cell_type"] for cell in json.loads(page)["cells"]]
         assert published or page == pages.placeholder(name)
         assert "papermill" not in json.loads(page)["metadata"]
+
+
+def test_readme_blocks_are_filled_and_missed():
+    text = "a <!-- made: x -->\nold\n<!-- end: x --> b"
+    assert pages.fill_blocks(text, {"x": "new\n"}) == "a <!-- made: x -->\nnew\n<!-- end: x --> b"
+    with pytest.raises(ValueError, match="lacks <!-- made: y -->"):
+        pages.fill_blocks(text, {"y": "new"})
+
+
+def test_results_are_collected_from_run_folders(small_config, small_dataset, cache_dir, tmp_path):
+    """`fidelity.json` keeps its reference, `quick.json` needs a book that was made whole."""
+    from hnerv_clip.train import train
+
+    run = RunDir(train(small_config, tmp_path / "main", cache_dir=cache_dir,
+                       progress=False).run_dir)
+    shutil.copy(ROOT / "book" / "results" / "fidelity.json", tmp_path)
+    reference = json.loads((tmp_path / "fidelity.json").read_text())["reference"]
+    pages.collect_fidelity(tmp_path, [run.path])
+    measured = json.loads((tmp_path / "fidelity.json").read_text())
+    summary = run.summary()
+    assert measured["reference"] == reference and len(measured["runs"]) == 1
+    assert measured["runs"][0]["psnr_db"] == summary["eval_psnr_all"]
+    assert measured["runs"][0]["curve"][-1] == [4, pytest.approx(summary["eval_psnr_all"], abs=1)]
+    assert measured["runs"][0]["precision"] == "fp32" and measured["runs"][0]["engine"] == "plain"
+    text = pages.fidelity_markdown(measured)
+    assert f"seed 0: fp32, plain engine, {run.provenance()['device']}" in text
+
+    with pytest.raises(RunError, match="execute the whole book"):
+        pages.collect_quick(tmp_path, tmp_path)
+    (tmp_path / "book.json").write_text(json.dumps(
+        {"wall_s": 100.0, "peak_memory_bytes": 2e9, "device": "abacus", "commit": "c" * 40,
+         "dirty": False}))
+    pages.collect_quick(tmp_path, tmp_path)
+    text = pages.quick_markdown(json.loads((tmp_path / "quick.json").read_text()))
+    assert "took 100 s and 2.0 GB" in text and "abacus" in text
+    assert f"{summary['eval_psnr_val_interpolated']:.2f} dB" in text
 
 
 def test_speed_pages_are_current():

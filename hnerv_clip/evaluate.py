@@ -24,6 +24,7 @@ from torch import Tensor
 from hnerv_clip.codec import decode_video, encode_video
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset, load_dataset
+from hnerv_clip.devices import synchronise
 from hnerv_clip.losses import MS_SSIM_MIN_SIDE
 from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.runs import RunDir
@@ -317,8 +318,8 @@ def measure_decoding(model: HNeRV, dataset: Dataset, *, batch_size: int = BATCH,
     """Decoding speed from stored embeddings to frames on the device: RGB, both heads, CLIP alone.
 
     Returns:
-        A row per mode: frames_per_s (median over passes), its minimum and maximum, n passes,
-        batch_size.
+        A row per mode: frames_per_s (median over passes), frames_per_s_min, frames_per_s_max,
+        n passes, batch_size.
     """
     embeddings = embed_frames(model, dataset)[:8 * batch_size]
     centres = dataset.grid.centres.to(embeddings.device)
@@ -338,20 +339,16 @@ def measure_decoding(model: HNeRV, dataset: Dataset, *, batch_size: int = BATCH,
         decode(embeddings[:batch_size], *heads)  # warm-up
         rates = []
         for _ in range(repeats):
-            _synchronise(embeddings.device)
+            synchronise(embeddings.device)
             start = time.perf_counter()
             for chunk in embeddings.split(batch_size):
                 decode(chunk, *heads)
-            _synchronise(embeddings.device)
+            synchronise(embeddings.device)
             rates.append(len(embeddings) / (time.perf_counter() - start))
-        rows.append({"mode": name, "frames_per_s": float(np.median(rates)), "min": min(rates),
-                     "max": max(rates), "n": repeats, "batch_size": batch_size})
+        rows.append({"mode": name, "frames_per_s": float(np.median(rates)),
+                     "frames_per_s_min": min(rates), "frames_per_s_max": max(rates),
+                     "n": repeats, "batch_size": batch_size})
     return pd.DataFrame(rows)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _batches(model: HNeRV, dataset: Dataset, chosen: np.ndarray | None = None

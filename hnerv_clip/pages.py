@@ -231,8 +231,9 @@ def quick_markdown(measured: dict) -> str:
     """What the quick profile took and reached, in a sentence."""
     return (
         "The quick profile took {wall_s:.0f} s and {memory:.1f} GB (largest process) on {device}: "
-        "{psnr_train_db:.2f} dB and a centred cosine of {clip_centred_train:.3f} on training frames, "
-        "{psnr_held_out_db:.2f} dB and {clip_centred_held_out:.3f} on held-out ones; commit {short}.\n"
+        "{psnr_train_db:.2f} dB and a centred cosine of {clip_centred_train:.3f} on training "
+        "frames, {psnr_held_out_db:.2f} dB and {clip_centred_held_out:.3f} on held-out ones; "
+        "commit {short}.\n"
     ).format(memory=measured["peak_memory_bytes"] / 1e9, short=measured["commit"][:12], **measured)
 
 

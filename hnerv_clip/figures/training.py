@@ -124,7 +124,8 @@ def plot_decoding_speed(speed: pd.DataFrame, *, device: str) -> Figure:
     figure, axes = new_figure(height=1.9)
     colors = [PALETTE[{"RGB": "rgb", "embeddings only": "clip"}.get(mode, "total")]
               for mode in speed["mode"]]
-    whiskers = [speed.frames_per_s - speed["min"], speed["max"] - speed.frames_per_s]
+    whiskers = [speed.frames_per_s - speed.frames_per_s_min,
+                speed.frames_per_s_max - speed.frames_per_s]
     axes.barh(speed["mode"], speed.frames_per_s, xerr=whiskers, color=colors, height=0.6)
     axes.invert_yaxis()
     axes.set_xlabel("frames per second")

@@ -28,11 +28,11 @@ PALETTE = {
     "encoder": SKY, "embedding": YELLOW, "decoder": BLUE,
     # the verification's conditions and baselines
     "learned": BLUE, "random": GREY, "shuffled": VERMILLION, "temporal": PURPLE,
-    "mean": ORANGE, "neighbour": GREEN,
+    "mean": BLACK, "neighbour": GREEN,
     # kinds of model
     "hybrid": BLUE, "pe": ORANGE, "xyt": GREEN, "pixel-only": GREY,
     # marks
-    "reference": GREY, "good": GREEN, "bad": VERMILLION,
+    "reference": GREY, "good": GREEN,
 }
 CYCLE = [BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, GREY]
 

@@ -79,6 +79,9 @@ class PlainEngine:
             total = pixel + self.weight * term
         return torch.stack([pixel, clip, total, psnr(pred.detach(), frames)])
 
+    def sync(self) -> None:
+        """Bring the model and the optimizer up to date, before they are read or saved."""
+
     def load_optimizer(self, state: dict) -> None:
         """Take over the moments of a saved optimizer, whichever engine saved it."""
         settings = [{k: v for k, v in group.items() if k != "params"}

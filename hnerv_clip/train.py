@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from hnerv_clip.config import Config, ConfigError, VideoConfig
 from hnerv_clip.dataset import Dataset, load_dataset
-from hnerv_clip.devices import resolve_precision
+from hnerv_clip.devices import resolve_precision, synchronise
 from hnerv_clip.engine import COLUMNS, make_engine
 from hnerv_clip.evaluate import (
     evaluate_model,
@@ -295,6 +295,7 @@ class _Loop:
 
     def _evaluate(self, board: SummaryWriter | nullcontext) -> dict[str, float]:
         """Evaluate; keep the best model. Returns the epoch's evaluation columns."""
+        self.engine.sync()
         started = time.perf_counter()
         table = _gather(evaluate_model(self.model, self.dataset, share=(self.rank, self.world)))
         self.eval_time_s += time.perf_counter() - started
@@ -403,6 +404,7 @@ class _Loop:
         if self.world > 1:  # each rank knows its own part of an unfinished epoch
             dist.all_reduce(self.losses)
         self._check_finite()
+        self.engine.sync()
         if self.rank:
             self.losses.zero_()
         if self.rank == 0:
@@ -440,18 +442,14 @@ class _Loop:
     # Small things
 
     def _start_clock(self) -> None:
-        self._synchronise()
+        synchronise(self.device)
         self._clock = time.perf_counter() + self.engine.compile_s
 
     def _stop_clock(self) -> None:
         if self._clock is not None:
-            self._synchronise()
+            synchronise(self.device)
             self.train_time_s += time.perf_counter() - self.engine.compile_s - self._clock
             self._clock = None
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def evaluation_columns(table: pd.DataFrame) -> dict[str, float]:

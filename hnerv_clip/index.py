@@ -8,12 +8,14 @@ value, and a search looks into the nearest cells.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from hnerv_clip.evaluate import Run, predict_embeddings, sources_of
 from hnerv_clip.measures import check_embeddings
 from hnerv_clip.search import check_query
 
@@ -107,12 +109,41 @@ def build_index(videos: dict, *, teacher: str, exact: bool | None = None) -> Pat
     return PatchIndex(index, pd.DataFrame(rows), dim, teacher)
 
 
-def load_index(folder) -> PatchIndex:
-    """Read an index that `PatchIndex.save` wrote.
+def index_runs(runs: Iterable[Run]) -> PatchIndex:
+    """Index what several runs predict, each named by its video, with its folder if shared.
+
+    The embeddings are the prediction's (`evaluate.sources_of(…)[-1]`), so a hybrid network does not
+    see the held-out frames.
 
     Raises:
+        ValueError: no run, runs of different teachers, or the same folder twice.
+        ConfigError: a run without the CLIP head.
+    """
+    runs = list(runs)
+    teachers = {run.run_dir.path.name: run.dataset.teacher_name for run in runs}
+    if len(set(teachers.values())) > 1:
+        raise ValueError(f"runs of different teachers cannot share an index: {teachers}; "
+                         "index each teacher's runs apart")
+    names = [run.dataset.video.name for run in runs]
+    names = [name if names.count(name) == 1 else f"{name} ({run.run_dir.path.name})"
+             for name, run in zip(names, runs)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; give each run once")
+    videos = {name: predict_embeddings(run.model, run.dataset, source=sources_of(run.model)[-1])
+              for name, run in zip(names, runs)}
+    return build_index(videos, teacher=runs[0].dataset.teacher_name if runs else "")
+
+
+def load_index(folder, *, teacher: str | None = None) -> PatchIndex:
+    """Read an index that `PatchIndex.save` wrote.
+
+    Args:
+        teacher: name of the teacher that will encode queries; None does not compare.
+    Raises:
         FileNotFoundError: there is none.
-        ValueError: the two files do not belong together, or are of another format.
+        ValueError: the two files do not belong together, are of another format, or of another
+            teacher.
     """
     folder = Path(folder)
     paths = [folder / "videos.json", folder / "vectors.faiss"]
@@ -126,6 +157,9 @@ def load_index(folder) -> PatchIndex:
     if about["format"] != FORMAT or index.d != about["dim"] or index.ntotal != count:
         raise ValueError(f"the index in {folder} is damaged: {index.ntotal} vectors of {index.d} "
                          f"values, where {count} of {about['dim']} are listed; build it again")
+    if teacher not in (None, about["teacher"]):
+        raise ValueError(f"the index in {folder} is of the teacher {about['teacher']}, but queries "
+                         f"are encoded by {teacher}: load that teacher, or build it again")
     return PatchIndex(index, videos, about["dim"], about["teacher"])
 
 

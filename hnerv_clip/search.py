@@ -125,6 +125,33 @@ def relevancy(query, neutral, embeddings, *, scale: float = 10.0) -> np.ndarray:
     return 1 / (1 + np.exp(scale * (others - own)))
 
 
+def compare_relevancy(queries, vectors, neutral, predicted, teacher, *, scale: float = 10.0
+                      ) -> pd.DataFrame:
+    """How many patches are relevant to each query (above 0.5), to the network and to the teacher.
+
+    Args:
+        queries: K names.
+        vectors: [K, D], the queries in the teacher's text space.
+        neutral, scale: as for `relevancy`.
+        predicted, teacher: [T, P, D] unit vectors.
+    Returns:
+        query, predicted and teacher (share of relevant patches), both (share relevant to both),
+        agreement (share of patches on which they say the same), best_predicted and best_teacher
+        (highest relevancy).
+    """
+    predicted, teacher = check_pair(predicted, teacher)
+    queries, rows = parse_queries(queries), []
+    for name, vector in zip(queries, vectors, strict=True):
+        own, right = (relevancy(vector, neutral, embeddings, scale=scale)
+                      for embeddings in (predicted, teacher))
+        rows.append({"query": name, "predicted": (own > 0.5).mean(),
+                     "teacher": (right > 0.5).mean(),
+                     "both": ((own > 0.5) & (right > 0.5)).mean(),
+                     "agreement": ((own > 0.5) == (right > 0.5)).mean(),
+                     "best_predicted": own.max(), "best_teacher": right.max()})
+    return pd.DataFrame(rows)
+
+
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a close-up of a {}.",
              "a picture with a {}.")
 

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from hnerv_clip.evaluate import (
 from hnerv_clip.measures import centred_cosine, check_embeddings, check_pair, cosine, unit
 from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.patches import PatchGrid
+from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json
 from hnerv_clip.statistics import MIN_FRAMES, holm, mean_interval, pool_intervals
 from hnerv_clip.teachers import Teacher, load_teacher, run_teacher, teacher_embeddings
@@ -246,8 +248,8 @@ def measure_costs(run: Run, teacher: Teacher, *, frames: int = 8, repeats: int =
         start = time.perf_counter()
         run_teacher(teacher, timed, grid, progress=False)  # its result is on the CPU: it is done
         rates.append(len(timed) / (time.perf_counter() - start))
-    columns = {"embeddings_per_s": ("frames_per_s", np.median), "min": ("min", min),
-               "max": ("max", max)}
+    columns = {"embeddings_per_s": ("frames_per_s", np.median), "min": ("frames_per_s_min", min),
+               "max": ("frames_per_s_max", max)}
     ways = {"predicted": lambda rgb, own, taught: own,
             "frame decoded, then the teacher": lambda rgb, own, taught: 1 / (1 / rgb + 1 / taught),
             "teacher, frame at hand": lambda rgb, own, taught: taught}
@@ -298,7 +300,7 @@ def _records(table):
 
 def checkpoint_digest(folder: Path) -> str:
     """SHA-256 of a run's best checkpoint, which a verification belongs to; "" without one."""
-    path = Path(folder) / "model_best.pth"
+    path = resolve_path(folder) / "model_best.pth"
     if not path.is_file():
         return ""
     with path.open("rb") as file:
@@ -311,7 +313,7 @@ def read_verification(folder) -> dict:
     Raises:
         RunError: none there, damaged, or of another format.
     """
-    path = Path(folder) / "verification.json"
+    path = resolve_path(folder) / "verification.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = content["format"]
@@ -367,16 +369,20 @@ def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
     return folders
 
 
-def find_verified(folder) -> list[Path]:
+def find_verified(folder, names: str = "*") -> list[Path]:
     """Run folders with a verification below a folder, in order of their names.
 
+    Args:
+        names: a pattern of the run folders' names, such as "*_base_s*".
     Raises:
         RunError: none there.
     """
-    found = sorted(path.parent for path in Path(folder).rglob("verification.json"))
+    folder = resolve_path(folder)
+    found = sorted(path.parent for path in folder.rglob("verification.json")
+                   if fnmatch(path.parent.name, names))
     if not found:
-        raise RunError(f"no run below {folder} holds a verification.json: run "
-                       "`hnerv-clip verify RUN …` first")
+        raise RunError(f"no run named {names!r} below {folder} holds a verification.json: run "
+                       "`hnerv-clip verify RUN …` first, or correct the folder or the names")
     return found
 
 

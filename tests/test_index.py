@@ -88,3 +88,31 @@ def test_bad_input_is_refused(tmp_path):
     (tmp_path / "videos.json").write_text(text)
     with pytest.raises(ValueError, match="8 vectors of 16 values, where 10"):
         load_index(tmp_path)
+
+
+def test_runs_of_different_teachers_share_no_index(tmp_path, monkeypatch):
+    from types import SimpleNamespace as Space
+
+    from hnerv_clip import index
+
+    def run(folder, video, teacher="t"):
+        return Space(run_dir=Space(path=tmp_path / folder), model=None, config=None, dataset=Space(
+            teacher_name=teacher, video=Space(name=video)))
+
+    asked = []
+    monkeypatch.setattr(index, "sources_of", lambda model: ("encoder", "interpolated"))
+    monkeypatch.setattr(index, "predict_embeddings", lambda model, dataset, *, source: (
+        asked.append(source), drifting(1, 4, 2, 16)[0])[1])
+    built = index.index_runs([run("a", "bunny"), run("b", "bunny"), run("c", "bikes")])
+    assert list(built.videos.video) == ["bunny (a)", "bunny (b)", "bikes"]
+    assert set(asked) == {"interpolated"}  # the prediction, in which no frame asked about is seen
+    with pytest.raises(ValueError, match="different teachers cannot share"):
+        index.index_runs([run("a", "bunny"), run("b", "bikes", "other")])
+    with pytest.raises(ValueError, match="given twice"):
+        index.index_runs([run("a", "bunny"), run("a", "bunny")])
+    with pytest.raises(ValueError, match="no videos"):
+        index.index_runs([])
+    built.save(tmp_path / "index")
+    assert load_index(tmp_path / "index", teacher="t").teacher == "t"
+    with pytest.raises(ValueError, match="of the teacher t, but queries are encoded by other"):
+        load_index(tmp_path / "index", teacher="other")

@@ -150,6 +150,17 @@ def test_relevancy_by_hand():
         search.relevancy([1, 0], [], embeddings)
 
 
+def test_relevancy_is_compared():
+    # Two patches along the axes: the network mistakes the second for the first.
+    axes = np.eye(2, dtype=np.float32)
+    teacher, predicted = axes[None], np.stack([axes[0], axes[0]])[None]
+    neutral = np.array([[0.8, 0.6]])  # cosine 0.8 with the first patch, 0.6 with the second
+    found = search.compare_relevancy("first; second", axes, neutral, predicted, teacher)
+    assert found.teacher.tolist() == [0.5, 0.5] and found.predicted.tolist() == [1, 0]
+    assert found.both.tolist() == [0.5, 0] and found.agreement.tolist() == [0.5, 0.5]
+    assert found.best_teacher[0] == pytest.approx(1 / (1 + np.exp(10 * (0.8 - 1))))
+
+
 class Words:
     """A teacher of texts: the length of each, as an angle."""
 

@@ -153,6 +153,7 @@ def test_seeds_are_joined(tmp_path):
         tmp_path / f"{video}{embed[:2]}{seed}", video=video, embed=embed, seed=seed)
         for video in ("bunny", "bikes") for embed in ("pe_1.25_80", "xyt_1.25_80")
         for seed in range(3)}
+    assert len(verify_runs.find_verified(tmp_path, "b*xy?")) == 6
     study = verify_runs.join_runs(verify_runs.find_verified(tmp_path))
     assert len(study.runs) == 12 and len(study.table) == 2 * 2 * 2
     assert set(study.table.seeds) == {3} and study.teacher_label == "A (not CLIP)"
@@ -208,7 +209,7 @@ def test_what_does_not_belong_together_is_not_joined(tmp_path):
         verify_runs.join_runs([a], by=("colour",))
     with pytest.raises(ValueError, match="no run to join"):
         verify_runs.join_runs([])
-    with pytest.raises(RunError, match="no run below"):
+    with pytest.raises(RunError, match="no run named"):
         verify_runs.find_verified(tmp_path / "nothing")
     with pytest.raises(RunError, match="holds no verification.json"):
         verify_runs.join_runs([tmp_path])

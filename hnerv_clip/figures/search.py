@@ -110,13 +110,15 @@ def frame_panel(panel, colour):
         spine.set(visible=True, color=colour, linewidth=2.5)
 
 
-def plot_strips(scores: dict, teacher_label: str, *, reference: dict | None = None) -> Figure:
+def plot_strips(scores: dict, teacher_label: str, *, reference: dict | None = None,
+                what: str = "Cosine") -> Figure:
     """When each query is answered, and where: a strip a query, frames across, positions down.
 
     Args:
         scores: {query: [T, P]}, as `search.score_patches` gives them from predicted embeddings.
         teacher_label: the teacher in words, for the caption.
         reference: the same from the teacher's own embeddings, shown at the right.
+        what: the kind of score, for the caption.
     """
     columns = [("predicted", scores), ("teacher", reference)][:1 if reference is None else 2]
     figure, axes = new_figure(len(scores), len(columns), height=0.95 * len(scores) + 0.9,
@@ -135,7 +137,7 @@ def plot_strips(scores: dict, teacher_label: str, *, reference: dict | None = No
         figure.colorbar(shade, ax=list(axes[row]), pad=0.01)
     for panel in axes[-1]:
         panel.set_xlabel("frame")
-    return caption(figure, "Cosine of each query with every patch: frames across, patch positions "
+    return caption(figure, f"{what} of each query with every patch: frames across, patch positions "
                            "down, row by row of the frame. The colours of a strip are its own. "
                            f"Teacher: {teacher_label}.")
 

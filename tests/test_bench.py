@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hnerv_clip import bench
+from hnerv_clip import bench, cli
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.model import build_model, plan_model
 from hnerv_clip.runs import RunDir
@@ -109,3 +109,11 @@ def test_a_setting_that_fails_is_a_row(small_config, small_dataset, cache_dir, m
     own = bench.Bench(small_config, torch.device("cpu"), 1, 0.0, {"parts": {}}, cache_dir, "")
     row = bench.time_training(own, small_config, small_dataset)
     assert row["failed"] == "out of memory"
+
+
+def test_from_the_command_line(tmp_path, cache_dir, capsys):
+    out = tmp_path / "bench.json"
+    assert cli.main(["bench", "--parts", "ceilings", "--out", str(out), "--device", "cpu",
+                     "--cache_dir", str(cache_dir)]) == 0
+    assert "tflop_per_s" in capsys.readouterr().out
+    assert json.loads(out.read_text())["made"]["ceilings"]["settings"]["device"] == "cpu"

@@ -1,0 +1,116 @@
+"""The tables of «How fast» say what the files hold, and what they do not."""
+
+import copy
+import json
+
+import pytest
+
+from hnerv_clip import speed
+from hnerv_clip.figures.speed import plot_profile, plot_scaling
+
+MADE = {"commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.11.0"}, "threads": 8}
+REFERENCE = {"source": "Somewhere", "rows": [
+    {"what": "the other", "clip_head": True, "frames_per_s": [66, 72],
+     "decode_frames_per_s": [530, 600], "note": ""}]}
+
+
+def spread(name, value):
+    return {name: value, f"{name}_min": 0.5 * value, f"{name}_max": 2 * value, "n": 5}
+
+
+def step(head, ms, **more):
+    return {"engine": "fused", "precision": "bf16", "embed": "", "clip_head": head, "batch_size": 2,
+            **spread("step_ms", ms), "frames_per_s": 2e3 / ms, "compile_s": 20.0,
+            "peak_memory_bytes": 2**30, "compute_share": 0.5, "bandwidth_share": 0.042, **more}
+
+
+def decode(mode, rate, size=4):
+    return {"mode": mode, "batch_size": size, **spread("frames_per_s", rate)}
+
+
+def gpu():
+    parts = {
+        "train": [step(True, 2.1), step(False, 2.0),
+                  step(True, 20.0, engine="plain", precision="fp32", compile_s=None)],
+        "decode": [decode("RGB", 5000.0), decode("RGB and embeddings", 4900.0)],
+        "teacher": [{"teacher": "ViT", "precision": "bf16", "patches": 1056,
+                     "cosine_to_fp32_min": 0.99951, **spread("patches_per_s", 12000.0)}],
+        "ceilings": [{"what": "product", "precision": "bf16", **spread("tflop_per_s", 700.0)}],
+        "fit": [{"run": "seed0", "epochs": 300, "seed": 0, "clip_head": True, "wall_s": 58.2,
+                 "data_s": 3.0, "compile_s": 9.0, "train_time_s": 40.0, "eval_time_s": 4.0,
+                 "checkpoint_time_s": 0.5, "rest_s": 1.7, "psnr_db": 35.5, "commit": "c" * 40}],
+        "scaling": [{"axis": axis, "frame": "640×1280", "pixels": 819200, "modelsize": 1.5,
+                     "patches": 8, "frames": 132, **step(True, 2.1)} for axis in speed.AXES]}
+    return {"device": "NVIDIA Something", "parts": parts, "made": dict.fromkeys(parts, MADE)}
+
+
+def test_a_training_table():
+    text = speed.training_markdown([gpu()], REFERENCE)
+    assert "| fused engine, bf16, from frames | on | 2.10 (1.05–4.20) | **952** | 1.00 | 20.0 |" \
+        " 50% | 4.2% |" in text
+    assert "changes a step by +5.0% (fused, bf16, from frames)." in text  # 2.1 over 2.0
+    assert "| the other | on | 66–72 |" in text and "Not measured" not in text
+    assert "Medians of 5 repeats" in text and "commit 0123456789ab." in text
+    dirty = gpu()
+    dirty["made"]["train"] = {**MADE, "dirty": True}
+    assert "commit 0123456789ab and uncommitted files" in speed.training_markdown([dirty],
+                                                                                  REFERENCE)
+
+
+def test_columns_without_values_go_and_failures_stay():
+    cpu = copy.deepcopy(gpu())
+    cpu["device"] = "A processor, 2 cores"
+    cpu["parts"]["train"] = [step(True, 900.0, peak_memory_bytes=None, compile_s=None),
+                             {"engine": "fast", "precision": "bf16", "failed": "no memory left"}]
+    text = speed.training_markdown([cpu], REFERENCE)
+    assert "memory (GiB)" not in text and "compilation" not in text
+    assert "- fast, bf16: failed, no memory left" in text
+    assert "Not measured yet: training on a GPU" in text
+
+
+def test_goals_take_the_best_row_and_say_what_is_missing():
+    lines = speed.goals_markdown([gpu()]).splitlines()[2:]
+    assert [line.split("|")[3].strip() for line in lines] == [
+        "952", "1.00", "1000", "58", "5000", "2.0%", "12000"]
+    empty = {"device": "NVIDIA Something", "parts": {}, "made": {}}
+    assert speed.goals_markdown([empty]).count("not measured") == len(speed.GOALS)
+    assert "Not measured yet" in speed.goals_markdown([{**empty, "device": "x, 2 cores"}])
+
+
+@pytest.mark.parametrize("value, shown", [(0.1234, "0.12"), (2.1, "2.10"), (41.26, "41.3"),
+                                          (352.6, "353"), (3755.4, "3755")])
+def test_numbers_have_three_digits(value, shown):
+    assert speed._number(value) == shown
+
+
+def test_pages_stand_with_files_and_without(tmp_path):
+    (tmp_path / "reference_speed.json").write_text(json.dumps(REFERENCE))
+    bare = speed.speed_pages(tmp_path)
+    assert all("easured yet" in text or "recorded yet" in text for text in bare.values())
+    (tmp_path / "bench_a.json").write_text(json.dumps({**gpu(), "device": "x, 2 cores"}))
+    (tmp_path / "bench_b.json").write_text(json.dumps(gpu()))
+    rows = [{"part": "encoder", "before_ms": 1.25, "after_ms": 0.5},
+            {"part": "decoder", "before_ms": 3.0, "after_ms": 1.25}]
+    (tmp_path / "profile_h100.json").write_text(json.dumps({"device": "H", "rows": rows}))
+    (tmp_path / "tried.json").write_text(json.dumps({"rows": [
+        {"change": "fusing", "expected_ms": 0.6, "measured_ms": None, "kept": False, "why": "slow"}
+    ]}))
+    pages = speed.speed_pages(tmp_path)
+    assert pages.keys() == bare.keys()
+    assert not any("yet" in text for text in pages.values())
+    assert "| **sum** | **4.25** | **1.75** |" in pages["speed_profile"]
+    assert "| fusing | 0.60 | no | slow |" in pages["speed_tried"]  # nothing was measured
+    assert "`seed0` | 300 | 0 | on | **58** | 3.0 | 9.0 | 40.0 | 4.0 | 0.5 | 1.7 | 35.50" in \
+        pages["speed_fit"]
+    assert [b["device"] for b in speed.load_benches(tmp_path)] == ["NVIDIA Something", "x, 2 cores"]
+    assert "+2.0% at 4 at once" in pages["speed_decode"]
+
+
+def test_figures_show_every_device_and_part():
+    devices = {name: gpu()["parts"]["scaling"] for name in ("one", "two")}
+    figure = plot_scaling(devices, {name: axis[:2] for name, axis in speed.AXES.items()})
+    assert [len(panel.containers) for panel in figure.axes[:5]] == [2] * 5
+    assert [text.get_text() for text in figure.axes[5].get_legend().get_texts()] == ["one", "two"]
+    rows = [{"part": "encoder", "before_ms": 1.25, "after_ms": 0.5}]
+    widths = [bar.get_width() for bar in plot_profile(rows, device="H").axes[0].patches]
+    assert widths == [1.25, 0.5]

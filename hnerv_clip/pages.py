@@ -10,7 +10,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 
-from hnerv_clip import speed
+from hnerv_clip import speed, study_pages
 from hnerv_clip.config import Config, settings_table
 from hnerv_clip.runs import RunDir, RunError, write_json
 
@@ -103,6 +103,7 @@ def write_from_results(book: Path) -> None:
     (folder / "settings.md").write_text(settings_markdown())
     _write_fidelity(folder, book / "results")
     _write_speed(folder, book / "results")
+    study_pages.write_study_pages(folder, book / "results")
 
 
 def collect_fidelity(results: Path, run_dirs: list[str | Path]) -> None:

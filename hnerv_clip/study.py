@@ -490,7 +490,7 @@ def study_table(folder: str | Path) -> pd.DataFrame:
         of train and held_out (interpolated or from coordinates) and held_out_encoder; the measures
         of `measure_run` as MEASURE_PART and, between the positions, MEASURE_between_PART;
         rate_bpp, size_bytes, stored_values, clip_head_values, train_time_s, train_frames_per_s,
-        runs_per_device, device, commit, dirty, teacher. Empty where a run has no such figure.
+        runs_per_device, device, commit, dirty, teacher_label. Empty where a run has no such figure.
     Raises:
         StudyError: no finished run there.
     """
@@ -512,6 +512,8 @@ def study_table(folder: str | Path) -> pd.DataFrame:
 
 
 def _row(run: RunDir) -> dict[str, Any]:
+    from hnerv_clip.teachers import describe_teacher
+
     config, summary, facts = run.config(), run.summary(), run.provenance()
     study = run._read_json("study.json")
     kind = embed_kind(config.model.embed)
@@ -539,7 +541,9 @@ def _row(run: RunDir) -> dict[str, Any]:
         "train_time_s": summary["train_time_s"],
         "train_frames_per_s": summary["train_frames_per_s"],
         "runs_per_device": study["runs_per_device"], "device": facts["device"],
-        "commit": facts["commit"], "dirty": facts["dirty"], "teacher": facts["teacher"]}
+        "commit": facts["commit"], "dirty": facts["dirty"],
+        "teacher_label": describe_teacher(config.teacher).label if config.model.predict_clip
+        else None}
 
 
 def pack_study(folder: str | Path, path: str | Path) -> int:
@@ -586,9 +590,10 @@ def read_study(path: str | Path) -> pd.DataFrame:
         StudyError: there is no such file.
     """
     try:
-        return pd.read_csv(resolve_path(path)).fillna({"embed": "", "patch_grid": ""})
+        table = pd.read_csv(resolve_path(path), dtype={"embed": str, "patch_grid": str})
     except FileNotFoundError:
         raise StudyError(f"{path} does not exist; write it with hnerv-clip study --csv") from None
+    return table.fillna({"embed": "", "patch_grid": ""})
 
 
 def count_states(states: dict[str, str]) -> str:

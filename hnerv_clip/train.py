@@ -90,6 +90,11 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
                     f"the GPU's memory ran out ({str(error).splitlines()[0]}); lower batch_size="
                     f"{config.train.batch_size}, modelsize or resize_list. The last checkpoint of "
                     f"{run.path} is intact") from error
+            except RuntimeError as error:
+                if config.train.engine == "plain" or "C compiler" not in str(error):
+                    raise
+                raise TrainError(f"the fast engine can't be compiled here ({error}); install a C "
+                                 "compiler such as gcc, or use engine='plain'") from error
             except OSError as error:  # of the log or TensorBoard; checkpoints say it themselves
                 if error.errno not in UNWRITABLE:
                     raise

@@ -148,6 +148,20 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(small_config, cache_dir, t
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+@pytest.mark.parametrize("error, message", [
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nGPU 0 has"),
+     r"memory ran out \(CUDA out of memory. Tried 2 GiB.\); lower batch_size=2, .* is intact"),
+    (RuntimeError("Failed to find C compiler."), "C compiler such as gcc, or use engine='plain'")])
+def test_what_the_machine_lacks_is_said_with_the_setting_to_change(
+        error, message, small_config, small_dataset, cache_dir, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(PlainEngine, "step", fail)
+    with pytest.raises(TrainError, match=message):
+        train(small_config, tmp_path / "run", cache_dir=cache_dir, progress=False)
+
+
 def test_errors_come_before_any_long_work(small_config, finished, cache_dir, tmp_path):
     with pytest.raises(RunError, match="another configuration"):
         train(small_config.replace(lr=0.5), finished.run_dir, cache_dir=cache_dir)

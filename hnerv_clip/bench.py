@@ -208,14 +208,14 @@ def bench(config: Config, *, parts: list[str] = DEFAULT_PARTS, out: str | Path,
         started = time.perf_counter()
         kept = [row for row in results["parts"].get(part, [])
                 if part == "fit" and row["run"] != Path(outf).name]
+        say(f"\n{part} …")
         results["made"][part] = _provenance(config)
         results["parts"][part] = kept
         for row in MEASURES[part](bench):
             kept.append(row)
             results["made"][part]["seconds"] = round(time.perf_counter() - started, 1)
             write_json(path, results)
-        say(f"\n{part}  ({time.perf_counter() - started:.0f} s)")
-        say(show_rows(kept))
+        say(f"{show_rows(kept)}\n{time.perf_counter() - started:.0f} s")
     say(f"\n{path}")
     return results
 

@@ -155,7 +155,8 @@ def preprocess(patches: Tensor, size: tuple[int, int], *, mean: tuple[float, ...
             pixels = pixels.add_(0.5).floor_().clamp_(0, 255)  # Pillow rounds halves up
     top, left = round((new_h - size[0]) / 2), round((new_w - size[1]) / 2)
     pixels = pixels[..., top:top + size[0], left:left + size[1]]
-    shift, scale = (torch.tensor(v, device=pixels.device).view(3, 1, 1) * 255 for v in (mean, std))
+    shift, scale = (torch.tensor(v).view(3, 1, 1).to(pixels.device, non_blocking=True) * 255
+                    for v in (mean, std))
     return (pixels - shift) / scale
 
 

@@ -125,7 +125,12 @@ def predict_embeddings(model: HNeRV, dataset: Dataset, *, source: str | None = N
         source: `encoder`, `interpolated` or `coordinates`; the model's first by default.
     Returns:
         [T, P, D] float32 unit vectors, on the CPU.
+    Raises:
+        ConfigError: the model has no CLIP head.
     """
+    if not model.config.predict_clip:
+        raise ConfigError("this run has no CLIP head (predict_clip=False), so it predicts no "
+                          "embeddings: train one with predict_clip=True")
     embeddings = frame_embeddings(model, dataset, source or sources_of(model)[0])
     return torch.cat([model.clip_at(model.stages(chunk, last=model.clip_stages[-1]),
                                     dataset.grid.centres.to(chunk.device)).cpu()

@@ -1,10 +1,10 @@
 """Is what the CLIP head learnt real? The study of the project's description, and an honest reading.
 
 Pure functions on arrays: predicted p and teacher g, unit vectors [T, P, D]. A raw cosine flatters,
-because the embeddings of one video share most of their direction; so every condition is also
-measured after the mean of the training frames' teacher embeddings is taken off (`centred`), and
-stands beside what needs no learning (`controls`). No model and no teacher is touched here: trained
-runs are put to it by `verify_runs`.
+because the embeddings of one video share most of their direction; so beside it (`clip_similarity`)
+every condition is measured after the mean of the training frames' teacher embeddings is taken off
+(`clip_centred`), and stands beside what needs no learning (`controls`). No model and no teacher is
+touched here: trained runs are put to it by `verify_runs`.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ CONTROLS = ("random", "shuffled", "temporal", "spatial")
 SPLIT_LABELS = {"train": "training frames", "held_out": "held-out frames"}
 # Measures of `Verification.measures` → how a table names them.
 MEASURES = {
-    "raw": "raw cosine", "centred": "centred cosine", "skill": "skill",
+    "clip_similarity": "raw cosine", "clip_centred": "centred cosine", "skill": "skill",
     "r1": "R@1", "r5": "R@5", "median_rank": "median rank", "r1_near": "R@1 near",
     "r5_near": "R@5 near", "median_rank_near": "median rank near", "cka": "CKA",
 }
 # The values that a measure can take, where an interval ends.
-LIMITS = {"raw": (-1, 1), "centred": (-1, 1), "skill": (-np.inf, 1), "cka": (-np.inf, 1),
+LIMITS = {**dict.fromkeys(("clip_similarity", "clip_centred"), (-1, 1)),
+          **dict.fromkeys(("skill", "cka"), (-np.inf, 1)),
           **dict.fromkeys(("r1", "r5", "r1_near", "r5_near"), (0, 1)),
           **dict.fromkeys(("median_rank", "median_rank_near"), (1, np.inf))}
 CKA_ROWS = 4000  # patches up to which a CKA gets an interval, which needs a matrix of their square
@@ -79,9 +80,9 @@ class Verification:
     """The outcome of `verify_embeddings`. Tables have a column `split`, train or held_out.
 
     predicted: [T, P, D], what was verified.
-    scores: a row per condition, frame and patch, with `raw` and `centred` cosine.
+    scores: a row per condition, frame and patch, with `clip_similarity` and `clip_centred`.
     table: a row per condition: mean and standard deviation of both, and `n`.
-    improvements: a row per other condition: learned minus it, raw and centred, and `clear`:
+    improvements: a row per other condition: learned minus it, in both, and `clear`:
         whether the raw improvement exceeds twice the other's standard deviation (the user's rule;
         a rule of thumb, not a test).
     comparisons: the same with intervals and tests, see `compare`.
@@ -161,7 +162,7 @@ def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed
             where = {"split": split, "condition": condition}
             scores.append(_score_rows(where, frames, answer, target, centre))
             cosines = [scores[-1][name].to_numpy().reshape(target.shape[:2])
-                       for name in ("raw", "centred")]
+                       for name in ("clip_similarity", "clip_centred")]
             measures += [where | row for row in
                          _measure_rows(answer, teacher, frames, *cosines, constant, near)]
         shift_tests[split] = shift_test(predicted[frames], target)
@@ -228,8 +229,8 @@ def _score_rows(where, frames, answer, target, centre):
     return pd.DataFrame({
         **where, "frame": np.repeat(frames, patches),
         "patch": np.tile(np.arange(patches), len(frames)),
-        "raw": cosine(answer, target).ravel(),
-        "centred": centred_cosine(answer, target, centre).ravel(),
+        "clip_similarity": cosine(answer, target).ravel(),
+        "clip_centred": centred_cosine(answer, target, centre).ravel(),
     })
 
 
@@ -240,8 +241,9 @@ def _measure_rows(answer, teacher, frames, raw, centred, constant, near):
     away, reference = ((1 - x).mean(axis=1) for x in (raw, constant))  # [N], distance from 1
     rest = np.maximum(reference.sum() - reference, 1e-12)
     rows = [
-        _measured("raw", raw.mean(), raw, lambda: mean_interval(raw.mean(axis=1))),
-        _measured("centred", centred.mean(), centred, lambda: mean_interval(centred.mean(axis=1))),
+        _measured("clip_similarity", raw.mean(), raw, lambda: mean_interval(raw.mean(axis=1))),
+        _measured("clip_centred", centred.mean(), centred,
+                  lambda: mean_interval(centred.mean(axis=1))),
         _measured("skill", skill(raw.mean(), constant.mean()), raw, lambda: smooth_interval(
             skill(raw.mean(), constant.mean()), 1 - (away.sum() - away) / rest)),
     ]
@@ -295,8 +297,9 @@ def measure_table(measures: pd.DataFrame, names=tuple(MEASURES)) -> pd.DataFrame
 def summarise_scores(scores: pd.DataFrame) -> pd.DataFrame:
     """Mean and sample standard deviation over (frame, patch) for each split and condition."""
     table = scores.groupby(["split", "condition"], sort=False).agg(
-        raw_mean=("raw", "mean"), raw_std=("raw", "std"),
-        centred_mean=("centred", "mean"), centred_std=("centred", "std"), n=("raw", "size"))
+        clip_similarity_mean=("clip_similarity", "mean"),
+        clip_similarity_std=("clip_similarity", "std"), clip_centred_mean=("clip_centred", "mean"),
+        clip_centred_std=("clip_centred", "std"), n=("frame", "size"))
     return table.reset_index()
 
 
@@ -306,16 +309,17 @@ def improvement_table(table: pd.DataFrame) -> pd.DataFrame:
     for split, part in table.groupby("split", sort=False):
         part = part.set_index("condition")
         for other in part.index.drop("learned"):
-            raw = part.raw_mean["learned"] - part.raw_mean[other]
+            raw = part.clip_similarity_mean["learned"] - part.clip_similarity_mean[other]
             rows.append({
-                "split": split, "over": other, "raw": raw,
-                "centred": part.centred_mean["learned"] - part.centred_mean[other],
-                "clear": bool(raw > 2 * part.raw_std[other]),
+                "split": split, "over": other, "clip_similarity": raw,
+                "clip_centred": part.clip_centred_mean["learned"] - part.clip_centred_mean[other],
+                "clear": bool(raw > 2 * part.clip_similarity_std[other]),
             })
     return pd.DataFrame(rows)
 
 
-def compare(scores: pd.DataFrame, *, measure: str = "centred", level: float = 0.95) -> pd.DataFrame:
+def compare(scores: pd.DataFrame, *, measure: str = "clip_centred", level: float = 0.95
+            ) -> pd.DataFrame:
     """Learned against every other condition, frame by frame, with intervals and tests.
 
     The unit is the frame: patches of one frame overlap, so their mean counts once. The interval
@@ -372,20 +376,21 @@ def judge(table: pd.DataFrame, comparisons: pd.DataFrame, source: str = "") -> d
     """
     mean = table.set_index(["split", "condition"])
     splits = list(dict.fromkeys(table.split))
-    verdict = {f"{split}_similarity": float(mean.raw_mean[split, "learned"]) for split in splits}
-    overall = np.average([mean.raw_mean[split, "learned"] for split in splits],
+    verdict = {f"clip_similarity_{split}": float(mean.clip_similarity_mean[split, "learned"])
+               for split in splits}
+    overall = np.average([mean.clip_similarity_mean[split, "learned"] for split in splits],
                          weights=[mean.n[split, "learned"] for split in splits])
-    verdict |= {"all_similarity": float(overall), "quality": similarity_band(overall)[0],
+    verdict |= {"clip_similarity_all": float(overall), "quality": similarity_band(overall)[0],
                 "quality_meaning": similarity_band(overall)[1]}
     for split in splits:
-        verdict[f"{split}_skill"] = float(skill(mean.raw_mean[split, "learned"],
-                                                mean.raw_mean[split, "mean"]))
-        verdict[f"{split}_centred"] = float(mean.centred_mean[split, "learned"])
+        verdict[f"skill_{split}"] = float(skill(mean.clip_similarity_mean[split, "learned"],
+                                                mean.clip_similarity_mean[split, "mean"]))
+        verdict[f"clip_centred_{split}"] = float(mean.clip_centred_mean[split, "learned"])
     if "held_out" not in splits:
         return verdict | {"beaten": [], "unproven": [], "not_beaten": [], "learned": None,
                           "honest": "No verdict: no frame was held out, and training frames only "
                                     "show what was memorised. Use data_split=\"4_5_5\"."}
-    gap = verdict["train_similarity"] - verdict["held_out_similarity"]
+    gap = verdict["clip_similarity_train"] - verdict["clip_similarity_held_out"]
     rows = comparisons[(comparisons.split == "held_out") & ~comparisons.over.isin(CONTROLS)]
     sure, above = rows.p_holm < 0.05, rows.difference > 1e-9
     sorted_out = {"beaten": list(rows.over[sure]), "unproven": list(rows.over[above & ~sure]),
@@ -426,8 +431,8 @@ def report_text(verification: Verification) -> str:
     for split, part in verification.table.groupby("split", sort=False):
         lines += ["", f"{SPLIT_LABELS[split].capitalize()} (n = {part.n.iloc[0]} embeddings)", "",
                   f"{'Condition':<34}{'Mean':>10}{'Std':>10}{'Centred':>12}{'Std':>10}", thin]
-        lines += [f"{name_of(row.condition):<34}{row.raw_mean:>10.4f}{row.raw_std:>10.4f}"
-                  f"{row.centred_mean:>12.4f}{row.centred_std:>10.4f}"
+        lines += [f"{name_of(row.condition):<34}{row.clip_similarity_mean:>10.4f}"
+                  f"{row.clip_similarity_std:>10.4f}{row.clip_centred_mean:>12.4f}{row.clip_centred_std:>10.4f}"
                   for row in part.itertuples()]
         lines += [thin]
     lines += ["", "IMPROVEMENT ANALYSIS", "raw and centred difference; 95 % interval of the "
@@ -437,18 +442,18 @@ def report_text(verification: Verification) -> str:
         tested = f"[{row.low:7.4f}, {row.high:7.4f}]  {p_words(row.p_holm)}" \
             if np.isfinite(row.p_holm) else "too few frames for a test"
         mark = "✓" if row.p_holm < 0.05 else "✗"
-        lines += [f"{row.split:<9}over {name_of(row.over).lower():<26}{row.raw:>8.4f}"
-                  f"{row.centred:>9.4f}  {mark} {tested}"]
+        lines += [f"{row.split:<9}over {name_of(row.over).lower():<26}{row.clip_similarity:>8.4f}"
+                  f"{row.clip_centred:>9.4f}  {mark} {tested}"]
     for row in verification.alignment.itertuples():
         lines += [f"{row.split:<9}in time: correlation {row.observed:.3f} with what changes, "
                   f"{p_words(row.p)} of {row.shifts} shifts"]
     lines += ["", f"Overall Quality: {verdict['quality'].upper()} by raw cosine "
-                  f"({verdict['all_similarity']:.4f}: {verdict['quality_meaning']})"]
+                  f"({verdict['clip_similarity_all']:.4f}: {verdict['quality_meaning']})"]
     if "gap" in verdict:
         lines += [f"Train-validation gap: {verdict['gap']:.4f}, {verdict['gap_band'].lower()} "
                   f"({verdict['gap_meaning']})",
-                  f"Skill against the constant: {verdict['train_skill']:.4f} on training, "
-                  f"{verdict['held_out_skill']:.4f} on held-out frames"]
+                  f"Skill against the constant: {verdict['skill_train']:.4f} on training, "
+                  f"{verdict['skill_held_out']:.4f} on held-out frames"]
     return "\n".join(lines + [*textwrap.wrap(verdict["honest"], 78), wide, ""])
 
 

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hnerv_clip.config import RUNTIME_PARAMS, ConfigError, embed_kind
+from hnerv_clip.config import RUNTIME_PARAMS, embed_kind
 from hnerv_clip.controls import linear_map, store_embeddings
 from hnerv_clip.evaluate import (
     Run,
@@ -50,9 +50,9 @@ from hnerv_clip.verify import (
     verify_embeddings,
 )
 
-FORMAT = 1  # of verification.json
+FORMAT = 2  # of verification.json
 TABLES = ("table", "improvements", "comparisons", "alignment", "measures")
-STUDY_MEASURES = ("raw", "centred", "skill", "r1", "r5", "median_rank", "cka")
+STUDY_MEASURES = ("clip_similarity", "clip_centred", "skill", "r1", "r5", "median_rank", "cka")
 
 
 def held_out_frames(run: Run) -> np.ndarray:
@@ -79,7 +79,6 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
         ValueError: as `verify_embeddings`.
     """
     model, dataset = run.model, run.dataset
-    _need_head(run)
     answers = {source: predict_embeddings(model, dataset, source=source)
                for source in sources_of(model)}
     reference = check_embeddings(dataset.embeddings, "teacher")
@@ -117,12 +116,6 @@ def _untrained_head(run: Run, seed: int) -> HNeRV:
     return model.to(_device(run.model)).eval()
 
 
-def _need_head(run):
-    if not run.config.model.predict_clip:
-        raise ConfigError(f"{run.run_dir.path} is a run without the CLIP head (predict_clip=False),"
-                          " so it predicts no embeddings: train one with predict_clip=True")
-
-
 def _device(model: HNeRV) -> torch.device:
     return next(model.parameters()).device
 
@@ -151,11 +144,11 @@ def position_scores(run: Run, *, cache_dir: str | Path = "output/cache",
         source: how frames' embeddings come about, a prediction by default (`sources_of(…)[-1]`).
     Returns:
         A row per frame, position and answer: source, split (train, held_out), frame, where
-        (taught, between), y, x (centre in pixels), answer, raw and centred cosine.
+        (taught, between), y, x (centre in pixels), answer, clip_similarity (raw cosine) and
+        clip_centred.
     Raises:
         ConfigError: the run has no CLIP head, or its teacher's weights are not there.
     """
-    _need_head(run)
     source = source or sources_of(run.model)[-1]
     dense = halfway_grid(run.dataset.grid)
     there = dataclasses.replace(run.dataset, grid=dense)
@@ -190,8 +183,8 @@ def score_positions(predicted, teacher, dense: PatchGrid, taught: PatchGrid,
              "where": np.tile(np.where(known, "taught", "between"), frames),
              "y": np.tile(y, frames), "x": np.tile(x, frames)}
     return pd.concat([pd.DataFrame(where | {
-        "answer": name, "raw": cosine(answer, teacher).ravel(),
-        "centred": centred_cosine(answer, teacher, centre).ravel()})
+        "answer": name, "clip_similarity": cosine(answer, teacher).ravel(),
+        "clip_centred": centred_cosine(answer, teacher, centre).ravel()})
         for name, answer in answers.items()], ignore_index=True)
 
 
@@ -206,18 +199,19 @@ def summarise_positions(scores: pd.DataFrame, *, level: float = 0.95) -> pd.Data
     """Means of `position_scores`, with intervals over frames as in `verify.compare`.
 
     Returns:
-        source, split, where, answer, raw, centred, low and high (of the centred cosine; empty with
-        fewer than 8 frames), over_neighbours (centred cosine of the network minus that of its own
-        neighbours' mean: above 0, asking the head there is worth it), frames, positions.
+        source, split, where, answer, clip_similarity, clip_centred, low and high (of clip_centred;
+        empty with fewer than 8 frames), over_neighbours (clip_centred of the network minus that of
+        its own neighbours' mean: above 0, asking the head there is worth it), frames, positions.
     """
     rows = []
     keys = ["source", "split", "where"]
     for place, part in scores.groupby(keys, sort=False):
-        means = part.groupby("answer", sort=False).centred.mean()
+        means = part.groupby("answer", sort=False).clip_centred.mean()
         for answer, own in part.groupby("answer", sort=False):
-            series = own.groupby("frame").centred.mean()
+            series = own.groupby("frame").clip_centred.mean()
             row = dict(zip(keys, place)) | {
-                "answer": answer, "raw": own.raw.mean(), "centred": own.centred.mean(),
+                "answer": answer, "clip_similarity": own.clip_similarity.mean(),
+                "clip_centred": own.clip_centred.mean(),
                 "low": np.nan, "high": np.nan, "over_neighbours":
                 means["network"] - means["own_neighbours"] if answer == "network" else np.nan,
                 "frames": len(series), "positions": len(own) // len(series)}
@@ -357,7 +351,6 @@ def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
             continue
         try:
             run = load_run(folder, cache_dir=cache_dir, device=device)
-            _need_head(run)
             name = run.dataset.teacher_name
             if name not in teachers:
                 teachers[name] = load_teacher(run.config.teacher, device)
@@ -439,9 +432,9 @@ def join_runs(folders: Iterable, *, by: tuple[str, ...] = ()) -> Study:
                 kept += [where | {"source": source} | row for row in rows
                          if not (source == "interpolated" and row["split"] == "train")]
         bad = [row for row in seeds
-               if row["measure"] in ("raw", "centred") and row["value"] is None]
+               if row["measure"] in ("clip_similarity", "clip_centred") and row["value"] is None]
         if bad:
-            raise ValueError(f"{folder}: the {bad[0]['measure']} cosine of {bad[0]['condition']} "
+            raise ValueError(f"{folder}: the {MEASURES[bad[0]['measure']]} of {bad[0]['condition']} "
                              "has no value (NaN): remove its verification.json and verify again")
     place = [*keys, "source", "split"]
     seeds, differences = (pd.DataFrame(rows).infer_objects() for rows in (seeds, differences))

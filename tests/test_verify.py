@@ -28,7 +28,7 @@ def study(predicted, teacher, **options):
     return verify.verify_embeddings(predicted, teacher, ~HELD_OUT, HELD_OUT, **options)
 
 
-def mean_of(result, split, condition, column="centred_mean"):
+def mean_of(result, split, condition, column="clip_centred_mean"):
     return result.table.set_index(["split", "condition"]).loc[(split, condition), column]
 
 
@@ -82,13 +82,13 @@ def test_table_holds_the_mean_and_std_over_frames_and_patches():
     result = study(predicted, teacher)
     dots = (predicted * teacher).sum(-1)[HELD_OUT]
     row = result.table.set_index(["split", "condition"]).loc[("held_out", "learned")]
-    assert row.raw_mean == pytest.approx(dots.mean(), abs=1e-6)
-    assert row.raw_std == pytest.approx(dots.std(ddof=1), abs=1e-6)
+    assert row.clip_similarity_mean == pytest.approx(dots.mean(), abs=1e-6)
+    assert row.clip_similarity_std == pytest.approx(dots.std(ddof=1), abs=1e-6)
     assert row.n == HELD_OUT.sum() * 4
     centre = teacher[~HELD_OUT].mean((0, 1))
     a, b = predicted[HELD_OUT] - centre, teacher[HELD_OUT] - centre
     by_hand = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-    assert row.centred_mean == pytest.approx(by_hand.mean(), abs=1e-6)
+    assert row.clip_centred_mean == pytest.approx(by_hand.mean(), abs=1e-6)
 
 
 def test_baselines_see_training_frames_only():
@@ -109,11 +109,11 @@ def test_perfect_prediction_passes_and_the_constant_fails():
     perfect = study(teacher, teacher)
     assert perfect.verdict["learned"] is True
     assert perfect.verdict["quality"] == "Excellent"
-    assert perfect.verdict["held_out_skill"] == pytest.approx(1, abs=1e-5)
+    assert perfect.verdict["skill_held_out"] == pytest.approx(1, abs=1e-5)
     constant = measures.unit(teacher[~HELD_OUT].mean((0, 1)))
     flat = study(np.broadcast_to(constant, teacher.shape), teacher)
     assert flat.verdict["learned"] is False
-    assert flat.verdict["held_out_skill"] == pytest.approx(0, abs=1e-5)
+    assert flat.verdict["skill_held_out"] == pytest.approx(0, abs=1e-5)
     assert abs(mean_of(flat, "held_out", "learned")) < 0.1
     # The user's verdict by raw cosine is what the constant deceives.
     assert flat.verdict["quality"] in ("Good", "Moderate")
@@ -131,7 +131,7 @@ def test_time_blind_prediction_loses_to_the_neighbouring_frame():
 def test_random_is_near_zero_and_controls_fall_below_learned():
     teacher = slow_video(dim=512)
     result = study(teacher, teacher)
-    assert abs(mean_of(result, "train", "random", "raw_mean")) < 0.02
+    assert abs(mean_of(result, "train", "random", "clip_similarity_mean")) < 0.02
     for control in ("random", "shuffled", "temporal"):
         assert mean_of(result, "train", control) < mean_of(result, "train", "learned") - 0.1
     # A shuffle in time keeps the position, so it keeps more than a shuffle of pairs.
@@ -229,7 +229,7 @@ def test_comparisons_agree_with_their_parts():
     result = study(predicted, teacher)
     row = result.comparisons.set_index(["split", "over"]).loc[("train", "position")]
     frames = result.scores[result.scores.split == "train"].pivot_table(
-        index="frame", columns="condition", values="centred")
+        index="frame", columns="condition", values="clip_centred")
     series = (frames.learned - frames.position).to_numpy()
     found = statistics.mean_interval(series)
     assert (row.difference, row.low, row.p) == pytest.approx((series.mean(), found.low, found.p))
@@ -261,7 +261,7 @@ def test_measures_carry_the_intervals_of_their_series():
         away.sum() - away) / (reference.sum() - reference))
     row = rows.loc[("learned", "skill")]
     assert (row.value, row.low, row.high) == pytest.approx((found.mean, found.low, found.high))
-    assert result.verdict["train_skill"] == pytest.approx(found.mean)
+    assert result.verdict["skill_train"] == pytest.approx(found.mean)
     assert rows.chance["learned", "r1"] == 1 / 240
 
 
@@ -275,7 +275,7 @@ def test_no_interval_where_frames_agree_or_are_few():
     few = verify.verify_embeddings(teacher, teacher, np.arange(50), np.arange(50, 55)).measures
     held_out = few[few.split == "held_out"]
     assert held_out.low.isna().all() and held_out[held_out.measure != "cka"].value.notna().all()
-    table = verify.measure_table(result.measures, ("centred", "r1"))
+    table = verify.measure_table(result.measures, ("clip_centred", "r1"))
     assert list(table) == ["split", "condition", "centred cosine", "R@1"]
     assert table["R@1"][0] == "1" and "[" in table["centred cosine"][5]
 
@@ -310,7 +310,7 @@ def test_study_figures_draw_every_table():
              figures.plot_shift_tests(result.shift_tests, "A (not CLIP)", result.source),
              figures.plot_retrieval(result.measures, "A (not CLIP)", result.source,
                                     candidates=result.candidates, near=result.near),
-             figures.plot_side_files([{"size_bytes": 9000, "centred": 0.5}], 8000, 0.4,
+             figures.plot_side_files([{"size_bytes": 9000, "clip_centred": 0.5}], 8000, 0.4,
                                      "A (not CLIP)")]
     for figure in drawn:
         assert any("A (not CLIP)" in text.get_text() for text in figure.texts)

@@ -73,8 +73,8 @@ def test_a_run_without_head_is_refused(small_config, small_run):
     model = evaluate.build_model(config.model, frame_hw=small_run.model.frame_hw,
                                  frame_count=small_run.model.frame_count)
     blind = dataclasses.replace(small_run, config=config, model=model.eval())
-    for ask in (verify_runs.verify_run, verify_runs.position_scores):
-        with pytest.raises(ConfigError, match="without the CLIP head"):
+    for ask in (verify_runs.verify_run, verify_runs.position_scores):  # as search does
+        with pytest.raises(ConfigError, match="no CLIP head"):
             ask(blind)
 
 
@@ -99,20 +99,21 @@ def test_positions_by_hand():
             ("network", predicted[:, 1]),
             ("own_neighbours", measures.unit(predicted[:, 0] + predicted[:, 2])),
             ("teacher_neighbours", measures.unit(teacher[:, 0] + teacher[:, 2]))]:
-        found = between[between.answer == answer].raw
+        found = between[between.answer == answer].clip_similarity
         np.testing.assert_allclose(found, (expected * teacher[:, 1]).sum(-1), atol=1e-6)
     centre = teacher[:15][:, [0, 2]].mean((0, 1))
     expected = measures.centred_cosine(predicted[:, 1], teacher[:, 1], centre)
-    np.testing.assert_allclose(between[between.answer == "network"].centred, expected)
-    at = scores[scores["where"] == "taught"].groupby("answer").raw.mean()
+    np.testing.assert_allclose(between[between.answer == "network"].clip_centred, expected)
+    at = scores[scores["where"] == "taught"].groupby("answer").clip_similarity.mean()
     assert at["network"] == pytest.approx(at["own_neighbours"])
     assert at["teacher_neighbours"] == pytest.approx(1)
 
     table = verify_runs.summarise_positions(scores.assign(source="coordinates"))
     row = table.set_index(["split", "where", "answer"]).loc[("train", "between", "network")]
-    series = between[(between.answer == "network") & (between.split == "train")].centred
+    series = between[(between.answer == "network") & (between.split == "train")].clip_centred
     found = statistics.mean_interval(series.to_numpy())
-    assert (row.centred, row.low, row.high) == pytest.approx((found.mean, found.low, found.high))
+    expected = (found.mean, found.low, found.high)
+    assert (row.clip_centred, row.low, row.high) == pytest.approx(expected)
     assert (row.frames, row.positions) == (15, 1)
     short = table.set_index(["split", "where", "answer"]).loc[("held_out", "between", "network")]
     assert np.isnan(short.low) and short.frames == 5
@@ -125,7 +126,8 @@ def test_a_run_is_asked_between_its_patches(small_run, cache_dir):
     own = evaluate.predict_embeddings(small_run.model, small_run.dataset, source="interpolated")
     taught = scores[(scores["where"] == "taught") & (scores.answer == "network")]
     expected = measures.cosine(own, small_run.dataset.embeddings)
-    np.testing.assert_allclose(taught.raw.to_numpy().reshape(12, 8), expected, atol=2e-5)
+    np.testing.assert_allclose(taught.clip_similarity.to_numpy().reshape(12, 8), expected,
+                               atol=2e-5)
     table = verify_runs.between_positions(small_run, cache_dir=cache_dir, device="cpu",
                                           progress=False)
     assert len(table) == 2 * 2 * 3
@@ -160,11 +162,11 @@ def test_seeds_are_joined(tmp_path):
     row = study.table.set_index(["video", "kind", "split"]).loc[("bunny", "xyt", "held_out")]
     own = [made["bunny", "xyt_1.25_80", seed] for seed in range(3)]
     found = pd.DataFrame([one.measures.set_index(["split", "condition", "measure"]).loc[
-        ("held_out", "learned", "centred")] for one in own])
+        ("held_out", "learned", "clip_centred")] for one in own])
     pooled = statistics.pool_intervals(found.value, found.standard_error, found.freedom)
-    assert row.centred == pytest.approx(found.value.mean())
-    assert row.centred_sd == pytest.approx(found.value.std())
-    assert (row.centred_low, row.centred_high) == pytest.approx((pooled.low, pooled.high))
+    assert row.clip_centred == pytest.approx(found.value.mean())
+    assert row.clip_centred_sd == pytest.approx(found.value.std())
+    assert (row.clip_centred_low, row.clip_centred_high) == pytest.approx((pooled.low, pooled.high))
     held_out = study.comparisons[study.comparisons.split == "held_out"]
     np.testing.assert_allclose(held_out.p_holm, statistics.holm(held_out.p))
     beaten = held_out[(held_out.video == "bunny") & (held_out.kind == "xyt")
@@ -189,10 +191,10 @@ def test_one_seed_is_joined_too(tmp_path):
     study = made_run(tmp_path / "a", embed="pe_1.25_80")
     table = verify_runs.join_runs([tmp_path / "a"]).table
     own = study.measures.set_index(["split", "condition", "measure"]).loc[
-        ("held_out", "learned", "centred")]
+        ("held_out", "learned", "clip_centred")]
     row = table[table.split == "held_out"].iloc[0]
-    assert (row.centred_low, row.centred_high) == pytest.approx((own.low, own.high))
-    assert np.isnan(row.centred_sd) and row.seeds == 1
+    assert (row.clip_centred_low, row.clip_centred_high) == pytest.approx((own.low, own.high))
+    assert np.isnan(row.clip_centred_sd) and row.seeds == 1
 
 
 def test_what_does_not_belong_together_is_not_joined(tmp_path):

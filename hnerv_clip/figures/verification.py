@@ -13,7 +13,7 @@ from hnerv_clip.figures.style import PALETTE, caption, new_figure
 from hnerv_clip.verify import SOURCES, name_of, p_words
 from hnerv_clip.verify_runs import Study
 
-MEASURES = {"raw": "raw cosine", "centred": "cosine, training mean taken off"}
+MEASURES = {"clip_similarity": "raw cosine", "clip_centred": "cosine, training mean taken off"}
 SPLIT_NAMES = {"train": "training", "held_out": "held-out"}
 # Finer versions of a baseline have its colour, and another dash where lines are drawn.
 COLOURS = {"position": "mean", "between": "neighbour", "spatial": "temporal"}
@@ -187,7 +187,7 @@ def plot_positions(scores: pd.DataFrame, teacher_label: str, source: str = "") -
     kinds = {"network": PALETTE["learned"], "own_neighbours": PALETTE["encoder"],
              "teacher_neighbours": PALETTE["teacher"]}
     network = scores[scores.answer == "network"]
-    maps = network.pivot_table(index=["split", "y"], columns="x", values="centred")
+    maps = network.pivot_table(index=["split", "y"], columns="x", values="clip_centred")
     low, high = maps.min(axis=None), maps.max(axis=None)
     for (map_panel, panel), split in zip(axes, splits):
         shade = map_panel.pcolormesh(maps.columns, maps.loc[split].index, maps.loc[split],
@@ -199,7 +199,7 @@ def plot_positions(scores: pd.DataFrame, teacher_label: str, source: str = "") -
         map_panel.grid(False)
         map_panel.set_title(f"network, {SPLIT_NAMES[split]} frames")
         figure.colorbar(shade, ax=map_panel, label="centred cosine", shrink=0.8)
-        means = scores[scores.split == split].groupby(["where", "answer"]).centred.mean()
+        means = scores[scores.split == split].groupby(["where", "answer"]).clip_centred.mean()
         places = [name for name in ("taught", "between") if name in means]
         for shift, (kind, colour) in zip((-0.25, 0, 0.25), kinds.items()):
             panel.bar(np.arange(len(places)) + shift, [means[place, kind] for place in places],
@@ -216,7 +216,7 @@ def plot_positions(scores: pd.DataFrame, teacher_label: str, source: str = "") -
 
 
 STUDY_LINES = {"position": "--", "between": "-.", "Linear Map": ":", "Side File": "-"}
-STUDY_PANELS = {"centred": "centred cosine", "r1": "R@1", "cka": "CKA"}
+STUDY_PANELS = {"clip_centred": "centred cosine", "r1": "R@1", "cka": "CKA"}
 
 
 def plot_study(study: Study, *, split: str = "held_out") -> Figure:
@@ -239,7 +239,7 @@ def plot_study(study: Study, *, split: str = "held_out") -> Figure:
         for panel, measure in zip(panels, STUDY_PANELS):
             for row, setting in enumerate(settings.itertuples(index=False, name=None)):
                 _study_row(panel, row, study, own, place, setting, split, measure)
-            panel.set_yticks(range(len(names)), names if measure == "centred" else [])
+            panel.set_yticks(range(len(names)), names if measure == "clip_centred" else [])
             panel.set_ylim(len(names) - 0.5, -0.5)
         panels[0].set_title(video)
     for panel, label in zip(axes[-1], STUDY_PANELS.values()):
@@ -278,14 +278,14 @@ def plot_side_files(files, head_bytes: int, learned: float, teacher_label: str,
     """Similarity of stored embeddings against their bytes, beside the network's head.
 
     Args:
-        files: table, or list of rows, with size_bytes and centred, a row per budget.
+        files: table, or list of rows, with size_bytes and clip_centred, a row per budget.
         head_bytes, learned: the head's size and its centred cosine on the same frames.
         teacher_label: the teacher in words, for the caption.
         frames: which frames, for the axis.
     """
     figure, panel = new_figure(height=3.0)
     files = pd.DataFrame(files).sort_values("size_bytes")
-    panel.plot(files.size_bytes / 1000, files.centred, "o-", color=PALETTE["teacher"],
+    panel.plot(files.size_bytes / 1000, files.clip_centred, "o-", color=PALETTE["teacher"],
                label="stored: PCA, quantised, interpolated in time")
     panel.plot(head_bytes / 1000, learned, "D", color=PALETTE["learned"], markersize=8,
                markeredgecolor="black", label="network: its CLIP head")

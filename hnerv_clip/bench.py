@@ -287,8 +287,8 @@ def measure_train(bench: Bench) -> Iterator[dict[str, Any]]:
     engines = engines or [(wanted.engine, wanted.precision)]
     dataset = bench.dataset(bench.config.replace(predict_clip=True))
     for embed, (engine, precision), clip_head in itertools.product(EMBEDS, engines, (True, False)):
-        if not bench.on_gpu and (embed or precision == "bf16") and not clip_head:
-            continue  # a CPU's time is short
+        if not bench.on_gpu and (embed != "") + (precision == "bf16") + (not clip_head) > 1:
+            continue  # a CPU's time is short: one change at a time
         config = bench.config.replace(embed=embed, engine=engine, precision=precision,
                                       predict_clip=clip_head)
         yield {"embed": embed, "clip_head": clip_head, "precision": precision,
@@ -307,9 +307,9 @@ def time_training(bench: Bench, config: Config, dataset: Dataset) -> dict[str, A
         torch.cuda.reset_peak_memory_stats(bench.device)
     try:
         return _time_training(bench, config, dataset)
-    except RuntimeError as error:  # out of memory, most likely; the other rows still count
+    except Exception as error:  # memory and compilers fail in many ways; other rows still count
         return {"engine": config.train.engine, "batch_size": config.train.batch_size,
-                "failed": str(error).splitlines()[0]}
+                "failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
     finally:
         gc.collect()
         if bench.on_gpu:

@@ -108,7 +108,7 @@ def test_a_setting_that_fails_is_a_row(small_config, small_dataset, cache_dir, m
     monkeypatch.setattr(bench, "make_engine", fail)
     own = bench.Bench(small_config, torch.device("cpu"), 1, 0.0, {"parts": {}}, cache_dir, "")
     row = bench.time_training(own, small_config, small_dataset)
-    assert row["failed"] == "out of memory"
+    assert row["failed"] == "RuntimeError: out of memory"
 
 
 def test_from_the_command_line(tmp_path, cache_dir, capsys):

@@ -25,7 +25,14 @@ import nbformat
 from hnerv_clip import pages
 from hnerv_clip.config import Config, param_names, profile_params
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.runs import RunDir, code_version, device_name, package_versions, write_json
+from hnerv_clip.runs import (
+    RunDir,
+    code_version,
+    commit_words,
+    device_name,
+    package_versions,
+    write_json,
+)
 from hnerv_clip.teachers import select_device
 
 # Values of notebook parameters that are not settings of a run, where a profile differs from the
@@ -217,15 +224,13 @@ def execute(notebook: Path, target: Path, *, parameters: dict[str, Any]) -> floa
 
 
 EXECUTED = """*This page was executed at {at} in {seconds} s, on {device}, with PyTorch {torch}, at
-commit {commit}{changes}. Runs that it shows may have been trained elsewhere: see the table above.*
+commit {words}. Runs that it shows may have been trained elsewhere: see the table above.*
 """
 
 
 def execution_note(facts: dict[str, Any]) -> str:
     """When and where a page was executed, which is not when and where its runs were trained."""
-    changes = {True: " with uncommitted changes", False: ""}.get(
-        facts["dirty"], ", perhaps with uncommitted changes")
-    return EXECUTED.format(**{**facts, "commit": facts["commit"][:12]}, changes=changes).strip()
+    return EXECUTED.format(words=commit_words(facts), **facts).strip()
 
 
 def _cost(wall_s: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from hnerv_clip import speed, study_pages
 from hnerv_clip.config import Config, settings_table
-from hnerv_clip.runs import RunDir, RunError, write_json
+from hnerv_clip.runs import RunDir, RunError, commit_words, write_json
 
 PLACEHOLDER = """# {title}
 
@@ -191,20 +191,24 @@ def _write_fidelity(folder: Path, results: Path) -> None:
 
 def _write_speed(folder: Path, results: Path) -> None:
     """The figures and the tables of `how_fast.md`, from the measurements in `book/results`."""
-    from hnerv_clip.figures.speed import plot_profile, plot_scaling
+    from hnerv_clip.figures.scaling import plot_scaling
+    from hnerv_clip.figures.speed import plot_growth, plot_profile
     from hnerv_clip.figures.style import use_style
 
     use_style()
     for name, text in speed.speed_pages(results).items():
         (folder / f"{name}.md").write_text(text)
-    scaling = {bench["device"]: rows for bench, rows in
-               speed.part_rows(speed.load_benches(results), "scaling")}
-    if scaling:
-        plot_scaling(scaling, {name: axis[:2] for name, axis in speed.AXES.items()}).savefig(
-            folder / "speed_scaling.svg", metadata={"Date": None})
+    figures = {name: plot_scaling(measured) for name, measured in speed.load_ranks(results).items()
+               if measured["parts"].get("speed", {}).get("complete")}
+    growth = {bench["device"]: rows for bench, rows in
+              speed.part_rows(speed.load_benches(results), "scaling")}
+    if growth:
+        figures["speed_growth"] = plot_growth(growth, {
+            name: axis[:2] for name, axis in speed.AXES.items()})
     if profile := speed.load_optional(results / "profile_h100.json"):
-        plot_profile(profile["rows"], device=profile["device"]).savefig(
-            folder / "speed_profile.svg", metadata={"Date": None})
+        figures["speed_profile"] = plot_profile(profile["rows"], device=profile["device"])
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
 def fidelity_markdown(measured: dict) -> str:
@@ -217,7 +221,7 @@ def fidelity_markdown(measured: dict) -> str:
             "{rate_bpp:.4f} |".format(**reference)]
     rows += ["| here, seed {seed}: {precision}, {engine} engine, {device}, {seconds:.0f} s, commit "
              "{short} | {psnr_db:.2f} | {quality} | {quantised_psnr_db:.2f} | {rate_bpp:.4f} |"
-             .format(seconds=run["train_time_s"], short=run["commit"][:12], quality=""
+             .format(seconds=run["train_time_s"], short=commit_words(run), quality=""
                      if run["ms_ssim"] is None else f"{run['ms_ssim']:.4f}", **run)
              for run in measured["runs"]]
     values = [run["psnr_db"] for run in measured["runs"]]
@@ -235,7 +239,7 @@ def quick_markdown(measured: dict) -> str:
         "{psnr_train_db:.2f} dB and a centred cosine of {clip_centred_train:.3f} on training "
         "frames, {psnr_held_out_db:.2f} dB and {clip_centred_held_out:.3f} on held-out ones; "
         "commit {short}.\n"
-    ).format(memory=measured["peak_memory_bytes"] / 1e9, short=measured["commit"][:12], **measured)
+    ).format(memory=measured["peak_memory_bytes"] / 1e9, short=commit_words(measured), **measured)
 
 
 def ablations_markdown(table: pd.DataFrame) -> str:
@@ -277,7 +281,7 @@ def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
         teacher=dataset.teacher_label if loaded.config.model.predict_clip else "pixels alone",
         size=run.summary()["size_bytes"], rate=run.summary()["rate_bpp"],
         epochs=loaded.config.train.epochs, seed=facts["seed"], device=facts["device"],
-        commit=facts["commit"][:12] + (" with uncommitted changes" if facts["dirty"] else ""))
+        commit=commit_words(facts))
 
 
 def _side_by_side(source, shown):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hnerv_clip.runs import commit_words
+
 Bench = dict[str, Any]  # a file of `hnerv-clip bench`
 Row = dict[str, Any]
 
@@ -38,7 +40,8 @@ def speed_pages(results: Path) -> dict[str, str]:
         "speed_teacher": teacher_markdown(benches),
         "speed_ceilings": ceilings_markdown(benches),
         "speed_profile": profile_markdown(load_optional(results / "profile_h100.json")),
-        "speed_scaling": scaling_markdown(benches),
+        "speed_growth": growth_markdown(benches),
+        "speed_ranks": ranks_markdown(load_ranks(results)),
         "speed_tried": tried_markdown(load_optional(results / "tried.json")),
     }
 
@@ -96,7 +99,7 @@ def fit_markdown(benches: list[Bench]) -> str:
                   ("the rest", "rest_s")]
         lines = [[f"`{row['run']}`", f"{row['epochs']}", f"{row['seed']}", _on(row["clip_head"]),
                   f"**{row['wall_s']:.0f}**", *(f"{row[name] or 0:.1f}" for _, name in clocks),
-                  f"{row['psnr_db']:.2f}", row["commit"][:12]] for row in rows]
+                  f"{row['psnr_db']:.2f}", commit_words(row)] for row in rows]
         blocks += [_table(["run", "epochs", "seed", "CLIP head", "wall clock (s)",
                            *(f"{words} (s)" for words, _ in clocks), "PSNR (dB)", "commit"], lines),
                    f"{bench['device']}. The rest: loading the video again, and the stored file, "
@@ -172,12 +175,32 @@ def profile_markdown(profile: dict[str, Any] | None) -> str:
                         f"{profile['device']}."]) + "\n"
 
 
-def scaling_markdown(benches: list[Bench]) -> str:
+def load_ranks(results: Path) -> dict[str, dict[str, Any]]:
+    """Files of `hnerv-clip scale`, by name."""
+    return {path.stem: json.loads(path.read_text())
+            for path in sorted(results.glob("scaling*.json"))}
+
+
+def ranks_markdown(measured: dict[str, dict[str, Any]]) -> str:
+    """What several ranks give, a figure and tables for each file of `hnerv-clip scale`."""
+    from hnerv_clip.scaling import scaling_markdown
+
+    if not measured:
+        return "*Not measured yet: several GPUs. On your own machine: `hnerv-clip scale`.*\n"
+    blocks = []
+    for name, results in measured.items():
+        if results["parts"].get("speed", {}).get("complete"):
+            blocks.append(_figure(name, "Speed and quality over ranks"))
+        blocks.append(scaling_markdown(results).strip())
+    return "\n\n".join(blocks) + "\n"
+
+
+def growth_markdown(benches: list[Bench]) -> str:
     """The figure of growth, and every value in it."""
     measured = part_rows(benches, "scaling")
     if not measured:
         return _not_measured("how cost grows", "scaling") + "\n"
-    blocks = [_figure("speed_scaling", "Time of a training step over resolution, model size, "
+    blocks = [_figure("speed_growth", "Time of a training step over resolution, model size, "
                       "batch, patches and frames")]
     for bench, rows in measured:
         lines = [[AXES[row["axis"]][0], AXES[row["axis"]][2](row), _spread(row, "step_ms"),
@@ -322,11 +345,9 @@ def _made(bench: Bench, part: str) -> str:
     """Where a part's rows come from, in a sentence."""
     made, rows = bench["made"][part], bench["parts"][part]
     counts = sorted({row["n"] for row in rows if "n" in row})
-    dirty = {True: " and uncommitted files", False: ""}.get(
-        made["dirty"], ", perhaps with uncommitted files")
     return (f"Medians of {_and([str(n) for n in counts])} repeats (lowest–highest); "
             f"{bench['device']}, PyTorch {made['versions']['torch']}, {made['threads']} CPU "
-            f"threads, commit {made['commit'][:12]}{dirty}.")
+            f"threads, commit {commit_words(made)}.")
 
 
 def _not_measured(what: str, parts: str) -> str:

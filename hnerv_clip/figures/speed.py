@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from hnerv_clip.figures.style import CYCLE, PALETTE, caption, new_figure
 
 
-def plot_scaling(devices: dict[str, list[dict[str, Any]]],
+def plot_growth(devices: dict[str, list[dict[str, Any]]],
                  axes: dict[str, tuple[str, str]]) -> Figure:
     """Time of a training step over one thing at a time, a line for each device.
 

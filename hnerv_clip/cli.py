@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
                                                                 "scaling.json")
     scale.add_argument("--gpus", type=int, default=0, help="0 for all; on a CPU, ranks (0 for 2)")
     scale.add_argument("--parts", nargs="+", default=[], metavar="PART",
-                       help="any of speed correctness sweep kill checkpoint (all)")
+                       help="any of speed correctness checkpoint kill sweep (all)")
     scale.add_argument("--correctness_epochs", type=int, default=4)
     scale.add_argument("--sweep_epochs", type=int, default=0, help="0 for a third of epochs")
     for sub in (train, prepare, bench, study, scale):

@@ -57,9 +57,9 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
         parts: which of `PARTS`, all unless told, in the order given.
             speed: 1, 2, 4, … ranks at the same batch per rank, learning rate kept and scaled.
             correctness: the same global batch on one rank and on all.
-            sweep: as many independent one-rank runs as GPUs, at once and in sequence.
-            kill: a rank killed halfway, and the run resumed.
             checkpoint: the cost of checkpoints in the runs of `speed`.
+            kill: a rank killed halfway, and the run resumed.
+            sweep: as many independent one-rank runs as GPUs, at once and in sequence.
         correctness_epochs: of the fp32 comparison.
         sweep_epochs: of each run of the sweep; a third of the others' unless told.
     Returns:
@@ -71,7 +71,7 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise ConfigError(f"parts={' '.join(unknown)} unknown; use any of {' '.join(PARTS)}")
-    visible = torch.cuda.device_count()
+    visible = 0 if config.train.device == "cpu" else torch.cuda.device_count()
     gpus = gpus or visible or 2
     if gpus < 2:
         raise ScalingError("scaling needs two ranks or more, and this machine shows one GPU; "
@@ -93,6 +93,7 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
             print(f"{name}: measured already, see {study.path}")
             continue
         print(f"== {name}", flush=True)
+        study.started = time.monotonic()
         PARTS[name](study)
     return study.measured
 
@@ -109,6 +110,7 @@ class _Study:
     correctness_epochs: int
     sweep_epochs: int
     frames: int = 0  # training frames of an epoch
+    started: float = 0.0  # of the part
 
     @property
     def path(self) -> Path:
@@ -134,7 +136,8 @@ class _Study:
         """Write a part as far as it is measured."""
         commit, dirty = code_version()
         self.measured["parts"][part] = {
-            **figures, "complete": complete, "commit": commit, "dirty": dirty,
+            **figures, "complete": complete, "took_s": time.monotonic() - self.started,
+            "commit": commit, "dirty": dirty,
             "device": device_name(torch.device("cuda" if self.on_gpu else "cpu")),
             "cores": os.cpu_count(), "versions": package_versions(), "cuda": torch.version.cuda,
             "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -172,19 +175,25 @@ class _Study:
 # The parts
 
 def _measure_speed(study: _Study) -> None:
-    rows: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {"runs": [], "failed": []}
     for ranks in rank_counts(study.gpus):
         for name, lr, config in speed_runs(study.config, ranks, largest=ranks == study.gpus):
-            run_dir = study.train(name, config, ranks)
-            rows.append({"run": name, "ranks": ranks, "learning_rate": lr,
-                         **run_figures(run_dir, frames=study.frames)})
-            alone = rows[0]
-            for row in rows:
-                row["efficiency"] = row["frames_per_s"] / (row["ranks"] * alone["frames_per_s"])
-                row["time_to_quality_s"] = time_to_reach(row["curve"], alone["curve"][-1][2])
-            study.save("speed", {"quality_db": alone["curve"][-1][2], "runs": rows},
-                       complete=False)
-    study.save("speed", {"quality_db": rows[0]["curve"][-1][2], "runs": rows}, complete=True)
+            row = {"run": name, "ranks": ranks, "learning_rate": lr}
+            try:
+                row |= run_figures(study.train(name, config, ranks), frames=study.frames)
+            except ScalingError as error:
+                if lr == "kept":
+                    raise
+                print(error)  # too large a learning rate is a result
+                figures["failed"].append(row | {"why": str(error).splitlines()[0]})
+                continue
+            alone = (figures["runs"] or [row])[0]
+            figures["quality_db"] = alone["curve"][-1][2]
+            row["efficiency"] = row["frames_per_s"] / (ranks * alone["frames_per_s"])
+            row["time_to_quality_s"] = time_to_reach(row["curve"], figures["quality_db"])
+            figures["runs"].append(row)
+            study.save("speed", figures, complete=False)
+    study.save("speed", figures, complete=True)
 
 
 def _measure_correctness(study: _Study) -> None:
@@ -235,14 +244,16 @@ def _measure_kill(study: _Study) -> None:
     folder, half = study.fresh_folder("killed"), study.config.train.epochs // 2
     [job] = launch(config, folder, cluster="local", gpus_per_node=study.gpus,
                    cache_dir=study.cache_dir)
-    while job.epoch < half:
-        if job.ended:
-            raise ScalingError(f"run {job.name} ended before it was killed: {job.why}\n{job.log()}")
-        time.sleep(0.02)
     controller = psutil.Process(job.record["pid"])
-    processes = [controller, *controller.children()]
-    victim = next(process for process in processes[1:] if process.environ().get(
-        "SUBMITIT_LOCAL_GLOBALID") == str(study.gpus - 1))
+    victim = None
+    while job.epoch < half:
+        if not controller.is_running() or controller.status() == psutil.STATUS_ZOMBIE:
+            raise ScalingError(f"run {job.name} ended before it was killed: {job.why}\n{job.log()}")
+        if victim is None:  # found early: later there is no time to lose
+            processes = [controller, *controller.children()]
+            victim = next((process for process in processes[1:] if process.environ().get(
+                "SUBMITIT_LOCAL_GLOBALID") == str(study.gpus - 1)), None)
+        time.sleep(0.01)
     killed_epoch, killed = job.epoch, time.monotonic()
     victim.kill()
     while not job.ended:
@@ -254,7 +265,8 @@ def _measure_kill(study: _Study) -> None:
         raise ScalingError(f"{len(alive)} processes of the killed run are still there after a "
                            "minute")
     figures["all_processes_gone_s"] = time.monotonic() - killed
-    figures["resumed_epoch"] = RunDir(folder).load_checkpoint(LATEST)["epoch"]
+    figures["resumed_epoch"] = RunDir(folder).load_checkpoint(LATEST)["epoch"] if (
+        folder / LATEST).exists() else 0
     study.save("kill", figures, complete=False)
     resumed = study.train(folder.name, config, study.gpus)
     figures |= {"differs": weight_difference(whole, resumed),
@@ -276,8 +288,8 @@ def _measure_checkpoint(study: _Study) -> None:
 
 
 PARTS: dict[str, Callable[[_Study], None]] = {
-    "speed": _measure_speed, "correctness": _measure_correctness, "sweep": _measure_sweep,
-    "kill": _measure_kill, "checkpoint": _measure_checkpoint}
+    "speed": _measure_speed, "correctness": _measure_correctness,
+    "checkpoint": _measure_checkpoint, "kill": _measure_kill, "sweep": _measure_sweep}
 
 
 # What is run, and what is read off a run
@@ -333,14 +345,14 @@ def run_figures(run_dir: Path, *, frames: int) -> dict[str, Any]:
     rates = frames / np.diff(metrics.train_time_s)[WARM_UP_EPOCHS - 1:]
     low, median, high = (float(value) for value in np.percentile(rates, [10, 50, 90]))
     measured = metrics[metrics.eval_psnr_train.notna()]
-    resumed = run.provenance()["resumed_at_epoch"] > 0
+    provenance = run.provenance()
+    submitted, ended = ((run.path / name).stat().st_mtime for name in ("job.json", "summary.json"))
     return {
-        "batch_size": config.batch_size, "lr": config.lr, "epochs": config.epochs,
-        "steps": int(metrics.step.iloc[-1]),
+        "engine": provenance["engine"], "batch_size": config.batch_size, "lr": config.lr,
+        "epochs": config.epochs, "steps": int(metrics.step.iloc[-1]),
         "frames_per_s": median, "frames_per_s_p10": low, "frames_per_s_p90": high,
         "epochs_timed": len(rates),
-        "wall_s": None if resumed else (run.path / "summary.json").stat().st_mtime
-        - (run.path / "job.json").stat().st_mtime,
+        "wall_s": None if provenance["resumed_at_epoch"] else ended - submitted,
         **{name: summary[name] for name in ("train_time_s", "compile_s", "eval_time_s",
                                             "peak_memory_bytes")},
         "psnr_db": summary["eval_psnr_train"],
@@ -408,12 +420,12 @@ def _machine(part: dict[str, Any], measured: dict[str, Any]) -> str:
 
 
 def _speed_text(part: dict[str, Any]) -> str:
-    rows = ["| ranks | learning rate | epochs | frames/s (10–90 %) | efficiency | PSNR (dB) | "
-            "time to one rank's quality (s) | whole run (s) |", "|---" * 8 + "|"]
+    rows = ["| ranks | engine | learning rate | epochs | frames/s (10–90 %) | efficiency | "
+            "PSNR (dB) | time to one rank's quality (s) | whole run (s) |", "|---" * 9 + "|"]
     for run in part["runs"]:
         reached = run["time_to_quality_s"]
         rows.append(
-            f"| {run['ranks']} | {run['learning_rate']} | {run['epochs']} | "
+            f"| {run['ranks']} | {run['engine']} | {run['learning_rate']} | {run['epochs']} | "
             f"{run['frames_per_s']:.0f} ({run['frames_per_s_p10']:.0f}–"
             f"{run['frames_per_s_p90']:.0f}) | {run['efficiency']:.0%} | {run['psnr_db']:.2f} | "
             f"{'not reached' if reached is None else f'{reached:.1f}'} | "
@@ -421,7 +433,9 @@ def _speed_text(part: dict[str, Any]) -> str:
     return "\n".join(rows) + (
         "\n\nFrames/s: median over epochs, without evaluation, checkpoints and compilation. Time "
         f"to {part['quality_db']:.2f} dB on training frames likewise. Whole run: from submission "
-        "to the last file, with everything. One run each.")
+        "to the last file, with everything. One run each." + "".join(
+            f" On {run['ranks']} ranks with the learning rate {run['learning_rate']}, training "
+            f"failed: {run['why']}." for run in part["failed"]))
 
 
 def _correctness_text(part: dict[str, Any]) -> str:
@@ -463,5 +477,5 @@ def _checkpoint_text(part: dict[str, Any]) -> str:
             f"{part['checkpoint_s']:.0f} s by default, takes {costs}.")
 
 
-_TEXTS = {"speed": _speed_text, "correctness": _correctness_text, "sweep": _sweep_text,
-          "kill": _kill_text, "checkpoint": _checkpoint_text}
+_TEXTS = {"speed": _speed_text, "correctness": _correctness_text, "checkpoint": _checkpoint_text,
+          "kill": _kill_text, "sweep": _sweep_text}

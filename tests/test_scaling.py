@@ -29,7 +29,7 @@ def outf(tmp_path_factory):
 
 def scale(outf, cache_dir, *parts):
     """`hnerv-clip scale` on a small setting; returns the file."""
-    settings = {**SMALL, "frame_limit": 6, "epochs": 6, "eval_freq": 3, "checkpoint_s": 30}
+    settings = {**SMALL, "frame_limit": 6, "epochs": 8, "eval_freq": 4, "checkpoint_s": 30}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     assert cli.main(["scale", "--outf", str(outf), "--cache_dir", str(cache_dir), "--gpus", "2",
                      "--parts", *parts, "--sweep_epochs", "2", "--correctness_epochs", "2",
@@ -41,12 +41,12 @@ def test_speed_a_killed_rank_and_checkpoints(outf, cache_dir, capsys):
     measured = scale(outf, cache_dir, "speed", "kill", "checkpoint")
     speed, kill, checkpoint = (measured["parts"][n] for n in ("speed", "kill", "checkpoint"))
     assert [(run["ranks"], run["lr"], run["epochs"], run["steps"]) for run in speed["runs"]] == [
-        (1, 5e-3, 6, 18), (2, 5e-3, 6, 12), (2, 1e-2, 6, 12), (2, 1e-2, 12, 24)]
+        (1, 5e-3, 8, 24), (2, 5e-3, 8, 16), (2, 1e-2, 8, 16), (2, 1e-2, 16, 32)]
     alone, both = speed["runs"][:2]
     assert both["efficiency"] == both["frames_per_s"] / (2 * alone["frames_per_s"])
     assert alone["time_to_quality_s"] == alone["curve"][-1][1] <= alone["train_time_s"]
-    assert 0 < alone["train_time_s"] < alone["wall_s"]
-    assert kill["killed_epoch"] >= 3 and kill["resumed_epoch"] <= kill["killed_epoch"] + 1
+    assert 0 < alone["train_time_s"] < alone["wall_s"] and alone["engine"] == "plain"
+    assert kill["killed_epoch"] >= 4 and kill["resumed_epoch"] <= kill["killed_epoch"] + 1
     assert "rank 1 of 2 died" in kill["message"] and 0 < kill["down_s"] < 60
     assert kill["differs"] == {"identical": True, "largest": 0, "relative": 0}
     assert [run["ranks"] for run in checkpoint["runs"]] == [1, 2]
@@ -75,6 +75,30 @@ def test_correctness_and_sweep(outf, cache_dir):
     assert sweep["speed_up"] == sweep["in_sequence_s"] / sweep["at_once_s"] > 0
     text = scaling_markdown(measured)
     assert "A sweep of 2 runs" in text and "one rank twice" in text
+
+
+def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypatch):
+    def train(study, name, config, ranks):
+        if config.train.lr > 1e-2:
+            raise ScalingError("run ranks4_scaled failed: the loss became NaN\nlog")
+        return name
+
+    def figures(run_dir, *, frames):
+        speed = {"ranks1": 10.0, "ranks2": 18.0, "ranks4": 30.0}[run_dir.split("_")[0]]
+        return {"frames_per_s": speed, "curve": [[1, 1.0, 20.0]], "engine": "plain", "epochs": 4,
+                "frames_per_s_p10": speed, "frames_per_s_p90": speed, "psnr_db": 20.0,
+                "wall_s": None}
+
+    monkeypatch.setattr("hnerv_clip.scaling._Study.train", train)
+    monkeypatch.setattr("hnerv_clip.scaling.run_figures", figures)
+    config = Config.from_params(**SMALL)
+    measured = measure_scaling(config, tmp_path, gpus=4, parts=["speed"], cache_dir=cache_dir)
+    assert [run["run"] for run in measured["parts"]["speed"]["runs"]] == [
+        "ranks1", "ranks2", "ranks2_scaled", "ranks4"]
+    assert [run["efficiency"] for run in measured["parts"]["speed"]["runs"]] == [1, 0.9, 0.9, 0.75]
+    text = scaling_markdown(measured)
+    assert "On 4 ranks with the learning rate ×4, training failed: run ranks4_scaled" in text
+    assert "| resumed |" in text
 
 
 def test_which_runs_there_are():

@@ -263,7 +263,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from hnerv_clip.verify_runs import join_runs, verify_folders
+    from hnerv_clip.verify_runs import join_runs, study_words, verify_folders
 
     verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
                               seed=args.seed, near=args.near, force=args.force)
@@ -273,7 +273,7 @@ def _verify(args: argparse.Namespace) -> None:
     if args.table:
         study = join_runs(verified, by=tuple(args.by))
         print(f"\n{study.teacher_label}")
-        print(study.table.T.to_string(header=False, na_rep="", float_format="{:.4f}".format))
+        print(study_words(study).T.to_string(header=False))
         if args.table != "-":
             study.table.to_csv(args.table, index=False)
             print(args.table)

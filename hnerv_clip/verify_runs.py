@@ -434,8 +434,9 @@ def join_runs(folders: Iterable, *, by: tuple[str, ...] = ()) -> Study:
         bad = [row for row in seeds
                if row["measure"] in ("clip_similarity", "clip_centred") and row["value"] is None]
         if bad:
-            raise ValueError(f"{folder}: the {MEASURES[bad[0]['measure']]} of {bad[0]['condition']} "
-                             "has no value (NaN): remove its verification.json and verify again")
+            what = f"{MEASURES[bad[0]['measure']]} of {bad[0]['condition']}"
+            raise ValueError(f"{folder}: the {what} has no value (NaN): remove its "
+                             "verification.json and verify again")
     place = [*keys, "source", "split"]
     seeds, differences = (pd.DataFrame(rows).infer_objects() for rows in (seeds, differences))
     measures = _pool(seeds, [*place, "condition", "measure"], "value", "mean").drop(columns="p")

@@ -91,7 +91,7 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     again, table = (tmp_path / "main/verification.json").stat(), str(tmp_path / "study.csv")
     assert cli.main(["verify", outf, *cache, "--table", table]) == 0
     assert (tmp_path / "main/verification.json").stat().st_mtime_ns == again.st_mtime_ns
-    assert "not_beaten" in capsys.readouterr().out
+    assert "not beaten" in capsys.readouterr().out
     assert len(pd.read_csv(table)) == 3  # training frames, held out by encoder and interpolated
     assert cli.main(["search", outf, "hare", "wood rabbit", "--top_k", "2", *cache]) == 0
     found = capsys.readouterr().out

@@ -97,13 +97,24 @@ def lag_one(series: np.ndarray) -> float:
     return float(np.clip((count * raw + 1) / (count - 3), 0, 0.9))
 
 
+def cautious_lag_one(series: np.ndarray) -> float:
+    """`lag_one` and its standard error √((1 - ρ²) / n) on top, where it is above 0; at most 0.95.
+
+    An estimate that happens to be low makes an interval too narrow, and costs more than one that is
+    high. With the plain estimate the interval of a slow series of 26 frames (ρ = 0.8) rejects a
+    true mean of 0 in 8 to 9 % in place of 5, with this one in 6 (`simulate_interval`).
+    """
+    rho = lag_one(series)
+    return float(min(rho + np.sqrt((1 - rho ** 2) / len(series)), 0.95)) if rho > 0 else 0.0
+
+
 def block_length(series: np.ndarray) -> int:
     """Length of the blocks of `mean_interval`, from the autocorrelation.
 
     The rule of Künsch (1989), for a series that decays as an AR(1):
     (√6 ρ / (1 - ρ²))^(2/3) n^(1/3); at most a third of the series.
     """
-    count, rho = len(series), lag_one(series)
+    count, rho = len(series), cautious_lag_one(series)
     wanted = np.ceil((np.sqrt(6) * rho / (1 - rho ** 2)) ** (2 / 3) * count ** (1 / 3))
     return int(np.clip(wanted, 1, max(1, count // 3)))
 
@@ -131,8 +142,8 @@ def mean_interval(series: np.ndarray, *, level: float = 0.95) -> Interval:
     The standard error is that of the moving-block bootstrap (Künsch 1989), which for a mean needs
     no resampling: the spread of all block means times the square root of blocks per series. Blocks
     cut off long correlations and their mean varies less than it should in short series; the factor
-    for both is computed for an AR(1) of the estimated lag-one autocorrelation. The interval uses
-    Student's t with n / block - 1 degrees of freedom. How often it covers: `simulate_interval`.
+    for both is computed for an AR(1) of `cautious_lag_one`. The interval uses Student's t with
+    n / block - 1 degrees of freedom. How often it covers: `simulate_interval`.
 
     Args:
         series: [n] values in order of time.
@@ -150,7 +161,7 @@ def mean_interval(series: np.ndarray, *, level: float = 0.95) -> Interval:
     sums = np.concatenate([[0], np.cumsum(series)])
     block_means = (sums[block:] - sums[:-block]) / block
     variance = block_means.var() * block / count
-    rho, ratio = lag_one(series), block / count
+    rho, ratio = cautious_lag_one(series), block / count
     variance *= _inflation(count, rho) / (_inflation(block, rho) - ratio * _inflation(count, rho))
     return _interval(mean, np.sqrt(variance), count / block - 1, level, block, count)
 
@@ -282,9 +293,13 @@ def simulate_shift_test(*, datasets: int = 1000, frames: int = 60, size: int = 1
     return pd.DataFrame(rows)
 
 
-def simulate_interval(*, datasets: int = 1000, frames=(13, 26, 53, 106), rhos=(0, 0.5, 0.8),
+def simulate_interval(*, datasets: int = 1000, frames=(13, 26, 53, 106),
+                      rhos=(0, 0.5, 0.8, 0.9),
                       effect: float = 0.5, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """How often `mean_interval` covers the truth, rejects a mean of 0, and finds a true effect.
+
+    Measured at 2000 data sets a point: up to ρ = 0.8, 5 % means 3 to 6 % and 95 % means 92 to 97 %
+    from 13 frames on; at ρ = 0.9 it means 10 % with 13 frames, 7 to 8 % with 26, 5 % from 53 on.
 
     Series are AR(1) of unit variance. `covered`: the interval holds the true mean. `rejected`: p of
     5 % or less although the mean is 0. `found`: p of 5 % or less when the mean is `effect`.

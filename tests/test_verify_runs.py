@@ -206,7 +206,12 @@ def test_what_does_not_belong_together_is_not_joined(tmp_path):
         verify_runs.join_runs([a, b])
     with pytest.raises(ValueError, match="same seed"):
         verify_runs.join_runs([a, c])
-    assert verify_runs.join_runs([a, b, c], by=("lr",)).table.lr.nunique() == 3
+    by_rate = verify_runs.join_runs([a, b, c], by=("lr",))
+    assert by_rate.table.lr.nunique() == 3
+    labels = [label.get_text() for label in figures.plot_study(by_rate).axes[0].get_yticklabels()]
+    assert labels == [f"pe {rate} coordinates" for rate in (0.001, 0.002, 0.003)]
+    with pytest.raises(ValueError, match="no run of the study has skipped frames"):
+        figures.plot_study(by_rate, split="skipped")
     with pytest.raises(ValueError, match="'colour' is no parameter"):
         verify_runs.join_runs([a], by=("colour",))
     with pytest.raises(ValueError, match="no run to join"):

@@ -225,9 +225,14 @@ def plot_study(study: Study, *, split: str = "held_out") -> Figure:
     Args:
         study: `verify_runs.join_runs`.
         split: train or held_out.
+    Raises:
+        ValueError: no run has frames of that split.
     """
     place = list(study.table.columns[:list(study.table.columns).index("split")])
     own = study.measures[study.measures.split == split]
+    if own.empty:
+        raise ValueError(f"no run of the study has {split} frames; it has "
+                         f"{', '.join(study.measures.split.unique())}: use another data_split")
     videos = list(own.video.unique())
     counts = [len(own[own.video == name][place].drop_duplicates()) for name in videos]
     figure, axes = new_figure(

@@ -155,13 +155,18 @@ class Bench:
     def _loaded(self) -> Dataset:
         return load_dataset(self.config.replace(predict_clip=False), self.cache_dir)
 
-    def clock(self, call: Callable[[], Any], *, warm_up: int = 1) -> list[float]:
-        """Seconds of a call, a value for each repeat, the device synchronised around each."""
+    def clock(self, call: Callable[[], Any], *, warm_up: int = 1, repeats: int = 0,
+              repeat_s: float = 0.0) -> list[float]:
+        """Seconds of a call, a value for each repeat, the device synchronised around each.
+
+        Args:
+            repeats, repeat_s: at least so many and so long.
+        """
         once = math.inf
         for _ in range(warm_up):
             once = self._seconds(call, 1)
-        calls = max(1, min(2000, round(self.repeat_s / once)))
-        return [self._seconds(call, calls) for _ in range(self.repeats)]
+        calls = max(1, min(2000, round(max(repeat_s, self.repeat_s) / once)))
+        return [self._seconds(call, calls) for _ in range(max(repeats, self.repeats))]
 
     def _seconds(self, call: Callable[[], Any], calls: int) -> float:
         synchronise(self.device)
@@ -172,8 +177,8 @@ class Bench:
         return (time.perf_counter() - start) / calls
 
     def ceiling(self, measure: str, precision: str) -> float | None:
-        """A measured ceiling; None where there is none."""
-        found = [row[measure] for row in self.results["parts"].get("ceilings", [])
+        """A measured ceiling, the best of its repeats; None where there is none."""
+        found = [row[f"{measure}_max"] for row in self.results["parts"].get("ceilings", [])
                  if row["precision"] == precision and measure in row]
         return found[0] if found else None
 
@@ -257,15 +262,16 @@ def _random_embeddings(dataset: Dataset, config: Config) -> Tensor | None:
 def measure_ceilings(bench: Bench) -> Iterator[dict[str, Any]]:
     """What the device reaches at best: matrix products, and copies within its memory."""
     size = 8192 if bench.on_gpu else 1024
+    often = {"warm_up": 3, "repeats": 7, "repeat_s": 0.3}
     for precision in ("bf16", "tf32", "fp32") if bench.on_gpu else ("bf16", "fp32"):
         dtype = set_precision(precision, bench.device)
         a, b = torch.randn(2, size, size, device=bench.device).to(dtype)
-        seconds = bench.clock(lambda a=a, b=b: a @ b, warm_up=3)
+        seconds = bench.clock(lambda a=a, b=b: a @ b, **often)
         yield {"what": f"product of {size}×{size} matrices", "precision": precision,
                **_rates("tflop_per_s", 2 * size**3 / 1e12, seconds)}
     source = torch.randn(2**28 if bench.on_gpu else 2**25, device=bench.device)
     target = torch.empty_like(source)
-    seconds = bench.clock(lambda: target.copy_(source), warm_up=3)
+    seconds = bench.clock(lambda: target.copy_(source), **often)
     yield {"what": f"copy of {source.nbytes / 2**30:.3g} GiB, read and written", "precision": "",
            **_rates("gb_per_s", 2 * source.nbytes / 1e9, seconds)}
 
@@ -416,7 +422,8 @@ def _time_varied(bench: Bench, config: Config, dataset: Dataset, *, frame_hw: tu
     varied.embeddings = _random_embeddings(varied, config)
     return {"frame": f"{frame_hw[0]}×{frame_hw[1]}", "pixels": math.prod(frame_hw),
             "modelsize": config.model.modelsize, "patches": len(varied.grid),
-            "frames": frame_count, "precision": config.train.precision,
+            "frames": frame_count,
+            "precision": resolve_precision(config.train.precision, bench.device),
             **time_training(bench, config, varied)}
 
 

@@ -1,21 +1,29 @@
-"""What one training step computes, by the plain path or the fast one.
+"""What one training step computes, and three ways to compute it.
 
-`PlainEngine` is the definition: eager PyTorch, any device. `FastEngine` computes the same on a GPU
-in bf16 where it is safe, compiled, with channels padded to multiples of 8 inside (the parameters
-stay the paper's), and replays the whole step, optimizer included, as one CUDA graph.
+`PlainEngine` is the definition: eager PyTorch, any device. `FusedEngine` computes the same on a GPU
+in bfloat16, forward and back on our own kernels. `CompiledEngine` leaves that to `torch.compile`,
+in any precision and for every setting of the model. Both replay a step as one CUDA graph.
 """
 
 from __future__ import annotations
 
+import time
+import warnings
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.evaluate import frame_times, psnr
 from hnerv_clip.losses import ClipObjective, pixel_loss
 from hnerv_clip.model import HNeRV
+
+try:
+    from hnerv_clip import fused
+except ImportError:  # no Triton: it is made for Linux
+    fused = None
 
 # What a step measures of each frame
 COLUMNS = ("pixel_loss", "clip_loss", "total_loss", "psnr_db")
@@ -37,6 +45,7 @@ class PlainEngine:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=self.lr, fused=True,
                                           capturable=self.device.type == "cuda")
         self.compile_s = 0.0  # spent on compilation so far
+        self.part = config.train.batch_size  # frames worked on at once
 
     def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
         """One update.
@@ -51,15 +60,31 @@ class PlainEngine:
         """
         self.lr.fill_(lr)
         self.weight.fill_(weight)
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(COLUMNS), device=self.device)
-        if len(indices):
-            columns = self.frame_losses(indices)
-            (columns[2].sum() / count).backward()
-            sums = columns.detach().sum(1)
+        while True:
+            try:
+                sums = self._backward(indices, count)
+                break
+            except torch.cuda.OutOfMemoryError:
+                # Half the frames at a time: the same sums, unless a batch norm looks at them
+                if self.part == 1 or self.config.model.norm == "bn":
+                    raise
+            self.part = -(-self.part // 2)
+            torch.cuda.empty_cache()
+            warnings.warn(f"the GPU's memory holds no {2 * self.part} frames of a step at once: "
+                          f"{self.part} at a time, which gives the same result", stacklevel=2)
         if dist.is_initialized():
             self._reduce_gradients()
         self.optimizer.step()
+        return sums
+
+    def _backward(self, indices: Tensor, count: int) -> Tensor:
+        """Gradients of frames, and the sums [4] of their `COLUMNS`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(len(COLUMNS), device=self.device)
+        for part in indices.split(self.part) if len(indices) else ():
+            columns = self.frame_losses(part)
+            (columns[2].sum() / count).backward()
+            sums += columns.detach().sum(1)
         return sums
 
     def frame_losses(self, indices: Tensor) -> Tensor:
@@ -101,7 +126,7 @@ class PlainEngine:
             parameter.grad = grad.copy_(part.view_as(grad))
 
 
-class FastEngine(PlainEngine):
+class CompiledEngine(PlainEngine):
     """The same step, compiled and replayed as a CUDA graph; short batches go the plain way."""
 
     WARM_UP = 3  # real steps before the capture: they compile, and make the optimizer's state
@@ -145,15 +170,216 @@ class FastEngine(PlainEngine):
         return columns.detach().sum(1)
 
 
+class FusedEngine(PlainEngine):
+    """The same step in bfloat16 on our own kernels, replayed as a CUDA graph; see `fused`.
+
+    Several ranks add their gradients inside the graph. The model and the optimizer lag behind
+    until `sync`.
+    """
+
+    def __init__(self, config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype):
+        super().__init__(config, model, dataset, autocast=autocast)
+        self.networks = {config.train.batch_size: fused.Network(model, batch=config.train.batch_size)}
+        self.parameters = self.networks[config.train.batch_size].parameters
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self.sums: dict[tuple[int, int], Tensor] = {}
+        self.indices: dict[tuple[int, int], Tensor] = {}
+        if model.kind != "hybrid":
+            times = frame_times(torch.arange(model.frame_count, device=self.device),
+                                model.frame_count)
+            self.positions = model.positions(times).to(
+                self.parameters.small.dtype)  # [T, h, w, 2·levels]
+        if config.model.predict_clip:
+            self._prepare_clip()
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self._compile((config.train.batch_size, config.train.batch_size * ranks))
+
+    def _compile(self, key: tuple[int, int]) -> None:
+        """Compile what steps of (own frames, frames of all ranks) launch."""
+        start = time.perf_counter()
+        network, (size, count) = self.networks[key[0]], key
+        indices = torch.zeros(size, dtype=torch.int64, device=self.device)
+        fused.compile_all(lambda: (self._gradients(network, indices, count),
+                             self.parameters.update(self.lr)), self.device)
+        self.compile_s += time.perf_counter() - start
+
+    def _prepare_clip(self) -> None:
+        """Share the head's memory, and note the cells that it looks at, where they are fixed."""
+        self.head: list[tuple[nn.Parameter, slice]] = []
+        for name, parameter in self.model.named_parameters():
+            if name.startswith("clip_head."):
+                start = int(self.parameters.places[name].flatten()[0])
+                self.head.append((parameter, slice(start, start + parameter.numel())))
+                parameter.data = self.parameters.param[self.head[-1][1]].view(parameter.shape)
+        blocks = self.config.model.num_blks[1]
+        self.clip_layers = [stage * blocks for stage in self.model.clip_stages]
+        self.cells = None
+        if not self.config.model.clip_pool and not self.config.train.clip_jitter:
+            # Only these cells are given to the head, one beside the other
+            self.cells = self.clip.places
+            row = torch.zeros_like(self.cells[0][0])
+            self.clip.places = [(row, torch.arange(len(row), device=self.device))] * len(self.cells)
+
+    def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
+        self.lr.fill_(lr)
+        self.weight.fill_(weight)
+        key = (len(indices), count)
+        if len(indices) and len(indices) not in self.networks:
+            self.networks[len(indices)] = fused.Network(
+                self.model, self.parameters, batch=len(indices))
+            self._compile(key)
+        if key not in self.indices:  # the first step as it comes, the second is captured
+            self.indices[key], self.graphs[key] = indices.clone(), None
+            return self._update(key)
+        self.indices[key].copy_(indices)
+        if self.device.type != "cuda":  # Triton's interpreter, in tests
+            return self._update(key)
+        if self.graphs[key] is None:
+            graph, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device, priority=-1)
+            with torch.cuda.graph(graph, stream=main):
+                self.sums[key] = self._update(key)
+            self.graphs[key] = graph
+        self.graphs[key].replay()
+        return self.sums[key]
+
+    def sync(self) -> None:
+        moments = self.parameters.store()
+        for name, parameter in self.model.named_parameters():
+            mean, square = moments[name]
+            self.optimizer.state[parameter] = {
+                "step": self.parameters.count.clone(), "exp_avg": mean, "exp_avg_sq": square}
+
+    def load_optimizer(self, state: dict) -> None:
+        super().load_optimizer(state)
+        kept = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
+        self.parameters.load({n: (s["exp_avg"], s["exp_avg_sq"]) for n, s in kept.items()},
+                             float(next(iter(kept.values()))["step"]))
+
+    def _update(self, key: tuple[int, int]) -> Tensor:
+        size, count = key
+        if size:
+            columns = self._gradients(self.networks[size], self.indices[key], count)
+        else:
+            self.parameters.grad.zero_()
+            columns = torch.zeros(len(COLUMNS), 1, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(self.parameters.grad)
+        self.parameters.count.add_(1)
+        self.parameters.update(self.lr)
+        return columns.sum(1)
+
+    def _gradients(self, network: fused.Network, indices: Tensor, count: int) -> Tensor:
+        """Forward and back for frames [B]: `COLUMNS` of them, [4, B]."""
+        if self.model.kind == "hybrid":
+            embedding = network.encode(network.frame_patches(self.frames, indices, self.mask))
+        else:
+            embedding = self.positions[indices].flatten(0, 2)
+            if self.model.kind == "xyt":
+                embedding = network.encode(embedding)
+        network.decode(embedding)
+        extra, picked, places = {}, {}, {}
+        with network.aside():
+            if self.config.model.predict_clip:
+                clip, term = self._clip_gradients(network, indices, count, extra, picked, places)
+        pixel, psnr_db = self._pixel_gradients(network, indices, count)
+        network.backward(embedding, extra=extra, picked=picked, places=places)
+        if not self.config.model.predict_clip:
+            clip = term = torch.zeros_like(pixel)
+        return torch.stack([pixel, clip, pixel + self.weight * term, psnr_db])
+
+    def _pixel_gradients(self, network: fused.Network, indices: Tensor, count: int
+                         ) -> tuple[Tensor, Tensor]:
+        """Pixel loss and PSNR of frames, both [B]; leaves the gradient in `network.drgb`."""
+        height, width = self.model.frame_hw
+        values = 3 * height * width
+        if self.config.train.loss == "L2" and self.mask is None:
+            network.colour("l2", video=self.frames, indices=indices, scale=1 / (values * count))
+            error = network.error.sum(1) / values
+            return error, -10 * torch.log10(error)
+        network.colour("pred")
+        frames = self.frames[indices].float() / 255
+        pred = network.pred.detach().requires_grad_()
+        with torch.enable_grad():
+            pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask)
+            gradient, = torch.autograd.grad(pixel.sum() / count, pred)
+        pred = pred.detach()
+        bias = self.config.model.out_bias
+        slope = 2 * pred * (1 - pred) if bias == "tanh" else \
+            pred * (1 - pred) if bias == "sigmoid" else 1
+        network.set_colour_gradient(gradient * slope)
+        return pixel.detach(), psnr(pred, frames)
+
+    def _clip_gradients(self, network: fused.Network, indices: Tensor, count: int,
+                        extra: dict[int, Tensor], picked: dict[int, Tensor],
+                        places: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """The CLIP head's losses [B], its gradients, and those of the features that it read."""
+        stages: list[Tensor | None] = [None] * (max(self.model.clip_stages) + 1)
+        for i, (stage, layer) in enumerate(zip(self.model.clip_stages, self.clip_layers)):
+            features = network.picture(layer)
+            if self.cells is not None:
+                rows, cols = self.cells[i]
+                features = features[:, :self.model.plan.widths[stage], rows, cols][:, :, None]
+                features = features.float()  # [B, C, 1, P]
+                places[layer] = rows * network.picture(layer).shape[3] + cols
+            stages[stage] = features.detach().requires_grad_()
+        read = [stages[stage] for stage in self.model.clip_stages]
+        with torch.enable_grad():
+            clip, term = self.clip(stages, indices, self.lr)
+            gradients = torch.autograd.grad((self.weight * term).sum() / count,
+                                            [*read, *(p for p, _ in self.head)])
+        for (_, place), gradient in zip(self.head, gradients[len(read):]):
+            self.parameters.grad[place] = gradient.flatten()
+        for layer, gradient in zip(self.clip_layers, gradients):
+            if self.cells is not None:
+                picked[layer] = gradient[:, :, 0].transpose(1, 2).contiguous()
+            else:
+                extra[layer] = gradient.permute(0, 2, 3, 1).contiguous()
+        return clip.detach(), term.detach()
+
+
 def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype
                 ) -> PlainEngine:
-    """The engine that `engine` asks for; `auto` is fast on a GPU with bf16, plain elsewhere."""
+    """The engine that `engine` asks for.
+
+    `auto` takes the fused one for bfloat16 on a GPU that has it, and the plain one elsewhere or
+    where the fused one cannot run, saying so once. `fast` insists: fused in bfloat16, else
+    compiled.
+
+    Raises:
+        ConfigError: engine=fast where it cannot be had; the message says why.
+    """
+    wish, half = config.train.engine, autocast == torch.bfloat16
     device = next(model.parameters()).device
-    if config.train.engine == "fast" and (device.type != "cuda" or dist.is_initialized()):
-        raise ConfigError(f"engine='fast' needs one GPU and one rank, not {device} and "
-                          f"{dist.get_world_size() if dist.is_initialized() else 1}; use "
-                          "engine='auto'")
-    fast = config.train.engine == "fast" or (
-        config.train.engine == "auto" and device.type == "cuda" and autocast == torch.bfloat16
-        and not dist.is_initialized())
-    return (FastEngine if fast else PlainEngine)(config, model, dataset, autocast=autocast)
+    if wish == "plain" or wish == "auto" and (device.type != "cuda" or not half):
+        return PlainEngine(config, model, dataset, autocast=autocast)
+    reason = _no_fast_engine(device, half)
+    if reason is None and (missing := fused.unsupported(config, model) if half else None) is None:
+        try:
+            return (FusedEngine if half else CompiledEngine)(config, model, dataset,
+                                                             autocast=autocast)
+        except torch.cuda.OutOfMemoryError:
+            reason = "the GPU's memory is too small for its buffers"
+            torch.cuda.empty_cache()
+        except fused.BUILD_ERRORS as error:
+            reason = f"its kernels do not build here ({str(error).strip().splitlines()[0]})"
+    elif reason is None:
+        if not dist.is_initialized():
+            return CompiledEngine(config, model, dataset, autocast=autocast)
+        reason = f"several ranks need the fused kernels, which do not know {missing}"
+    if wish == "fast":
+        raise ConfigError(f"engine='fast' cannot be had: {reason}; use engine='auto' or 'plain'")
+    warnings.warn(f"training by the plain engine, some ten times slower: {reason}", stacklevel=2)
+    return PlainEngine(config, model, dataset, autocast=autocast)
+
+
+def _no_fast_engine(device: torch.device, half: bool) -> str | None:
+    """Why this machine cannot run a fast engine, or None where it can."""
+    if device.type != "cuda":
+        return f"it needs a GPU, not {device}"
+    if fused is None:
+        return "Triton is not installed (pip install triton)"
+    if half and torch.cuda.get_device_capability(device)[0] < 8:
+        return f"{torch.cuda.get_device_name(device)} has no bfloat16"
+    if not half and dist.is_initialized():
+        return "several ranks need precision='bf16'"
+    return None

@@ -206,17 +206,27 @@ class HNeRV(nn.Module):
         """
         if self.kind == "hybrid":
             return self.encoder(frames)
+        positions = self.positions(times).permute(0, 3, 1, 2)
+        return positions if self.kind == "pe" else self.coordinate_encoder(positions)
+
+    def positions(self, times: Tensor) -> Tensor:
+        """What a coordinate model sees: the encoded time, and for xyt the place too.
+
+        Args:
+            times: [B] float64.
+        Returns:
+            [B, h, w, 2·levels] float32, on the grid `fc_hw` for xyt, 1×1 for pe.
+        """
         base, levels = self.plan.base, self.plan.levels
         if self.kind == "pe":
-            return sinusoids(times, base=base, levels=levels)[:, :, None, None]
+            return sinusoids(times, base=base, levels=levels)[:, None, None]
         h, w = self.config.fc_hw
         y = (torch.arange(h, device=times.device, dtype=torch.float64) + 0.5) / h
         x = (torch.arange(w, device=times.device, dtype=torch.float64) + 0.5) / w
         parts = [(x[None, None, :], levels // 4), (y[None, :, None], levels // 4),
                  (times[:, None, None], levels // 2)]
-        encoded = [sinusoids(p, base=base, levels=n).expand(len(times), h, w, 2 * n)
-                   for p, n in parts]
-        return self.coordinate_encoder(torch.cat(encoded, dim=-1).permute(0, 3, 1, 2))
+        return torch.cat([sinusoids(p, base=base, levels=n).expand(len(times), h, w, 2 * n)
+                          for p, n in parts], dim=-1)
 
     def features(self, embedding: Tensor) -> Tensor:
         """[B, C, h, w] embeddings to the last decoder block's output [B, n, H', W']."""

@@ -1,0 +1,770 @@
+"""The training step on the kernels of `kernels`: the same network, forward and back, by hand.
+
+`Parameters` keeps every parameter in one flat array, in the order that the kernels read it, beside
+its gradient and moments; the model's own tensors are written by `store` and read by `load`.
+`Network` holds the buffers of one batch size and runs the layers. The order of the modules is the
+network's: patches → encoder stages → decoder blocks → heads, and back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from hnerv_clip import kernels
+from hnerv_clip.config import Config
+from hnerv_clip.model import HNeRV
+
+BUILD_ERRORS = (triton.TritonError, OSError, RuntimeError, subprocess.CalledProcessError)
+PROGRAMS = 1056  # at most, of a sum over pixels: eight a multiprocessor on an H100
+
+
+def unsupported(config: Config, model: HNeRV) -> str | None:
+    """Why the kernels do not cover a configuration, or None where they do."""
+    if config.model.act not in kernels.ACTIVATIONS or config.model.norm != "none":
+        return (f"act={config.model.act!r} with norm={config.model.norm!r} (the fused kernels know "
+                f"{', '.join(kernels.ACTIVATIONS)} without a norm)")
+    if model.plan.output_hw != model.frame_hw:
+        return "a decoder that is resized to the frame (choose dec_strds that give its size)"
+    last = config.model.dec_strds[-1] if config.model.num_blks[1] == 1 else 1
+    if last & (last - 1):
+        return f"a last stride of {last}, no power of two"
+    return None
+
+
+_recorded: list | None = None
+
+
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *values, **settings) -> None:
+    """Run a kernel, or note it for `compile_all`."""
+    if _recorded is None:
+        kernel[grid](*values, **settings)
+    else:
+        _recorded.append((kernel, grid, values, settings))
+
+
+def compile_all(step: Callable[[], object], device: torch.device) -> None:
+    """Compile what a step launches, on all processor cores at once; the step launches nothing."""
+    global _recorded
+    _recorded = []
+    try:
+        step()
+        jobs = {str((kernel.__name__, [v.dtype if isinstance(v, Tensor) else v for v in values],
+                     settings)): (kernel, grid, values, settings)
+                for kernel, grid, values, settings in _recorded}
+    finally:
+        _recorded = None
+    if device.type != "cuda":  # Triton's interpreter has nothing to compile
+        return
+
+    def build(job):
+        kernel, grid, values, settings = job
+        with torch.cuda.device(device):
+            kernel.warmup(*values, grid=grid, **settings)._init_handles()  # that it fits, too
+
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+        list(pool.map(build, jobs.values()))
+
+
+def _ceil(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _power(value: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(value))
+
+
+class Parameters:
+    """Flat memory of all parameters: float32 values, gradients, moments, and bfloat16 copies."""
+
+    ALIGN = 64
+
+    def __init__(self):
+        self.size = 0
+        self.places: dict[str, Tensor] = {}  # of each parameter's values, in its own shape
+
+    def add(self, name: str, place: Tensor, size: int) -> slice:
+        """Reserve `size` values, of which `place` are the parameter's; the rest stays 0."""
+        own = slice(self.size, self.size + size)
+        self.places[name] = place + self.size
+        self.size += _ceil(size, self.ALIGN)
+        return own
+
+    def add_row(self, names: list[str], sizes: list[int]) -> dict[str, slice]:
+        """Vectors side by side without gaps, as one kernel sums their gradients; "" is the row."""
+        start = self.size
+        row = {"": slice(start, start + sum(sizes))}
+        for name, size in zip(names, sizes, strict=True):
+            row[name] = slice(start, start + size)
+            self.places[name] = torch.arange(start, start + size)
+            start += size
+        self.size += _ceil(sum(sizes), self.ALIGN)
+        return row
+
+    def allocate(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the arrays once all is added; parameters that nothing packs lie as they are."""
+        for name, parameter in model.named_parameters():
+            if name not in self.places:
+                self.add(name, torch.arange(parameter.numel()).view(parameter.shape),
+                         parameter.numel())
+        self.model = model
+        self.param, self.grad, self.mean, self.square = (
+            torch.zeros(self.size, device=device) for _ in range(4))
+        self.small = torch.zeros(self.size, dtype=dtype, device=device)
+        self.places = {n: p.to(device) for n, p in self.places.items()}
+        self.count = torch.zeros((), device=device)  # steps taken
+
+    def load(self, moments: dict[str, tuple[Tensor, Tensor]], count: float) -> None:
+        """Take over the model's parameters, and the moments of its optimizer where it has some."""
+        for name, parameter in self.model.named_parameters():
+            place = self.places[name]
+            self.param[place] = parameter.detach().float()
+            for flat, moment in zip((self.mean, self.square), moments.get(name, ())):
+                flat[place] = moment
+        self.count.fill_(count)
+        self.small.copy_(self.param)
+
+    def store(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Write the parameters into the model, and return their moments by name."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self.param[self.places[name]])
+        return {n: (self.mean[p], self.square[p]) for n, p in self.places.items()}
+
+    def update(self, lr: Tensor) -> None:
+        """One step of Adam, the one that `count` names."""
+        block = 1024
+        launch(kernels.adam, (triton.cdiv(self.size, block),),
+            self.param, self.grad, self.mean, self.square, self.small, lr, self.count, self.size,
+            BETA1=0.9, BETA2=0.999,
+            EPS=1e-8, BLOCK=block)
+
+
+@dataclass
+class Conv:
+    """A convolution's geometry, and where its parameters lie.
+
+    Input [B, H, W, CI] with an edge of K//2; the output's channels are CO ≥ SH·SW·CG, shuffled to
+    [B, H·SH, W·SW, CN].
+    """
+
+    H: int
+    W: int
+    CI: int
+    CO: int
+    K: int
+    weight: slice
+    bias: slice
+    SH: int = 1
+    SW: int = 1
+    CG: int = 0
+    CN: int = 0
+
+    @property
+    def edge(self) -> int:
+        return self.K // 2
+
+    @property
+    def pixels(self) -> int:
+        """Of one frame, with the edge."""
+        return (self.H + 2 * self.edge) * (self.W + 2 * self.edge)
+
+    @property
+    def geometry(self) -> dict[str, int]:
+        return {"H": self.H, "W": self.W, "CI": self.CI, "CO": self.CO, "K": self.K}
+
+    @property
+    def shuffle(self) -> dict[str, int]:
+        return {"SH": self.SH, "SW": self.SW, "CG": self.CG, "CN": self.CN}
+
+
+def pack_convolution(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: tuple[int, int],
+                     in_width: int, factors: tuple[int, int]) -> Conv:
+    """Lay a decoder convolution out for the kernels; see `Conv`.
+
+    Args:
+        in_width: channels of the input's memory, zeros after the convolution's own.
+        factors: (rows, columns) of the pixel shuffle after it.
+    """
+    (out, inner, K, _), (SH, SW) = conv.weight.shape, factors
+    width = out // (SH * SW)
+    CG = next(g for g in range(width, width + 8) if SH * SW * g % 8 == 0)
+    CO, CI = SH * SW * CG, in_width
+    c, ij, ci, ky, kx = torch.meshgrid(*map(torch.arange, (width, SH * SW, inner, K, K)),
+                                       indexing="ij")
+    co = ij * CG + c
+    place = ((ky * K + kx) * CI + ci) * CO + co
+    weight = parameters.add(f"{name}.weight", place.reshape(conv.weight.shape), K * K * CI * CO)
+    bias = parameters.add(f"{name}.bias", co[..., 0, 0, 0].reshape(out), CO)
+    return Conv(*hw, CI, CO, K, weight, bias, SH, SW, CG, _ceil(width, 8))
+
+
+def pack_patches(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: tuple[int, int],
+                 in_width: int, order: str, bias: slice | None) -> Conv:
+    """Lay a convolution of kernel = stride out as a matrix [in_width, O] over patches.
+
+    Args:
+        hw: of the output.
+        order: of a patch's values: "cyx" (colour first) or "yxc".
+        bias: where it lies already, if so.
+    """
+    out, inner, K, _ = conv.weight.shape
+    o, c, y, x = torch.meshgrid(*map(torch.arange, (out, inner, K, K)), indexing="ij")
+    e = (c * K + y) * K + x if order == "cyx" else (y * K + x) * inner + c
+    weight = parameters.add(f"{name}.weight", e * out + o, in_width * out)
+    bias = bias or parameters.add(f"{name}.bias", torch.arange(out), out)
+    return Conv(*hw, in_width, out, 1, weight, bias)
+
+
+def _columns(width: int, tile: dict[str, int]) -> int:
+    """Programs that a tile needs for an output of some channels."""
+    return triton.cdiv(width, tile["BN"] + tile["BN2"])
+
+
+def _tile(N: int, columns: int, run: int, *, back: bool = False) -> dict[str, int]:
+    """Block sizes of a matrix product for N rows, an output of some columns and a run of values.
+
+    Measured on an H100; see the page «How fast».
+    """
+    if N >= 65536 and columns > 96 and columns <= 128:
+        return _fit(BM=256, BN=128, BN2=0, BK=64, STAGES=3, num_warps=8)
+    if N >= 65536 and columns > 96:
+        return _fit(BM=128, BN=128, BN2=16 if columns <= 144 else 0, BK=32, STAGES=4, num_warps=4)
+    if N >= 32768:
+        return _fit(BM=256, BN=64, BN2=_power(columns - 64) if columns > 64 else 0,
+                    BK=32 if back else 64, STAGES=4, num_warps=8)
+    if N >= 4096 and columns > 64:
+        return _fit(BM=64, BN=128, BN2=0, BK=64, STAGES=3, num_warps=4)
+    BM = 128 if N >= 4096 else 64 if N >= 256 else 16
+    return _fit(BM=BM, BN=min(64, _power(columns)), BN2=0, BK=min(64, _power(run)),
+                STAGES=3 if BM == 128 else 4, num_warps=4)
+
+
+def _gradient_tile(N: int, columns: int, run: int) -> dict[str, int]:
+    """Block sizes of `convolve_weight_gradient`, likewise."""
+    if N >= 4096 and run > 128 and columns > 64:
+        return _fit(BM=256, BN=128, BN2=16 if 128 < columns <= 144 else 0, BK=32, STAGES=4,
+                    num_warps=8)
+    return _fit(BM=min(128, _power(run)), BN=min(64, _power(columns)), BN2=0,
+                BK=64 if N >= 4096 else 16 if N < 64 else 32, STAGES=4, num_warps=4)
+
+
+def _fit(**tile: int) -> dict[str, int]:
+    """Fewer loads in flight, then smaller blocks, where the GPU's shared memory is smaller."""
+    room = _shared_memory()
+
+    def need() -> int:
+        return 2 * tile["STAGES"] * tile["BK"] * (tile["BM"] + tile["BN"] + tile["BN2"])
+
+    while need() > room and tile["STAGES"] > 2:
+        tile["STAGES"] -= 1
+    while need() > room and tile["BM"] > 16:
+        tile["BM"] //= 2
+    return tile
+
+
+@lru_cache
+def _shared_memory() -> int:
+    """Bytes that a program may use; an H100's where there is no GPU."""
+    if not torch.cuda.is_available():
+        return 232448
+    return torch.cuda.get_device_properties(
+        torch.cuda.current_device()).shared_memory_per_block_optin
+
+
+class Network:
+    """The layers with the buffers of one batch size; everything on one device.
+
+    `forward` fills the buffers from frames or embeddings, `backward` the gradients.
+    """
+
+    def __init__(self, model: HNeRV, parameters: Parameters | None = None, *, batch: int,
+                 train: bool = True):
+        self.model, self.batch, self.train = model, batch, train
+        self.device = next(model.parameters()).device
+        self.cuda = self.device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.parameters = parameters or Parameters()
+        fresh = parameters is None
+        self._lay_out()
+        if fresh:
+            self.parameters.allocate(model, self.device, self.dtype)
+            self.parameters.load({}, 0)
+        self._allocate()
+        # Beside the main stream: weight gradients, which nothing waits for until the optimizer
+        self.sides = [torch.cuda.Stream(self.device) for _ in range(3)] if self.cuda else []
+        self.busy: set[torch.cuda.Stream] = set()
+
+    # Layout
+
+    def _lay_out(self) -> None:
+        """The convolutions in order, each with the place of its parameters.
+
+        Two networks over the same parameters lay them out alike, so the second only reads.
+        """
+        model, parameters = self.model, self.parameters
+        known = parameters if not parameters.places else Parameters()
+        self.encoder: list[tuple[Conv, str, list[str]]] = []  # (downsampling, its norm, blocks)
+        self.vectors: dict[str, slice] = {}
+        encoder = getattr(model, "encoder", None) or getattr(model, "coordinate_encoder", None)
+        if encoder is not None:
+            root = "encoder" if hasattr(model, "encoder") else "coordinate_encoder"
+            h, w = model.frame_hw if root == "encoder" else model.config.fc_hw
+            for i, stage in enumerate(encoder.stages):
+                at = 0 if i == 0 else 1
+                conv, norm = stage[at], stage[1 - at]
+                s, width = conv.stride[0], conv.in_channels * conv.stride[0]**2
+                h, w = h // s, w // s
+                norm_name, name = f"{root}.stages.{i}.{1 - at}", f"{root}.stages.{i}.{at}"
+                C = norm.weight.numel()
+                parts = [f"{norm_name}.weight", f"{norm_name}.bias"] + [f"{name}.bias"] * (i == 0)
+                row = known.add_row(parts, [C] * len(parts))
+                self.vectors[norm_name] = row.pop("")
+                self.vectors |= row
+                down = pack_patches(known, name, conv, hw=(h, w),
+                                    in_width=width if i else _ceil(width, 8),
+                                    order="yxc" if i else "cyx", bias=row.get(f"{name}.bias"))
+                blocks = []
+                for k, block in enumerate(stage[2:]):
+                    blocks.append(f"{root}.stages.{i}.{k + 2}")
+                    self._pack_block(known, blocks[-1], block)
+                self.encoder.append((down, norm_name, blocks))
+        stem = model.decoder[0]
+        h, w = (h, w) if encoder is not None else (1, 1)
+        self.convs = [pack_convolution(known, "decoder.0.conv", stem.conv, hw=(h, w),
+                                       in_width=stem.conv.in_channels, factors=stem.unfold)]
+        for i, block in enumerate(model.decoder[1:], 1):
+            before = self.convs[-1]
+            self.convs.append(pack_convolution(
+                known, f"decoder.{i}.conv", block.conv,
+                hw=(before.H * before.SH, before.W * before.SW), in_width=before.CN,
+                factors=(block.stride, block.stride)))
+        self._lay_out_rgb(known)
+
+    def _lay_out_rgb(self, parameters: Parameters) -> None:
+        """The RGB head's weights [3, 3·CN, 4], and where the two ways find each of them there.
+
+        See `kernels.rgb_forward`, from runs of features to 4·pixel + colour, and `rgb_backward`,
+        from runs of such values to the channels of SW pixels, row by row from the last.
+        """
+        last, C = self.convs[-1], self.model.rgb_head.in_channels
+        SW, CG, CN = last.SW, last.CG, last.CN
+        H, W = self.model.frame_hw
+        k, c, y, x = torch.meshgrid(*map(torch.arange, (3, C, 3, 3)), indexing="ij")
+        place = ((y * 3 + x) * CN + c) * 4 + k
+        weight = parameters.add("rgb_head.weight", place, 9 * CN * 4)
+        bias = parameters.add("rgb_head.bias", torch.arange(3), 4)
+        self.rgb = Conv(H, W, CN, 4, 3, weight, bias)
+        nothing = 3  # a weight of the idle fourth colour
+        self.group = 2 if W % 2 == 0 else 1
+        self.KF = _power((2 + self.group) * CN)
+        j = torch.arange(self.group).view(-1, 1, 1, 1, 1)
+        ahead = torch.full((3, self.KF, 16), nothing)
+        ahead[y, (x + j) * CN + c, 4 * j + k] = place.expand(self.group, *place.shape)
+        self.KB, self.RB = _power(4 * (SW + 2)), _power(SW * CG)
+        j = torch.arange(SW).view(-1, 1, 1, 1, 1)
+        back = torch.full((3, self.KB, self.RB), nothing)
+        back[2 - y, (2 + j - x) * 4 + k, j * CG + c] = place.expand(SW, *place.shape)
+        self.rgb_ahead, self.rgb_back = ahead.to(self.device), back.to(self.device)
+
+    def _pack_block(self, parameters: Parameters, name: str, block: nn.Module) -> None:
+        C = block.scale.numel()
+        tap, c = torch.arange(49).view(1, 1, 7, 7), torch.arange(C).view(C, 1, 1, 1)
+        self.vectors[f"{name}.depthwise.weight"] = parameters.add(f"{name}.depthwise.weight",
+                                                                tap * C + c, 49 * C)
+        for part, linear in (("expand", block.expand), ("contract", block.contract)):
+            out, inner = linear.weight.shape
+            place = torch.arange(inner) * out + torch.arange(out)[:, None]
+            self.vectors[f"{name}.{part}.weight"] = parameters.add(f"{name}.{part}.weight", place,
+                                                                 inner * out)
+        # In the order of `kernels.block_backward`'s sums
+        parts = ("norm.weight", "norm.bias", "depthwise.bias", "contract.bias", "scale",
+                 "expand.bias")
+        row = parameters.add_row([f"{name}.{part}" for part in parts], [C] * 5 + [4 * C])
+        self.vectors[name] = row.pop("")
+        self.vectors |= row
+
+    def _allocate(self) -> None:
+        """Buffers of activations and, to train, of gradients and partial sums."""
+        B, dtype = self.batch, self.dtype
+
+        def full(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=self.device)
+
+        self.pre, self.features, self.dpre, self.dfeatures, self.dbias = [], [], [], [], []
+        for i, conv in enumerate(self.convs):
+            N = B * conv.H * conv.W
+            edge = self.convs[i + 1].edge if i + 1 < len(self.convs) else 1  # the RGB head's
+            self.features.append(self._with_room(B, conv.H * conv.SH + 2 * edge,
+                                                 conv.W * conv.SW + 2 * edge, conv.CN))
+            if self.train:
+                self.pre.append(self._with_room(B * conv.pixels, conv.CO))
+                self.dpre.append(self._with_room(B, conv.H + 2 * conv.edge,
+                                                 conv.W + 2 * conv.edge, conv.CO))
+                split = conv.K if N < 65536 else 1
+                self.dfeatures.append(torch.zeros(
+                    split, N, conv.CI, dtype=torch.float32 if split > 1 else dtype,
+                    device=self.device))
+                self.dbias.append(full(self._programs(N, 32), conv.CO))
+        H, W = self.model.frame_hw
+        self.pred = torch.zeros(B, 3, H, W, device=self.device,
+                                dtype=torch.float32 if self.train else torch.uint8)
+        if self.encoder:
+            first = self.encoder[0][0]
+            self.first = self._with_room(B * first.H * first.W, first.CI)
+        self.work: dict[str, Tensor] = {}
+        if not self.train:
+            return
+        self.drgb = self._with_room(B, H + 2, W + 2, 4)
+        tiles = triton.cdiv((H + 2) * (W + 2), 128 * self.group)
+        self.error, self.dhead = full(B, tiles), full(B, tiles, 16)
+        last = self.convs[-1]
+        self.sums = min(264, B * last.H * triton.cdiv(last.W, 64))
+        self.dlast = full(self.sums, last.SH, self.RB)
+        self.scattered = full(B, last.CO)
+        self.partials: dict[int, Tensor] = {}
+
+    def _with_room(self, *shape: int) -> Tensor:
+        """Zeros, with zeros before and after them: kernels read past the ends of images."""
+        room = _ceil((4 * max(shape[1:-1], default=1) + 1024) * shape[-1], 64)
+        flat = torch.zeros(math.prod(shape) + 2 * room, dtype=self.dtype, device=self.device)
+        return flat[room:room + math.prod(shape)].view(shape)
+
+    def _buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer by name, made when first asked for."""
+        if name not in self.work:
+            self.work[name] = self._with_room(*shape) if dtype is None else \
+                torch.zeros(shape, dtype=dtype, device=self.device)
+        return self.work[name]
+
+    @staticmethod
+    def _programs(N: int, tile: int) -> int:
+        return max(1, min(PROGRAMS, triton.cdiv(N, tile)))
+
+    # Parameters as the kernels read them
+
+    def _value(self, name: str) -> Tensor:
+        return self.parameters.param[self.vectors[name]]
+
+    def _small(self, name: str) -> Tensor:
+        return self.parameters.small[self.vectors[name]]
+
+    def _grad(self, name: str) -> Tensor:
+        return self.parameters.grad[self.vectors[name]]
+
+    # Forward
+
+    def frame_patches(self, video: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+        """Frames of the video as the first convolution's input [N, CI]."""
+        H, W = self.model.frame_hw
+        conv = self.encoder[0][0]
+        stride, BM = H // conv.H, 32
+        launch(kernels.patch_frames, (triton.cdiv(conv.H * conv.W, BM), self.batch),
+            video, indices, mask, self.first, H=H, W=W, STRIDE=stride, KP=conv.CI,
+            KB=_power(conv.CI), BM=BM)
+        return self.first
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The encoder's stages, from patches [N, CI] to embeddings [N', C]."""
+        B = self.batch
+        for i, (down, norm, blocks) in enumerate(self.encoder):
+            C, N = down.CO, B * down.H * down.W
+            if i:
+                before = self.encoder[i - 1][0]
+                x = self._norm_forward(norm, x, hw=(before.H, before.W), stride=before.H // down.H)
+            out = self._buffer(f"{norm}.down", N, C)
+            self.work[f"{norm}.in"] = x
+            self._linear(down, x, out)
+            x = out
+            if i == 0:
+                x = self._norm_forward(norm, x, hw=(down.H, down.W), stride=1)
+            for block in blocks:
+                x = self._block_forward(block, x, down)
+        return x
+
+    def _linear(self, conv: Conv, x: Tensor, out: Tensor) -> None:
+        N, p = self.batch * conv.H * conv.W, self.parameters
+        tile = _tile(N, conv.CO, conv.CI)
+        launch(kernels.convolve, (triton.cdiv(N, tile["BM"]), _columns(conv.CO, tile)),
+            x, p.small[conv.weight], p.param[conv.bias], out, None, N, **conv.geometry, SH=1, SW=1,
+            CG=1, CN=1, EDGE=0, MODE="bias", ACT="gelu", **tile)
+
+    def _norm_forward(self, name: str, x: Tensor, *, hw: tuple[int, int], stride: int) -> Tensor:
+        N, C = x.shape
+        out = self._buffer(f"{name}.out", N // stride**2, C * stride**2)
+        BM = 32
+        launch(kernels.norm_forward, (triton.cdiv(N, BM),),
+            x, self._value(f"{name}.weight"), self._value(f"{name}.bias"), out,
+            self._buffer(f"{name}.xhat", N, C),
+            self._buffer(f"{name}.scale", N, dtype=torch.float32), N, H=hw[0], W=hw[1], C=C,
+            CB=_power(C), STRIDE=stride, BM=BM)
+        return out
+
+    def _block_parameters(self, name: str) -> list[Tensor]:
+        return [self._value(f"{name}.norm.weight"), self._value(f"{name}.norm.bias"),
+                self._small(f"{name}.expand.weight"), self._value(f"{name}.expand.bias"),
+                self._small(f"{name}.contract.weight"), self._value(f"{name}.contract.bias"),
+                self._value(f"{name}.scale")]
+
+    def _block_forward(self, name: str, x: Tensor, stage: Conv) -> Tensor:
+        N, C = x.shape
+        out = self._buffer(f"{name}.out", N, C)
+        self.work[f"{name}.in"] = x
+        BM = 32 if N >= 4096 else 16
+        launch(kernels.block_forward, (triton.cdiv(N, BM),),
+            x, self._value(f"{name}.depthwise.weight"), self._value(f"{name}.depthwise.bias"),
+            *self._block_parameters(name), out, self._buffer(f"{name}.xhat", N, C),
+            self._buffer(f"{name}.rstd", N, dtype=torch.float32), N, H=stage.H, W=stage.W, C=C,
+            CB=_power(C), HB=min(64, _power(4 * C)), BM=BM, num_warps=4)
+        return out
+
+    def decode(self, x: Tensor, *, last: int | None = None) -> list[Tensor]:
+        """The stem and the blocks, from embeddings [N, C]: features [B, H', W', CN] of each."""
+        p = self.parameters
+        convs = self.convs if last is None else self.convs[:last + 1]
+        for i, conv in enumerate(convs):
+            N, act = self.batch * conv.pixels, self.model.config.act
+            tile = _tile(N, conv.CO, conv.K * conv.CI)
+            edge = self.convs[i + 1].edge if i + 1 < len(self.convs) else 1
+            apart = self.train and N >= 65536  # else the product's program has too much to hold
+            launch(kernels.convolve, (triton.cdiv(N, tile["BM"]), _columns(conv.CO, tile)),
+                   x, p.small[conv.weight], p.param[conv.bias], self.pre[i] if self.train else None,
+                   self.features[i], N, **conv.geometry, **conv.shuffle, EDGE=edge, ACT=act,
+                   MODE="bias" if apart else "shuffle", **tile)
+            if apart:
+                N = self.batch * conv.H * conv.W
+                launch(kernels.shuffle_activate, (triton.cdiv(N, 32), conv.SH), self.pre[i],
+                       self.features[i], N, H=conv.H, W=conv.W, P=conv.edge, CO=conv.CO,
+                       **conv.shuffle, EDGE=edge, RB=_power(conv.SW * conv.CN), ACT=act, BM=32)
+            x = self.features[i]
+        return self.features[:len(convs)]
+
+    def colour(self, mode: str, *, video: Tensor | None = None, indices: Tensor | None = None,
+               scale: float = 0.0) -> None:
+        """The RGB head over the last features; see `kernels.rgb_forward` for the modes."""
+        H, W = self.model.frame_hw
+        bias = self.model.config.out_bias
+        p = self.parameters
+        known = bias in ("tanh", "sigmoid")
+        launch(kernels.rgb_forward, (triton.cdiv((H + 2) * (W + 2), 128 * self.group), self.batch),
+               self.features[-1], p.small[self.rgb.weight][self.rgb_ahead], p.param[self.rgb.bias],
+               video, indices, self.pred, *((self.drgb, self.error, self.dhead) if self.train
+                                            else (None, None, None)),
+               H=H, W=W, CN=self.rgb.CI, GROUP=self.group, HEAD=bias if known else "add",
+               OFFSET=0.0 if known else float(bias), MODE=mode, SCALE=scale, BM=128, BK=self.KF)
+        if mode == "l2":
+            with self.aside(1):
+                torch.sum(self.dhead.view(-1, 4, 4), (0, 1), out=p.grad[self.rgb.bias])
+
+    def set_colour_gradient(self, gradient: Tensor) -> None:
+        """Take a gradient [B, 3, H, W] at the RGB head's convolution, for other losses than L2."""
+        self.drgb[:, 1:-1, 1:-1, :3] = gradient.permute(0, 2, 3, 1)
+        self.parameters.grad[self.rgb.bias][:3] = gradient.sum((0, 2, 3))
+
+    def picture(self, i: int) -> Tensor:
+        """Stage i's features as [B, CN, H', W'], a view."""
+        conv = self.convs[i]
+        edge = (self.features[i].shape[1] - conv.H * conv.SH) // 2
+        inner = slice(edge, -edge or None)
+        return self.features[i][:, inner, inner].permute(0, 3, 1, 2)
+
+    # Backward
+
+    @contextmanager
+    def aside(self, which: int = 0):
+        """What is started here runs beside the main stream, once that has come this far."""
+        if not self.cuda:
+            yield
+            return
+        self.busy.add(self.sides[which])
+        self.sides[which].wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.sides[which]):
+            yield
+
+    def join(self) -> None:
+        """Let the main stream wait for what runs beside it."""
+        while self.busy:
+            torch.cuda.current_stream(self.device).wait_stream(self.busy.pop())
+
+    def backward(self, x: Tensor, *, extra: dict[int, Tensor], picked: dict[int, Tensor],
+                 places: dict[int, Tensor]) -> None:
+        """Gradients of every parameter, from `drgb` and what the CLIP head adds.
+
+        Args:
+            x: [N, C] embeddings that `decode` started from.
+            extra: gradients [B, H', W', CN] of stages' features.
+            picked: gradients [B, P, C] at single cells of stages' features.
+            places: int64 [P] (row · width + column) of those cells.
+        """
+        if extra:
+            self.join()
+        self._rgb_backward(extra.get(len(self.convs) - 1), picked, places)
+        for i in range(len(self.convs) - 1, -1, -1):
+            conv = self.convs[i]
+            if i or self.encoder:
+                self._convolve_back(conv, self.dpre[i], self.dfeatures[i])
+            if i:
+                if i - 1 in extra:
+                    self.dfeatures[i][0] += extra[i - 1].view_as(self.dfeatures[i][0])
+                if i - 1 in picked:
+                    self._add_picked(i - 1, picked[i - 1], places[i - 1])
+                self._unshuffle(i - 1)
+        # The large weight gradients fill the GPU while the encoder's small kernels wait for each
+        # other; started earlier they would hold up what the encoder waits for
+        with self.aside():
+            for i, conv in enumerate(self.convs):
+                self._weight_gradient(conv, self.features[i - 1] if i else x, self.dpre[i])
+                if i < len(self.convs) - 1:
+                    torch.sum(self.dbias[i], 0, out=self.parameters.grad[conv.bias])
+            self._weight_gradient(self.rgb, self.features[-1], self.drgb)
+        if self.encoder:
+            self._encoder_backward(self.dfeatures[0][0])
+        self.join()
+
+    def _rgb_backward(self, extra: Tensor | None, picked: dict[int, Tensor],
+                      places: dict[int, Tensor]) -> None:
+        last, p, act = self.convs[-1], self.parameters, self.model.config.act
+        shape = dict(H=last.H, W=last.W, P=last.edge, CO=last.CO, SH=last.SH, SW=last.SW,
+                     CG=last.CG, ACT=act)
+        launch(kernels.rgb_backward, (self.sums, last.SH),
+            self.drgb, self.pre[-1], p.small[self.rgb.weight][self.rgb_back], extra,
+            self.dpre[-1], self.dlast, self.batch * last.H, **shape, CN=last.CN, RB=self.RB,
+            KB=self.KB, S=self.sums, BM=64)
+        self.join()  # what the CLIP head adds is there
+        index = len(self.convs) - 1
+        self.scattered.zero_()
+        if index in picked:
+            C = self.model.plan.widths[-1]
+            launch(kernels.scatter_gradient, (self.batch,),
+                picked[index], places[index], self.pre[-1], self.dpre[-1], self.scattered,
+                len(places[index]), **shape, C=C, CB=_power(C), num_warps=1)
+        with self.aside():
+            bias = self.scattered.sum(0)
+            row = last.SW * last.CG
+            bias[:last.SH * row].view(last.SH, row).add_(self.dlast.sum(0)[:, :row])
+            p.grad[last.bias].copy_(bias)
+
+    def _weight_gradient(self, conv: Conv, x: Tensor, dy: Tensor) -> None:
+        """Weight gradient of a convolution from its input [N, CI] and its output's gradient."""
+        N, run = dy.numel() // conv.CO, conv.K * conv.CI
+        tile = _gradient_tile(N, conv.CO, run)
+        mt, nt = triton.cdiv(run, tile["BM"]), _columns(conv.CO, tile)
+        S = max(1, min(triton.cdiv(N, tile["BK"] * 4), 132 // (conv.K * mt * nt)))
+        target = out = self.parameters.grad[conv.weight]
+        if S > 1:
+            key = conv.weight.start
+            if key not in self.partials:
+                self.partials[key] = torch.zeros(S, out.numel(), device=self.device)
+            target = self.partials[key]
+        launch(kernels.convolve_weight_gradient, (conv.K, mt, nt * S),
+            x, dy, target, N, W=conv.W, CI=conv.CI, CO=conv.CO, K=conv.K, S=S, **tile)
+        if S > 1:
+            torch.sum(target, 0, out=out)
+
+    def _convolve_back(self, conv: Conv, dy: Tensor, out: Tensor) -> None:
+        """Gradient at a convolution's input: OUT [SPLIT, B·H·W, CI]."""
+        split = len(out)
+        group = 2 if conv.K > 1 and (conv.W + 2 * conv.edge) % 2 == 0 else 1
+        rows, columns = self.batch * conv.pixels // group, group * conv.CI
+        tile = _tile(rows, columns, (conv.K - 1 + group) * conv.CO, back=True)
+        launch(kernels.convolve_back,
+               (triton.cdiv(rows, tile["BM"]), _columns(columns, tile), split),
+               dy, self.parameters.small[conv.weight], out, self.batch * conv.pixels,
+               **conv.geometry, GROUP=group, SPLIT=split, **tile)
+
+    def _unshuffle(self, i: int) -> None:
+        conv, dfeatures = self.convs[i], self.dfeatures[i + 1]
+        N = self.batch * conv.H * conv.W
+        BN = min(128, _power(conv.CO))
+        S = len(self.dbias[i])
+        launch(kernels.unshuffle_gradient, (S, triton.cdiv(conv.CO, BN)), dfeatures, self.pre[i],
+               self.dpre[i], self.dbias[i], N, H=conv.H, W=conv.W, P=conv.edge, CO=conv.CO,
+               **conv.shuffle, SPLIT=len(dfeatures), ACT=self.model.config.act, S=S, BM=32, BN=BN)
+
+    def _add_picked(self, i: int, gradient: Tensor, place: Tensor) -> None:
+        conv = self.convs[i]
+        cells = self.dfeatures[i + 1][0].view(self.batch, -1, conv.CN)
+        frame = torch.arange(self.batch, device=self.device)[:, None]
+        cells[..., :gradient.shape[-1]].index_put_((frame, place[None]), gradient.to(cells.dtype),
+                                                   accumulate=True)
+
+    def _encoder_backward(self, d: Tensor) -> None:
+        for i in range(len(self.encoder) - 1, -1, -1):
+            down, norm, blocks = self.encoder[i]
+            C = down.CO
+            for block in reversed(blocks):
+                d = self._block_backward(block, d, down)
+            if i:
+                with self.aside(2):
+                    self._weight_gradient(down, self.work[f"{norm}.in"], d)
+                    torch.sum(d, 0, dtype=torch.float32, out=self.parameters.grad[down.bias])
+                dpatch = self._buffer(f"{norm}.dpatch", 1, len(d), down.CI)
+                self._convolve_back(down, d, dpatch)
+                before = self.encoder[i - 1][0]
+                d = self._norm_backward(norm, dpatch, (before.H, before.W), before.CO,
+                                        before.H // down.H)
+            else:
+                d = self._norm_backward(norm, d, (down.H, down.W), C, 1)
+                self._weight_gradient(down, self.work[f"{norm}.in"], d)
+
+    def _norm_backward(self, name: str, d: Tensor, hw: tuple[int, int], C: int, stride: int
+                       ) -> Tensor:
+        """Gradient [N, C] before a norm; sums for γ and β, and a bias before it, are kept."""
+        N = self.batch * hw[0] * hw[1]
+        BM = 16
+        S = self._programs(N, BM)
+        out = self._buffer(f"{name}.dx", N, C)
+        partial = self._buffer(f"{name}.sums", S, 3 * C, dtype=torch.float32)
+        launch(kernels.norm_backward, (S,),
+            d, self.work[f"{name}.xhat"], self.work[f"{name}.scale"], self._value(f"{name}.weight"),
+            out, partial, N, H=hw[0], W=hw[1], C=C, CB=_power(C), STRIDE=stride, S=S, BM=BM)
+        with self.aside(1):
+            row = self._grad(name)
+            torch.sum(partial[:, :len(row)], 0, out=row)
+        return out
+
+    def _linear_gradient(self, name: str, x: Tensor, dy: Tensor) -> None:
+        place = self.vectors[f"{name}.weight"]
+        self._weight_gradient(Conv(1, len(x), x.shape[1], dy.shape[1], 1, place, place), x, dy)
+
+    def _block_backward(self, name: str, d: Tensor, stage: Conv) -> Tensor:
+        N, C = d.shape
+        BM = 32 if N >= 4096 else 16
+        S = self._programs(N, BM)
+        dy, normed, d2 = (self._buffer(f"{name}.{part}", N, C) for part in ("dy", "normed", "d2"))
+        hidden, dhidden = (self._buffer(f"{name}.{part}", N, 4 * C)
+                           for part in ("hidden", "dhidden"))
+        partial = self._buffer(f"{name}.sums", S, 9 * C, dtype=torch.float32)
+        launch(kernels.block_backward, (S,),
+            d, self.work[f"{name}.xhat"], self.work[f"{name}.rstd"], *self._block_parameters(name),
+            dy, normed, hidden, dhidden, d2, partial, N, C=C, CB=_power(C),
+            HB=_power(4 * C) // 4, S=S, BM=BM, num_warps=4)
+        x = self.work[f"{name}.in"]
+        with self.aside(1):
+            torch.sum(partial, 0, out=self._grad(name))
+            self._linear_gradient(f"{name}.expand", normed, dhidden)
+        with self.aside(1):
+            self._linear_gradient(f"{name}.contract", hidden, d2)
+        with self.aside(2):
+            T = 8
+            S = max(1, min(128, triton.cdiv(N, T)))
+            taps = self._buffer(f"{name}.taps", S, 49 * C, dtype=torch.float32)
+            launch(kernels.depthwise_weight_gradient, (7, S),
+                x, dy, taps, N, H=stage.H, W=stage.W, C=C, CB=_power(C), S=S, BM=T, num_warps=2)
+            torch.sum(taps, 0, out=self._grad(f"{name}.depthwise.weight"))
+        dx = self._buffer(f"{name}.dx", N, C)
+        BM = 32 if N >= 4096 else 16
+        launch(kernels.depthwise_backward, (triton.cdiv(N, BM),),
+            dy, self._value(f"{name}.depthwise.weight"), d, dx, N, H=stage.H, W=stage.W, C=C,
+            CB=_power(C), BM=BM, num_warps=4)
+        return dx

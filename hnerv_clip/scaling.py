@@ -230,7 +230,7 @@ def _measure_sweep(study: _Study) -> None:
         started = time.monotonic()
         folders = study.train_many(folder / way, configs, at_once=at_once)
         figures[f"{way}_s"] = time.monotonic() - started
-        figures[f"{way}_gpu_s"] = figures[f"{way}_s"] * at_once  # GPUs that it occupies
+        figures[f"{way}_rank_s"] = figures[f"{way}_s"] * at_once  # GPUs held, times seconds
         figures[f"{way}_psnr_db"] = {path.name: RunDir(path).summary()["eval_psnr_train"]
                                      for path in folders}
         study.save("sweep", figures, complete=False)
@@ -451,10 +451,10 @@ def _correctness_text(part: dict[str, Any]) -> str:
 
 
 def _sweep_text(part: dict[str, Any]) -> str:
-    return (f"A sweep of {part['runs']} runs over {part['epochs']} epochs, one GPU each, took "
+    return (f"A sweep of {part['runs']} runs over {part['epochs']} epochs, one rank each, took "
             f"{part['at_once_s']:.0f} s at once and {part['in_sequence_s']:.0f} s in sequence: "
-            f"{part['speed_up']:.2f} times faster, for {part['at_once_gpu_s']:.0f} GPU seconds "
-            f"against {part['in_sequence_gpu_s']:.0f}.")
+            f"{part['speed_up']:.2f} times faster, for {part['at_once_rank_s']:.0f} seconds "
+            f"times ranks held against {part['in_sequence_rank_s']:.0f}.")
 
 
 def _kill_text(part: dict[str, Any]) -> str:

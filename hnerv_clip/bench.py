@@ -39,7 +39,7 @@ from hnerv_clip.config import (
 from hnerv_clip.dataset import Dataset, load_dataset, prepare_dataset
 from hnerv_clip.devices import resolve_precision, synchronise
 from hnerv_clip.engine import make_engine
-from hnerv_clip.evaluate import measure_decoding, set_precision
+from hnerv_clip.evaluate import decoders, measure_decoding, set_precision
 from hnerv_clip.model import Plan, build_model, plan_model
 from hnerv_clip.patches import make_grid
 from hnerv_clip.paths import resolve_path
@@ -439,8 +439,9 @@ def measure_decode(bench: Bench) -> Iterator[dict[str, Any]]:
                         frame_count=len(dataset.video.frames))
     model.to(bench.device, memory_format=torch.channels_last).eval()
     for batch_size in (1, 4, 16) if bench.on_gpu else (1,):
-        table = measure_decoding(model, dataset, batch_size=batch_size, repeats=bench.repeats)
-        yield from table.to_dict("records")
+        for decoder in decoders(model):
+            yield from measure_decoding(model, dataset, batch_size=batch_size, decoder=decoder,
+                                        repeats=bench.repeats).to_dict("records")
 
 
 def measure_teacher(bench: Bench) -> Iterator[dict[str, Any]]:

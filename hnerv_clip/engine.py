@@ -179,8 +179,9 @@ class FusedEngine(PlainEngine):
 
     def __init__(self, config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype):
         super().__init__(config, model, dataset, autocast=autocast)
-        self.networks = {config.train.batch_size: fused.Network(model, batch=config.train.batch_size)}
-        self.parameters = self.networks[config.train.batch_size].parameters
+        size = config.train.batch_size
+        self.networks = {size: fused.Network(model, batch=size)}
+        self.parameters = self.networks[size].parameters
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self.sums: dict[tuple[int, int], Tensor] = {}
         self.indices: dict[tuple[int, int], Tensor] = {}
@@ -192,7 +193,7 @@ class FusedEngine(PlainEngine):
         if config.model.predict_clip:
             self._prepare_clip()
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self._compile((config.train.batch_size, config.train.batch_size * ranks))
+        self._compile((size, size * ranks))
 
     def _compile(self, key: tuple[int, int]) -> None:
         """Compile what steps of (own frames, frames of all ranks) launch."""
@@ -225,8 +226,8 @@ class FusedEngine(PlainEngine):
         self.weight.fill_(weight)
         key = (len(indices), count)
         if len(indices) and len(indices) not in self.networks:
-            self.networks[len(indices)] = fused.Network(
-                self.model, self.parameters, batch=len(indices))
+            self.networks[len(indices)] = fused.Network(self.model, self.parameters,
+                                                        batch=len(indices))
             self._compile(key)
         if key not in self.indices:  # the first step as it comes, the second is captured
             self.indices[key], self.graphs[key] = indices.clone(), None
@@ -273,7 +274,7 @@ class FusedEngine(PlainEngine):
         if self.model.kind == "hybrid":
             embedding = network.encode(network.frame_patches(self.frames, indices, self.mask))
         else:
-            embedding = self.positions[indices].flatten(0, 2)
+            embedding = network.take(self.positions[indices].flatten(0, 2))
             if self.model.kind == "xyt":
                 embedding = network.encode(embedding)
         network.decode(embedding)
@@ -353,7 +354,7 @@ def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: tor
     if wish == "plain" or wish == "auto" and (device.type != "cuda" or not half):
         return PlainEngine(config, model, dataset, autocast=autocast)
     reason = _no_fast_engine(device, half)
-    if reason is None and (missing := fused.unsupported(config, model) if half else None) is None:
+    if reason is None and (missing := fused.unsupported(model) if half else None) is None:
         try:
             return (FusedEngine if half else CompiledEngine)(config, model, dataset,
                                                              autocast=autocast)

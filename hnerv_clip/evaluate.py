@@ -30,6 +30,11 @@ from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.runs import RunDir
 from hnerv_clip.teachers import select_device
 
+try:
+    from hnerv_clip import fused
+except ImportError:  # no Triton: it is made for Linux
+    fused = None
+
 BATCH = 4  # frames decoded at once
 SOURCE_WORDS = {"encoder": "encoded from the frame itself",
                 "interpolated": "predicted from their neighbours' embeddings",
@@ -317,42 +322,56 @@ def evaluate_run(run: Run) -> pd.DataFrame:
     return pd.concat([trained, stored], ignore_index=True)
 
 
+def decoders(model: HNeRV) -> tuple[str, ...]:
+    """How frames can be decoded here: plain, and fused on a GPU whose kernels know the model."""
+    cuda = next(model.parameters()).device.type == "cuda"
+    known = cuda and fused is not None and fused.unsupported(model) is None
+    return ("plain", "fused") if known else ("plain",)
+
+
 @torch.inference_mode()
-def measure_decoding(model: HNeRV, dataset: Dataset, *, batch_size: int = BATCH, repeats: int = 5
-                     ) -> pd.DataFrame:
+def measure_decoding(model: HNeRV, dataset: Dataset, *, batch_size: int = BATCH, repeats: int = 5,
+                     decoder: str | None = None) -> pd.DataFrame:
     """Decoding speed from stored embeddings to frames on the device: RGB, both heads, CLIP alone.
 
+    Args:
+        decoder: one of `decoders`, the last by default.
     Returns:
         A row per mode: frames_per_s (median over passes), frames_per_s_min, frames_per_s_max,
-        n passes, batch_size.
+        n passes, batch_size, decoder.
     """
-    embeddings = embed_frames(model, dataset)[:8 * batch_size]
+    embeddings = embed_frames(model, dataset)
+    embeddings = embeddings.repeat(-(-8 * batch_size // len(embeddings)), 1, 1, 1)[:8 * batch_size]
+    decoder = decoder or decoders(model)[-1]
     centres = dataset.grid.centres.to(embeddings.device)
-
-    def decode(chunk: Tensor, rgb: bool, clip: bool) -> None:
-        stages = model.stages(chunk, last=None if rgb else model.clip_stages[-1])
-        if rgb:
-            model.rgb(stages[-1])
-        if clip:
-            model.clip_at(stages, centres)
+    with_clip = model.config.predict_clip
+    if decoder == "fused":
+        decode = fused.Decoder(model, batch=batch_size, centres=centres if with_clip else None)
+    else:
+        def decode(chunk: Tensor, *, rgb: bool, clip: bool) -> None:
+            stages = model.stages(chunk, last=None if rgb else model.clip_stages[-1])
+            if rgb:
+                model.rgb(stages[-1])
+            if clip:
+                model.clip_at(stages, centres)
 
     modes = {"RGB": (True, False)}
-    if model.config.predict_clip:
+    if with_clip:
         modes |= {"RGB and embeddings": (True, True), "embeddings only": (False, True)}
     rows = []
-    for name, heads in modes.items():
-        decode(embeddings[:batch_size], *heads)  # warm-up
+    for name, (rgb, clip) in modes.items():
+        decode(embeddings[:batch_size], rgb=rgb, clip=clip)  # warm-up
         rates = []
         for _ in range(repeats):
             synchronise(embeddings.device)
             start = time.perf_counter()
             for chunk in embeddings.split(batch_size):
-                decode(chunk, *heads)
+                decode(chunk, rgb=rgb, clip=clip)
             synchronise(embeddings.device)
             rates.append(len(embeddings) / (time.perf_counter() - start))
         rows.append({"mode": name, "frames_per_s": float(np.median(rates)),
                      "frames_per_s_min": min(rates), "frames_per_s_max": max(rates),
-                     "n": repeats, "batch_size": batch_size})
+                     "n": repeats, "batch_size": batch_size, "decoder": decoder})
     return pd.DataFrame(rows)
 
 

@@ -22,21 +22,22 @@ import triton
 from torch import Tensor, nn
 
 from hnerv_clip import kernels
-from hnerv_clip.config import Config
 from hnerv_clip.model import HNeRV
 
 BUILD_ERRORS = (triton.TritonError, OSError, RuntimeError, subprocess.CalledProcessError)
+LARGE = 65536  # pixels from which on a layer is bound by memory, not by waiting
 PROGRAMS = 1056  # at most, of a sum over pixels: eight a multiprocessor on an H100
 
 
-def unsupported(config: Config, model: HNeRV) -> str | None:
-    """Why the kernels do not cover a configuration, or None where they do."""
-    if config.model.act not in kernels.ACTIVATIONS or config.model.norm != "none":
-        return (f"act={config.model.act!r} with norm={config.model.norm!r} (the fused kernels know "
+def unsupported(model: HNeRV) -> str | None:
+    """What of a model the kernels do not know, or None where they know it all."""
+    config = model.config
+    if config.act not in kernels.ACTIVATIONS or config.norm != "none":
+        return (f"act={config.act!r} with norm={config.norm!r} (they know "
                 f"{', '.join(kernels.ACTIVATIONS)} without a norm)")
     if model.plan.output_hw != model.frame_hw:
         return "a decoder that is resized to the frame (choose dec_strds that give its size)"
-    last = config.model.dec_strds[-1] if config.model.num_blks[1] == 1 else 1
+    last = config.dec_strds[-1] if config.num_blks[1] == 1 else 1
     if last & (last - 1):
         return f"a last stride of {last}, no power of two"
     return None
@@ -128,7 +129,7 @@ class Parameters:
         """Take over the model's parameters, and the moments of its optimizer where it has some."""
         for name, parameter in self.model.named_parameters():
             place = self.places[name]
-            self.param[place] = parameter.detach().float()
+            self.param[place] = parameter.detach().clone()  # the CLIP head lies in it
             for flat, moment in zip((self.mean, self.square), moments.get(name, ())):
                 flat[place] = moment
         self.count.fill_(count)
@@ -236,10 +237,10 @@ def _tile(N: int, columns: int, run: int, *, back: bool = False) -> dict[str, in
 
     Measured on an H100; see the page «How fast».
     """
-    if N >= 65536 and columns > 96 and columns <= 128:
-        return _fit(BM=256, BN=128, BN2=0, BK=64, STAGES=3, num_warps=8)
-    if N >= 65536 and columns > 96:
+    if N >= 32768 and columns > 128:
         return _fit(BM=128, BN=128, BN2=16 if columns <= 144 else 0, BK=32, STAGES=4, num_warps=4)
+    if N >= 32768 and columns > 96:
+        return _fit(BM=256, BN=128, BN2=0, BK=64, STAGES=3, num_warps=8)
     if N >= 32768:
         return _fit(BM=256, BN=64, BN2=_power(columns - 64) if columns > 64 else 0,
                     BK=32 if back else 64, STAGES=4, num_warps=8)
@@ -405,13 +406,13 @@ class Network:
         for i, conv in enumerate(self.convs):
             N = B * conv.H * conv.W
             edge = self.convs[i + 1].edge if i + 1 < len(self.convs) else 1  # the RGB head's
-            self.features.append(self._with_room(B, conv.H * conv.SH + 2 * edge,
+            self.features.append(self.with_room(B, conv.H * conv.SH + 2 * edge,
                                                  conv.W * conv.SW + 2 * edge, conv.CN))
             if self.train:
-                self.pre.append(self._with_room(B * conv.pixels, conv.CO))
-                self.dpre.append(self._with_room(B, conv.H + 2 * conv.edge,
+                self.pre.append(self.with_room(B * conv.pixels, conv.CO))
+                self.dpre.append(self.with_room(B, conv.H + 2 * conv.edge,
                                                  conv.W + 2 * conv.edge, conv.CO))
-                split = conv.K if N < 65536 else 1
+                split = conv.K if N < LARGE else 1
                 self.dfeatures.append(torch.zeros(
                     split, N, conv.CI, dtype=torch.float32 if split > 1 else dtype,
                     device=self.device))
@@ -419,13 +420,12 @@ class Network:
         H, W = self.model.frame_hw
         self.pred = torch.zeros(B, 3, H, W, device=self.device,
                                 dtype=torch.float32 if self.train else torch.uint8)
-        if self.encoder:
-            first = self.encoder[0][0]
-            self.first = self._with_room(B * first.H * first.W, first.CI)
+        first = self.encoder[0][0] if self.encoder else self.convs[0]
+        self.first = self.with_room(B * first.H * first.W, first.CI)
         self.work: dict[str, Tensor] = {}
         if not self.train:
             return
-        self.drgb = self._with_room(B, H + 2, W + 2, 4)
+        self.drgb = self.with_room(B, H + 2, W + 2, 4)
         tiles = triton.cdiv((H + 2) * (W + 2), 128 * self.group)
         self.error, self.dhead = full(B, tiles), full(B, tiles, 16)
         last = self.convs[-1]
@@ -434,7 +434,7 @@ class Network:
         self.scattered = full(B, last.CO)
         self.partials: dict[int, Tensor] = {}
 
-    def _with_room(self, *shape: int) -> Tensor:
+    def with_room(self, *shape: int) -> Tensor:
         """Zeros, with zeros before and after them: kernels read past the ends of images."""
         room = _ceil((4 * max(shape[1:-1], default=1) + 1024) * shape[-1], 64)
         flat = torch.zeros(math.prod(shape) + 2 * room, dtype=self.dtype, device=self.device)
@@ -443,7 +443,7 @@ class Network:
     def _buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer by name, made when first asked for."""
         if name not in self.work:
-            self.work[name] = self._with_room(*shape) if dtype is None else \
+            self.work[name] = self.with_room(*shape) if dtype is None else \
                 torch.zeros(shape, dtype=dtype, device=self.device)
         return self.work[name]
 
@@ -473,6 +473,10 @@ class Network:
             video, indices, mask, self.first, H=H, W=W, STRIDE=stride, KP=conv.CI,
             KB=_power(conv.CI), BM=BM)
         return self.first
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Other input of the first convolution [N, CI], copied to where there is room around."""
+        return self.first.copy_(rows)
 
     def encode(self, x: Tensor) -> Tensor:
         """The encoder's stages, from patches [N, CI] to embeddings [N', C]."""
@@ -536,7 +540,7 @@ class Network:
             N, act = self.batch * conv.pixels, self.model.config.act
             tile = _tile(N, conv.CO, conv.K * conv.CI)
             edge = self.convs[i + 1].edge if i + 1 < len(self.convs) else 1
-            apart = self.train and N >= 65536  # else the product's program has too much to hold
+            apart = self.train and N >= LARGE  # else the product's program has too much to hold
             launch(kernels.convolve, (triton.cdiv(N, tile["BM"]), _columns(conv.CO, tile)),
                    x, p.small[conv.weight], p.param[conv.bias], self.pre[i] if self.train else None,
                    self.features[i], N, **conv.geometry, **conv.shuffle, EDGE=edge, ACT=act,
@@ -768,3 +772,59 @@ class Network:
             dy, self._value(f"{name}.depthwise.weight"), d, dx, N, H=stage.H, W=stage.W, C=C,
             CB=_power(C), BM=BM, num_warps=4)
         return dx
+
+
+class Decoder:
+    """Frames and CLIP vectors from stored embeddings, in bfloat16, a CUDA graph for each wish."""
+
+    def __init__(self, model: HNeRV, *, batch: int, centres: Tensor | None = None):
+        """
+        Args:
+            batch: frames decoded at once.
+            centres: [P, 2] (y, x) in frame pixels where CLIP vectors are wanted.
+        """
+        self.model, self.network = model, Network(model, batch=batch, train=False)
+        self.places = None if centres is None else model.clip_places(
+            centres.to(self.network.device))
+        stem = self.network.convs[0]
+        self.input = self.network.with_room(batch * stem.H * stem.W, stem.CI)
+        self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}
+        self.vectors: dict[tuple[bool, bool], Tensor | None] = {}
+
+    @torch.inference_mode()
+    def __call__(self, embeddings: Tensor, *, rgb: bool = True, clip: bool = False
+                 ) -> tuple[Tensor | None, Tensor | None]:
+        """Decode one batch.
+
+        Args:
+            embeddings: [B, C, h, w].
+        Returns:
+            uint8 [B, 3, H, W] frames and float32 [B, P, D] unit vectors, each None where not
+            wanted; the next call overwrites them.
+        """
+        wish = (rgb, clip)
+        self.input.copy_(embeddings.permute(0, 2, 3, 1).reshape(self.input.shape))
+        if not self.network.cuda:  # Triton's interpreter, in tests
+            self.vectors[wish] = self._run(*wish)
+        elif wish not in self.graphs:
+            compile_all(lambda: self._run(*wish), self.network.device)
+            self._run(*wish)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.vectors[wish] = self._run(*wish)
+            self.graphs[wish] = graph
+        if self.network.cuda:
+            self.graphs[wish].replay()
+        return self.network.pred if rgb else None, self.vectors[wish]
+
+    def _run(self, rgb: bool, clip: bool) -> Tensor | None:
+        blocks = self.model.config.num_blks[1]
+        last = None if rgb else self.model.clip_stages[-1] * blocks
+        self.network.decode(self.input, last=last)
+        if rgb:
+            self.network.colour("uint8")
+        if not clip:
+            return None
+        stages = [self.network.picture(stage * blocks)
+                  for stage in range(self.model.clip_stages[-1] + 1)]
+        return self.model.clip_at_places(stages, self.places)

@@ -1,8 +1,13 @@
 """Shared by all tests: a small real dataset, prepared once."""
 
+import os
+
 import matplotlib
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # our kernels then run on the CPU; read at their import
 
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import prepare_dataset

@@ -1,37 +1,202 @@
-"""The fast engine computes what the plain one does; needs a GPU."""
+"""The fused engine computes what the plain one does: exactly in Triton's interpreter, on a GPU
+within bfloat16's precision."""
+
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hnerv_clip import engine, fused
 from hnerv_clip.config import ConfigError
-from hnerv_clip.engine import FastEngine, PlainEngine, make_engine
+from hnerv_clip.engine import CompiledEngine, FusedEngine, PlainEngine, make_engine
+from hnerv_clip.evaluate import embed_frames
 from hnerv_clip.model import build_model
+from hnerv_clip.patches import make_grid
+from hnerv_clip.video import split_frames
+
+# Few pixels: Triton's interpreter takes its time
+TINY = dict(resize_list="12_24", patch_size=8, enc_strds="3 2", dec_strds="3 2", fc_hw="2_4",
+            enc_dim="16_16", modelsize=0.012, data_split="1_1_1")
+VARIANTS = {
+    "hybrid": {},
+    "xyt": dict(embed="xyt_1.25_8"),
+    "pe": dict(embed="pe_1.25_8"),
+    "loss and boxes": dict(loss="Fusion7", inpaint_size=3),
+    "two blocks": dict(num_blks="2_2", act="sin", out_bias="sigmoid"),
+    "all stages": dict(clip_stage="all"),
+    "pooled": dict(clip_pool=0.3),
+    "jittered": dict(clip_jitter=3, clip_loss_type="centred"),
+    "no head": dict(predict_clip=False, act="swish"),
+}
 
 
-def engine(kind, config, dataset, device):
+@pytest.fixture(scope="module")
+def tiny(small_config, small_dataset):
+    """(settings, dataset): the small dataset's frames, shrunk, with their embeddings."""
+    config = small_config.replace(**TINY)
+    frames = torch.nn.functional.interpolate(small_dataset.video.frames.float(), size=(12, 24),
+                                             mode="area").round().byte()
+    grid = make_grid(config.teacher, (12, 24))
+    assert len(grid) == small_dataset.embeddings.shape[1]
+    return config, replace(small_dataset, video=replace(small_dataset.video, frames=frames),
+                           grid=grid, split=split_frames(12, config.video.data_split))
+
+
+def build(kind, config, dataset, *, device="cpu", autocast=torch.float32):
+    mask = None
+    if config.train.inpaint_size:
+        mask = torch.ones(dataset.video.frame_hw)
+        mask[3:7, 7:13] = 0
+        dataset = replace(dataset, mask=mask)
     model = build_model(config.model, frame_hw=dataset.video.frame_hw,
                         frame_count=len(dataset.video.frames))
-    model.to(device, memory_format=torch.channels_last)
-    return kind(config, model, dataset, autocast=torch.bfloat16)
+    with torch.no_grad():  # the encoder's layer scale starts so small that it would hide errors
+        for name, parameter in model.named_parameters():
+            if name.endswith(".scale"):
+                parameter.fill_(0.3)
+    return kind(config, model.to(device), dataset, autocast=autocast)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fused_gradients_are_the_plain_ones(tiny, variant, monkeypatch):
+    """Losses and every parameter's gradient of a step, in float32, with every code path at least
+    once: the third also takes the way of large images."""
+    config, dataset = tiny
+    config = config.replace(**VARIANTS[variant])
+    if variant == "loss and boxes":
+        monkeypatch.setattr(fused, "LARGE", 16)
+    plain, own = build(PlainEngine, config, dataset), build(FusedEngine, config, dataset)
+    indices = torch.tensor([1, 7])
+    step = dict(count=2, lr=1e-3, weight=0.5)
+    torch.testing.assert_close(own.step(indices, **step), plain.step(indices, **step), rtol=1e-4,
+                               atol=1e-6)
+    for name, parameter in plain.model.named_parameters():
+        gradient = own.parameters.grad[own.parameters.places[name]]
+        error = (gradient - parameter.grad).norm() / (parameter.grad.norm() + 1e-9)
+        assert error < 1e-3, f"{name}: {error:.1e}"
+
+
+def test_fused_training_goes_on_from_a_checkpoint_and_with_short_batches(tiny):
+    """Four steps, the third with one frame, the last two by an engine that took over the state."""
+    config, dataset = tiny
+    batches = [torch.tensor(b) for b in ([0, 1], [2, 3], [4], [5, 6])]
+
+    def run(engine, batches):
+        return [engine.step(b, count=len(b), lr=1e-3, weight=0.5).clone() for b in batches]
+
+    plain = build(PlainEngine, config, dataset)
+    expected = run(plain, batches)
+    first = build(FusedEngine, config, dataset)
+    got = run(first, batches[:2])
+    first.sync()
+    second = build(FusedEngine, config, dataset)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_optimizer(first.optimizer.state_dict())
+    got += run(second, batches[2:])
+    torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=1e-3, atol=1e-5)
+    second.sync()
+    for (name, a), b in zip(plain.model.named_parameters(), second.model.parameters()):
+        assert (a - b).norm() < 0.02 * a.norm() + 1e-3, name
+
+
+def test_the_fused_decoder_gives_the_models_frames_and_vectors(tiny):
+    config, dataset = tiny
+    model = build_model(config.model, frame_hw=(12, 24), frame_count=12).eval()
+    with torch.inference_mode():
+        embeddings = embed_frames(model, dataset)[:2]
+        stages = model.stages(embeddings)
+        expected = (model.rgb(stages[-1]) * 255).round().clamp(0, 255)
+        decode = fused.Decoder(model, batch=2, centres=dataset.grid.centres)
+        frames, vectors = decode(embeddings, clip=True)
+        assert (frames.float() - expected).abs().max() <= 1  # one rounds half up, one to even
+        torch.testing.assert_close(vectors, model.clip_at(stages, dataset.grid.centres))
+        assert decode(embeddings, rgb=False, clip=True)[0] is None
 
 
 @pytest.mark.gpu
-def test_fast_and_plain_agree(small_config, small_dataset):
-    """Both in bf16: losses of 12 steps, among them short batches and both phases, within 2 %."""
-    losses = {}
-    for kind in (PlainEngine, FastEngine):
-        own = engine(kind, small_config, small_dataset, "cuda")
-        indices = torch.arange(11, device="cuda")
-        losses[kind] = torch.stack([
-            own.step(indices[:1] if step % 5 == 4 else indices[step % 10:step % 10 + 2],
-                     count=1 if step % 5 == 4 else 2, lr=1e-3, weight=0.5 * (step >= 8)).clone()
-            for step in range(12)])[:, :3]
-    torch.testing.assert_close(losses[FastEngine], losses[PlainEngine], rtol=0.02, atol=1e-3)
+@pytest.mark.parametrize("kind", [FusedEngine, CompiledEngine])
+def test_fast_and_plain_agree_on_a_gpu(small_config, small_dataset, kind):
+    """All in bf16: losses of 12 steps, among them short batches and both phases, within 2 %."""
+    indices = torch.arange(11, device="cuda")
+    losses = [torch.stack([
+        own.step(indices[:1] if step % 5 == 4 else indices[step % 10:step % 10 + 2],
+                 count=1 if step % 5 == 4 else 2, lr=1e-3, weight=0.5 * (step >= 8)).clone()
+        for step in range(12)])[:, :3] for own in (
+            build(k, small_config, small_dataset, device="cuda", autocast=torch.bfloat16)
+            for k in (PlainEngine, kind))]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=1e-3)
+
+
+def test_what_the_kernels_do_not_know_is_named(small_config):
+    def model(**settings):
+        return build_model(small_config.replace(**settings).model, frame_hw=(80, 160),
+                           frame_count=12)
+
+    assert fused.unsupported(model()) is None
+    assert "relu6" in fused.unsupported(model(act="relu6"))
+    assert "norm='bn'" in fused.unsupported(model(norm="bn"))
+    assert "stride of 5" in fused.unsupported(model(dec_strds="2 2 4 5"))
+
+
+def test_block_sizes_fit_the_shared_memory(monkeypatch):
+    for room in (232448, 166912, 101376, 65536):
+        monkeypatch.setattr(fused, "_shared_memory", lambda room=room: room)
+        for n in (16, 1000, 5000, 40000, 800000):
+            for columns in (16, 64, 80, 112, 136, 640):
+                for tile in (fused._tile(n, columns, 200), fused._gradient_tile(n, columns, 200)):
+                    assert 2 * tile["STAGES"] * tile["BK"] * (
+                        tile["BM"] + tile["BN"] + tile["BN2"]) <= room
 
 
 def test_the_fast_engine_is_refused_without_a_gpu(small_config, small_dataset):
     config = small_config.replace(engine="fast")
-    model = build_model(config.model, frame_hw=small_dataset.video.frame_hw,
-                        frame_count=len(small_dataset.video.frames))
-    with pytest.raises(ConfigError, match="engine='auto'"):
-        make_engine(config, model, small_dataset, autocast=torch.float32)
+    model = build_model(config.model, frame_hw=small_dataset.video.frame_hw, frame_count=12)
+    with pytest.raises(ConfigError, match="needs a GPU, not cpu; use engine='auto'"):
+        make_engine(config, model, small_dataset, autocast=torch.bfloat16)
+
+
+@pytest.mark.parametrize("reason", ["old GPU", "no compiler", "no memory"])
+def test_auto_goes_on_plainly_and_says_why(small_config, small_dataset, monkeypatch, reason):
+    """A GPU is made up: what it cannot do leaves the plain engine."""
+    class Model:
+        def parameters(self):
+            yield SimpleNamespace(device=torch.device("cuda"))
+
+    def fails(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("too much") if reason == "no memory" else \
+            RuntimeError("Failed to find C compiler.")
+
+    said = {"old GPU": "no bfloat16", "no compiler": "C compiler", "no memory": "memory"}[reason]
+    monkeypatch.setattr(engine, "_no_fast_engine", lambda device, half:
+                        said if reason == "old GPU" else None)
+    monkeypatch.setattr(engine.fused, "unsupported", lambda model: None)
+    monkeypatch.setattr(engine, "FusedEngine", fails)
+    monkeypatch.setattr(engine, "PlainEngine", lambda *args, **kwargs: "plain")
+    with pytest.warns(UserWarning, match=said):
+        assert make_engine(small_config, Model(), small_dataset, autocast=torch.bfloat16) == "plain"
+
+
+def test_frames_are_worked_on_in_parts_when_memory_runs_out(small_config, small_dataset,
+                                                            monkeypatch):
+    """The same losses and parameters as with the whole batch, and one warning."""
+    whole, parts = (build(PlainEngine, small_config.replace(batch_size=4), small_dataset)
+                    for _ in range(2))
+    losses = parts.frame_losses
+
+    def scarce(indices):
+        if len(indices) > 2:
+            raise torch.cuda.OutOfMemoryError("too much")
+        return losses(indices)
+
+    monkeypatch.setattr(parts, "frame_losses", scarce)
+    indices, step = torch.tensor([0, 1, 2, 3]), dict(count=4, lr=1e-3, weight=0.5)
+    with pytest.warns(UserWarning, match="2 at a time") as said:
+        got = parts.step(indices, **step)
+    assert len(said) == 1
+    torch.testing.assert_close(got, whole.step(indices, **step))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = parts.step(indices, **step)
+    torch.testing.assert_close(got, whole.step(indices, **step), rtol=1e-4, atol=1e-6)

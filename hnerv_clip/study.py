@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hnerv_clip.ablations import PAPER_EPOCHS
 from hnerv_clip.config import Config, ConfigError, embed_kind, profile_params
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, RunError, write_json
@@ -82,11 +83,16 @@ def study_base(profile: str, settings: dict[str, Any]) -> Config:
     """The settings that the study's runs share: a profile's, evaluated at the end alone, and own.
 
     Args:
-        settings: flat parameters that win over the profile's.
+        settings: flat parameters that win over the profile's. With `epochs`, the warm-up shortens
+            in proportion, unless it is given too.
     """
-    params = profile_params(profile) | settings
-    return Config.from_params(**{"eval_freq": params["epochs"], **(
-        {k: v for k, v in params.items() if k != "eval_freq" or k in settings})})
+    own = profile_params(profile)
+    params = own | settings
+    epochs = Config.from_params(**params).train.epochs
+    shorter = {"eval_freq": epochs, "pixel_loss_warmup_epochs": round(
+        own["pixel_loss_warmup_epochs"] * epochs / own["epochs"])}
+    return Config.from_params(**{**params, **{
+        name: value for name, value in shorter.items() if name not in settings}})
 
 
 def study_configs(base: Config, only: Iterable[str] = ()) -> dict[str, Config]:
@@ -106,7 +112,8 @@ def study_configs(base: Config, only: Iterable[str] = ()) -> dict[str, Config]:
     configs = {}
     for video, kind, variant, seed in _plan():
         first = base.replace(embed=KINDS[kind], seed=seed, **VIDEOS[video])
-        configs[f"{video}_{kind}_{variant}_s{seed}"] = first.replace(**_changes(kind, variant))
+        configs[f"{video}_{kind}_{variant}_s{seed}"] = first.replace(
+            **_changes(kind, variant, first.train.epochs))
     patterns = list(only)
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in configs):
@@ -120,17 +127,15 @@ def _plan() -> list[tuple[str, str, str, int]]:
     lambdas = [f"lambda_{value:g}" for value in LAMBDAS]
     warmups = [f"warmup_{value}" for value in WARMUPS]
     later = (1, 2)
-    runs = [("bunny", "hybrid", "base", 0), ("bunny", "xyt", "base", 0),
-            ("bunny", "hybrid", "pixels_only", 0), ("bunny", "pe", "base", 0)]
+    runs = [("bunny", kind, "base", seed) for seed in (0, *later) for kind in KINDS]
+    runs += [("bunny", "hybrid", "pixels_only", seed) for seed in (0, *later)]
     runs += [("bikes", kind, "base", 0) for kind in KINDS]
-    runs += [("bunny", "xyt", "levels_40", 0)]
     runs += [("bunny", "hybrid", variant, 0) for variant in lambdas + warmups]
-    runs += [("bunny", "xyt", variant, 0) for variant in REMEDIES]
-    runs += [("bunny", kind, variant, 0) for kind in ENCODINGS for variant in ENCODINGS[kind]]
-    runs += [("bunny", kind, "base", seed) for seed in later for kind in KINDS]
-    runs += [("bunny", "hybrid", variant, seed) for seed in later
-             for variant in ("pixels_only", "lambda_0.1", "lambda_0.05")]
+    runs += [("bunny", "xyt", variant, 0) for variant in ("levels_40", *REMEDIES)]
     runs += [("bikes", kind, "base", seed) for seed in later for kind in KINDS]
+    runs += [("bunny", "hybrid", variant, seed) for seed in later
+             for variant in ("lambda_0.1", "lambda_0.05")]
+    runs += [("bunny", kind, variant, 0) for kind in ENCODINGS for variant in ENCODINGS[kind]]
     runs += [("bunny", "hybrid", variant, 0) for variant in REMEDIES]
     runs += [("bikes", "hybrid", "pixels_only", seed) for seed in (0, *later)]
     runs += [("bunny", kind, "pixels_only", seed) for kind in ("xyt", "pe")
@@ -143,8 +148,8 @@ def _plan() -> list[tuple[str, str, str, int]]:
     return list(dict.fromkeys(runs))
 
 
-def _changes(kind: str, variant: str) -> dict[str, Any]:
-    """The settings in which a variant differs from the base."""
+def _changes(kind: str, variant: str, epochs: int) -> dict[str, Any]:
+    """The settings in which a variant differs from the base; warm-ups count in 300 epochs."""
     if variant == "base":
         return {}
     if variant == "pixels_only":
@@ -153,7 +158,7 @@ def _changes(kind: str, variant: str) -> dict[str, Any]:
     if name == "lambda":
         return {"clip_loss_weight": float(value)}
     if name == "warmup":
-        return {"pixel_loss_warmup_epochs": int(value)}
+        return {"pixel_loss_warmup_epochs": round(int(value) * epochs / PAPER_EPOCHS)}
     return REMEDIES.get(variant) or ENCODINGS[kind][variant]
 
 

@@ -176,12 +176,6 @@ class Bench:
         synchronise(self.device)
         return (time.perf_counter() - start) / calls
 
-    def ceiling(self, measure: str, precision: str) -> float | None:
-        """A measured ceiling, the best of its repeats; None where there is none."""
-        found = [row[f"{measure}_max"] for row in self.results["parts"].get("ceilings", [])
-                 if row["precision"] == precision and measure in row]
-        return found[0] if found else None
-
 
 def bench(config: Config, *, parts: list[str] = DEFAULT_PARTS, out: str | Path,
           cache_dir: str | Path = "output/cache", outf: str | Path = "output/bench/fit",
@@ -219,6 +213,7 @@ def bench(config: Config, *, parts: list[str] = DEFAULT_PARTS, out: str | Path,
         for row in MEASURES[part](bench):
             kept.append(row)
             results["made"][part]["seconds"] = round(time.perf_counter() - started, 1)
+            fill_shares(results)
             write_json(path, results)
         say(f"{show_rows(kept)}\n{time.perf_counter() - started:.0f} s")
     say(f"\n{path}")
@@ -297,17 +292,18 @@ def measure_train(bench: Bench) -> Iterator[dict[str, Any]]:
             continue  # a CPU's time is short: one change at a time
         config = bench.config.replace(embed=embed, engine=engine, precision=precision,
                                       predict_clip=clip_head)
-        yield {"embed": embed, "clip_head": clip_head, "precision": precision,
+        yield {"embed": embed, "clip_head": clip_head,
+               "precision": resolve_precision(precision, bench.device),
                **time_training(bench, config, dataset)}
 
 
 def time_training(bench: Bench, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """A fresh model's training step: time, memory, and shares of the device's ceilings.
+    """A fresh model's training step: time, memory, and the work counted.
 
     Returns:
         engine (that ran), batch_size, step_ms (median, min, max over n repeats), frames_per_s,
         compile_s, peak_memory_bytes (GPU), gflop_per_frame and gb_per_frame (counted, see
-        `count_work`), and what shares of the measured ceilings they make; or `failed`, why not.
+        `count_work`); or `failed`, why not.
     """
     if bench.on_gpu:
         torch.cuda.reset_peak_memory_stats(bench.device)
@@ -354,21 +350,30 @@ def _time_training(bench: Bench, config: Config, dataset: Dataset) -> dict[str, 
            "compile_s": engine.compile_s or (None if ran == "plain" else first_s),
            "peak_memory_bytes": torch.cuda.max_memory_allocated(bench.device)
            if bench.on_gpu else None}
-    return row | _shares(bench, config, dataset, row["frames_per_s"])
+    return row | _counted(config, dataset)
 
 
-def _shares(bench: Bench, config: Config, dataset: Dataset, frames_per_s: float
-            ) -> dict[str, float | None]:
+def _counted(config: Config, dataset: Dataset) -> dict[str, float]:
+    """Arithmetic and bytes of training on a frame; see `count_work`."""
     frame_hw = dataset.video.frame_hw
-    precision = resolve_precision(config.train.precision, bench.device)
     plan = plan_model(config.model, frame_hw=frame_hw, frame_count=len(dataset.video.frames))
     layers = count_work(config.model, plan, frame_hw=frame_hw, patch_count=len(dataset.grid))
-    flop = 3 * 2 * sum(layer.macs for layer in layers)
-    size_bytes = 3 * (2 if precision == "bf16" else 4) * sum(layer.values for layer in layers)
-    compute, copy = bench.ceiling("tflop_per_s", precision), bench.ceiling("gb_per_s", "")
-    return {"gflop_per_frame": flop / 1e9, "gb_per_frame": size_bytes / 1e9,
-            "compute_share": compute and flop * frames_per_s / 1e12 / compute,
-            "bandwidth_share": copy and size_bytes * frames_per_s / 1e9 / copy}
+    size_bytes = 2 if config.train.precision == "bf16" else 4
+    return {"gflop_per_frame": 3 * 2 * sum(layer.macs for layer in layers) / 1e9,
+            "gb_per_frame": 3 * size_bytes * sum(layer.values for layer in layers) / 1e9}
+
+
+def fill_shares(results: dict[str, Any]) -> None:
+    """What shares of the best measured ceilings training fills: compute_share, bandwidth_share."""
+    best = {(row["precision"], measure): row[f"{measure}_max"]
+            for row in results["parts"].get("ceilings", [])
+            for measure in ("tflop_per_s", "gb_per_s") if measure in row}
+    for row in results["parts"].get("train", []):
+        if "failed" not in row:
+            compute, copy = best.get((row["precision"], "tflop_per_s")), best.get(("", "gb_per_s"))
+            gflop_per_s = row["frames_per_s"] * row["gflop_per_frame"]
+            row["compute_share"] = compute and gflop_per_s / 1e3 / compute
+            row["bandwidth_share"] = copy and row["frames_per_s"] * row["gb_per_frame"] / copy
 
 
 def measure_scaling(bench: Bench) -> Iterator[dict[str, Any]]:

@@ -91,6 +91,20 @@ def test_parts_of_several_calls_meet_in_one_file(small_config, cache_dir, tmp_pa
         bench.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir)
 
 
+def test_shares_follow_the_ceilings_of_the_file():
+    row = {"precision": "bf16", "frames_per_s": 1000.0, "gflop_per_frame": 182.0,
+           "gb_per_frame": 0.6}
+    results = {"parts": {"train": [dict(row), {"failed": "x"}], "ceilings": [
+        {"precision": "bf16", "tflop_per_s": 600.0, "tflop_per_s_max": 728.0},
+        {"precision": "", "gb_per_s": 2500.0, "gb_per_s_max": 3000.0}]}}
+    bench.fill_shares(results)
+    filled = results["parts"]["train"][0]
+    assert filled["compute_share"] == pytest.approx(0.25)  # 182 of 728 TFLOP/s
+    assert filled["bandwidth_share"] == pytest.approx(0.2)  # 600 of 3000 GB/s
+    bench.fill_shares({"parts": {"train": [filled]}})
+    assert filled["compute_share"] is None
+
+
 def test_what_is_measured_already_or_unknown_is_refused(small_config, cache_dir, tmp_path):
     with pytest.raises(ConfigError, match="'speed'.*ceilings, train"):
         bench.bench(small_config, parts=["speed"], out=tmp_path / "bench.json")

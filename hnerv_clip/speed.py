@@ -114,10 +114,13 @@ def decoding_markdown(benches: list[Bench], reference: dict[str, Any]) -> str:
         return _not_measured("decoding", "decode") + "\n"
     blocks = []
     for bench, rows in measured:
-        lines = [[row["mode"], f"{row['batch_size']}", _spread(row, "frames_per_s")]
-                 for row in rows]
-        blocks += [_table(["decoded", "at once", "frames/s"], lines),
-                   _embedding_cost(rows) + _made(bench, "decode")]
+        lines = [[row["mode"], row["decoder"], f"{row['batch_size']}",
+                  _spread(row, "frames_per_s")] for row in rows]
+        losses = [f"{loss:.1%} ({decoder}, {size} at once)"
+                  for (decoder, size), loss in embedding_losses(rows).items()]
+        words = f"Embeddings take {_and(losses)} of the speed. " if losses else ""
+        blocks += [_table(["decoded", "decoder", "at once", "frames/s"], lines),
+                   words + _made(bench, "decode")]
     others = [f"{row['what']}: {_between(row['decode_frames_per_s'])}"
               + (f" ({row['note']})" if "decod" in row["note"] else "")
               for row in reference["rows"] if row["decode_frames_per_s"]]
@@ -125,12 +128,13 @@ def decoding_markdown(benches: list[Bench], reference: dict[str, Any]) -> str:
                        ) + "\n"
 
 
-def _embedding_cost(rows: list[Row]) -> str:
-    speeds = {(row["mode"], row["batch_size"]): row["frames_per_s"] for row in rows}
-    costs = [f"{speeds['RGB', size] / speeds['RGB and embeddings', size] - 1:+.1%} at {size}"
-             for mode, size in speeds
-             if mode == "RGB" and ("RGB and embeddings", size) in speeds]
-    return f"Embeddings change the time of a frame by {_and(costs)} at once. " if costs else ""
+def embedding_losses(rows: list[Row]) -> dict[tuple[str, int], float]:
+    """The share of RGB's speed that embeddings take, by decoder and frames at once."""
+    speeds = {(row["mode"], row["decoder"], row["batch_size"]): row["frames_per_s"]
+              for row in rows}
+    return {(decoder, size): 1 - speeds["RGB and embeddings", decoder, size] / alone
+            for (mode, decoder, size), alone in speeds.items()
+            if mode == "RGB" and ("RGB and embeddings", decoder, size) in speeds}
 
 
 def teacher_markdown(benches: list[Bench]) -> str:
@@ -250,12 +254,11 @@ def _pick(bench: Bench, part: str, measure: str, choose: Callable[[Iterable[floa
 
 
 def _decode_loss(bench: Bench) -> float | None:
-    """The smallest share of speed that embeddings cost, of batch sizes measured both ways."""
-    rows = {(row["mode"], row["batch_size"]): row["frames_per_s"]
-            for row in bench["parts"].get("decode", [])}
-    losses = [1 - rows["RGB and embeddings", size] / rows["RGB", size] for mode, size in rows
-              if mode == "RGB" and ("RGB and embeddings", size) in rows]
-    return min(losses) if losses else None
+    """The share of speed that embeddings take where RGB is fastest."""
+    rows = bench["parts"].get("decode", [])
+    fastest = max((row for row in rows if row["mode"] == "RGB"),
+                  key=lambda row: row["frames_per_s"], default=None)
+    return fastest and embedding_losses(rows).get((fastest["decoder"], fastest["batch_size"]))
 
 
 def _fastest_memory(bench: Bench) -> float | None:

@@ -24,15 +24,17 @@ def step(head, ms, **more):
             "peak_memory_bytes": 2**30, "compute_share": 0.5, "bandwidth_share": 0.042, **more}
 
 
-def decode(mode, rate, size=4):
-    return {"mode": mode, "batch_size": size, **spread("frames_per_s", rate)}
+def decode(mode, rate, size=4, decoder="fused"):
+    return {"mode": mode, "batch_size": size, "decoder": decoder, **spread("frames_per_s", rate)}
 
 
 def gpu():
     parts = {
         "train": [step(True, 2.1), step(False, 2.0),
                   step(True, 20.0, engine="plain", precision="fp32", compile_s=None)],
-        "decode": [decode("RGB", 5000.0), decode("RGB and embeddings", 4900.0)],
+        "decode": [decode("RGB", 5000.0), decode("RGB and embeddings", 4900.0),
+                   decode("RGB", 100.0, decoder="plain"),
+                   decode("RGB and embeddings", 101.0, decoder="plain")],
         "teacher": [{"teacher": "ViT", "precision": "bf16", "patches": 1056,
                      "cosine_to_fp32_min": 0.99951, **spread("patches_per_s", 12000.0)}],
         "ceilings": [{"what": "product", "precision": "bf16", **spread("tflop_per_s", 700.0)}],
@@ -104,7 +106,8 @@ def test_pages_stand_with_files_and_without(tmp_path):
     assert "`seed0` | 300 | 0 | on | **58** | 3.0 | 9.0 | 40.0 | 4.0 | 0.5 | 1.7 | 35.50" in \
         pages["speed_fit"]
     assert [b["device"] for b in speed.load_benches(tmp_path)] == ["NVIDIA Something", "x, 2 cores"]
-    assert "+2.0% at 4 at once" in pages["speed_decode"]
+    assert "Embeddings take 2.0% (fused, 4 at once) and -1.0% (plain, 4 at once)" in \
+        pages["speed_decode"]
 
 
 def test_figures_show_every_device_and_part():

@@ -279,7 +279,7 @@ class FusedEngine(PlainEngine):
                 embedding = network.encode(embedding)
         network.decode(embedding)
         extra, picked, places = {}, {}, {}
-        with network.aside():
+        with network.aside(-1):
             if self.config.model.predict_clip:
                 clip, term = self._clip_gradients(network, indices, count, extra, picked, places)
         pixel, psnr_db = self._pixel_gradients(network, indices, count)

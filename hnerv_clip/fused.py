@@ -303,7 +303,9 @@ class Network:
             self.parameters.load({}, 0)
         self._allocate()
         # Beside the main stream: weight gradients, which nothing waits for until the optimizer
-        self.sides = [torch.cuda.Stream(self.device) for _ in range(3)] if self.cuda else []
+        # and at the end, in front of the crowd, the CLIP head's many small kernels
+        self.sides = [torch.cuda.Stream(self.device, priority=priority)
+                      for priority in (0, 0, 0, -1)] if self.cuda else []
         self.busy: set[torch.cuda.Stream] = set()
 
     # Layout

@@ -448,7 +448,7 @@ class _Loop:
 
     def _start_clock(self) -> None:
         synchronise(self.device)
-        self._clock = time.perf_counter() + self.engine.compile_s
+        self._clock = time.perf_counter() - self.engine.compile_s
 
     def _stop_clock(self) -> None:
         if self._clock is not None:

@@ -49,7 +49,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "stage_3": {"clip_stage": "3"},
     "centred": {"clip_loss_type": "centred"},
     "contrastive": {"clip_loss_type": "contrastive"},
-    "jitter_64": {"clip_jitter": 64},
+    "jitter": {},  # by a tenth of the frame's height, see `_changes`
     "dense": {"patch_grid": "3_7"},
     "combined": {"clip_stage": "all", "clip_pool": 0.7, "clip_loss_type": "centred"},
 }
@@ -113,7 +113,7 @@ def study_configs(base: Config, only: Iterable[str] = ()) -> dict[str, Config]:
     for video, kind, variant, seed in _plan():
         first = base.replace(embed=KINDS[kind], seed=seed, **VIDEOS[video])
         configs[f"{video}_{kind}_{variant}_s{seed}"] = first.replace(
-            **_changes(kind, variant, first.train.epochs))
+            **_changes(kind, variant, first))
     patterns = list(only)
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in configs):
@@ -148,7 +148,7 @@ def _plan() -> list[tuple[str, str, str, int]]:
     return list(dict.fromkeys(runs))
 
 
-def _changes(kind: str, variant: str, epochs: int) -> dict[str, Any]:
+def _changes(kind: str, variant: str, base: Config) -> dict[str, Any]:
     """The settings in which a variant differs from the base; warm-ups count in 300 epochs."""
     if variant == "base":
         return {}
@@ -158,7 +158,10 @@ def _changes(kind: str, variant: str, epochs: int) -> dict[str, Any]:
     if name == "lambda":
         return {"clip_loss_weight": float(value)}
     if name == "warmup":
-        return {"pixel_loss_warmup_epochs": round(int(value) * epochs / PAPER_EPOCHS)}
+        return {"pixel_loss_warmup_epochs": round(
+            int(value) * base.train.epochs / PAPER_EPOCHS)}
+    if name == "jitter":
+        return {"clip_jitter": round((base.video.resize_list or base.video.crop_list)[0] / 10)}
     return REMEDIES.get(variant) or ENCODINGS[kind][variant]
 
 

@@ -21,7 +21,8 @@ VARIANTS = {
     "pool_0.7": "mean over the whole patch", "pool_0.35": "mean over half the patch's side",
     "stage_all": "all decoder stages", "stage_1": "decoder stage 1", "stage_3": "decoder stage 3",
     "centred": "centred cosine loss", "contrastive": "contrastive loss",
-    "jitter_64": "positions jittered by 64 pixels", "dense": "21 patches a frame instead of 8",
+    "jitter": "positions jittered by a tenth of the height",
+    "dense": "21 patches a frame instead of 8",
     "combined": "all stages, whole patch, centred loss",
     "levels_40": "40 levels of frequencies", "levels_24": "24 levels of frequencies",
     "levels_20": "20 levels of frequencies", "levels_12": "12 levels of frequencies",
@@ -38,13 +39,15 @@ def write_study_pages(folder: Path, results: Path) -> None:
     """Write `study_QUESTION.md`, and `.svg` where there is something to draw, into `folder`.
 
     Args:
-        results: the folder with `study.csv`; without it the pages say that it is missing.
+        results: the folder with `study.csv`, or with a table of its own for a page,
+            `study_QUESTION.csv`; without them the pages say that they are missing.
     """
     from hnerv_clip.figures.style import use_style
 
     use_style()
-    path = results / "study.csv"
     for name, make in PAGES.items():
+        own = results / f"study_{name}.csv"
+        path = own if own.exists() else results / "study.csv"
         (folder / f"study_{name}.svg").unlink(missing_ok=True)
         text, figure = make(read_study(path)) if path.exists() else (
             MISSING.format(why="The study's runs are not there"), None)

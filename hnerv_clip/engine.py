@@ -237,7 +237,8 @@ class FusedEngine(PlainEngine):
             return self._update(key)
         if self.graphs[key] is None:
             graph, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device, priority=-1)
-            with torch.cuda.graph(graph, stream=main):
+            # Other threads, NCCL's among them, may ask the GPU meanwhile
+            with torch.cuda.graph(graph, stream=main, capture_error_mode="thread_local"):
                 self.sums[key] = self._update(key)
             self.graphs[key] = graph
         self.graphs[key].replay()

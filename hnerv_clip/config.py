@@ -108,7 +108,7 @@ class TrainConfig:
     seed: int = 0  # of weights and frame order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: str = "auto"  # auto (tf32 on a GPU, fp32 on a CPU), fp32, tf32, bf16
-    engine: str = "auto"  # auto (fast for bf16 on a GPU), plain, or fast: compiled, one CUDA graph
+    engine: str = "auto"  # auto (fused for bf16 on a GPU), plain, or fast: fused, else compiled
 
 
 @dataclass(frozen=True)
@@ -398,7 +398,7 @@ def parse_lr_type(lr_type: str) -> tuple[float, float, float]:
 
 # Values that differ from the defaults above, which are the paper's. `quick` fits two CPU cores and
 # minutes, and names the bundled teacher, which is not CLIP, because a fresh machine has no CLIP
-# weights. `full` is for a GPU, by the fast engine.
+# weights. `full` is for a GPU, by the fused engine.
 PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
         "resize_list": "168_336",

@@ -343,9 +343,9 @@ def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: tor
                 ) -> PlainEngine:
     """The engine that `engine` asks for.
 
-    `auto` takes the fused one for bfloat16 on a GPU that has it, and the plain one elsewhere or
-    where the fused one cannot run, saying so once. `fast` insists: fused in bfloat16, else
-    compiled.
+    `auto` takes the fused one for bfloat16 on a GPU, or on one rank the compiled one for a model
+    that the kernels do not know; elsewhere the plain one, with a warning where a fast one was to be
+    expected and cannot be had. `fast` insists: fused in bfloat16 likewise, else compiled.
 
     Raises:
         ConfigError: engine=fast where it cannot be had; the message says why.

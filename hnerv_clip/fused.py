@@ -156,7 +156,7 @@ class Conv:
     """A convolution's geometry, and where its parameters lie.
 
     Input [B, H, W, CI] with an edge of K//2; the output's channels are CO ≥ SH·SW·CG, shuffled to
-    [B, H·SH, W·SW, CN].
+    [B, H·SH, W·SW, CN]: CG channels are written for each pixel, CN lie in memory.
     """
 
     H: int
@@ -235,7 +235,7 @@ def _columns(width: int, tile: dict[str, int]) -> int:
 def _tile(N: int, columns: int, run: int, *, back: bool = False) -> dict[str, int]:
     """Block sizes of a matrix product for N rows, an output of some columns and a run of values.
 
-    Measured on an H100; see the page «How fast».
+    Chosen by measurements on an H100.
     """
     if N >= 32768 and columns > 128:
         return _fit(BM=128, BN=128, BN2=16 if columns <= 144 else 0, BK=32, STAGES=4, num_warps=4)
@@ -286,7 +286,8 @@ def _shared_memory() -> int:
 class Network:
     """The layers with the buffers of one batch size; everything on one device.
 
-    `forward` fills the buffers from frames or embeddings, `backward` the gradients.
+    `encode`, `decode` and `colour` fill the buffers from frames or embeddings, `backward` the
+    gradients.
     """
 
     def __init__(self, model: HNeRV, parameters: Parameters | None = None, *, batch: int,

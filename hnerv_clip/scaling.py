@@ -66,7 +66,9 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
         What scaling.json holds: gpus, settings, and each part with its figures, the code's version
         and the machine.
     Raises:
-        ScalingError: see there. ConfigError: settings that no run would accept.
+        ScalingError: fewer than two ranks, or more than GPUs; `outf` holds other settings'
+            measurements; or a run failed.
+        ConfigError: settings that no run would accept.
     """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:

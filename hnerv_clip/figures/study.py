@@ -38,8 +38,8 @@ def plot_learning(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
                Line2D([], [], color=PALETTE["neighbour"], label="nearest training frame"),
                Line2D([], [], color=PALETTE["teacher"], label="between training frames")]
     figure.legend(handles=handles, loc="outside upper left", ncols=3)
-    return caption(figure, "A constant scores 0. The lines need the teacher's embeddings of the training frames and no "
-                           f"network. Teacher: {teacher_label}.")
+    return caption(figure, "A constant scores 0. The lines need the teacher's embeddings of the "
+                           f"training frames and no network. Teacher: {teacher_label}.")
 
 
 def plot_differences(rows: pd.DataFrame, *, panels: dict[str, str], teacher_label: str,

@@ -15,6 +15,7 @@ from scipy import stats
 
 from hnerv_clip.statistics import pool_intervals
 from hnerv_clip.study import ENCODINGS, REMEDIES, read_study
+from hnerv_clip.verify import LIMITS
 
 KINDS = {"hybrid": "hybrid", "xyt": "place and time", "pe": "time alone"}
 VARIANTS = {
@@ -28,6 +29,7 @@ VARIANTS = {
     "levels_20": "20 levels of frequencies", "levels_12": "12 levels of frequencies",
 }
 PARTS = {"train": "training frames", "held_out": "held-out frames"}
+PLACES = (*(f"between_{part}" for part in PARTS), *PARTS)  # how a measure's column can end
 MISSING = """```{{admonition}} Not published yet
 {why}. `hnerv-clip study --csv book/results/study.csv` trains and gathers them, and
 `hnerv-clip pages` puts their figures here.
@@ -60,9 +62,15 @@ def write_study_pages(folder: Path, results: Path) -> None:
 
 
 class Estimate:
-    """A mean over seeds with its 95 % interval; NaN bounds where there is no interval."""
+    """A mean over seeds with its 95 % interval; NaN bounds where there is no interval.
 
-    def __init__(self, values, errors=(), freedoms=()):
+    Args:
+        values: of each seed.
+        errors, freedoms: standard errors over frames and their degrees of freedom, where known.
+        limits: the values that the measure can take, where an interval ends.
+    """
+
+    def __init__(self, values, errors=(), freedoms=(), limits=(-np.inf, np.inf)):
         self.values = [float(v) for v in values]
         self.mean = float(np.mean(self.values)) if self.values else float("nan")
         self.n, self.low, self.high = len(self.values), float("nan"), float("nan")
@@ -72,6 +80,7 @@ class Estimate:
         elif self.n > 1:
             reach = stats.t.ppf(0.975, self.n - 1) * np.std(self.values, ddof=1) / self.n ** 0.5
             self.low, self.high = self.mean - reach, self.mean + reach
+        self.low, self.high = np.maximum(self.low, limits[0]), np.minimum(self.high, limits[1])
 
     def text(self, digits: int = 3, *, sign: bool = False) -> str:
         """`0.512 [0.490, 0.534]`, without the interval where there is none."""
@@ -93,12 +102,11 @@ def estimate(rows: pd.DataFrame, column: str) -> Estimate:
     rows = rows[rows[column].notna()] if column in rows else rows[:0]
     if not len(rows):
         return Estimate([])
-    measure, part = next(((column[:-len(p) - 1], p) for p in PARTS if column.endswith(f"_{p}")),
+    measure, part = next(((column[:-len(p) - 1], p) for p in PLACES if column.endswith(f"_{p}")),
                          (column, ""))
     names = [f"{measure}_{kind}_{part}" for kind in ("se", "freedom")]
-    if set(names) <= set(rows):
-        return Estimate(rows[column], *(rows[name].to_numpy(float) for name in names))
-    return Estimate(rows[column])
+    known = [rows[name].to_numpy(float) for name in names] if set(names) <= set(rows) else []
+    return Estimate(rows[column], *known, limits=LIMITS.get(measure, (-np.inf, np.inf)))
 
 
 def paired(table: pd.DataFrame, column: str, *, video: str, kind: str, variant: str,

@@ -56,6 +56,15 @@ def test_an_estimate_by_hand():
     assert framed.high == pytest.approx(0.5 + 2.262157 * 0.1, rel=1e-5) and framed.side == "above"
 
 
+def test_an_interval_ends_where_the_measure_does_and_counts_frames_between_positions_too():
+    rows = pd.DataFrame({"skill_between_held_out": [0.9], "skill_se_between_held_out": [0.1],
+                         "skill_freedom_between_held_out": [9.0]})
+    found = estimate(rows, "skill_between_held_out")
+    assert found.low == pytest.approx(0.9 - 2.262157 * 0.1, rel=1e-5) and found.high == 1
+    assert estimate(rows.rename(columns=lambda name: name.replace("skill", "over_neighbour")),
+                    "over_neighbour_between_held_out").high > 1  # a difference may exceed 1
+
+
 def test_seeds_are_paired(table):
     found = paired(table, "psnr_train_db", video="bunny", kind="hybrid", variant="base",
                    against="pixels_only")

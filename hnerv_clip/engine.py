@@ -201,7 +201,7 @@ class FusedEngine(PlainEngine):
         network, (size, count) = self.networks[key[0]], key
         indices = torch.zeros(size, dtype=torch.int64, device=self.device)
         fused.compile_all(lambda: (self._gradients(network, indices, count),
-                             self.parameters.update(self.lr)), self.device)
+                                   self.parameters.update(self.lr)), self.device)
         self.compile_s += time.perf_counter() - start
 
     def _prepare_clip(self) -> None:
@@ -370,7 +370,7 @@ def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: tor
         reason = f"several ranks need the fused kernels, which do not know {missing}"
     if wish == "fast":
         raise ConfigError(f"engine='fast' cannot be had: {reason}; use engine='auto' or 'plain'")
-    warnings.warn(f"training by the plain engine, some ten times slower: {reason}", stacklevel=2)
+    warnings.warn(f"training by the plain engine, several times slower: {reason}", stacklevel=2)
     return PlainEngine(config, model, dataset, autocast=autocast)
 
 

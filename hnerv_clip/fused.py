@@ -147,8 +147,7 @@ class Parameters:
         block = 1024
         launch(kernels.adam, (triton.cdiv(self.size, block),),
             self.param, self.grad, self.mean, self.square, self.small, lr, self.count, self.size,
-            BETA1=0.9, BETA2=0.999,
-            EPS=1e-8, BLOCK=block)
+            BETA1=0.9, BETA2=0.999, EPS=1e-8, BLOCK=block)
 
 
 @dataclass

@@ -76,8 +76,8 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
     visible = 0 if config.train.device == "cpu" else torch.cuda.device_count()
     gpus = gpus or visible or 2
     if gpus < 2:
-        raise ScalingError("scaling needs two ranks or more, and this machine shows one GPU; "
-                           "measure one GPU with `hnerv-clip bench`")
+        raise ScalingError(f"gpus={gpus}, but scaling needs two ranks or more; measure one GPU "
+                           "with `hnerv-clip bench`")
     if visible and gpus > visible:
         raise ScalingError(f"gpus={gpus}, but this machine shows {visible}; use --gpus {visible}")
     if config.train.epochs < WARM_UP_EPOCHS + 2:

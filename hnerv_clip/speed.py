@@ -226,12 +226,13 @@ AXES: dict[str, tuple[str, str, Callable[[Row], str]]] = {
 
 
 def tried_markdown(tried: dict[str, Any] | None) -> str:
-    """What was tried on the engine: expected and measured gain of each change."""
+    """What was tried on the engine: expected and measured change of a step's time by each."""
     if not tried:
         return "*Nothing is recorded yet.*\n"
     return _table(["change", "expected (ms)", "measured (ms)", "kept", "why"], [
         [row["change"], _gain(row["expected_ms"]), _gain(row["measured_ms"]),
-         "yes" if row["kept"] else "no", row["why"]] for row in tried["rows"]]) + "\n"
+         "yes" if row["kept"] else "no", row["why"]] for row in tried["rows"]]
+                  ) + f"\n\n{tried['device']}.\n"
 
 
 def goals_markdown(benches: list[Bench]) -> str:

@@ -95,7 +95,7 @@ def test_pages_stand_with_files_and_without(tmp_path):
     rows = [{"part": "encoder", "before_ms": 1.25, "after_ms": 0.5},
             {"part": "decoder", "before_ms": 3.0, "after_ms": 1.25}]
     (tmp_path / "profile_h100.json").write_text(json.dumps({"device": "H", "rows": rows}))
-    (tmp_path / "tried.json").write_text(json.dumps({"rows": [
+    (tmp_path / "tried.json").write_text(json.dumps({"device": "H", "rows": [
         {"change": "fusing", "expected_ms": 0.6, "measured_ms": None, "kept": False, "why": "slow"}
     ]}))
     pages = speed.speed_pages(tmp_path)

@@ -11,7 +11,7 @@ from hnerv_clip.figures.style import CYCLE, PALETTE, caption, new_figure
 
 
 def plot_growth(devices: dict[str, list[dict[str, Any]]],
-                 axes: dict[str, tuple[str, str]]) -> Figure:
+                axes: dict[str, tuple[str, str]]) -> Figure:
     """Time of a training step over one thing at a time, a line for each device.
 
     Args:

@@ -20,7 +20,8 @@ from hnerv_clip.launch.errors import JobFailed, LaunchError
 from hnerv_clip.launch.jobs import ENDING, Job, follow
 from hnerv_clip.launch.local import LocalQueue
 from hnerv_clip.launch.ranks import Task
-from hnerv_clip.runs import RunDir, hold, resolve_path
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs import RunDir, hold
 
 __all__ = ["CLUSTERS", "Job", "JobFailed", "LaunchError", "follow", "launch"]
 

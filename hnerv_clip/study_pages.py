@@ -169,16 +169,18 @@ def learning_page(table: pd.DataFrame) -> tuple[str, Figure | None]:
     main = table[(table.variant == "base") & table.clip_centred_held_out.notna()]
     if not len(main):
         return MISSING.format(why="No run with the CLIP head is in the study's table"), None
-    lines, rows, said = [], [], []
+    lines, rows, said, places = [], [], [], []
     for (video, kind), part in _groups(main):
         centred, skill = (estimate(part, f"{name}_held_out") for name in ("clip_centred", "skill"))
         over = {name: estimate(part, f"over_{name}_held_out")
                 for name in ("neighbour", "interpolated")}
+        between = estimate(part, "skill_between_held_out")
+        places.append((f"{video}, {KINDS[kind]}", between))
         first = part.iloc[0]
         lines.append([
             video, KINDS[kind], str(len(part)), estimate(part, "psnr_train_db").text(2),
             estimate(part, "psnr_held_out_db").text(2), estimate(part, "clip_centred_train").text(),
-            centred.text(), skill.text(), over["neighbour"].text(sign=True),
+            centred.text(), skill.text(), between.text(), over["neighbour"].text(sign=True),
             over["interpolated"].text(sign=True),
             f"{part.r1_held_out.mean():.1%} ({first.r1_chance_held_out:.1%})"])
         rows.append({"video": video, "kind": kind, "seeds": centred.values, "mean": centred.mean,
@@ -187,10 +189,11 @@ def learning_page(table: pd.DataFrame) -> tuple[str, Figure | None]:
                      "interpolated": first.interpolated_held_out})
         if kind != "hybrid":
             said.append(_learning_words(video, kind, skill, over, len(part)))
-    said += _encoding_words(table)
+    said += [*_place_words(places), *_encoding_words(table)]
     header = ["video", "given", "seeds", "PSNR, training frames (dB)", "held out (dB)",
               "centred cosine, training frames", "held out", "skill, held out",
-              "over the nearest training frame", "over interpolation", "R@1 (chance)"]
+              "skill between the positions", "over the nearest training frame",
+              "over interpolation", "R@1 (chance)"]
     text = "\n\n".join([*said, _figure("learn", "Centred cosine on held-out frames"),
                         _markdown(header, lines), made_with(main)])
     return text, plot_learning(pd.DataFrame(rows), teacher_label=_label(main))
@@ -221,6 +224,18 @@ def _learning_words(video: str, kind: str, skill: Estimate, over: dict[str, Esti
     return (f"**{video}, from {KINDS[kind]}**: held-out skill {skill.text()} "
             f"({_seeds_words(seeds)}; 0 is the constant mean embedding, 1 the teacher). {knows}; "
             f"by centred cosine it is {', and '.join(parts)}.")
+
+
+def _place_words(places: list[tuple[str, Estimate]]) -> list[str]:
+    """What the skill is half-way between the supervised positions, of each group of runs."""
+    known = [(name, skill) for name, skill in places if skill.n]
+    if not known:
+        return []
+    words = {"above": "above a constant", "below": "**below a constant**",
+             "open": "not told apart from a constant"}
+    return ["**Half-way between the supervised positions**, skill on held-out frames is "
+            + "; ".join(f"{skill.text()} for {name}, {words[skill.side]}" for name, skill in known)
+            + ". The head was only ever asked at the positions themselves."]
 
 
 def _encoding_words(table: pd.DataFrame) -> list[str]:

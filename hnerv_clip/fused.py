@@ -1,7 +1,5 @@
 """The training step on the kernels of `kernels`: the same network, forward and back, by hand.
 
-`Parameters` keeps every parameter in one flat array, in the order that the kernels read it, beside
-its gradient and moments; the model's own tensors are written by `store` and read by `load`.
 `Network` holds the buffers of one batch size and runs the layers. The order of the modules is the
 network's: patches → encoder stages → decoder blocks → heads, and back.
 """
@@ -9,24 +7,30 @@ network's: patches → encoder stages → decoder blocks → heads, and back.
 from __future__ import annotations
 
 import math
-import os
 import subprocess
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor, nn
 
 from hnerv_clip import kernels
+from hnerv_clip.layout import Conv, Parameters, pack_convolution, pack_patches
 from hnerv_clip.model import HNeRV
+from hnerv_clip.tiles import (
+    ceil_to,
+    compile_all,
+    gradient_tile,
+    launch,
+    power_of_two,
+    product_tile,
+    program_columns,
+)
 
 BUILD_ERRORS = (triton.TritonError, OSError, RuntimeError, subprocess.CalledProcessError)
 LARGE = 65536  # pixels from which on a layer is bound by memory, not by waiting
-PROGRAMS = 1056  # at most, of a sum over pixels: eight a multiprocessor on an H100
+MULTIPROCESSORS = 132  # of an H100, by which work is shared out
+PROGRAMS = 8 * MULTIPROCESSORS  # at most, of a sum over pixels
 
 
 def unsupported(model: HNeRV) -> str | None:
@@ -41,245 +45,6 @@ def unsupported(model: HNeRV) -> str | None:
     if last & (last - 1):
         return f"a last stride of {last}, no power of two"
     return None
-
-
-_recorded: list | None = None
-
-
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *values, **settings) -> None:
-    """Run a kernel, or note it for `compile_all`."""
-    if _recorded is None:
-        kernel[grid](*values, **settings)
-    else:
-        _recorded.append((kernel, grid, values, settings))
-
-
-def compile_all(step: Callable[[], object], device: torch.device) -> None:
-    """Compile what a step launches, on all processor cores at once; the step launches nothing."""
-    global _recorded
-    _recorded = []
-    try:
-        step()
-        jobs = {str((kernel.__name__, [v.dtype if isinstance(v, Tensor) else v for v in values],
-                     settings)): (kernel, grid, values, settings)
-                for kernel, grid, values, settings in _recorded}
-    finally:
-        _recorded = None
-    if device.type != "cuda":  # Triton's interpreter has nothing to compile
-        return
-
-    def build(job):
-        kernel, grid, values, settings = job
-        with torch.cuda.device(device):
-            kernel.warmup(*values, grid=grid, **settings)._init_handles()  # that it fits, too
-
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        list(pool.map(build, jobs.values()))
-
-
-def _ceil(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _power(value: int, least: int = 16) -> int:
-    return max(least, triton.next_power_of_2(value))
-
-
-class Parameters:
-    """Flat memory of all parameters: float32 values, gradients, moments, and bfloat16 copies."""
-
-    ALIGN = 64
-
-    def __init__(self):
-        self.size = 0
-        self.places: dict[str, Tensor] = {}  # of each parameter's values, in its own shape
-
-    def add(self, name: str, place: Tensor, size: int) -> slice:
-        """Reserve `size` values, of which `place` are the parameter's; the rest stays 0."""
-        own = slice(self.size, self.size + size)
-        self.places[name] = place + self.size
-        self.size += _ceil(size, self.ALIGN)
-        return own
-
-    def add_row(self, names: list[str], sizes: list[int]) -> dict[str, slice]:
-        """Vectors side by side without gaps, as one kernel sums their gradients; "" is the row."""
-        start = self.size
-        row = {"": slice(start, start + sum(sizes))}
-        for name, size in zip(names, sizes, strict=True):
-            row[name] = slice(start, start + size)
-            self.places[name] = torch.arange(start, start + size)
-            start += size
-        self.size += _ceil(sum(sizes), self.ALIGN)
-        return row
-
-    def allocate(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        """Make the arrays once all is added; parameters that nothing packs lie as they are."""
-        for name, parameter in model.named_parameters():
-            if name not in self.places:
-                self.add(name, torch.arange(parameter.numel()).view(parameter.shape),
-                         parameter.numel())
-        self.model = model
-        self.param, self.grad, self.mean, self.square = (
-            torch.zeros(self.size, device=device) for _ in range(4))
-        self.small = torch.zeros(self.size, dtype=dtype, device=device)
-        self.places = {n: p.to(device) for n, p in self.places.items()}
-        self.count = torch.zeros((), device=device)  # steps taken
-
-    def load(self, moments: dict[str, tuple[Tensor, Tensor]], count: float) -> None:
-        """Take over the model's parameters, and the moments of its optimizer where it has some."""
-        for name, parameter in self.model.named_parameters():
-            place = self.places[name]
-            self.param[place] = parameter.detach().clone()  # the CLIP head lies in it
-            for flat, moment in zip((self.mean, self.square), moments.get(name, ())):
-                flat[place] = moment
-        self.count.fill_(count)
-        self.small.copy_(self.param)
-
-    def store(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Write the parameters into the model, and return their moments by name."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(self.param[self.places[name]])
-        return {n: (self.mean[p], self.square[p]) for n, p in self.places.items()}
-
-    def update(self, lr: Tensor) -> None:
-        """One step of Adam, the one that `count` names."""
-        block = 1024
-        launch(kernels.adam, (triton.cdiv(self.size, block),),
-            self.param, self.grad, self.mean, self.square, self.small, lr, self.count, self.size,
-            BETA1=0.9, BETA2=0.999, EPS=1e-8, BLOCK=block)
-
-
-@dataclass
-class Conv:
-    """A convolution's geometry, and where its parameters lie.
-
-    Input [B, H, W, CI] with an edge of K//2; the output's channels are CO ≥ SH·SW·CG, shuffled to
-    [B, H·SH, W·SW, CN]: CG channels are written for each pixel, CN lie in memory.
-    """
-
-    H: int
-    W: int
-    CI: int
-    CO: int
-    K: int
-    weight: slice
-    bias: slice
-    SH: int = 1
-    SW: int = 1
-    CG: int = 0
-    CN: int = 0
-
-    @property
-    def edge(self) -> int:
-        return self.K // 2
-
-    @property
-    def pixels(self) -> int:
-        """Of one frame, with the edge."""
-        return (self.H + 2 * self.edge) * (self.W + 2 * self.edge)
-
-    @property
-    def geometry(self) -> dict[str, int]:
-        return {"H": self.H, "W": self.W, "CI": self.CI, "CO": self.CO, "K": self.K}
-
-    @property
-    def shuffle(self) -> dict[str, int]:
-        return {"SH": self.SH, "SW": self.SW, "CG": self.CG, "CN": self.CN}
-
-
-def pack_convolution(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: tuple[int, int],
-                     in_width: int, factors: tuple[int, int]) -> Conv:
-    """Lay a decoder convolution out for the kernels; see `Conv`.
-
-    Args:
-        in_width: channels of the input's memory, zeros after the convolution's own.
-        factors: (rows, columns) of the pixel shuffle after it.
-    """
-    (out, inner, K, _), (SH, SW) = conv.weight.shape, factors
-    width = out // (SH * SW)
-    CG = next(g for g in range(width, width + 8) if SH * SW * g % 8 == 0)
-    CO, CI = SH * SW * CG, in_width
-    c, ij, ci, ky, kx = torch.meshgrid(*map(torch.arange, (width, SH * SW, inner, K, K)),
-                                       indexing="ij")
-    co = ij * CG + c
-    place = ((ky * K + kx) * CI + ci) * CO + co
-    weight = parameters.add(f"{name}.weight", place.reshape(conv.weight.shape), K * K * CI * CO)
-    bias = parameters.add(f"{name}.bias", co[..., 0, 0, 0].reshape(out), CO)
-    return Conv(*hw, CI, CO, K, weight, bias, SH, SW, CG, _ceil(width, 8))
-
-
-def pack_patches(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: tuple[int, int],
-                 in_width: int, order: str, bias: slice | None) -> Conv:
-    """Lay a convolution of kernel = stride out as a matrix [in_width, O] over patches.
-
-    Args:
-        hw: of the output.
-        order: of a patch's values: "cyx" (colour first) or "yxc".
-        bias: where it lies already, if so.
-    """
-    out, inner, K, _ = conv.weight.shape
-    o, c, y, x = torch.meshgrid(*map(torch.arange, (out, inner, K, K)), indexing="ij")
-    e = (c * K + y) * K + x if order == "cyx" else (y * K + x) * inner + c
-    weight = parameters.add(f"{name}.weight", e * out + o, in_width * out)
-    bias = bias or parameters.add(f"{name}.bias", torch.arange(out), out)
-    return Conv(*hw, in_width, out, 1, weight, bias)
-
-
-def _columns(width: int, tile: dict[str, int]) -> int:
-    """Programs that a tile needs for an output of some channels."""
-    return triton.cdiv(width, tile["BN"] + tile["BN2"])
-
-
-def _tile(N: int, columns: int, run: int, *, back: bool = False) -> dict[str, int]:
-    """Block sizes of a matrix product for N rows, an output of some columns and a run of values.
-
-    Chosen by measurements on an H100.
-    """
-    if N >= 32768 and columns > 128:
-        return _fit(BM=128, BN=128, BN2=16 if columns <= 144 else 0, BK=32, STAGES=4, num_warps=4)
-    if N >= 32768 and columns > 96:
-        return _fit(BM=256, BN=128, BN2=0, BK=64, STAGES=3, num_warps=8)
-    if N >= 32768:
-        return _fit(BM=256, BN=64, BN2=_power(columns - 64) if columns > 64 else 0,
-                    BK=32 if back else 64, STAGES=4, num_warps=8)
-    if N >= 4096 and columns > 64:
-        return _fit(BM=64, BN=128, BN2=0, BK=64, STAGES=3, num_warps=4)
-    BM = 128 if N >= 4096 else 64 if N >= 256 else 16
-    return _fit(BM=BM, BN=min(64, _power(columns)), BN2=0, BK=min(64, _power(run)),
-                STAGES=3 if BM == 128 else 4, num_warps=4)
-
-
-def _gradient_tile(N: int, columns: int, run: int) -> dict[str, int]:
-    """Block sizes of `convolve_weight_gradient`, likewise."""
-    if N >= 4096 and run > 128 and columns > 64:
-        return _fit(BM=256, BN=128, BN2=16 if 128 < columns <= 144 else 0, BK=32, STAGES=4,
-                    num_warps=8)
-    return _fit(BM=min(128, _power(run)), BN=min(64, _power(columns)), BN2=0,
-                BK=64 if N >= 4096 else 16 if N < 64 else 32, STAGES=4, num_warps=4)
-
-
-def _fit(**tile: int) -> dict[str, int]:
-    """Fewer loads in flight, then smaller blocks, where the GPU's shared memory is smaller."""
-    room = _shared_memory()
-
-    def need() -> int:
-        return 2 * tile["STAGES"] * tile["BK"] * (tile["BM"] + tile["BN"] + tile["BN2"])
-
-    while need() > room and tile["STAGES"] > 2:
-        tile["STAGES"] -= 1
-    while need() > room and tile["BM"] > 16:
-        tile["BM"] //= 2
-    return tile
-
-
-@lru_cache
-def _shared_memory() -> int:
-    """Bytes that a program may use; an H100's where there is no GPU."""
-    if not torch.cuda.is_available():
-        return 232448
-    return torch.cuda.get_device_properties(
-        torch.cuda.current_device()).shared_memory_per_block_optin
 
 
 class Network:
@@ -335,7 +100,7 @@ class Network:
                 self.vectors[norm_name] = row.pop("")
                 self.vectors |= row
                 down = pack_patches(known, name, conv, hw=(h, w),
-                                    in_width=width if i else _ceil(width, 8),
+                                    in_width=width if i else ceil_to(width, 8),
                                     order="yxc" if i else "cyx", bias=row.get(f"{name}.bias"))
                 blocks = []
                 for k, block in enumerate(stage[2:]):
@@ -370,11 +135,11 @@ class Network:
         self.rgb = Conv(H, W, CN, 4, 3, weight, bias)
         nothing = 3  # a weight of the idle fourth colour
         self.group = 2 if W % 2 == 0 else 1
-        self.KF = _power((2 + self.group) * CN)
+        self.KF = power_of_two((2 + self.group) * CN)
         j = torch.arange(self.group).view(-1, 1, 1, 1, 1)
         ahead = torch.full((3, self.KF, 16), nothing)
         ahead[y, (x + j) * CN + c, 4 * j + k] = place.expand(self.group, *place.shape)
-        self.KB, self.RB = _power(4 * (SW + 2)), _power(SW * CG)
+        self.KB, self.RB = power_of_two(4 * (SW + 2)), power_of_two(SW * CG)
         j = torch.arange(SW).view(-1, 1, 1, 1, 1)
         back = torch.full((3, self.KB, self.RB), nothing)
         back[2 - y, (2 + j - x) * 4 + k, j * CG + c] = place.expand(SW, *place.shape)
@@ -431,14 +196,14 @@ class Network:
         tiles = triton.cdiv((H + 2) * (W + 2), 128 * self.group)
         self.error, self.dhead = full(B, tiles), full(B, tiles, 16)
         last = self.convs[-1]
-        self.sums = min(264, B * last.H * triton.cdiv(last.W, 64))
+        self.sums = min(2 * MULTIPROCESSORS, B * last.H * triton.cdiv(last.W, 64))
         self.dlast = full(self.sums, last.SH, self.RB)
         self.scattered = full(B, last.CO)
         self.partials: dict[int, Tensor] = {}
 
     def with_room(self, *shape: int) -> Tensor:
         """Zeros, with zeros before and after them: kernels read past the ends of images."""
-        room = _ceil((4 * max(shape[1:-1], default=1) + 1024) * shape[-1], 64)
+        room = ceil_to((4 * max(shape[1:-1], default=1) + 1024) * shape[-1], 64)
         flat = torch.zeros(math.prod(shape) + 2 * room, dtype=self.dtype, device=self.device)
         return flat[room:room + math.prod(shape)].view(shape)
 
@@ -471,9 +236,9 @@ class Network:
         H, W = self.model.frame_hw
         conv = self.encoder[0][0]
         stride, BM = H // conv.H, 32
-        launch(kernels.patch_frames, (triton.cdiv(conv.H * conv.W, BM), self.batch),
-            video, indices, mask, self.first, H=H, W=W, STRIDE=stride, KP=conv.CI,
-            KB=_power(conv.CI), BM=BM)
+        launch(kernels.patch_frames, (triton.cdiv(conv.H * conv.W, BM), self.batch), video, indices,
+               mask, self.first, H=H, W=W, STRIDE=stride, KP=conv.CI, KB=power_of_two(conv.CI),
+               BM=BM)
         return self.first
 
     def take(self, rows: Tensor) -> Tensor:
@@ -500,20 +265,19 @@ class Network:
 
     def _linear(self, conv: Conv, x: Tensor, out: Tensor) -> None:
         N, p = self.batch * conv.H * conv.W, self.parameters
-        tile = _tile(N, conv.CO, conv.CI)
-        launch(kernels.convolve, (triton.cdiv(N, tile["BM"]), _columns(conv.CO, tile)),
-            x, p.small[conv.weight], p.param[conv.bias], out, None, N, **conv.geometry, SH=1, SW=1,
-            CG=1, CN=1, EDGE=0, MODE="bias", ACT="gelu", **tile)
+        tile = product_tile(N, conv.CO, conv.CI)
+        launch(kernels.convolve, (triton.cdiv(N, tile["BM"]), program_columns(conv.CO, tile)), x,
+               p.small[conv.weight], p.param[conv.bias], out, None, N, **conv.geometry, SH=1, SW=1,
+               CG=1, CN=1, EDGE=0, MODE="bias", ACT="gelu", **tile)
 
     def _norm_forward(self, name: str, x: Tensor, *, hw: tuple[int, int], stride: int) -> Tensor:
         N, C = x.shape
         out = self._buffer(f"{name}.out", N // stride**2, C * stride**2)
         BM = 32
-        launch(kernels.norm_forward, (triton.cdiv(N, BM),),
-            x, self._value(f"{name}.weight"), self._value(f"{name}.bias"), out,
-            self._buffer(f"{name}.xhat", N, C),
-            self._buffer(f"{name}.scale", N, dtype=torch.float32), N, H=hw[0], W=hw[1], C=C,
-            CB=_power(C), STRIDE=stride, BM=BM)
+        launch(kernels.norm_forward, (triton.cdiv(N, BM),), x, self._value(f"{name}.weight"),
+               self._value(f"{name}.bias"), out, self._buffer(f"{name}.xhat", N, C),
+               self._buffer(f"{name}.scale", N, dtype=torch.float32), N, H=hw[0], W=hw[1], C=C,
+               CB=power_of_two(C), STRIDE=stride, BM=BM)
         return out
 
     def _block_parameters(self, name: str) -> list[Tensor]:
@@ -527,11 +291,11 @@ class Network:
         out = self._buffer(f"{name}.out", N, C)
         self.work[f"{name}.in"] = x
         BM = 32 if N >= 4096 else 16
-        launch(kernels.block_forward, (triton.cdiv(N, BM),),
-            x, self._value(f"{name}.depthwise.weight"), self._value(f"{name}.depthwise.bias"),
-            *self._block_parameters(name), out, self._buffer(f"{name}.xhat", N, C),
-            self._buffer(f"{name}.rstd", N, dtype=torch.float32), N, H=stage.H, W=stage.W, C=C,
-            CB=_power(C), HB=min(64, _power(4 * C)), BM=BM, num_warps=4)
+        launch(kernels.block_forward, (triton.cdiv(N, BM),), x,
+               self._value(f"{name}.depthwise.weight"), self._value(f"{name}.depthwise.bias"),
+               *self._block_parameters(name), out, self._buffer(f"{name}.xhat", N, C),
+               self._buffer(f"{name}.rstd", N, dtype=torch.float32), N, H=stage.H, W=stage.W, C=C,
+               CB=power_of_two(C), HB=min(64, power_of_two(4 * C)), BM=BM, num_warps=4)
         return out
 
     def decode(self, x: Tensor, *, last: int | None = None) -> list[Tensor]:
@@ -540,10 +304,10 @@ class Network:
         convs = self.convs if last is None else self.convs[:last + 1]
         for i, conv in enumerate(convs):
             N, act = self.batch * conv.pixels, self.model.config.act
-            tile = _tile(N, conv.CO, conv.K * conv.CI)
+            tile = product_tile(N, conv.CO, conv.K * conv.CI)
             edge = self.convs[i + 1].edge if i + 1 < len(self.convs) else 1
             apart = self.train and N >= LARGE  # else the product's program has too much to hold
-            launch(kernels.convolve, (triton.cdiv(N, tile["BM"]), _columns(conv.CO, tile)),
+            launch(kernels.convolve, (triton.cdiv(N, tile["BM"]), program_columns(conv.CO, tile)),
                    x, p.small[conv.weight], p.param[conv.bias], self.pre[i] if self.train else None,
                    self.features[i], N, **conv.geometry, **conv.shuffle, EDGE=edge, ACT=act,
                    MODE="bias" if apart else "shuffle", **tile)
@@ -551,7 +315,8 @@ class Network:
                 N = self.batch * conv.H * conv.W
                 launch(kernels.shuffle_activate, (triton.cdiv(N, 32), conv.SH), self.pre[i],
                        self.features[i], N, H=conv.H, W=conv.W, P=conv.edge, CO=conv.CO,
-                       **conv.shuffle, EDGE=edge, RB=_power(conv.SW * conv.CN), ACT=act, BM=32)
+                       **conv.shuffle, EDGE=edge, RB=power_of_two(conv.SW * conv.CN), ACT=act,
+                       BM=32)
             x = self.features[i]
         return self.features[:len(convs)]
 
@@ -564,10 +329,10 @@ class Network:
         known = bias in ("tanh", "sigmoid")
         launch(kernels.rgb_forward, (triton.cdiv((H + 2) * (W + 2), 128 * self.group), self.batch),
                self.features[-1], p.small[self.rgb.weight][self.rgb_ahead], p.param[self.rgb.bias],
-               video, indices, self.pred, *((self.drgb, self.error, self.dhead) if self.train
-                                            else (None, None, None)),
-               H=H, W=W, CN=self.rgb.CI, GROUP=self.group, HEAD=bias if known else "add",
-               OFFSET=0.0 if known else float(bias), MODE=mode, SCALE=scale, BM=128, BK=self.KF)
+               video, indices, self.pred, *((self.drgb, self.error, self.dhead) if self.train else
+               (None, None, None)), H=H, W=W, CN=self.rgb.CI, GROUP=self.group, HEAD=bias if known
+               else "add", OFFSET=0.0 if known else float(bias), MODE=mode, SCALE=scale, BM=128,
+               BK=self.KF)
         if mode == "l2":
             with self.aside(1):
                 torch.sum(self.dhead.view(-1, 4, 4), (0, 1), out=p.grad[self.rgb.bias])
@@ -642,18 +407,17 @@ class Network:
         last, p, act = self.convs[-1], self.parameters, self.model.config.act
         shape = dict(H=last.H, W=last.W, P=last.edge, CO=last.CO, SH=last.SH, SW=last.SW,
                      CG=last.CG, ACT=act)
-        launch(kernels.rgb_backward, (self.sums, last.SH),
-            self.drgb, self.pre[-1], p.small[self.rgb.weight][self.rgb_back], extra,
-            self.dpre[-1], self.dlast, self.batch * last.H, **shape, CN=last.CN, RB=self.RB,
-            KB=self.KB, S=self.sums, BM=64)
+        launch(kernels.rgb_backward, (self.sums, last.SH), self.drgb, self.pre[-1],
+               p.small[self.rgb.weight][self.rgb_back], extra, self.dpre[-1], self.dlast, self.batch
+               * last.H, **shape, CN=last.CN, RB=self.RB, KB=self.KB, S=self.sums, BM=64)
         self.join()  # what the CLIP head adds is there
         index = len(self.convs) - 1
         self.scattered.zero_()
         if index in picked:
             C = self.model.plan.widths[-1]
-            launch(kernels.scatter_gradient, (self.batch,),
-                picked[index], places[index], self.pre[-1], self.dpre[-1], self.scattered,
-                len(places[index]), **shape, C=C, CB=_power(C), num_warps=1)
+            launch(kernels.scatter_gradient, (self.batch,), picked[index], places[index],
+                   self.pre[-1], self.dpre[-1], self.scattered, len(places[index]), **shape, C=C,
+                   CB=power_of_two(C), num_warps=1)
         with self.aside():
             bias = self.scattered.sum(0)
             row = last.SW * last.CG
@@ -663,17 +427,17 @@ class Network:
     def _weight_gradient(self, conv: Conv, x: Tensor, dy: Tensor) -> None:
         """Weight gradient of a convolution from its input [N, CI] and its output's gradient."""
         N, run = dy.numel() // conv.CO, conv.K * conv.CI
-        tile = _gradient_tile(N, conv.CO, run)
-        mt, nt = triton.cdiv(run, tile["BM"]), _columns(conv.CO, tile)
-        S = max(1, min(triton.cdiv(N, tile["BK"] * 4), 132 // (conv.K * mt * nt)))
+        tile = gradient_tile(N, conv.CO, run)
+        mt, nt = triton.cdiv(run, tile["BM"]), program_columns(conv.CO, tile)
+        S = max(1, min(triton.cdiv(N, tile["BK"] * 4), MULTIPROCESSORS // (conv.K * mt * nt)))
         target = out = self.parameters.grad[conv.weight]
         if S > 1:
             key = conv.weight.start
             if key not in self.partials:
                 self.partials[key] = torch.zeros(S, out.numel(), device=self.device)
             target = self.partials[key]
-        launch(kernels.convolve_weight_gradient, (conv.K, mt, nt * S),
-            x, dy, target, N, W=conv.W, CI=conv.CI, CO=conv.CO, K=conv.K, S=S, **tile)
+        launch(kernels.convolve_weight_gradient, (conv.K, mt, nt * S), x, dy, target, N, W=conv.W,
+               CI=conv.CI, CO=conv.CO, K=conv.K, S=S, **tile)
         if S > 1:
             torch.sum(target, 0, out=out)
 
@@ -682,16 +446,15 @@ class Network:
         split = len(out)
         group = 2 if conv.K > 1 and (conv.W + 2 * conv.edge) % 2 == 0 else 1
         rows, columns = self.batch * conv.pixels // group, group * conv.CI
-        tile = _tile(rows, columns, (conv.K - 1 + group) * conv.CO, back=True)
-        launch(kernels.convolve_back,
-               (triton.cdiv(rows, tile["BM"]), _columns(columns, tile), split),
-               dy, self.parameters.small[conv.weight], out, self.batch * conv.pixels,
+        tile = product_tile(rows, columns, (conv.K - 1 + group) * conv.CO, back=True)
+        launch(kernels.convolve_back, (triton.cdiv(rows, tile["BM"]), program_columns(columns,
+               tile), split), dy, self.parameters.small[conv.weight], out, self.batch * conv.pixels,
                **conv.geometry, GROUP=group, SPLIT=split, **tile)
 
     def _unshuffle(self, i: int) -> None:
         conv, dfeatures = self.convs[i], self.dfeatures[i + 1]
         N = self.batch * conv.H * conv.W
-        BN = min(128, _power(conv.CO))
+        BN = min(128, power_of_two(conv.CO))
         S = len(self.dbias[i])
         launch(kernels.unshuffle_gradient, (S, triton.cdiv(conv.CO, BN)), dfeatures, self.pre[i],
                self.dpre[i], self.dbias[i], N, H=conv.H, W=conv.W, P=conv.edge, CO=conv.CO,
@@ -731,9 +494,9 @@ class Network:
         S = self._programs(N, BM)
         out = self._buffer(f"{name}.dx", N, C)
         partial = self._buffer(f"{name}.sums", S, 3 * C, dtype=torch.float32)
-        launch(kernels.norm_backward, (S,),
-            d, self.work[f"{name}.xhat"], self.work[f"{name}.scale"], self._value(f"{name}.weight"),
-            out, partial, N, H=hw[0], W=hw[1], C=C, CB=_power(C), STRIDE=stride, S=S, BM=BM)
+        launch(kernels.norm_backward, (S,), d, self.work[f"{name}.xhat"],
+               self.work[f"{name}.scale"], self._value(f"{name}.weight"), out, partial, N, H=hw[0],
+               W=hw[1], C=C, CB=power_of_two(C), STRIDE=stride, S=S, BM=BM)
         with self.aside(1):
             row = self._grad(name)
             torch.sum(partial[:, :len(row)], 0, out=row)
@@ -751,10 +514,10 @@ class Network:
         hidden, dhidden = (self._buffer(f"{name}.{part}", N, 4 * C)
                            for part in ("hidden", "dhidden"))
         partial = self._buffer(f"{name}.sums", S, 9 * C, dtype=torch.float32)
-        launch(kernels.block_backward, (S,),
-            d, self.work[f"{name}.xhat"], self.work[f"{name}.rstd"], *self._block_parameters(name),
-            dy, normed, hidden, dhidden, d2, partial, N, C=C, CB=_power(C),
-            HB=_power(4 * C) // 4, S=S, BM=BM, num_warps=4)
+        launch(kernels.block_backward, (S,), d, self.work[f"{name}.xhat"],
+               self.work[f"{name}.rstd"], *self._block_parameters(name), dy, normed, hidden,
+               dhidden, d2, partial, N, C=C, CB=power_of_two(C), HB=power_of_two(4 * C) // 4, S=S,
+               BM=BM, num_warps=4)
         x = self.work[f"{name}.in"]
         with self.aside(1):
             torch.sum(partial, 0, out=self._grad(name))
@@ -765,14 +528,14 @@ class Network:
             T = 8
             S = max(1, min(128, triton.cdiv(N, T)))
             taps = self._buffer(f"{name}.taps", S, 49 * C, dtype=torch.float32)
-            launch(kernels.depthwise_weight_gradient, (7, S),
-                x, dy, taps, N, H=stage.H, W=stage.W, C=C, CB=_power(C), S=S, BM=T, num_warps=2)
+            launch(kernels.depthwise_weight_gradient, (7, S), x, dy, taps, N, H=stage.H, W=stage.W,
+                   C=C, CB=power_of_two(C), S=S, BM=T, num_warps=2)
             torch.sum(taps, 0, out=self._grad(f"{name}.depthwise.weight"))
         dx = self._buffer(f"{name}.dx", N, C)
         BM = 32 if N >= 4096 else 16
-        launch(kernels.depthwise_backward, (triton.cdiv(N, BM),),
-            dy, self._value(f"{name}.depthwise.weight"), d, dx, N, H=stage.H, W=stage.W, C=C,
-            CB=_power(C), BM=BM, num_warps=4)
+        launch(kernels.depthwise_backward, (triton.cdiv(N, BM),), dy,
+               self._value(f"{name}.depthwise.weight"), d, dx, N, H=stage.H, W=stage.W, C=C,
+               CB=power_of_two(C), BM=BM, num_warps=4)
         return dx
 
 

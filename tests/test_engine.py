@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hnerv_clip import engine, fused
+from hnerv_clip import engine, fused, tiles
 from hnerv_clip.config import ConfigError
 from hnerv_clip.engine import CompiledEngine, FusedEngine, PlainEngine, make_engine
 from hnerv_clip.evaluate import embed_frames
@@ -142,10 +142,11 @@ def test_what_the_kernels_do_not_know_is_named(small_config):
 
 def test_block_sizes_fit_the_shared_memory(monkeypatch):
     for room in (232448, 166912, 101376, 65536):
-        monkeypatch.setattr(fused, "_shared_memory", lambda room=room: room)
+        monkeypatch.setattr(tiles, "_shared_memory", lambda room=room: room)
         for n in (16, 1000, 5000, 40000, 800000):
             for columns in (16, 64, 80, 112, 136, 640):
-                for tile in (fused._tile(n, columns, 200), fused._gradient_tile(n, columns, 200)):
+                for tile in (tiles.product_tile(n, columns, 200),
+                             tiles.gradient_tile(n, columns, 200)):
                     assert 2 * tile["STAGES"] * tile["BK"] * (
                         tile["BM"] + tile["BN"] + tile["BN2"]) <= room
 

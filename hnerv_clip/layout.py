@@ -1,0 +1,153 @@
+"""How the network's parameters lie in the memory that the kernels read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from hnerv_clip import kernels
+from hnerv_clip.tiles import ceil_to, launch
+
+
+class Parameters:
+    """Flat memory of all parameters: float32 values, gradients, moments, and bfloat16 copies."""
+
+    ALIGN = 64
+
+    def __init__(self):
+        self.size = 0
+        self.places: dict[str, Tensor] = {}  # of each parameter's values, in its own shape
+
+    def add(self, name: str, place: Tensor, size: int) -> slice:
+        """Reserve `size` values, of which `place` are the parameter's; the rest stays 0."""
+        own = slice(self.size, self.size + size)
+        self.places[name] = place + self.size
+        self.size += ceil_to(size, self.ALIGN)
+        return own
+
+    def add_row(self, names: list[str], sizes: list[int]) -> dict[str, slice]:
+        """Vectors side by side without gaps, as one kernel sums their gradients; "" is the row."""
+        start = self.size
+        row = {"": slice(start, start + sum(sizes))}
+        for name, size in zip(names, sizes, strict=True):
+            row[name] = slice(start, start + size)
+            self.places[name] = torch.arange(start, start + size)
+            start += size
+        self.size += ceil_to(sum(sizes), self.ALIGN)
+        return row
+
+    def allocate(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the arrays once all is added; parameters that nothing packs lie as they are."""
+        for name, parameter in model.named_parameters():
+            if name not in self.places:
+                self.add(name, torch.arange(parameter.numel()).view(parameter.shape),
+                         parameter.numel())
+        self.model = model
+        self.param, self.grad, self.mean, self.square = (
+            torch.zeros(self.size, device=device) for _ in range(4))
+        self.small = torch.zeros(self.size, dtype=dtype, device=device)
+        self.places = {n: p.to(device) for n, p in self.places.items()}
+        self.count = torch.zeros((), device=device)  # steps taken
+
+    def load(self, moments: dict[str, tuple[Tensor, Tensor]], count: float) -> None:
+        """Take over the model's parameters, and the moments of its optimizer where it has some."""
+        for name, parameter in self.model.named_parameters():
+            place = self.places[name]
+            self.param[place] = parameter.detach().clone()  # the CLIP head lies in it
+            for flat, moment in zip((self.mean, self.square), moments.get(name, ())):
+                flat[place] = moment
+        self.count.fill_(count)
+        self.small.copy_(self.param)
+
+    def store(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Write the parameters into the model, and return their moments by name."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self.param[self.places[name]])
+        return {n: (self.mean[p], self.square[p]) for n, p in self.places.items()}
+
+    def update(self, lr: Tensor) -> None:
+        """One step of Adam, the one that `count` names."""
+        block = 1024
+        launch(kernels.adam, (triton.cdiv(self.size, block),), self.param, self.grad, self.mean,
+               self.square, self.small, lr, self.count, self.size, BETA1=0.9, BETA2=0.999, EPS=1e-8,
+               BLOCK=block)
+
+
+@dataclass
+class Conv:
+    """A convolution's geometry, and where its parameters lie.
+
+    Input [B, H, W, CI] with an edge of K//2; the output's channels are CO ≥ SH·SW·CG, shuffled to
+    [B, H·SH, W·SW, CN]: CG channels are written for each pixel, CN lie in memory.
+    """
+
+    H: int
+    W: int
+    CI: int
+    CO: int
+    K: int
+    weight: slice
+    bias: slice
+    SH: int = 1
+    SW: int = 1
+    CG: int = 0
+    CN: int = 0
+
+    @property
+    def edge(self) -> int:
+        return self.K // 2
+
+    @property
+    def pixels(self) -> int:
+        """Of one frame, with the edge."""
+        return (self.H + 2 * self.edge) * (self.W + 2 * self.edge)
+
+    @property
+    def geometry(self) -> dict[str, int]:
+        return {"H": self.H, "W": self.W, "CI": self.CI, "CO": self.CO, "K": self.K}
+
+    @property
+    def shuffle(self) -> dict[str, int]:
+        return {"SH": self.SH, "SW": self.SW, "CG": self.CG, "CN": self.CN}
+
+
+def pack_convolution(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: tuple[int, int],
+                     in_width: int, factors: tuple[int, int]) -> Conv:
+    """Lay a decoder convolution out for the kernels; see `Conv`.
+
+    Args:
+        in_width: channels of the input's memory, zeros after the convolution's own.
+        factors: (rows, columns) of the pixel shuffle after it.
+    """
+    (out, inner, K, _), (SH, SW) = conv.weight.shape, factors
+    width = out // (SH * SW)
+    CG = next(g for g in range(width, width + 8) if SH * SW * g % 8 == 0)
+    CO, CI = SH * SW * CG, in_width
+    c, ij, ci, ky, kx = torch.meshgrid(*map(torch.arange, (width, SH * SW, inner, K, K)),
+                                       indexing="ij")
+    co = ij * CG + c
+    place = ((ky * K + kx) * CI + ci) * CO + co
+    weight = parameters.add(f"{name}.weight", place.reshape(conv.weight.shape), K * K * CI * CO)
+    bias = parameters.add(f"{name}.bias", co[..., 0, 0, 0].reshape(out), CO)
+    return Conv(*hw, CI, CO, K, weight, bias, SH, SW, CG, ceil_to(width, 8))
+
+
+def pack_patches(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: tuple[int, int],
+                 in_width: int, order: str, bias: slice | None) -> Conv:
+    """Lay a convolution of kernel = stride out as a matrix [in_width, O] over patches.
+
+    Args:
+        hw: of the output.
+        order: of a patch's values: "cyx" (colour first) or "yxc".
+        bias: where it lies already, if so.
+    """
+    out, inner, K, _ = conv.weight.shape
+    o, c, y, x = torch.meshgrid(*map(torch.arange, (out, inner, K, K)), indexing="ij")
+    e = (c * K + y) * K + x if order == "cyx" else (y * K + x) * inner + c
+    weight = parameters.add(f"{name}.weight", e * out + o, in_width * out)
+    bias = bias or parameters.add(f"{name}.bias", torch.arange(out), out)
+    return Conv(*hw, in_width, out, 1, weight, bias)

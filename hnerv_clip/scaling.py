@@ -257,8 +257,8 @@ def _measure_kill(study: _Study) -> None:
                 "SUBMITIT_LOCAL_GLOBALID") == str(study.gpus - 1)), None)
         time.sleep(0.01)
     if victim is None:
-        raise ScalingError(f"rank {study.gpus - 1} of {job.name} was not found among the launcher's "
-                           "processes in half its epochs; raise epochs")
+        raise ScalingError(f"rank {study.gpus - 1} of {job.name} was not found among its processes "
+                           "in half its epochs; raise epochs")
     killed_epoch, killed = job.epoch, time.monotonic()
     victim.kill()
     while not job.ended:

@@ -27,6 +27,7 @@ def normal(x):
 
 @triton.jit
 def activate(x, ACT: tl.constexpr):
+    """One of `ACTIVATIONS`, of any shape in float32."""
     if ACT == "gelu":
         share, _ = normal(x)
         return x * share
@@ -186,6 +187,7 @@ def back_weights(WEIGHT, ky, n, q, CI: tl.constexpr, CO: tl.constexpr, K: tl.con
 @triton.jit
 def store_gradient(acc, q, pixel, part, OUT, N, H: tl.constexpr, W: tl.constexpr,
                    CI: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr):
+    """Write sums [groups, GROUP·CI] into OUT [SPLIT, B·H·W, CI], edges left out."""
     y = (pixel // (W + 2 * P)) % (H + 2 * P) - P
     x = pixel % (W + 2 * P) - P
     b = pixel // ((W + 2 * P) * (H + 2 * P))

@@ -167,6 +167,7 @@ class Peers:
 
 
 def write_outcome(run_dir: Path, token: str, error: Any) -> None:
+    """Leave what became of a job in its run folder; `error` is empty where it ended well."""
     text = error if isinstance(error, str) else describe(error)
     try:
         write_json(run_dir / "outcome.json", {"token": token, "error": text})
@@ -175,4 +176,5 @@ def write_outcome(run_dir: Path, token: str, error: Any) -> None:
 
 
 def describe(error: BaseException) -> str:
+    """An error in one line, its type first."""
     return f"{type(error).__name__}: {error}"

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("triton")  # made for Linux; without it training is plain
+
 from hnerv_clip import engine, fused, tiles
 from hnerv_clip.config import ConfigError
 from hnerv_clip.engine import CompiledEngine, FusedEngine, PlainEngine, make_engine

@@ -305,11 +305,10 @@ class HNeRV(nn.Module):
             if self.config.clip_pool:  # as products: rows, then columns
                 found = _weigh_rows(features, rows)  # [B, P, W, C]
                 found = (found * cols.to(found.dtype)[..., None]).sum(-2).transpose(1, 2)
-            elif rows.ndim == 1:
-                found = features[:, :, rows, cols]
-            else:
-                frame = torch.arange(len(rows), device=rows.device)[:, None]
-                found = features[frame, :, rows, cols].transpose(1, 2)
+            else:  # from channels-last memory: else its gradient would be laid out anew, and slowly
+                frame = slice(None) if rows.ndim == 1 else \
+                    torch.arange(len(rows), device=rows.device)[:, None]
+                found = features.permute(0, 2, 3, 1)[frame, rows, cols].transpose(1, 2)
             picked.append(found[:, :self.plan.widths[stage]].float())  # [B, Cᵢ, P]
         return self._clip_vectors(torch.cat(picked, dim=1)[..., None])[..., 0].transpose(1, 2)
 

@@ -7,6 +7,8 @@ in any precision and for every setting of the model. Both replay a step as one C
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 import warnings
 
@@ -380,6 +382,8 @@ def _no_fast_engine(device: torch.device, half: bool) -> str | None:
         return f"it needs a GPU, not {device}"
     if fused is None:
         return "Triton is not installed (pip install triton)"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "its kernels are started through a C compiler, and there is none (install gcc)"
     if half and torch.cuda.get_device_capability(device)[0] < 8:
         return f"{torch.cuda.get_device_name(device)} has no bfloat16"
     if not half and dist.is_initialized():

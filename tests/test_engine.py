@@ -160,6 +160,15 @@ def test_the_fast_engine_is_refused_without_a_gpu(small_config, small_dataset):
         make_engine(config, model, small_dataset, autocast=torch.bfloat16)
 
 
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(engine.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert "install gcc" in engine._no_fast_engine(torch.device("cuda"), True)
+    monkeypatch.setenv("CC", "/usr/bin/cc")
+    assert engine._no_fast_engine(torch.device("cuda"), True) is None
+
+
 @pytest.mark.parametrize("reason", ["old GPU", "no compiler", "no memory"])
 def test_auto_goes_on_plainly_and_says_why(small_config, small_dataset, monkeypatch, reason):
     """A GPU is made up: what it cannot do leaves the plain engine."""

@@ -237,7 +237,8 @@ def _study(args: argparse.Namespace) -> None:
                              workers=args.workers, minutes=args.minutes, with_verify=args.verify)
     print(study.count_states(states))
     if args.csv:
-        print(study.write_study(args.outf, args.csv)[["run", *study.SHOWN]].to_string(
+        print(study.write_study(args.outf, args.csv).reindex(
+            columns=["run", *study.SHOWN]).dropna(axis=1, how="all").to_string(
             index=False, na_rep="", float_format="{:.3f}".format))
     if args.pack:
         print(f"{args.pack}: {study.pack_study(args.outf, args.pack):,} bytes")

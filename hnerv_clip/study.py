@@ -498,7 +498,8 @@ def study_table(folder: str | Path) -> pd.DataFrame:
         of train and held_out (interpolated or from coordinates) and held_out_encoder; the measures
         of `measure_run` as MEASURE_PART and, between the positions, MEASURE_between_PART;
         rate_bpp, size_bytes, stored_values, clip_head_values, train_time_s, train_frames_per_s,
-        runs_per_device, device, commit, dirty, teacher_label. Empty where a run has no such figure.
+        runs_per_device, device, commit, dirty, teacher_label. Empty where a run has no such figure;
+        cosines alone where it was not measured as the study does.
     Raises:
         StudyError: no finished run there.
     """
@@ -532,6 +533,8 @@ def _row(run: RunDir) -> dict[str, Any]:
     for name, part in parts.items():
         row[f"psnr_{name}_db"] = summary.get(f"eval_psnr_{part}", float("nan"))
         row[f"ms_ssim_{name}"] = summary.get(f"eval_ms_ssim_{part}", float("nan"))
+        for measure in ("clip_similarity", "clip_centred"):  # as the run itself evaluated them
+            row[f"{measure}_{name}"] = summary.get(f"eval_{measure}_{part}", float("nan"))
     if (run.path / "measures.csv").exists():
         for found in pd.read_csv(run.path / "measures.csv").to_dict("records"):
             part = found["split"]

@@ -148,3 +148,11 @@ def test_pages_are_written_from_the_table(table, tmp_path):
     study_pages.write_study_pages(tmp_path / "out", tmp_path)
     assert not any("nan" in (tmp_path / "out" / f"study_{name}.md").read_text()
                    for name in study_pages.PAGES)
+
+
+def test_a_page_may_have_a_table_of_its_own(table, tmp_path):
+    (tmp_path / "out").mkdir()
+    table.to_csv(tmp_path / "study_trade_off.csv", index=False)
+    study_pages.write_study_pages(tmp_path / "out", tmp_path)
+    assert "λ = 0.1" in (tmp_path / "out/study_trade_off.md").read_text()
+    assert "Not published yet" in (tmp_path / "out/study_learn.md").read_text()

@@ -5,9 +5,8 @@ Tensors lie channels-last: [B, H, W, C], written [N, C] where N = B·H·W. Activ
 float32. A convolution of kernel size K reads, for each kernel row, a run of K·C neighbouring
 values, which channels-last memory holds side by side: its weights are [K, K·C, O]. Inputs carry an
 edge of K//2 zeros on each side, so that no load asks where the image ends, and lie with room
-around them. Sums
-over pixels are written as partial sums [S, …], one per program, and added in a fixed order, so that
-a step gives the same bits each time. A linear layer is a convolution of K = 1.
+around them. Sums over pixels are written as partial sums [S, …], one per program, and added in a
+fixed order. A linear layer is a convolution of K = 1.
 """
 
 import triton

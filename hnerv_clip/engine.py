@@ -356,24 +356,37 @@ def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: tor
     device = next(model.parameters()).device
     if wish == "plain" or wish == "auto" and (device.type != "cuda" or not half):
         return PlainEngine(config, model, dataset, autocast=autocast)
-    reason = _no_fast_engine(device, half)
-    if reason is None and (missing := fused.unsupported(model) if half else None) is None:
-        try:
-            return (FusedEngine if half else CompiledEngine)(config, model, dataset,
-                                                             autocast=autocast)
-        except torch.cuda.OutOfMemoryError:
-            reason = "the GPU's memory is too small for its buffers"
-            torch.cuda.empty_cache()
-        except fused.BUILD_ERRORS as error:
-            reason = f"its kernels do not build here ({str(error).strip().splitlines()[0]})"
-    elif reason is None:
-        if not dist.is_initialized():
-            return CompiledEngine(config, model, dataset, autocast=autocast)
-        reason = f"several ranks need the fused kernels, which do not know {missing}"
+    engine, reason = _fast_engine(config, model, dataset, autocast=autocast)
+    if dist.is_initialized():  # one rank in another engine would wait for the others for ever
+        failed = torch.tensor(float(engine is None), device=device)
+        dist.all_reduce(failed)
+        if failed and engine:
+            engine, reason = None, f"{int(failed)} other ranks cannot have it, see their output"
+    if engine:
+        return engine
     if wish == "fast":
         raise ConfigError(f"engine='fast' cannot be had: {reason}; use engine='auto' or 'plain'")
     warnings.warn(f"training by the plain engine, several times slower: {reason}", stacklevel=2)
     return PlainEngine(config, model, dataset, autocast=autocast)
+
+
+def _fast_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype
+                 ) -> tuple[PlainEngine | None, str]:
+    """The fastest engine for a model in a precision, or None and why there is none."""
+    half, device = autocast == torch.bfloat16, next(model.parameters()).device
+    if reason := _no_fast_engine(device, half):
+        return None, reason
+    missing = fused.unsupported(model) if half else None
+    if missing and dist.is_initialized():
+        return None, f"several ranks need the fused kernels, which do not know {missing}"
+    kind = FusedEngine if half and not missing else CompiledEngine
+    try:
+        return kind(config, model, dataset, autocast=autocast), ""
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None, "the GPU's memory is too small for its buffers"
+    except fused.BUILD_ERRORS as error:
+        return None, f"its kernels do not build here ({str(error).strip().splitlines()[0]})"
 
 
 def _no_fast_engine(device: torch.device, half: bool) -> str | None:

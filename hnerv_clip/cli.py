@@ -226,22 +226,23 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace) -> None:
-    from hnerv_clip import study
+    from hnerv_clip import study, study_runner, study_table
 
     base = study.study_base(args.profile, args.settings)
     configs = study.study_configs(base, args.only)
     if args.list:
         print(study.show_plan(configs, base))
         return
-    states = study.run_study(configs, args.outf, base=base, cache_dir=args.cache_dir,
-                             workers=args.workers, minutes=args.minutes, with_verify=args.verify)
-    print(study.count_states(states))
+    states = study_runner.run_study(
+        configs, args.outf, base=base, cache_dir=args.cache_dir, workers=args.workers,
+        minutes=args.minutes, with_verify=args.verify)
+    print(study_runner.count_states(states))
     if args.csv:
-        print(study.write_study(args.outf, args.csv).reindex(
-            columns=["run", *study.SHOWN]).dropna(axis=1, how="all").to_string(
+        print(study_table.write_study(args.outf, args.csv).reindex(
+            columns=["run", *study_table.SHOWN]).dropna(axis=1, how="all").to_string(
             index=False, na_rep="", float_format="{:.3f}".format))
     if args.pack:
-        print(f"{args.pack}: {study.pack_study(args.outf, args.pack):,} bytes")
+        print(f"{args.pack}: {study_table.pack_study(args.outf, args.pack):,} bytes")
     failed = [name for name, state in states.items() if state == "failed"]
     if failed:
         raise SystemExit(f"error: {', '.join(failed)} failed; see NAME.error.txt in {args.outf}")

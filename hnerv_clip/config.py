@@ -99,7 +99,7 @@ class TrainConfig:
     clip_loss_weight: float = 0.5  # lambda of the cosine term
     pixel_loss_warmup_epochs: int = 50  # epochs before the cosine term joins
     clip_loss_type: str = "cosine"  # cosine, centred (less the training mean), or contrastive
-    clip_jitter: int = 0  # training moves each position by up to so many pixels; 0 for none
+    clip_jitter: int = 0  # training moves each position and its target by up to so many pixels
     inpaint_size: int = 0  # side of the five boxes that the loss leaves out; 0 for none
     eval_freq: int = 30  # epochs between evaluations
     checkpoint_s: float = 30.0  # seconds between writes of model_latest.pth

@@ -123,11 +123,13 @@ def frame_embeddings(model: HNeRV, dataset: Dataset, source: str) -> Tensor:
 
 
 @torch.inference_mode()
-def predict_embeddings(model: HNeRV, dataset: Dataset, *, source: str | None = None) -> Tensor:
+def predict_embeddings(model: HNeRV, dataset: Dataset, *, source: str | None = None,
+                       centres: Tensor | None = None) -> Tensor:
     """CLIP embeddings that the model predicts for every patch, without decoding a pixel.
 
     Args:
         source: `encoder`, `interpolated` or `coordinates`; the model's first by default.
+        centres: other positions to ask for, [P, 2] (y, x) in frame pixels.
     Returns:
         [T, P, D] float32 unit vectors, on the CPU.
     Raises:
@@ -137,8 +139,8 @@ def predict_embeddings(model: HNeRV, dataset: Dataset, *, source: str | None = N
         raise ConfigError("this run has no CLIP head (predict_clip=False), so it predicts no "
                           "embeddings: train one with predict_clip=True")
     embeddings = frame_embeddings(model, dataset, source or sources_of(model)[0])
-    return torch.cat([model.clip_at(model.stages(chunk, last=model.clip_stages[-1]),
-                                    dataset.grid.centres.to(chunk.device)).cpu()
+    centres = (dataset.grid.centres if centres is None else centres).to(embeddings.device)
+    return torch.cat([model.clip_at(model.stages(chunk, last=model.clip_stages[-1]), centres).cpu()
                       for chunk in embeddings.split(BATCH)])
 
 

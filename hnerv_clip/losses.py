@@ -114,14 +114,14 @@ class ClipObjective:
         """
         Args:
             targets: [T, P, D] unit vectors of the teacher.
-            centres: [P, 2] (y, x) patch centres in frame pixels.
+            centres: [P, 2] (y, x) patch centres in frame pixels, row by row of a grid.
             train: the frames that train; the mean and the contrasts come from them alone.
         """
         device = next(model.parameters()).device
         self.model, self.kind = model, config.train.clip_loss_type
         self.jitter, self.seed = config.train.clip_jitter, config.train.seed
         self.targets, self.centres = targets.to(device), centres.to(device)
-        self.limit = torch.tensor(model.frame_hw, dtype=torch.float32, device=device)
+        self.axes = [self.centres[:, axis].unique() for axis in (0, 1)]  # rows' y, columns' x
         self.places = model.clip_places(self.centres)
         known = self.targets[torch.as_tensor(np.asarray(train), device=device)]  # [T', P, D]
         self.centre = known.mean((0, 1))
@@ -139,12 +139,13 @@ class ClipObjective:
             key: float32 scalar that differs from step to step and that a resumed run repeats, as
                 the learning rate does; it seeds the jitter.
         """
-        places = self.places
+        places, target = self.places, self.targets[indices]
         if self.jitter:
             moved = self.centres + self._moves(indices, key)
-            places = self.model.clip_places(torch.minimum(moved.clamp(min=0), self.limit))
+            moved = torch.stack([moved[..., i].clamp(ends[0], ends[-1])
+                                 for i, ends in enumerate(self.axes)], dim=-1)
+            places, target = self.model.clip_places(moved), self._target_at(target, moved)
         pred = self.model.clip_at_places(stages, places)
-        target = self.targets[indices]
         cosine = clip_loss(pred, target)
         if self.kind == "cosine":
             return cosine, cosine
@@ -153,6 +154,14 @@ class ClipObjective:
             contrastive_loss(pred, target, self.contrasts)
         return cosine, term
 
+    def _target_at(self, target: Tensor, places: Tensor) -> Tensor:
+        """The teacher's embeddings [B, P, D] interpolated, bilinearly, at places [B, P, 2]."""
+        rows, cols = (_axis_weights(places[..., axis], known)
+                      for axis, known in enumerate(self.axes))
+        weights = (rows[..., :, None] * cols[..., None, :]).flatten(-2)  # [B, P, P]
+        # a sum, not a product of matrices, which autocast would compute in half precision
+        return F.normalize((weights[..., None] * target[:, None]).sum(2), dim=-1)
+
     def _moves(self, indices: Tensor, key: Tensor) -> Tensor:
         """Uniform in ±jitter pixels for each frame, patch and axis: [B, P, 2]."""
         step = _scramble(key.view(torch.int32).long() + self.seed)
@@ -160,6 +169,16 @@ class ClipObjective:
             self.centres.numel(), device=indices.device)
         noise = _scramble(_scramble(counter) + step).double() / 2**32
         return ((2 * noise - 1) * self.jitter).float().view(len(indices), -1, 2)
+
+
+def _axis_weights(places: Tensor, known: Tensor) -> Tensor:
+    """Shares [..., n] of n known coordinates, in rising order, in linear interpolation [...]."""
+    if len(known) == 1:
+        return torch.ones_like(places)[..., None]
+    left = ((places[..., None] >= known).sum(-1) - 1).clamp(0, len(known) - 2)
+    share = (places - known[left]) / (known[left + 1] - known[left])
+    left, at = left[..., None], torch.arange(len(known), device=known.device)
+    return (at == left) * (1 - share[..., None]) + (at == left + 1) * share[..., None]
 
 
 def _scramble(x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from hnerv_clip.statistics import pool_intervals
-from hnerv_clip.study import ENCODINGS, REMEDIES, read_study
+from hnerv_clip.study import ENCODINGS, REMEDIES
+from hnerv_clip.study_table import read_study
 from hnerv_clip.verify import LIMITS
 
 KINDS = {"hybrid": "hybrid", "xyt": "place and time", "pe": "time alone"}

@@ -1,13 +1,11 @@
-"""The verification put to trained runs: one in depth, between its patches, and several at once.
+"""The verification put to trained runs: one in depth, and several at once.
 
 `verify_run` asks one run and `write_verification` keeps the answer in the run's folder, so that
 `join_runs` can join many runs (seeds, kinds of embedding, videos) without a model or a video.
-`between_positions` asks a run where nobody taught it: half-way between its patches.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -32,13 +30,12 @@ from hnerv_clip.evaluate import (
     predict_embeddings,
     sources_of,
 )
-from hnerv_clip.measures import centred_cosine, check_embeddings, check_pair, cosine, unit
+from hnerv_clip.measures import check_embeddings
 from hnerv_clip.model import HNeRV, build_model
-from hnerv_clip.patches import PatchGrid
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json
-from hnerv_clip.statistics import MIN_FRAMES, holm, mean_interval, pool_intervals
-from hnerv_clip.teachers import Teacher, load_teacher, run_teacher, teacher_embeddings
+from hnerv_clip.statistics import holm, pool_intervals
+from hnerv_clip.teachers import Teacher, load_teacher, run_teacher
 from hnerv_clip.verify import (
     CONTROLS,
     LIMITS,
@@ -118,113 +115,6 @@ def _untrained_head(run: Run, seed: int) -> HNeRV:
 
 def _device(model: HNeRV) -> torch.device:
     return next(model.parameters()).device
-
-
-def halfway_grid(grid: PatchGrid) -> PatchGrid:
-    """The grid with a row and a column more between every two: each second one is the given's."""
-    def fill(starts):
-        middles = ((a + b) // 2 for a, b in zip(starts, starts[1:]))
-        return tuple(sorted({*starts, *middles}))
-
-    return dataclasses.replace(grid, tops=fill(grid.tops), lefts=fill(grid.lefts))
-
-
-def position_scores(run: Run, *, cache_dir: str | Path = "output/cache",
-                    device: str | torch.device = "auto", source: str | None = None,
-                    progress: bool = True) -> pd.DataFrame:
-    """How well a run answers at its patches, and half-way between them, where nobody taught it.
-
-    The teacher embeds a patch at every position of `halfway_grid` (cached like others; at 2×4
-    patches these are 21, so 2.6 times the teacher's usual work). Three answers stand side by side:
-    `network`: the head asked at the position. `own_neighbours`: the mean of the network's answers
-    at the nearest taught positions, which needs nothing of the head between them.
-    `teacher_neighbours`: the same mean of the teacher's embeddings.
-
-    Args:
-        source: how frames' embeddings come about, a prediction by default (`sources_of(…)[-1]`).
-    Returns:
-        A row per frame, position and answer: source, split (train, held_out), frame, where
-        (taught, between), y, x (centre in pixels), answer, clip_similarity (raw cosine) and
-        clip_centred.
-    Raises:
-        ConfigError: the run has no CLIP head, or its teacher's weights are not there.
-    """
-    source = source or sources_of(run.model)[-1]
-    dense = halfway_grid(run.dataset.grid)
-    there = dataclasses.replace(run.dataset, grid=dense)
-    predicted = predict_embeddings(run.model, there, source=source)
-    teacher = teacher_embeddings(run.dataset.video, dense, run.config.teacher,
-                                 cache_dir=cache_dir, device=device, progress=progress)
-    return score_positions(predicted.numpy(), teacher.numpy(), dense, run.dataset.grid,
-                           run.dataset.split.train).assign(source=source)
-
-
-def score_positions(predicted, teacher, dense: PatchGrid, taught: PatchGrid,
-                    train_frames) -> pd.DataFrame:
-    """`position_scores` from embeddings at every position of a denser grid.
-
-    Args:
-        predicted, teacher: [T, P, D] unit vectors, at the P positions of `dense`.
-        taught: the grid of the positions that were taught, all of them in `dense`.
-        train_frames: frame numbers; the centre is the mean of the teacher there, taught positions.
-    """
-    predicted, teacher = check_pair(predicted, teacher)
-    nearest = _nearest_taught(dense, taught)  # [P, taught], rows sum to 1
-    places = [dense.boxes.tolist().index(box) for box in taught.boxes.tolist()]
-    known = np.isin(np.arange(len(dense)), places)
-    centre = teacher[train_frames][:, known].mean(axis=(0, 1))
-    answers = {"network": predicted,
-               "own_neighbours": unit(np.einsum("pk,tkd->tpd", nearest, predicted[:, places])),
-               "teacher_neighbours": unit(np.einsum("pk,tkd->tpd", nearest, teacher[:, places]))}
-    frames, count = len(teacher), len(dense)
-    split = np.where(np.isin(np.arange(frames), train_frames), "train", "held_out")
-    y, x = dense.centres.numpy().T
-    where = {"split": np.repeat(split, count), "frame": np.repeat(np.arange(frames), count),
-             "where": np.tile(np.where(known, "taught", "between"), frames),
-             "y": np.tile(y, frames), "x": np.tile(x, frames)}
-    return pd.concat([pd.DataFrame(where | {
-        "answer": name, "clip_similarity": cosine(answer, teacher).ravel(),
-        "clip_centred": centred_cosine(answer, teacher, centre).ravel()})
-        for name, answer in answers.items()], ignore_index=True)
-
-
-def _nearest_taught(dense, taught):
-    """Weights [P, taught] of the nearest taught positions: all at the smallest distance, alike."""
-    away = torch.cdist(dense.centres, taught.centres).numpy()
-    nearest = away <= away.min(axis=1, keepdims=True) + 1.5  # half-way, up to rounding
-    return nearest / nearest.sum(axis=1, keepdims=True)
-
-
-def summarise_positions(scores: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """Means of `position_scores`, with intervals over frames as in `verify.compare`.
-
-    Returns:
-        source, split, where, answer, clip_similarity, clip_centred, low and high (of clip_centred;
-        empty with fewer than 8 frames), over_neighbours (clip_centred of the network minus that of
-        its own neighbours' mean: above 0, asking the head there is worth it), frames, positions.
-    """
-    rows = []
-    keys = ["source", "split", "where"]
-    for place, part in scores.groupby(keys, sort=False):
-        means = part.groupby("answer", sort=False).clip_centred.mean()
-        for answer, own in part.groupby("answer", sort=False):
-            series = own.groupby("frame").clip_centred.mean()
-            row = dict(zip(keys, place)) | {
-                "answer": answer, "clip_similarity": own.clip_similarity.mean(),
-                "clip_centred": own.clip_centred.mean(),
-                "low": np.nan, "high": np.nan, "over_neighbours":
-                means["network"] - means["own_neighbours"] if answer == "network" else np.nan,
-                "frames": len(series), "positions": len(own) // len(series)}
-            if len(series) >= MIN_FRAMES:
-                found = mean_interval(series.to_numpy(), level=level)
-                row |= {"low": found.low, "high": found.high}
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def between_positions(run: Run, **options) -> pd.DataFrame:
-    """`summarise_positions` of `position_scores`: one table of how a run does between patches."""
-    return summarise_positions(position_scores(run, **options))
 
 
 def measure_costs(run: Run, teacher: Teacher, *, frames: int = 8, repeats: int = 5

@@ -8,7 +8,7 @@ from hnerv_clip.codec import decode_video
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.engine import PlainEngine
 from hnerv_clip.evaluate import load_run, predict_embeddings, store_video
-from hnerv_clip.losses import TEMPERATURE, ClipObjective, contrastive_loss
+from hnerv_clip.losses import TEMPERATURE, ClipObjective, _axis_weights, contrastive_loss
 from hnerv_clip.model import build_model
 from hnerv_clip.patches import axis_shares
 from hnerv_clip.train import train
@@ -125,8 +125,13 @@ def test_losses_are_least_at_the_target(params, small_config, small_dataset, mon
     indices = torch.tensor([3, 5])
     right = small_dataset.embeddings[indices]
     terms = []
-    for pred in (right, F.normalize(right + 0.03 * torch.randn(right.shape), dim=-1),
-                 right.flip(1)):
+    if params.get("clip_jitter"):  # one place for every patch, so that its target is known
+        moved = small_dataset.grid.centres.mean(0)
+        monkeypatch.setattr(clip, "_moves", lambda *_: (moved - clip.centres).expand(2, -1, -1))
+        right = F.normalize((right[:, [1, 5]] + right[:, [2, 6]]).sum(1), dim=-1)
+        right = right[:, None].expand(-1, 8, -1)
+    for pred in (right, F.normalize(right + 0.01 * torch.randn(right.shape), dim=-1),
+                 small_dataset.embeddings[indices].flip(1)):
         monkeypatch.setattr(model, "clip_at_places", lambda stages, places, pred=pred: pred)
         cosine, term = clip(None, indices, torch.tensor(1e-3))
         torch.testing.assert_close(cosine, 1 - (pred * right).sum(-1).mean(-1))
@@ -176,6 +181,26 @@ def test_a_step_is_one_graph(params, small_config, small_dataset):
         inputs = (embedding, torch.tensor([2, 9]), torch.tensor(lr))
         torch.testing.assert_close(compiled(*inputs), clip(model.stages(embedding), *inputs[1:]))
     torch.compiler.reset()
+
+
+def test_a_moved_positions_target_is_interpolated(small_config, small_dataset):
+    """A quarter of the way between two columns, at a row; at a patch itself; beyond the last."""
+    _, clip = objective(small_config, small_dataset, clip_jitter=9)
+    own, grid = small_dataset.embeddings[[4]], small_dataset.grid.centres
+    between = 0.75 * grid[1] + 0.25 * grid[2]
+    places = torch.stack([between, grid[6], (grid[0] + grid[4]) / 2])
+    found = clip._target_at(own, places[None].expand(1, -1, -1))
+    expected = torch.stack([0.75 * own[0, 1] + 0.25 * own[0, 2], own[0, 6], own[0, 0] + own[0, 4]])
+    torch.testing.assert_close(found[0], F.normalize(expected, dim=1))
+    alone = torch.stack([torch.full((3,), 5.0), torch.tensor([1.0, 5.0, 9.0])], 1)
+    assert torch.equal(_axis_weights(alone[:, 1], torch.tensor([5.0])), torch.ones(3, 1))
+    limits = []
+    clip.model.clip_at_places = lambda stages, places: own.expand(12, -1, -1)
+    clip.model.clip_places = limits.append
+    clip.jitter = 1000
+    clip(None, torch.arange(12), torch.tensor(1e-3))
+    low, high = limits[0].amin((0, 1)), limits[0].amax((0, 1))
+    assert torch.equal(low, grid[0]) and torch.equal(high, grid[-1])
 
 
 class Interrupted(Exception):

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip import cli, study
+from hnerv_clip import cli, study, study_runner, study_table
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.evaluate import load_run, predict_embeddings
-from hnerv_clip.patches import make_grid
 from hnerv_clip.runs import RunDir, load_checkpoint
-from hnerv_clip.study import StudyError, run_study, study_base, study_configs, study_table
+from hnerv_clip.study import study_base, study_configs
+from hnerv_clip.study_runner import run_study
+from hnerv_clip.study_table import StudyError
 from hnerv_clip.train import check_run
 
 FULL = study_base("full", {"teacher": "efficientnet-lite0", "clip_dim": 1280})
@@ -40,20 +41,19 @@ def test_the_study_is_evaluated_at_the_end_unless_asked():
 
 def test_patterns_choose_runs():
     chosen = study_configs(FULL, ["bikes_*_s1", "bunny_pe_base_s0"])
-    assert list(chosen) == ["bunny_pe_base_s0", "bikes_hybrid_base_s1", "bikes_xyt_base_s1",
-                            "bikes_pe_base_s1", "bikes_hybrid_pixels_only_s1"]
+    assert list(chosen) == ["bikes_hybrid_base_s1", "bikes_xyt_base_s1", "bikes_pe_base_s1",
+                            "bikes_hybrid_pixels_only_s1", "bunny_pe_base_s0"]
     with pytest.raises(ConfigError, match="--list"):
         study_configs(FULL, ["bunnies_*"])
     with pytest.raises(ConfigError, match="CLIP head"):
         study_configs(FULL.replace(predict_clip=False))
 
 
-def test_the_denser_grid_holds_the_bases_patches():
-    dense = FULL.replace(patch_grid=study.between_grid(FULL))
-    own, more = (make_grid(c.teacher, (640, 1280)) for c in (FULL, dense))
-    assert own.tops == more.tops[::2] and own.lefts == more.lefts[::2] and len(more) == 21
-    with pytest.raises(ConfigError, match="2_4"):
-        study.between_grid(FULL.replace(patch_grid=""))
+def test_positions_are_jittered_by_half_their_distance():
+    configs = study_configs(FULL)
+    jitters = {name: configs[f"bunny_xyt_{name}_s0"].train.clip_jitter
+               for name in ("base", "jitter_half", "dense_jitter")}
+    assert jitters == {"base": 0, "jitter_half": 139, "dense_jitter": 70}
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +120,15 @@ def _epoch(run_dir):
 
 def test_no_run_is_begun_that_would_not_end_in_time(tmp_path):
     now = time.monotonic()
-    assert study._next_run(["a"], {}, tmp_path, now + 60, []) == "a"
-    assert study._next_run(["a"], {}, tmp_path, now + 60, [10, 20, 90]) == "a"
-    assert study._next_run(["a"], {}, tmp_path, now + 60, [10, 70, 90]) is None
-    assert study._next_run(["a"], {}, tmp_path, now - 1, []) is None
+    assert study_runner._next_run(["a"], {}, tmp_path, now + 60, []) == "a"
+    assert study_runner._next_run(["a"], {}, tmp_path, now + 60, [10, 20, 90]) == "a"
+    assert study_runner._next_run(["a"], {}, tmp_path, now + 60, [10, 70, 90]) is None
+    assert study_runner._next_run(["a"], {}, tmp_path, now - 1, []) is None
 
 
 def test_the_table_is_what_the_runs_gave(done, cache_dir, tmp_path):
     folder, configs, *_ = done
-    table = study.write_study(folder, tmp_path / "study.csv").set_index("run")
+    table = study_table.write_study(folder, tmp_path / "study.csv").set_index("run")
     assert table.index.tolist() == ["bunny_hybrid_base_s0", "bunny_xyt_stage_all_s1"]
     assert table.variant.tolist() == ["base", "stage_all"] and table.seed.tolist() == [0, 1]
     assert table.kind.tolist() == ["hybrid", "xyt"]
@@ -151,25 +151,27 @@ def test_the_table_is_what_the_runs_gave(done, cache_dir, tmp_path):
     first = (own[split.val] @ right.reshape(-1, 1280).T).argmax(-1)
     exact = first == split.val[:, None] * 8 + np.arange(8)
     assert row.r1_held_out == pytest.approx(exact.mean())
-    assert np.isfinite(row.clip_centred_between_held_out)
-    pd.testing.assert_frame_equal(study.read_study(tmp_path / "study.csv").set_index("run"),
+    assert np.isfinite(row[["clip_centred_between_held_out", "over_own_places_anywhere_train",
+                            "skill_teacher_places_anywhere_held_out"]].astype(float)).all()
+    pd.testing.assert_frame_equal(study_table.read_study(tmp_path / "study.csv").set_index("run"),
                                   table, check_dtype=False, rtol=1e-4)
     with pytest.raises(StudyError, match="--csv"):
-        study.read_study(tmp_path / "nothing.csv")
+        study_table.read_study(tmp_path / "nothing.csv")
 
 
 def test_a_pack_holds_all_but_the_checkpoints(done, tmp_path):
     folder, *_ = done
-    size_bytes = study.pack_study(folder, tmp_path / "study.tar.xz")
+    size_bytes = study_table.pack_study(folder, tmp_path / "study.tar.xz")
     assert size_bytes == (tmp_path / "study.tar.xz").stat().st_size < 200_000
     with tarfile.open(tmp_path / "study.tar.xz") as archive:
         archive.extractall(tmp_path / "there", filter="data")
         assert not any(name.endswith((".pth", ".hnerv")) for name in archive.getnames())
-    pd.testing.assert_frame_equal(study_table(tmp_path / "there"), study_table(folder))
+    pd.testing.assert_frame_equal(study_table.study_table(tmp_path / "there"),
+                                  study_table.study_table(folder))
     with pytest.raises(StudyError, match="first"):
-        study_table(tmp_path / "nowhere")
+        study_table.study_table(tmp_path / "nowhere")
     with pytest.raises(StudyError, match="no runs"):
-        study.pack_study(tmp_path / "nowhere", tmp_path / "x.tar.xz")
+        study_table.pack_study(tmp_path / "nowhere", tmp_path / "x.tar.xz")
 
 
 def test_the_command_lists_and_gathers(done, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Trained runs put to the verification: one, between its patches, and several joined."""
+"""Trained runs put to the verification: one, and several joined."""
 
 import dataclasses
 import json
@@ -9,9 +9,17 @@ import pandas as pd
 import pytest
 from test_verify import HELD_OUT, slow_video, unit_vectors
 
-from hnerv_clip import controls, evaluate, figures, measures, statistics, verify, verify_runs
+from hnerv_clip import (
+    controls,
+    evaluate,
+    figures,
+    measures,
+    positions,
+    statistics,
+    verify,
+    verify_runs,
+)
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.patches import PatchGrid
 from hnerv_clip.runs import RunDir, RunError
 from hnerv_clip.train import train
 
@@ -73,66 +81,9 @@ def test_a_run_without_head_is_refused(small_config, small_run):
     model = evaluate.build_model(config.model, frame_hw=small_run.model.frame_hw,
                                  frame_count=small_run.model.frame_count)
     blind = dataclasses.replace(small_run, config=config, model=model.eval())
-    for ask in (verify_runs.verify_run, verify_runs.position_scores):  # as search does
+    for ask in (verify_runs.verify_run, positions.position_scores):  # as search does
         with pytest.raises(ConfigError, match="no CLIP head"):
             ask(blind)
-
-
-def test_halfway_grid_holds_the_given_one():
-    grid = PatchGrid(frame=(640, 1280), size=(448, 448), tops=(0, 192), lefts=(0, 277, 555, 832))
-    dense = verify_runs.halfway_grid(grid)
-    assert dense.tops == (0, 96, 192) and dense.lefts == (0, 138, 277, 416, 555, 693, 832)
-    one = PatchGrid(frame=(64, 64), size=(64, 64), tops=(0,), lefts=(0,))
-    assert verify_runs.halfway_grid(one) == one
-
-
-def test_positions_by_hand():
-    """One row of two patches and the one between: neighbours' mean, and three answers."""
-    taught = PatchGrid(frame=(8, 24), size=(8, 8), tops=(0,), lefts=(0, 16))
-    dense = verify_runs.halfway_grid(taught)
-    teacher, predicted = slow_video(20, 3), slow_video(20, 3, seed=1)
-    scores = verify_runs.score_positions(predicted, teacher, dense, taught, np.arange(15))
-    assert len(scores) == 3 * 20 * 3
-    between = scores[scores["where"] == "between"]
-    assert set(between.x) == {12} and set(between.y) == {4}
-    for answer, expected in [
-            ("network", predicted[:, 1]),
-            ("own_neighbours", measures.unit(predicted[:, 0] + predicted[:, 2])),
-            ("teacher_neighbours", measures.unit(teacher[:, 0] + teacher[:, 2]))]:
-        found = between[between.answer == answer].clip_similarity
-        np.testing.assert_allclose(found, (expected * teacher[:, 1]).sum(-1), atol=1e-6)
-    centre = teacher[:15][:, [0, 2]].mean((0, 1))
-    expected = measures.centred_cosine(predicted[:, 1], teacher[:, 1], centre)
-    np.testing.assert_allclose(between[between.answer == "network"].clip_centred, expected)
-    at = scores[scores["where"] == "taught"].groupby("answer").clip_similarity.mean()
-    assert at["network"] == pytest.approx(at["own_neighbours"])
-    assert at["teacher_neighbours"] == pytest.approx(1)
-
-    table = verify_runs.summarise_positions(scores.assign(source="coordinates"))
-    row = table.set_index(["split", "where", "answer"]).loc[("train", "between", "network")]
-    series = between[(between.answer == "network") & (between.split == "train")].clip_centred
-    found = statistics.mean_interval(series.to_numpy())
-    expected = (found.mean, found.low, found.high)
-    assert (row.clip_centred, row.low, row.high) == pytest.approx(expected)
-    assert (row.frames, row.positions) == (15, 1)
-    short = table.set_index(["split", "where", "answer"]).loc[("held_out", "between", "network")]
-    assert np.isnan(short.low) and short.frames == 5
-
-
-def test_a_run_is_asked_between_its_patches(small_run, cache_dir):
-    scores = verify_runs.position_scores(small_run, cache_dir=cache_dir, device="cpu",
-                                         progress=False)
-    assert set(scores.source) == {"interpolated"} and len(scores) == 3 * 12 * 21
-    own = evaluate.predict_embeddings(small_run.model, small_run.dataset, source="interpolated")
-    taught = scores[(scores["where"] == "taught") & (scores.answer == "network")]
-    expected = measures.cosine(own, small_run.dataset.embeddings)
-    np.testing.assert_allclose(taught.clip_similarity.to_numpy().reshape(12, 8), expected,
-                               atol=2e-5)
-    table = verify_runs.between_positions(small_run, cache_dir=cache_dir, device="cpu",
-                                          progress=False)
-    assert len(table) == 2 * 2 * 3
-    figure = figures.plot_positions(scores, "A (not CLIP)", "interpolated")
-    assert any("A (not CLIP)" in text.get_text() for text in figure.texts)
 
 
 def made_run(folder, *, video="bunny", seed=0, offset=None, **params):

@@ -174,45 +174,50 @@ def plot_retrieval(measures: pd.DataFrame, teacher_label: str, source: str = "",
         teacher_label, source))
 
 
+ANSWER_WORDS = {"network": "the head there", "own_places": "own answers, interpolated",
+                "teacher_places": "teacher's, interpolated"}
+
+
 def plot_positions(scores: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
-    """How well a run answers at its patches' positions and half-way between them.
+    """How well a run answers at its patches' positions, half-way between them, and anywhere.
 
     Args:
-        scores: `verify_runs.position_scores`.
+        scores: `positions.position_scores`.
         teacher_label, source: for the caption, as in `plot_conditions`.
     """
     splits = _splits(scores)
     figure, axes = new_figure(len(splits), 2, height=2.1 * len(splits) + 0.8, squeeze=False,
                               width_ratios=(1.5, 1))
-    kinds = {"network": PALETTE["learned"], "own_neighbours": PALETTE["encoder"],
-             "teacher_neighbours": PALETTE["teacher"]}
+    kinds = {"network": PALETTE["learned"], "own_places": PALETTE["encoder"],
+             "teacher_places": PALETTE["teacher"]}
     network = scores[scores.answer == "network"]
-    maps = network.pivot_table(index=["split", "y"], columns="x", values="clip_centred")
+    maps = network[network["where"] != "anywhere"].pivot_table(
+        index=["split", "y"], columns="x", values="clip_centred")
     low, high = maps.min(axis=None), maps.max(axis=None)
     for (map_panel, panel), split in zip(axes, splits):
         shade = map_panel.pcolormesh(maps.columns, maps.loc[split].index, maps.loc[split],
                                      vmin=low, vmax=high, shading="nearest")
-        taught = network[(network["where"] == "taught") & (network.split == split)]
-        map_panel.plot(taught.x, taught.y, "o", color="white", markeredgecolor="black")
+        known = network[(network["where"] == "supervised") & (network.split == split)]
+        map_panel.plot(known.x, known.y, "o", color="white", markeredgecolor="black")
         map_panel.set(xlabel="x (pixels)", ylabel="y (pixels)", aspect="equal")
         map_panel.invert_yaxis()
         map_panel.grid(False)
         map_panel.set_title(f"network, {SPLIT_NAMES[split]} frames")
         figure.colorbar(shade, ax=map_panel, label="centred cosine", shrink=0.8)
         means = scores[scores.split == split].groupby(["where", "answer"]).clip_centred.mean()
-        places = [name for name in ("taught", "between") if name in means]
+        places = [name for name in ("supervised", "between", "anywhere") if name in means]
         for shift, (kind, colour) in zip((-0.25, 0, 0.25), kinds.items()):
             panel.bar(np.arange(len(places)) + shift, [means[place, kind] for place in places],
-                      width=0.24, color=colour, label=kind.replace("_", " ") if split == splits[0]
+                      width=0.24, color=colour, label=ANSWER_WORDS[kind] if split == splits[0]
                       else None)
         panel.set_xticks(range(len(places)), places)
         panel.set(ylabel="centred cosine", ylim=(min(0, means.min()) - 0.02, 1.02))
     figure.legend(loc="outside upper right", ncols=3)
     return caption(figure, _words(
-        "Left: mean centred cosine at every position; circles are the taught ones. Right: the head "
-        "asked at the position, the mean of its own answers at the nearest taught positions, and "
-        "the same mean of the teacher's embeddings (at taught positions neighbours are the position"
-        " itself).", teacher_label, source))
+        "Left: mean centred cosine at the supervised positions (circles) and half-way between. "
+        "Right: the head asked at the position; its own answers at the supervised positions, "
+        "interpolated; the teacher's there, interpolated. Anywhere: in the middle of 4 × 8 equal "
+        "cells.", teacher_label, source))
 
 
 STUDY_LINES = {"position": "--", "between": "-.", "Linear Map": ":", "Side File": "-"}

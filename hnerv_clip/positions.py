@@ -1,0 +1,191 @@
+"""A run asked where nobody taught it: half-way between its patches, and anywhere in the frame.
+
+Three answers stand side by side at a position: the network's own; its answers at the taught
+positions, interpolated, which asks nothing of the head elsewhere; and the teacher's embeddings at
+the taught positions, interpolated, which needs no network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from hnerv_clip.evaluate import Run, predict_embeddings, sources_of
+from hnerv_clip.measures import centred_cosine, check_pair, cosine, unit
+from hnerv_clip.patches import PatchGrid
+from hnerv_clip.statistics import MIN_FRAMES, mean_interval
+from hnerv_clip.teachers import teacher_embeddings
+
+ANYWHERE = (4, 8)  # rows and columns of cells
+ANSWERS = ("network", "own_places", "teacher_places")
+
+
+class Place(NamedTuple):
+    """Some positions of every frame, and what is answered there: [T, P, D] unit vectors."""
+
+    centres: np.ndarray  # [P, 2] (y, x) in frame pixels
+    teacher: np.ndarray  # the truth
+    network: np.ndarray
+    own_places: np.ndarray
+    teacher_places: np.ndarray
+
+
+def halfway_grid(grid: PatchGrid) -> PatchGrid:
+    """The grid with a row and a column more between every two: each second one is the given's.
+
+    Of a grid of 2×4 patches placed evenly it is the grid of 3×7.
+    """
+    def fill(starts):
+        even = tuple(round(starts[-1] * i / max(1, 2 * len(starts) - 2))
+                     for i in range(2 * len(starts) - 1))
+        if even[::2] == starts:
+            return even
+        middles = ((a + b) // 2 for a, b in zip(starts, starts[1:]))
+        return tuple(sorted({*starts, *middles}))
+
+    return dataclasses.replace(grid, tops=fill(grid.tops), lefts=fill(grid.lefts))
+
+
+def anywhere_grid(grid: PatchGrid) -> PatchGrid:
+    """Patches in the middle of 4×8 cells of equal size between the grid's outermost ones.
+
+    A mean over them stands for all positions (the midpoint rule), and grids of 2×4, 3×7 and 5×13
+    patches have none of them.
+    """
+    def middles(starts, cells):
+        first, last = starts[0], starts[-1]
+        return tuple(sorted({first + round((last - first) * (i + 0.5) / cells)
+                             for i in range(cells)}))
+
+    return dataclasses.replace(grid, tops=middles(grid.tops, ANYWHERE[0]),
+                               lefts=middles(grid.lefts, ANYWHERE[1]))
+
+
+def interpolate_places(embeddings, taught: PatchGrid, wanted: PatchGrid) -> np.ndarray:
+    """Embeddings [T, P, D] at a grid's patches, bilinearly at another's: unit [T, P', D]."""
+    weights = [np.stack([np.interp(new, own, one) for one in np.eye(len(own))], axis=1)
+               for new, own in [(wanted.tops, taught.tops), (wanted.lefts, taught.lefts)]]
+    return unit(np.einsum("pk,tkd->tpd", np.kron(*weights), np.asarray(embeddings)))
+
+
+def place_grids(taught: PatchGrid) -> dict[str, tuple[PatchGrid, np.ndarray]]:
+    """{supervised, between, anywhere: (a grid, [P] which of its patches)}, where there are any."""
+    dense = halfway_grid(taught)
+    boxes = taught.boxes.tolist()
+    known = np.array([box in boxes for box in dense.boxes.tolist()])
+    anywhere = anywhere_grid(taught)
+    grids = {"supervised": (dense, known), "between": (dense, ~known),
+             "anywhere": (anywhere, np.ones(len(anywhere), bool))}
+    return {name: (grid, chosen) for name, (grid, chosen) in grids.items() if chosen.any()}
+
+
+def ask_places(run: Run, *, taught: PatchGrid | None = None, source: str | None = None,
+               cache_dir: str | Path = "output/cache", device: str | torch.device = "auto",
+               progress: bool = True) -> dict[str, Place]:
+    """What a run answers at `place_grids`, and what the teacher says there.
+
+    The teacher embeds each of those patches (cached like others): at 2×4 taught ones these are
+    21 + 32 a frame, so 6.6 times the teacher's usual work.
+
+    Args:
+        taught: the grid of the positions that count as taught, by default the run's own.
+        source: how frames' embeddings come about, a prediction by default (`sources_of(…)[-1]`).
+    Raises:
+        ConfigError: the run has no CLIP head, or its teacher's weights are not there.
+    """
+    taught = taught or run.dataset.grid
+    grids = place_grids(taught)
+    distinct = list(dict.fromkeys(grid for grid, _ in grids.values()))
+    centres = torch.cat([grid.centres for grid in distinct])
+    predicted = predict_embeddings(run.model, run.dataset, centres=centres,
+                                   source=source or sources_of(run.model)[-1])
+    found = {grid: (own.numpy(), teacher_embeddings(
+        run.dataset.video, grid, run.config.teacher, cache_dir=cache_dir, device=device,
+        progress=progress).numpy())
+        for grid, own in zip(distinct, predicted.split([len(grid) for grid in distinct], dim=1))}
+    return join_places(found, grids, taught)
+
+
+def join_places(found: Mapping[PatchGrid, tuple[np.ndarray, np.ndarray]],
+                grids: Mapping[str, tuple[PatchGrid, np.ndarray]], taught: PatchGrid
+                ) -> dict[str, Place]:
+    """`ask_places` from embeddings: {grid: (predicted, teacher), each [T, P, D]}."""
+    dense, known = grids["supervised"]
+    corners = [values[:, known] for values in check_pair(*found[dense])]
+    places = {}
+    for name, (grid, chosen) in grids.items():
+        predicted, teacher = check_pair(*found[grid])
+        own, reference = (interpolate_places(values, taught, grid) for values in corners)
+        places[name] = Place(grid.centres.numpy()[chosen], teacher[:, chosen],
+                             *(values[:, chosen] for values in (predicted, own, reference)))
+    return places
+
+
+def position_scores(run: Run, **options) -> pd.DataFrame:
+    """How well a run answers at its patches, half-way between them, and anywhere.
+
+    Args:
+        options: see `ask_places`.
+    Returns:
+        A row per frame, position and answer (of `ANSWERS`): source, split (train, held_out),
+        where (supervised, between, anywhere), frame, y, x (centre in pixels), answer,
+        clip_similarity (raw cosine) and clip_centred.
+    Raises:
+        ConfigError: see `ask_places`.
+    """
+    source = options.pop("source", None) or sources_of(run.model)[-1]
+    return score_places(ask_places(run, source=source, **options),
+                        run.dataset.split.train).assign(source=source)
+
+
+def score_places(places: Mapping[str, Place], train_frames) -> pd.DataFrame:
+    """`position_scores` of answers; the centre is the teacher's mean at the taught positions."""
+    centre = places["supervised"].teacher[train_frames].mean(axis=(0, 1))
+    rows = []
+    for name, place in places.items():
+        frames, count = place.teacher.shape[:2]
+        split = np.where(np.isin(np.arange(frames), train_frames), "train", "held_out")
+        where = {"split": np.repeat(split, count), "where": name,
+                 "frame": np.repeat(np.arange(frames), count),
+                 "y": np.tile(place.centres[:, 0], frames),
+                 "x": np.tile(place.centres[:, 1], frames)}
+        for answer in ANSWERS:
+            given = getattr(place, answer)
+            rows.append(pd.DataFrame(where | {
+                "answer": answer, "clip_similarity": cosine(given, place.teacher).ravel(),
+                "clip_centred": centred_cosine(given, place.teacher, centre).ravel()}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def summarise_positions(scores: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """Means of `position_scores`, with intervals over frames as in `verify.compare`.
+
+    Returns:
+        source, split, where, answer, clip_similarity, clip_centred, low and high (of clip_centred;
+        empty with fewer than 8 frames), over_own_places (clip_centred of the network minus that
+        of its own interpolated answers: above 0, asking the head there is worth it), frames,
+        positions.
+    """
+    rows = []
+    keys = ["source", "split", "where"]
+    for place, part in scores.groupby(keys, sort=False):
+        means = part.groupby("answer", sort=False).clip_centred.mean()
+        for answer, own in part.groupby("answer", sort=False):
+            series = own.groupby("frame").clip_centred.mean()
+            row = dict(zip(keys, place)) | {
+                "answer": answer, "clip_similarity": own.clip_similarity.mean(),
+                "clip_centred": own.clip_centred.mean(),
+                "low": np.nan, "high": np.nan, "over_own_places":
+                means["network"] - means["own_places"] if answer == "network" else np.nan,
+                "frames": len(series), "positions": len(own) // len(series)}
+            if len(series) >= MIN_FRAMES:
+                found = mean_interval(series.to_numpy(), level=level)
+                row |= {"low": found.low, "high": found.high}
+            rows.append(row)
+    return pd.DataFrame(rows)

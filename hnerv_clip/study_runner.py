@@ -1,0 +1,254 @@
+"""Trains and measures the study's runs on any number of GPUs, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hnerv_clip.config import Config
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs import RunDir, RunError, write_json
+
+
+@dataclass
+class _Worker:
+    """A process that works through runs, and the run that it is at."""
+
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+    name: str = ""
+    started: float = 0.0
+
+
+def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
+              cache_dir: str | Path = "output/cache", workers: int = 0,
+              minutes: float = float("inf"), with_verify: bool = True,
+              say: Callable[[str], Any] = print) -> dict[str, str]:
+    """Train and measure the runs that are not finished, each worker one at a time.
+
+    Killed at any moment, the next call goes on from the last checkpoints. A run that fails is
+    reported and the others go on; another process that trains a run is left alone.
+
+    Args:
+        configs: as from `study_configs`.
+        folder: where the runs' folders go, by name; errors go to NAME.error.txt.
+        base: says at which positions all runs are measured.
+        workers: processes, spread over the GPUs; 0 for one on each GPU, or one on the CPU.
+        minutes: after so many, workers are stopped; before, no run is begun that would not end in
+            time, judged by those that did.
+        with_verify: put each run to `verify_runs.verify_run`, too.
+    Returns:
+        {name: finished, failed, stopped, busy or waiting}.
+    """
+    folder, deadline = resolve_path(folder), time.monotonic() + 60 * minutes
+    folder.mkdir(parents=True, exist_ok=True)
+    states = {name: "finished" if _is_done(folder / name, config, with_verify) else "waiting"
+              for name, config in configs.items()}
+    queue = [name for name, state in states.items() if state == "waiting"]
+    if minutes <= 0 or not queue:
+        return states
+    prepare_study([configs[name] for name in queue], base=base, cache_dir=cache_dir, say=say)
+    gpus = _visible_gpus()
+    count = min(workers or max(1, len(gpus)), len(queue))
+    options = {"folder": folder, "cache_dir": cache_dir, "grid": base.params()["patch_grid"],
+               "verify": with_verify,
+               "runs_per_device": -(-count // max(1, len(gpus))),
+               "threads": max(1, (os.cpu_count() or 1) // count)}
+    crew: list[_Worker | None] = [None] * count
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop the workers
+    durations: list[float] = []
+    try:
+        while True:
+            for place in range(count):
+                name = _next_run(queue, states, folder, deadline, durations)
+                if name and (crew[place] is None or not crew[place].name):
+                    crew[place] = crew[place] or _start_worker(gpus, place, options)
+                    crew[place].connection.send((name, configs[name].params()))
+                    crew[place].name, crew[place].started = name, time.monotonic()
+                    states[name] = "stopped"  # until it ends
+                elif name:
+                    queue.insert(0, name)
+            busy = {worker.connection: place for place, worker in enumerate(crew)
+                    if worker and worker.name}
+            if not busy:
+                break
+            left = deadline - time.monotonic()
+            ready = wait(list(busy), timeout=min(max(left, 0), 3600))
+            if not ready and left <= 0:
+                say(f"{minutes:g} minutes are over; the runs under way go on next time")
+                break
+            for connection in ready:
+                place = busy[connection]
+                worker = crew[place]
+                error = _outcome(worker)
+                seconds = time.monotonic() - worker.started
+                if error:  # its device may be in a bad state: go on with a new process
+                    states[worker.name] = "failed"
+                    (folder / f"{worker.name}.error.txt").write_text(error)
+                    say(f"{worker.name} failed after {seconds:.0f} s: "
+                        f"{error.strip().splitlines()[-1]}")
+                    worker.process.join()
+                    crew[place] = None
+                else:
+                    states[worker.name] = "finished"
+                    (folder / f"{worker.name}.error.txt").unlink(missing_ok=True)
+                    durations.append(seconds)
+                    say(f"{worker.name} finished after {seconds:.0f} s "
+                        f"({list(states.values()).count('finished')} of {len(states)})")
+                worker.name = ""
+    finally:
+        for worker in filter(None, crew):
+            worker.connection.close()  # an idle one ends by itself
+            if worker.name:
+                worker.process.terminate()
+        for worker in filter(None, crew):
+            worker.process.join(timeout=30)
+            worker.process.kill()
+        signal.signal(signal.SIGTERM, before)
+    return states
+
+
+def _is_done(run_dir: Path, config: Config, with_verify: bool) -> bool:
+    wanted = ["study.json"] + ["measures.csv"] * config.model.predict_clip
+    wanted += ["verification.json"] * (config.model.predict_clip and with_verify)
+    return RunDir(run_dir).finished and all((run_dir / name).exists() for name in wanted)
+
+
+def _next_run(queue: list[str], states: dict[str, str], folder: Path, deadline: float,
+              durations: list[float]) -> str | None:
+    """Take the next run that nobody trains, if there is time for it."""
+    needed = statistics.median(durations) if durations else 0
+    while queue and time.monotonic() + needed < deadline:
+        name = queue.pop(0)
+        if not (folder / name).exists():
+            return name
+        try:
+            with RunDir(folder / name).lock():
+                return name
+        except RunError:
+            states[name] = "busy"
+    return None
+
+
+def _visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, or every GPU."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.cuda.is_available():
+        return []
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _start_worker(gpus: list[str], place: int, options: dict[str, Any]) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    own, other = context.Pipe()
+    process = context.Process(target=_work, args=(other, options), name=f"study-{place}")
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        if gpus:  # the worker sees its own alone
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+        process.start()
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif gpus:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+    other.close()
+    return _Worker(process, own)
+
+
+def _outcome(worker: _Worker) -> str:
+    """What a worker reported of its run: an error's text, or nothing."""
+    try:
+        return worker.connection.recv()
+    except EOFError:
+        worker.process.join()
+        return f"the process ended with exit code {worker.process.exitcode}"
+
+
+def _work(connection: Connection, options: dict[str, Any]) -> None:
+    """A worker's life: runs until the pipe closes, or one fails."""
+    import torch
+
+    torch.set_num_threads(options["threads"])
+    while True:
+        try:
+            name, params = connection.recv()
+        except EOFError:
+            return
+        try:
+            _make_run(name, Config.from_params(**params), options)
+        except Exception:
+            connection.send(traceback.format_exc())
+            return
+        connection.send("")
+
+
+def _make_run(name: str, config: Config, options: dict[str, Any]) -> None:
+    """Train one run to its end, and write what was found beside it."""
+    from hnerv_clip.evaluate import load_run
+    from hnerv_clip.study_table import measure_run
+    from hnerv_clip.train import train
+    from hnerv_clip.verify_runs import verify_run, write_verification
+
+    run_dir = options["folder"] / name
+    train(config, run_dir, cache_dir=options["cache_dir"], progress=False)
+    video, _, variant = name[:name.rindex("_s")].split("_", 2)
+    write_json(run_dir / "study.json", {"name": name, "video": video, "variant": variant,
+                                        "runs_per_device": options["runs_per_device"]})
+    if config.model.predict_clip:
+        run = load_run(run_dir, cache_dir=options["cache_dir"], device=config.train.device)
+        run.run_dir.write_table("measures.csv", measure_run(
+            run, grid=options["grid"], cache_dir=options["cache_dir"]))
+        if options["verify"]:
+            write_verification(run, verify_run(run))
+
+
+def prepare_study(configs: Iterable[Config], *, base: Config, cache_dir: str | Path,
+                  say: Callable[[str], Any] = print) -> None:
+    """Check every run, and run the teacher where its embeddings are not cached: at the patches of
+    each run, and wherever `measure_run` asks.
+
+    Raises:
+        ConfigError: see `check_run` and `prepare_dataset`.
+    """
+    from hnerv_clip.dataset import prepare_dataset
+    from hnerv_clip.positions import place_grids
+    from hnerv_clip.teachers import teacher_embeddings
+    from hnerv_clip.train import check_run
+
+    wanted: dict[tuple, tuple[Config, bool]] = {}
+    for config in configs:
+        check_run(config)
+        own, shared = config.params()["patch_grid"], base.params()["patch_grid"]
+        for grid in dict.fromkeys((shared, own)):
+            needed = config.replace(patch_grid=grid, predict_clip=True)
+            wanted.setdefault((needed.video, needed.teacher), (needed, grid == shared))
+    for config, measured in wanted.values():
+        started, device = time.monotonic(), config.train.device
+        dataset = prepare_dataset(config, cache_dir, device=device, progress=False)
+        grids = {grid for grid, _ in place_grids(dataset.grid).values()} if measured else ()
+        for grid in grids:
+            teacher_embeddings(dataset.video, grid, config.teacher, cache_dir=cache_dir,
+                               device=device, progress=False)
+        say(f"{dataset.video.name}, {sum(map(len, (dataset.grid, *grids)))} patches a frame, "
+            f"{dataset.teacher_label}: {time.monotonic() - started:.0f} s")
+
+
+def count_states(states: dict[str, str]) -> str:
+    """How many runs are in which state, in a line."""
+    counts = pd.Series(states).value_counts()
+    return ", ".join(f"{count} {state}" for state, count in counts.items())

@@ -103,9 +103,10 @@ def _parser() -> argparse.ArgumentParser:
                                                                 "scaling.json")
     scale.add_argument("--gpus", type=int, default=0, help="0 for all; on a CPU, ranks (0 for 2)")
     scale.add_argument("--parts", nargs="+", default=[], metavar="PART",
-                       help="any of speed correctness checkpoint kill sweep (all)")
+                       help="any of speed correctness checkpoint kill sweep run (all)")
     scale.add_argument("--correctness_epochs", type=int, default=4)
     scale.add_argument("--sweep_epochs", type=int, default=0, help="0 for a third of epochs")
+    scale.add_argument("--run_epochs", type=int, default=300, help="of the whole run")
     for sub in (train, prepare, bench, study, scale):
         sub.add_argument("--cache_dir", default="output/cache")
         sub.set_defaults(takes_settings=True)
@@ -137,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
                       "first collect book/results/fidelity.json from these finished runs")
     made.add_argument("--quick", metavar="FOLDER", help=
                       "first collect book/results/quick.json from a quick study's folder")
+    made.add_argument("--scaling", metavar="FOLDER", help=
+                      "first collect book/results/scaling.json from a folder of hnerv-clip scale")
     add("settings", _settings, "print every setting, its default and its meaning")
     return parser
 
@@ -249,12 +252,13 @@ def _study(args: argparse.Namespace) -> None:
 
 
 def _scale(args: argparse.Namespace) -> None:
-    from hnerv_clip.scaling import SETTINGS, measure_scaling, scaling_markdown
+    from hnerv_clip.scaling import SETTINGS, measure_scaling
+    from hnerv_clip.scaling_pages import scaling_markdown
 
     measured = measure_scaling(
         Config.from_params(**{**SETTINGS, **args.settings}), args.outf, gpus=args.gpus,
         parts=args.parts, correctness_epochs=args.correctness_epochs,
-        sweep_epochs=args.sweep_epochs, cache_dir=args.cache_dir)
+        sweep_epochs=args.sweep_epochs, run_epochs=args.run_epochs, cache_dir=args.cache_dir)
     print(scaling_markdown(measured))
 
 
@@ -310,6 +314,10 @@ def _pages(args: argparse.Namespace) -> None:
         pages.collect_fidelity(root / "book" / "results", args.fidelity)
     if args.quick:
         pages.collect_quick(root / "book" / "results", resolve_path(args.quick))
+    if args.scaling:
+        from hnerv_clip.scaling_pages import collect_scaling
+
+        collect_scaling(root / "book" / "results", resolve_path(args.scaling))
     pages.refresh(root)
 
 

@@ -98,11 +98,14 @@ def _results(book: Path, name: str) -> dict[str, Any]:
 
 def write_from_results(book: Path) -> None:
     """Write what pages include of the settings and of the measurements in `book/results`."""
+    from hnerv_clip.scaling_pages import write_scaling
+
     folder = book / "_generated"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.md").write_text(settings_markdown())
     _write_fidelity(folder, book / "results")
     _write_speed(folder, book / "results")
+    write_scaling(folder, book / "results")
     study_pages.write_study_pages(folder, book / "results")
 
 
@@ -194,15 +197,13 @@ def _write_fidelity(folder: Path, results: Path) -> None:
 
 def _write_speed(folder: Path, results: Path) -> None:
     """The figures and the tables of `how_fast.md`, from the measurements in `book/results`."""
-    from hnerv_clip.figures.scaling import plot_scaling
     from hnerv_clip.figures.speed import plot_growth, plot_profile
     from hnerv_clip.figures.style import use_style
 
     use_style()
     for name, text in speed.speed_pages(results).items():
         (folder / f"{name}.md").write_text(text)
-    figures = {name: plot_scaling(measured) for name, measured in speed.load_ranks(results).items()
-               if measured["parts"].get("speed", {}).get("complete")}
+    figures = {}
     growth = {bench["device"]: rows for bench, rows in
               speed.part_rows(speed.load_benches(results), "scaling")}
     if growth:
@@ -292,7 +293,7 @@ def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
     return HEADLINE.format(
         name=dataset.video.name, height=height, width=width, count=len(source),
         credit=f" {dataset.video.credit}." if dataset.video.credit else "",
-        stored=loaded.model.part_sizes()["stored"] / 1e6, table=_headline_table(table),
+        stored=loaded.model.part_sizes()["stored"] / 1e6, table=result_table(table),
         teacher=dataset.teacher_label if loaded.config.model.predict_clip else "pixels alone",
         size=run.summary()["size_bytes"], rate=run.summary()["rate_bpp"],
         epochs=loaded.config.train.epochs, seed=facts["seed"], device=facts["device"],
@@ -313,7 +314,8 @@ def _side_by_side(source, shown):
 FRAMES = {"train": "training", "held_out": "held out"}
 
 
-def _headline_table(table: pd.DataFrame) -> str:
+def result_table(table: pd.DataFrame) -> str:
+    """The means of `summarise` as a Markdown table: pictures, their file, and the CLIP head."""
     from hnerv_clip.evaluate import SOURCE_WORDS
 
     values = table[table.frames != "all"].set_index(["frames", "source", "variant"])

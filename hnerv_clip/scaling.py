@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import torch
 
@@ -26,7 +27,6 @@ from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import (
     RunDir,
     code_version,
-    commit_words,
     device_name,
     package_versions,
     write_json,
@@ -34,12 +34,13 @@ from hnerv_clip.runs import (
 from hnerv_clip.train import LATEST
 
 # What `hnerv-clip scale` trains unless told: the paper's network and the bundled teacher, which is
-# not CLIP, for so many epochs that all parts fit six minutes of two GPUs.
+# not CLIP, for so many epochs that all parts fit seven minutes of two GPUs.
 SETTINGS = {"precision": "bf16", "teacher": "efficientnet-lite0", "clip_dim": 1280, "epochs": 40,
             "pixel_loss_warmup_epochs": 10, "eval_freq": 4}
 LAMBDAS = (0.5, 0.1, 0.2, 1.0, 0.0)  # the sweep's; then again with the next seed
 WARM_UP_EPOCHS = 2  # not timed: compilation, first use of the algorithms
 KILL_CHECKPOINT_S = 1.0
+RUN = "run"  # the folder of the whole training
 
 
 class ScalingError(RuntimeError):
@@ -48,7 +49,8 @@ class ScalingError(RuntimeError):
 
 def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
                     parts: Sequence[str] = (), correctness_epochs: int = 4, sweep_epochs: int = 0,
-                    cache_dir: str | Path = "output/cache") -> dict[str, Any]:
+                    run_epochs: int = 300, cache_dir: str | Path = "output/cache"
+                    ) -> dict[str, Any]:
     """Measure and write `outf`/scaling.json.
 
     Args:
@@ -60,8 +62,10 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
             checkpoint: the cost of checkpoints in the runs of `speed`.
             kill: a rank killed halfway, and the run resumed.
             sweep: as many independent one-rank runs as GPUs, at once and in sequence.
+            run: one whole training on all ranks, in `outf`/run.
         correctness_epochs: of the fp32 comparison.
         sweep_epochs: of each run of the sweep; a third of the others' unless told.
+        run_epochs: of the whole training; the CLIP loss joins after a sixth of them.
     Returns:
         What scaling.json holds: gpus, settings, and each part with its figures, the code's version
         and the machine.
@@ -84,11 +88,10 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
         raise ConfigError(f"epochs={config.train.epochs} must be at least {WARM_UP_EPOCHS + 2}: "
                           f"the first {WARM_UP_EPOCHS} are not timed")
     study = _Study(config, resolve_path(outf), gpus, on_gpu=visible > 0, cache_dir=cache_dir,
-                   correctness_epochs=correctness_epochs,
+                   correctness_epochs=correctness_epochs, run_epochs=run_epochs,
                    sweep_epochs=sweep_epochs or max(1, config.train.epochs // 3))
     study.open()
     dataset = prepare_dataset(config, cache_dir, device=config.train.device)
-    study.frames = len(dataset.split.train)
     study.measured["teacher"] = dataset.teacher_label if config.model.predict_clip else None
     for name in parts or PARTS:
         if study.measured["parts"].get(name, {}).get("complete"):
@@ -111,7 +114,7 @@ class _Study:
     cache_dir: str | Path
     correctness_epochs: int
     sweep_epochs: int
-    frames: int = 0  # training frames of an epoch
+    run_epochs: int
     started: float = 0.0  # of the part
 
     @property
@@ -182,7 +185,7 @@ def _measure_speed(study: _Study) -> None:
         for name, lr, config in speed_runs(study.config, ranks, largest=ranks == study.gpus):
             row = {"run": name, "ranks": ranks, "learning_rate": lr}
             try:
-                row |= run_figures(study.train(name, config, ranks), frames=study.frames)
+                row |= run_figures(study.train(name, config, ranks))
             except ScalingError as error:
                 if lr == "kept":
                     raise
@@ -292,9 +295,16 @@ def _measure_checkpoint(study: _Study) -> None:
     study.save("checkpoint", {"checkpoint_s": default_s, "runs": rows}, complete=True)
 
 
+def _measure_run(study: _Study) -> None:
+    config = whole_run(study.config, study.run_epochs)
+    figures = run_figures(study.train(RUN, config, study.gpus))
+    study.save("run", {"ranks": study.gpus, **figures}, complete=True)
+
+
 PARTS: dict[str, Callable[[_Study], None]] = {
     "speed": _measure_speed, "correctness": _measure_correctness,
-    "checkpoint": _measure_checkpoint, "kill": _measure_kill, "sweep": _measure_sweep}
+    "checkpoint": _measure_checkpoint, "kill": _measure_kill, "sweep": _measure_sweep,
+    "run": _measure_run}
 
 
 # What is run, and what is read off a run
@@ -334,11 +344,15 @@ def sweep_configs(config: Config, count: int, *, epochs: int) -> dict[str, Confi
     return runs
 
 
-def run_figures(run_dir: Path, *, frames: int) -> dict[str, Any]:
+def whole_run(config: Config, epochs: int) -> Config:
+    """A training of so many epochs, its phases and evaluations as in the paper's 300."""
+    return config.replace(epochs=epochs, pixel_loss_warmup_epochs=round(epochs / 6),
+                          eval_freq=max(1, epochs // 10))
+
+
+def run_figures(run_dir: Path) -> dict[str, Any]:
     """Speed and quality of a finished run.
 
-    Args:
-        frames: training frames of an epoch.
     Returns:
         frames_per_s: median over epochs, without the first `WARM_UP_EPOCHS`, evaluation,
         checkpoints and compilation, with its 10th and 90th percentile; wall_s: from submission to
@@ -347,6 +361,8 @@ def run_figures(run_dir: Path, *, frames: int) -> dict[str, Any]:
     """
     run = RunDir(run_dir)
     config, summary, metrics = run.config().train, run.summary(), run.metrics()
+    evaluation = pd.read_csv(run.path / "evaluation.csv")
+    frames = evaluation.frame[evaluation.split == "train"].nunique()
     rates = frames / np.diff(metrics.train_time_s)[WARM_UP_EPOCHS - 1:]
     low, median, high = (float(value) for value in np.percentile(rates, [10, 50, 90]))
     measured = metrics[metrics.eval_psnr_train.notna()]
@@ -398,89 +414,3 @@ def weight_difference(one: Path, other: Path) -> dict[str, Any]:
     return {"identical": all(torch.equal(a, b) for a, b in pairs),
             "largest": max(float((a - b).abs().max()) for a, b in pairs),
             "relative": float((gap / sum(a.square().sum() for a, _ in pairs)).sqrt())}
-
-
-# For the page «How fast»
-
-def scaling_markdown(measured: dict[str, Any]) -> str:
-    """What scaling.json holds, as tables with a sentence each, for the parts that are complete."""
-    parts = {name: part for name, part in measured["parts"].items() if part["complete"]}
-    texts = [_TEXTS[name](parts[name]) for name in PARTS if name in parts]
-    missing = [name for name in PARTS if name not in parts]
-    if missing:
-        texts.append(f"Not measured here: {', '.join(missing)}.")
-    settings = measured["settings"]
-    teacher = f"teacher {measured['teacher']}" if measured["teacher"] else "pixels only"
-    texts.append(
-        f"{settings['data_path']}, {settings['epochs']} epochs, batch {settings['batch_size']} a "
-        f"rank, precision {settings['precision']}, {teacher}; over {measured['backend']}; "
-        + "; ".join(dict.fromkeys(_machine(part, measured) for part in parts.values())) + ".")
-    return "\n\n".join(texts) + "\n"
-
-
-def _machine(part: dict[str, Any], measured: dict[str, Any]) -> str:
-    count = f"{measured['gpus']} × " if measured["backend"] == "nccl" else ""
-    return (f"{count}{part['device']}, PyTorch {part['versions']['torch']}, commit "
-            f"{commit_words(part)}")
-
-
-def _speed_text(part: dict[str, Any]) -> str:
-    rows = ["| ranks | engine | learning rate | epochs | frames/s (10–90 %) | efficiency | "
-            "PSNR (dB) | time to one rank's quality (s) | whole run (s) |", "|---" * 9 + "|"]
-    for run in part["runs"]:
-        reached = run["time_to_quality_s"]
-        rows.append(
-            f"| {run['ranks']} | {run['engine']} | {run['learning_rate']} | {run['epochs']} | "
-            f"{run['frames_per_s']:.0f} ({run['frames_per_s_p10']:.0f}–"
-            f"{run['frames_per_s_p90']:.0f}) | {run['efficiency']:.0%} | {run['psnr_db']:.2f} | "
-            f"{'not reached' if reached is None else f'{reached:.1f}'} | "
-            f"{'resumed' if run['wall_s'] is None else format(run['wall_s'], '.0f')} |")
-    return "\n".join(rows) + (
-        "\n\nFrames/s: median over epochs, without evaluation, checkpoints and compilation. Time "
-        f"to {part['quality_db']:.2f} dB on training frames likewise. Whole run: from submission "
-        "to the last file, with everything. One run each." + "".join(
-            f" On {run['ranks']} ranks with the learning rate {run['learning_rate']}, training "
-            f"failed: {run['why']}." for run in part["failed"]))
-
-
-def _correctness_text(part: dict[str, Any]) -> str:
-    rows = ["| precision, engine | global batch | epochs | one rank against all: largest weight "
-            "difference (relative) | one rank twice | PSNR one, all (dB) |", "|---" * 6 + "|"]
-    for case in part["cases"]:
-        apart, again = (f"{case[key]['largest']:.1e} ({case[key]['relative']:.1e})"
-                        for key in ("ranks_differ", "repeat_differs"))
-        rows.append(f"| {case['precision']}, {case['engine']} | {case['global_batch']} | "
-                    f"{case['epochs']} | {apart} | {again} | {case['psnr_one_db']:.2f}, "
-                    f"{case['psnr_ranks_db']:.2f} |")
-    return "\n".join(rows)
-
-
-def _sweep_text(part: dict[str, Any]) -> str:
-    return (f"A sweep of {part['runs']} runs over {part['epochs']} epochs, one rank each, took "
-            f"{part['at_once_s']:.0f} s at once and {part['in_sequence_s']:.0f} s in sequence: "
-            f"{part['speed_up']:.2f} times faster, for {part['at_once_rank_s']:.0f} seconds "
-            f"times ranks held against {part['in_sequence_rank_s']:.0f}.")
-
-
-def _kill_text(part: dict[str, Any]) -> str:
-    differs = part["differs"]
-    same = "bit for bit the same weights as" if differs["identical"] else (
-        f"weights that differ by at most {differs['largest']:.1e} (relative "
-        f"{differs['relative']:.1e}) from those of")
-    return (f"A rank of {part['ranks']} killed in epoch {part['killed_epoch'] + 1}: the job was "
-            f"down after {part['down_s']:.1f} s («{part['message']}»), its processes gone after "
-            f"{part['all_processes_gone_s']:.1f} s. Launched again, it went on from epoch "
-            f"{part['resumed_epoch'] + 1} and reached {part['psnr_resumed_db']:.2f} dB, with "
-            f"{same} an uninterrupted run ({part['psnr_uninterrupted_db']:.2f} dB).")
-
-
-def _checkpoint_text(part: dict[str, Any]) -> str:
-    costs = " and ".join(f"{run['mean_s'] * 1000:.0f} ms on {run['ranks']} rank"
-                         f"{'s' if run['ranks'] > 1 else ''} ({run['share']:.2%} of training)"
-                         for run in part["runs"])
-    return (f"A checkpoint ({part['runs'][0]['size_bytes'] / 1e6:.0f} MB), one every "
-            f"{part['checkpoint_s']:.0f} s by default, takes {costs}.")
-
-
-_TEXTS = {"speed": _speed_text, "correctness": _correctness_text, "checkpoint": _checkpoint_text,
-          "kill": _kill_text, "sweep": _sweep_text}

@@ -41,7 +41,6 @@ def speed_pages(results: Path) -> dict[str, str]:
         "speed_ceilings": ceilings_markdown(benches),
         "speed_profile": profile_markdown(load_optional(results / "profile_h100.json")),
         "speed_growth": growth_markdown(benches),
-        "speed_ranks": ranks_markdown(load_ranks(results)),
         "speed_tried": tried_markdown(load_optional(results / "tried.json")),
     }
 
@@ -179,26 +178,6 @@ def profile_markdown(profile: dict[str, Any] | None) -> str:
     return "\n\n".join([_figure("speed_profile", "Where a step's time went and goes"),
                         _table(["part", "before (ms)", "after (ms)"], lines),
                         f"{profile['device']}."]) + "\n"
-
-
-def load_ranks(results: Path) -> dict[str, dict[str, Any]]:
-    """Files of `hnerv-clip scale`, by name."""
-    return {path.stem: json.loads(path.read_text())
-            for path in sorted(results.glob("scaling*.json"))}
-
-
-def ranks_markdown(measured: dict[str, dict[str, Any]]) -> str:
-    """What several ranks give, a figure and tables for each file of `hnerv-clip scale`."""
-    from hnerv_clip.scaling import scaling_markdown
-
-    if not measured:
-        return "*Not measured yet: several GPUs. On your own machine: `hnerv-clip scale`.*\n"
-    blocks = []
-    for name, results in measured.items():
-        if results["parts"].get("speed", {}).get("complete"):
-            blocks.append(_figure(name, "Speed and quality over ranks"))
-        blocks.append(scaling_markdown(results).strip())
-    return "\n\n".join(blocks) + "\n"
 
 
 def growth_markdown(benches: list[Bench]) -> str:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import SMALL
 from test_launch import CONFIG
@@ -10,16 +11,19 @@ from test_launch import CONFIG
 from hnerv_clip import cli
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.figures.scaling import plot_scaling
+from hnerv_clip.runs import RunDir, RunError, write_json
 from hnerv_clip.scaling import (
     SETTINGS,
     ScalingError,
     measure_scaling,
     rank_counts,
-    scaling_markdown,
+    run_figures,
     speed_runs,
     sweep_configs,
     time_to_reach,
+    whole_run,
 )
+from hnerv_clip.scaling_pages import collect_scaling, scaling_markdown, write_scaling
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def scale(outf, cache_dir, *parts):
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     assert cli.main(["scale", "--outf", str(outf), "--cache_dir", str(cache_dir), "--gpus", "2",
                      "--parts", *parts, "--sweep_epochs", "2", "--correctness_epochs", "2",
-                     *words]) == 0
+                     "--run_epochs", "12", *words]) == 0
     return json.loads((outf / "scaling.json").read_text())
 
 
@@ -77,17 +81,69 @@ def test_correctness_and_sweep(outf, cache_dir):
     assert "A sweep of 2 runs" in text and "one rank twice" in text
 
 
+def test_a_whole_run_becomes_a_page(outf, cache_dir, tmp_path):
+    """Measured on a CPU's ranks, and then drawn as if the ranks were GPUs."""
+    measured = scale(outf, cache_dir, "run")
+    run = RunDir(outf / "run")
+    assert (run.config().train.epochs, run.config().train.pixel_loss_warmup_epochs) == (12, 2)
+    assert measured["parts"]["run"]["psnr_db"] == run.summary()["eval_psnr_train"]
+    with pytest.raises(RunError, match="measure first"):
+        collect_scaling(tmp_path, tmp_path)
+    collect_scaling(tmp_path, outf)
+    assert [path.name for path in tmp_path.iterdir()] == ["scaling_cpu.json"]
+
+    write_json(outf / "scaling.json", {**measured, "backend": "nccl"})
+    write_json(run.path / "summary.json", {**run.summary(), "peak_memory_bytes": 2**30})
+    collect_scaling(tmp_path, outf)
+    write_json(outf / "scaling.json", measured)
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    write_scaling(pages, tmp_path)
+    text = (pages / "scaling_run.md").read_text()
+    assert "2 GPUs, not 8" in text and "(bundled teacher, not CLIP)" in text
+    assert f"{run.summary()['eval_psnr_train']:.2f}" in text and "1.00 GiB" in text
+    assert "On one GPU these settings were not trained." in text
+    assert f"took {run_figures(run.path)['wall_s']:.0f} s" in text
+    assert "12 epochs of 2 steps" in text  # 5 of 6 frames train, 4 a step
+    assert (pages / "scaling_run_training.svg").exists()
+    ranks = (pages / "speed_ranks.md").read_text()
+    assert "### 2 × " in ranks and "### 2 ranks on a processor" in ranks
+    assert ranks.index("### 2 × ") < ranks.index("### 2 ranks")
+
+
+def test_one_gpu_stands_beside_the_whole_run_where_it_was_trained(tmp_path):
+    from hnerv_clip.scaling_pages import _one_gpu_text
+
+    config = whole_run(Config.from_params(), 300)
+    row = {"video": "bunny", "variant": "base", "kind": "hybrid", "seed": 0, "epochs": 300,
+           "clip_loss_weight": 0.5, "pixel_loss_warmup_epochs": 50, "psnr_train_db": 33.0,
+           "psnr_held_out_db": 30.0, "device": "A", "commit": "c" * 40, "dirty": False}
+    other = {**row, "clip_loss_weight": 0.1, "psnr_train_db": 35.0}
+    pd.DataFrame([other, row]).to_csv(tmp_path / "study_trade_off.csv")
+    summary = {"eval_psnr_train": 32.5, "eval_psnr_val_interpolated": 30.25}
+    text = _one_gpu_text(config, summary, tmp_path)
+    assert "33.00 dB on training frames" in text
+    assert "0.50 dB lower on training frames and 0.25 dB higher on held-out ones" in text
+    assert "not trained" in _one_gpu_text(config.replace(seed=1), summary, tmp_path)
+
+
+def test_nothing_measured_is_said(tmp_path):
+    write_scaling(tmp_path, tmp_path / "nowhere")
+    for name in ("speed_ranks", "scaling_run"):
+        assert "Not measured yet" in (tmp_path / f"{name}.md").read_text()
+
+
 def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypatch):
     def train(study, name, config, ranks):
         if config.train.lr > 1e-2:
             raise ScalingError("run ranks4_scaled failed: the loss became NaN\nlog")
         return name
 
-    def figures(run_dir, *, frames):
+    def figures(run_dir):
         speed = {"ranks1": 10.0, "ranks2": 18.0, "ranks4": 30.0}[run_dir.split("_")[0]]
         return {"frames_per_s": speed, "curve": [[1, 1.0, 20.0]], "engine": "plain", "epochs": 4,
                 "frames_per_s_p10": speed, "frames_per_s_p90": speed, "psnr_db": 20.0,
-                "wall_s": None}
+                "wall_s": None, "batch_size": 2, "train_time_s": 1.0}
 
     monkeypatch.setattr("hnerv_clip.scaling._Study.train", train)
     monkeypatch.setattr("hnerv_clip.scaling.run_figures", figures)
@@ -98,7 +154,8 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypa
     assert [run["efficiency"] for run in measured["parts"]["speed"]["runs"]] == [1, 0.9, 0.9, 0.75]
     text = scaling_markdown(measured)
     assert "On 4 ranks with the learning rate ×4, training failed: run ranks4_scaled" in text
-    assert "| resumed |" in text
+    assert "1.0, resumed |" in text
+    assert "On 4 ranks a step takes 1.333 times as long" in text  # 30 frames/s for 40
 
 
 def test_which_runs_there_are():

@@ -100,7 +100,7 @@ def test_pages_stand_with_files_and_without(tmp_path):
     ]}))
     pages = speed.speed_pages(tmp_path)
     assert pages.keys() == bare.keys()
-    assert [name for name, text in pages.items() if "yet" in text] == ["speed_ranks"]
+    assert not [name for name, text in pages.items() if "yet" in text]
     assert "| **sum** | **4.25** | **1.75** |" in pages["speed_profile"]
     assert "| fusing | 0.60 | no | slow |" in pages["speed_tried"]  # nothing was measured
     assert "`seed0` | 300 | 0 | on | **58** | 3.0 | 9.0 | 40.0 | 4.0 | 0.5 | 1.7 | 35.50 | 3.00 |" \

@@ -31,7 +31,7 @@ def plot_scaling(measured: dict[str, Any]) -> Figure:
         capsize=3, label="measured")
     for run in kept[1:]:
         speed.annotate(f"{run['efficiency']:.0%}", (run["ranks"], run["frames_per_s"]),
-                       xytext=(-4, -14), textcoords="offset points", ha="right", fontsize=9)
+                       xytext=(0, -30), textcoords="offset points", ha="center", fontsize=9)
     speed.set(xlabel="ranks", ylabel="training frames/s", xticks=ranks, ylim=(0, None))
     speed.legend()
     for run, color in zip(runs, CYCLE):

@@ -167,10 +167,10 @@ def summarise_positions(scores: pd.DataFrame, *, level: float = 0.95) -> pd.Data
     """Means of `position_scores`, with intervals over frames as in `verify.compare`.
 
     Returns:
-        source, split, where, answer, clip_similarity, clip_centred, low and high (of clip_centred;
-        empty with fewer than 8 frames), over_own_places (clip_centred of the network minus that
-        of its own interpolated answers: above 0, asking the head there is worth it), frames,
-        positions.
+        source, split, where, answer, clip_similarity, clip_centred, low and high (of clip_centred,
+        within −1…1; empty with fewer than 8 frames), over_own_places (clip_centred of the network
+        minus that of its own interpolated answers: above 0, asking the head there is worth it),
+        frames, positions.
     """
     rows = []
     keys = ["source", "split", "where"]
@@ -186,6 +186,6 @@ def summarise_positions(scores: pd.DataFrame, *, level: float = 0.95) -> pd.Data
                 "frames": len(series), "positions": len(own) // len(series)}
             if len(series) >= MIN_FRAMES:
                 found = mean_interval(series.to_numpy(), level=level)
-                row |= {"low": found.low, "high": found.high}
+                row |= {"low": max(found.low, -1), "high": min(found.high, 1)}
             rows.append(row)
     return pd.DataFrame(rows)

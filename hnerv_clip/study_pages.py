@@ -5,6 +5,7 @@ Every sentence is chosen by the numbers, so that it stays true whatever the next
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,23 +20,27 @@ from hnerv_clip.study_table import read_study
 from hnerv_clip.verify import LIMITS
 
 KINDS = {"hybrid": "hybrid", "xyt": "place and time", "pe": "time alone"}
-VARIANTS = {
-    "pool_0.7": "mean over the whole patch", "pool_0.35": "mean over half the patch's side",
-    "stage_all": "all decoder stages", "stage_1": "decoder stage 1", "stage_3": "decoder stage 3",
-    "centred": "centred cosine loss", "contrastive": "contrastive loss",
-    "jitter": "positions jittered by a tenth of the height",
-    "dense": "21 patches a frame instead of 8",
-    "combined": "all stages, whole patch, centred loss",
-    "levels_40": "40 levels of frequencies", "levels_24": "24 levels of frequencies",
-    "levels_20": "20 levels of frequencies", "levels_12": "12 levels of frequencies",
-}
 PARTS = {"train": "training frames", "held_out": "held-out frames"}
-PLACES = (*(f"between_{part}" for part in PARTS), *PARTS)  # how a measure's column can end
+# How a measure's column can end
+PLACES = (*(f"{place}_{part}" for place in ("between", "anywhere") for part in PARTS), *PARTS)
 MISSING = """```{{admonition}} Not published yet
 {why}. `hnerv-clip study --csv book/results/study.csv` trains and gathers them, and
 `hnerv-clip pages` puts their figures here.
 ```
 """
+
+
+def change_words(kind: str, variant: str) -> str:
+    """What a remedy or an encoding changes, from its settings."""
+    words = {
+        "patch_grid": lambda v: f"{math.prod(map(int, v.split('_')))} patches a frame",
+        "clip_pool": lambda v: f"mean over {v:g} of the height",
+        "clip_stage": lambda v: "all decoder stages" if v == "all" else f"decoder stage {v}",
+        "clip_loss_type": lambda v: f"{v} loss",
+        "clip_jitter": lambda v: "positions moved by half their distance",
+        "embed": lambda v: f"{v.rpartition('_')[2]} levels of frequencies"}
+    changes = REMEDIES.get(variant) or ENCODINGS[kind][variant]
+    return ", ".join(words[name](value) for name, value in changes.items())
 
 
 def write_study_pages(folder: Path, results: Path) -> None:
@@ -175,13 +180,15 @@ def learning_page(table: pd.DataFrame) -> tuple[str, Figure | None]:
         centred, skill = (estimate(part, f"{name}_held_out") for name in ("clip_centred", "skill"))
         over = {name: estimate(part, f"over_{name}_held_out")
                 for name in ("neighbour", "interpolated")}
-        between = estimate(part, "skill_between_held_out")
-        places.append((f"{video}, {KINDS[kind]}", between))
+        elsewhere = {place: estimate(part, f"skill_{place}_held_out")
+                     for place in ("between", "anywhere")}
+        places.append((f"{video}, {KINDS[kind]}", elsewhere["between"]))
         first = part.iloc[0]
         lines.append([
             video, KINDS[kind], str(len(part)), estimate(part, "psnr_train_db").text(2),
             estimate(part, "psnr_held_out_db").text(2), estimate(part, "clip_centred_train").text(),
-            centred.text(), skill.text(), between.text(), over["neighbour"].text(sign=True),
+            centred.text(), skill.text(), *(e.text() for e in elsewhere.values()),
+            over["neighbour"].text(sign=True),
             over["interpolated"].text(sign=True),
             f"{part.r1_held_out.mean():.1%} ({first.r1_chance_held_out:.1%})"])
         rows.append({"video": video, "kind": kind, "seeds": centred.values, "mean": centred.mean,
@@ -193,7 +200,7 @@ def learning_page(table: pd.DataFrame) -> tuple[str, Figure | None]:
     said += [*_place_words(places), *_encoding_words(table)]
     header = ["video", "given", "seeds", "PSNR, training frames (dB)", "held out (dB)",
               "centred cosine, training frames", "held out", "skill, held out",
-              "skill between the positions", "over the nearest training frame",
+              "skill between the positions", "skill anywhere", "over the nearest training frame",
               "over interpolation", "R@1 (chance)"]
     text = "\n\n".join([*said, _figure("learn", "Centred cosine on held-out frames"),
                         _markdown(header, lines), made_with(main)])
@@ -219,9 +226,10 @@ def _learning_words(video: str, kind: str, skill: Estimate, over: dict[str, Esti
     sides: dict[str, list[str]] = {}
     for name, margin in over.items():
         sides.setdefault(margin.side, []).append(named[name])
-    parts = [f"{words} {' and '.join(sides[side])}" for side, words in [
-        ("above", "ahead of"), ("below", "behind"), ("open", "not told apart from")]
-        if side in sides]
+    parts = [f"{words} {(' and ' if side == 'above' else ' or ').join(sides[side])}"
+             for side, words in [
+                 ("above", "ahead of"), ("below", "behind"), ("open", "not told apart from")]
+             if side in sides]
     return (f"**{video}, from {KINDS[kind]}**: held-out skill {skill.text()} "
             f"({_seeds_words(seeds)}; 0 is the constant mean embedding, 1 the teacher). {knows}; "
             f"by centred cosine it is {', and '.join(parts)}.")
@@ -236,7 +244,8 @@ def _place_words(places: list[tuple[str, Estimate]]) -> list[str]:
              "open": "not told apart from a constant"}
     return ["**Half-way between the supervised positions**, skill on held-out frames is "
             + "; ".join(f"{skill.text()} for {name}, {words[skill.side]}" for name, skill in known)
-            + ". The head was only ever asked at the positions themselves."]
+            + ". The head was only ever asked at the positions themselves; [what supervises more "
+            "of the frame](remedies.md) was tried."]
 
 
 def _encoding_words(table: pd.DataFrame) -> list[str]:
@@ -250,8 +259,8 @@ def _encoding_words(table: pd.DataFrame) -> list[str]:
                 if gain.n:
                     picture = paired(table, "psnr_held_out_db", **where)
                     said.append(
-                        f"With {VARIANTS[variant]} for {KINDS[kind]} on {video}, held-out frames "
-                        f"change by {picture.text(2, sign=True)} dB and by "
+                        f"With {change_words(kind, variant)} for {KINDS[kind]} on {video}, "
+                        f"held-out frames change by {picture.text(2, sign=True)} dB and by "
                         f"{gain.text(sign=True)} in centred cosine ({_seeds_words(gain.n)}).")
     return said
 
@@ -376,49 +385,79 @@ def _setting(row) -> str:
 
 
 def remedies_page(table: pd.DataFrame) -> tuple[str, Figure | None]:
-    """What helped on held-out frames and between the supervised positions? Text and figure."""
+    """What helped on held-out frames and away from the supervised positions? Text and figure."""
     from hnerv_clip.figures.study import plot_differences
 
-    columns = {"skill_held_out": "skill, held out", "skill_between_held_out": "skill, between",
-               "psnr_held_out_db": "PSNR, held out (dB)"}
-    lines, rows, used, winners = [], [], [], []
+    columns = {"skill_held_out": "skill, supervised positions",
+               "skill_between_held_out": "half-way between", "skill_anywhere_held_out": "anywhere",
+               "psnr_held_out_db": "PSNR, held out (dB)", "psnr_train_db": "training frames (dB)"}
+    lines, rows, used, winners, said = [], [], [], [], []
     for (video, kind), part in _groups(table):
-        for variant in [*REMEDIES, *ENCODINGS.get(kind, {})]:
+        base = part[part.variant == "base"]
+        shown = [v for v in [*REMEDIES, *ENCODINGS.get(kind, {})]
+                 if paired(table, "skill_held_out", video=video, kind=kind, variant=v).n]
+        if not shown:
+            continue
+        said += _interpolation_words(f"{video}, {KINDS[kind]}", base)
+        used.append(base)
+        lines.append([video, KINDS[kind], "the base", str(len(base)),
+                      *(estimate(base, c).text(_digits(c)) for c in columns),
+                      *[""] * len(columns), f"{base.clip_head_values.iloc[0] / 1e6:.3f}"])
+        for variant in shown:
             gains = {c: paired(table, c, video=video, kind=kind, variant=variant) for c in columns}
-            own = part[part.variant == variant]
-            if not gains["skill_held_out"].n:
-                continue
+            own, name = part[part.variant == variant], change_words(kind, variant)
             used.append(own)
-            lines.append([video, KINDS[kind], VARIANTS[variant], str(gains["skill_held_out"].n),
-                          *(estimate(own, c).text(2 if "psnr" in c else 3) for c in columns),
-                          *(gains[c].text(2 if "psnr" in c else 3, sign=True) for c in columns),
+            lines.append([video, KINDS[kind], name, str(gains["skill_held_out"].n),
+                          *(estimate(own, c).text(_digits(c)) for c in columns),
+                          *(gains[c].text(_digits(c), sign=True) for c in columns),
                           f"{own.clip_head_values.iloc[0] / 1e6:.3f}"])
-            rows.append({"name": f"{video}, {KINDS[kind]}: {VARIANTS[variant]}", "color": kind} | {
+            rows.append({"name": f"{video}, {KINDS[kind]}: {name}", "color": kind} | {
                 key: value for c, g in gains.items() for key, value in
                 {c: g.values, f"{c}_low": g.low, f"{c}_high": g.high}.items()})
-            winners.append((f"{VARIANTS[variant]} ({video}, {KINDS[kind]})", gains))
+            winners.append((f"{name} ({video}, {KINDS[kind]})", gains))
     if not rows:
         return MISSING.format(why="No remedy is in the study's table beside its base run"), None
-    used = pd.concat([table[table.variant == "base"], *used])
-    header = ["video", "given", "change", "pairs", *columns.values(),
-              *(f"change in {name}" for name in columns.values()), "head (millions of values)"]
-    text = "\n\n".join([*_remedy_words(winners), _figure("remedies", "Change by each remedy"),
+    used = pd.concat(used)
+    header = ["video", "given", "change", "seeds", *columns.values(),
+              *(f"change: {name}" for name in columns.values()), "head (millions of values)"]
+    text = "\n\n".join([*_remedy_words(winners), *said,
+                        _figure("remedies", "Change by each remedy"),
                         _markdown(header, lines), made_with(used)])
     figure = plot_differences(pd.DataFrame(rows), teacher_label=_label(used), panels={
-        "skill_held_out": "skill, held out", "skill_between_held_out": "between the positions"},
-        words="Each remedy's runs less the base's.")
+        "skill_held_out": "skill, supervised", "skill_anywhere_held_out": "skill, anywhere",
+        "psnr_held_out_db": "PSNR (dB)"},
+        words="Held-out frames: each remedy's runs less the base's.")
     return text, figure
+
+
+def _digits(column: str) -> int:
+    return 2 if column.startswith("psnr") else 3
+
+
+def _interpolation_words(name: str, base: pd.DataFrame) -> list[str]:
+    """What a position's neighbours say, of the base's runs: by the network, by the teacher."""
+    own, teacher, head = (estimate(base, f"skill{answer}_anywhere_held_out")
+                          for answer in ("_own_places", "_teacher_places", ""))
+    if not own.n:
+        return []
+    return [f"**Without asking the head** ({name}): the base's own answers at the supervised "
+            f"positions, interpolated, have a skill of {own.text()} anywhere, where its head asked "
+            f"there has {head.text()}; the teacher's embeddings at those positions, interpolated, "
+            f"have {teacher.mean:.3f}. A remedy has to beat the first to be worth its price."]
 
 
 def _remedy_words(found: list[tuple[str, dict[str, Estimate]]]) -> list[str]:
     said = []
     for column, place in [("skill_held_out", "at the supervised positions"),
-                          ("skill_between_held_out", "between the supervised positions")]:
-        gains = sorted(((name, g[column]) for name, g in found), key=lambda pair: -pair[1].mean)
+                          ("skill_anywhere_held_out", "anywhere in the frame")]:
+        gains = sorted(((name, g[column]) for name, g in found if g[column].n),
+                       key=lambda pair: -pair[1].mean)
         groups = {
             "It helped, by an interval over seeds": [p for p in gains if p[1].side == "above"],
             "It was ahead, without proof": [p for p in gains
                                             if p[1].side == "open" and p[1].mean > 0],
+            "It was behind, without proof": [p for p in gains
+                                             if p[1].side == "open" and p[1].mean <= 0],
             "It harmed, by an interval over seeds": [p for p in gains if p[1].side == "below"]}
         said.append(f"**Held-out skill {place}**, less the base's:")
         said.append("\n".join(

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them, by number or identifier."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in named.split(",")][:count] if named else [
+        str(number) for number in range(count)]
 
 
 def synchronise(device: torch.device) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from hnerv_clip.config import Config
+from hnerv_clip.devices import visible_gpus
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, RunError, write_json
 
@@ -60,7 +61,7 @@ def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
     if minutes <= 0 or not queue:
         return states
     prepare_study([configs[name] for name in queue], base=base, cache_dir=cache_dir, say=say)
-    gpus = _visible_gpus()
+    gpus = visible_gpus()
     count = min(workers or max(1, len(gpus)), len(queue))
     options = {"folder": folder, "cache_dir": cache_dir, "grid": base.params()["patch_grid"],
                "verify": with_verify,
@@ -140,16 +141,6 @@ def _next_run(queue: list[str], states: dict[str, str], folder: Path, deadline: 
         except RunError:
             states[name] = "busy"
     return None
-
-
-def _visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES names, or every GPU."""
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not torch.cuda.is_available():
-        return []
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def _start_worker(gpus: list[str], place: int, options: dict[str, Any]) -> _Worker:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from hnerv_clip.config import Config
+from hnerv_clip.devices import visible_gpus
 from hnerv_clip.launch import JobFailed, LaunchError, follow, launch
 from hnerv_clip.runs import RunDir, RunError, write_json
 
@@ -209,3 +210,31 @@ def test_another_configuration_in_the_folder_is_refused_before_any_run_starts(tm
     with pytest.raises(RunError, match="another configuration"):
         launch({"a": CONFIG, "b": CONFIG.replace(lr=0.5)}, tmp_path, run=make_run())
     assert not (tmp_path / "a/calls.txt").exists()
+
+
+@pytest.mark.parametrize("named, gpus", [
+    (None, ["0", "1", "2"]), ("5, 3,1", ["5", "3", "1"]),
+    ("GPU-8f2a,MIG-77", ["GPU-8f2a", "MIG-77"]), ("4,5,6,7", ["4", "5", "6"])])
+def test_which_gpus_this_process_may_use(monkeypatch, named, gpus):
+    """PyTorch counts those that it finds, here three; a scheduler may name them by identifier."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == gpus
+
+
+def test_local_jobs_share_out_the_gpus_by_their_names(tmp_path, monkeypatch):
+    """Two jobs at once on three GPUs that are pretended, each with its own."""
+    monkeypatch.setattr("hnerv_clip.launch.local.visible_gpus", lambda: ["GPU-a", "GPU-b", "GPU-c"])
+
+    def run(config, run_dir, **rest):
+        make_run(seconds=1)(config, run_dir, **rest)
+        (Path(run_dir) / "gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+
+    configs = {f"seed{s}": CONFIG.replace(seed=s) for s in range(2)}
+    follow(launch(configs, tmp_path, cluster="local", slurm_array_parallelism=2, run=run),
+           poll_s=0.2)
+    assert [(tmp_path / name / "gpu").read_text() for name in configs] == ["GPU-a", "GPU-b"]
+    with pytest.raises(LaunchError, match="gpus_per_node=4, but this machine shows 3"):
+        launch(CONFIG, tmp_path / "four", cluster="local", gpus_per_node=4, run=run)

@@ -17,6 +17,7 @@ from unittest import mock
 import submitit
 import submitit.helpers
 
+from hnerv_clip.devices import visible_gpus
 from hnerv_clip.launch.errors import LaunchError
 from hnerv_clip.runs import SILENT_S, is_alive, silent_s
 
@@ -31,7 +32,7 @@ class LocalQueue:
 
     def __init__(self, jobs: Sequence[Job], folder: Path, gpus_per_job: int, parallelism: int):
         on_cpu = all(job.config.train.device == "cpu" for job in jobs)
-        gpus = [] if on_cpu else _visible_gpus()
+        gpus = [] if on_cpu else visible_gpus()
         if 0 < len(gpus) < gpus_per_job:
             raise LaunchError(f"gpus_per_node={gpus_per_job}, but this machine shows {len(gpus)}; "
                               f"use gpus_per_node={len(gpus)}")
@@ -57,10 +58,11 @@ class LocalQueue:
                 self._start(job, self.slots[slot])
                 self.running[slot] = job
 
-    def _start(self, job: Job, gpus: list[int]) -> None:
+    def _start(self, job: Job, gpus: list[str]) -> None:
         executor = submitit.LocalExecutor(self.folder / "%j", max_num_timeout=sys.maxsize)
         executor.update_parameters(timeout_min=NO_LIMIT_MIN, tasks_per_node=self.tasks,
-                                   gpus_per_node=len(gpus), visible_gpus=gpus)
+                                   gpus_per_node=len(gpus))
+        executor.parameters["visible_gpus"] = gpus  # the checked way refuses identifiers
         (job.run_dir / "outcome.json").unlink(missing_ok=True)
         # Its own session: Jupyter's interrupt and shutdown signal the kernel's whole group
         detached = types.SimpleNamespace(
@@ -73,16 +75,6 @@ class LocalQueue:
         job.write_record("local", token=job.task.token, job_id=started.job_id,
                          pid=int(started.job_id), folder=str(executor.folder))
         threading.Thread(target=started._process.wait, daemon=True).start()  # leave no zombie
-
-
-def _visible_gpus() -> list[int]:
-    import torch
-
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    if shown and all(part.strip().isdigit() for part in shown.split(",")):
-        return [int(part) for part in shown.split(",")][:count]
-    return list(range(count))
 
 
 def state(run_dir: Path, record: dict[str, Any]) -> tuple[str, str]:

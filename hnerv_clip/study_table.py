@@ -223,10 +223,16 @@ def read_study(path: str | Path) -> pd.DataFrame:
     """What `write_study` wrote.
 
     Raises:
-        StudyError: there is no such file.
+        StudyError: there is no such file, or a run in it lacks what every run has.
     """
     try:
         table = pd.read_csv(resolve_path(path), dtype={"embed": str, "patch_grid": str})
     except FileNotFoundError:
         raise StudyError(f"{path} does not exist; write it with hnerv-clip study --csv") from None
+    for column, rows in {"psnr_train_db": table,
+                         "clip_centred_train": table[table.variant != "pixels_only"]}.items():
+        broken = rows[rows[column].isna()] if column in table else rows
+        if len(broken):
+            raise StudyError(f"{path}: {broken.run.iloc[0]} has no {column}; write the table again "
+                             "with hnerv-clip study --csv, or leave that run out")
     return table.fillna({"embed": "", "patch_grid": ""})

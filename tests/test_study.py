@@ -157,6 +157,11 @@ def test_the_table_is_what_the_runs_gave(done, cache_dir, tmp_path):
                                   table, check_dtype=False, rtol=1e-4)
     with pytest.raises(StudyError, match="--csv"):
         study_table.read_study(tmp_path / "nothing.csv")
+    broken = pd.read_csv(tmp_path / "study.csv")
+    broken.loc[1, "clip_centred_train"] = np.nan
+    broken.to_csv(tmp_path / "broken.csv")
+    with pytest.raises(StudyError, match="xyt_stage_all_s1 has no clip_centred_train"):
+        study_table.read_study(tmp_path / "broken.csv")
 
 
 def test_a_pack_holds_all_but_the_checkpoints(done, tmp_path):

@@ -210,6 +210,15 @@ def test_figures_name_the_teacher_and_the_source():
     figures.plot_similarity_over_time(only_train.scores, "A")
 
 
+def test_a_table_with_nan_is_not_drawn():
+    from hnerv_clip.figures import verification as figures
+    broken = study(slow_video(), slow_video()).scores.copy()
+    broken.loc[3, "clip_centred"] = np.nan
+    for plot in (figures.plot_conditions, figures.plot_similarity_over_time):
+        with pytest.raises(ValueError, match="clip_centred is NaN, first in the row .*'frame': 0"):
+            plot(broken, "A (not CLIP)")
+
+
 def test_other_baselines_join_the_study():
     teacher, predicted = slow_video(), slow_video(seed=3)
     held_out = np.flatnonzero(HELD_OUT)

@@ -343,6 +343,12 @@ def plot_simulations(shifts: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
 
 
 def _splits(table):
+    """The splits that a table has; ValueError where a value to draw is missing."""
+    for column in {"clip_similarity", "clip_centred", "difference"}.intersection(table):
+        if table[column].isna().any():
+            row = table[table[column].isna()].iloc[0].to_dict()
+            raise ValueError(f"{column} is NaN, first in the row {row}: look for empty or NaN "
+                             "embeddings")
     return [name for name in SPLIT_NAMES if name in set(table.split)]
 
 

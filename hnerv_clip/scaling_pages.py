@@ -108,8 +108,9 @@ def scaling_markdown(measured: dict[str, Any]) -> str:
     settings = measured["settings"]
     teacher = f"teacher {measured['teacher']}" if measured["teacher"] else "pixels only"
     size = (settings["resize_list"] or settings["crop_list"]).replace("_", "×") or "whole frames"
+    first = f", its first {settings['frame_limit']} frames" if settings["frame_limit"] else ""
     texts.append(
-        f"{settings['data_path']} at {size}, {settings['modelsize']:g} million stored values, "
+        f"{settings['data_path']} at {size}{first}, {settings['modelsize']:g} million stored values, "
         f"{settings['epochs']} epochs, batch {settings['batch_size']} a rank, precision "
         f"{settings['precision']}, {teacher}; over {measured['backend']}; "
         + "; ".join(dict.fromkeys(_machine(part, measured) for part in parts.values())) + ".")
@@ -181,7 +182,7 @@ def _correctness_text(part: dict[str, Any]) -> str:
         weights, again = ("equal bits" if case[key]["identical"] else
                           f"{case[key]['largest']:.1e} ({case[key]['relative']:.1e})"
                           for key in ("ranks_differ", "repeat_differs"))
-        losses = ", ".join(f"{abs(b / a - 1):.1e}" for a, b in [
+        losses = ", ".join("equal" if a == b else f"{abs(b / a - 1):.1e}" for a, b in [
             (case["loss_one"][i], case["loss_ranks"][i]) for i in (0, -1)])
         rows.append(f"| {case['precision']}, {case['engine']} | {case['global_batch']} | "
                     f"{case['epochs']} | {weights} | {losses} | {case['psnr_one_db']:.2f}, "

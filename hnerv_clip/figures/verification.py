@@ -64,6 +64,7 @@ def plot_similarity_over_time(scores: pd.DataFrame, teacher_label: str, source: 
         teacher_label, source: for the caption, as in `plot_conditions`.
         shown: the conditions to draw.
     """
+    _check_values(scores)
     figure, axes = new_figure(2, 1, height=4.6, sharex=True)
     held_out = np.sort(scores.frame[scores.split == "held_out"].unique())
     for panel, (measure, label) in zip(axes, MEASURES.items()):
@@ -343,13 +344,17 @@ def plot_simulations(shifts: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
 
 
 def _splits(table):
-    """The splits that a table has; ValueError where a value to draw is missing."""
+    _check_values(table)
+    return [name for name in SPLIT_NAMES if name in set(table.split)]
+
+
+def _check_values(table):
+    """Raise ValueError where a value to draw is missing."""
     for column in {"clip_similarity", "clip_centred", "difference"}.intersection(table):
         if table[column].isna().any():
             row = table[table[column].isna()].iloc[0].to_dict()
             raise ValueError(f"{column} is NaN, first in the row {row}: look for empty or NaN "
                              "embeddings")
-    return [name for name in SPLIT_NAMES if name in set(table.split)]
 
 
 def _side(split, splits):

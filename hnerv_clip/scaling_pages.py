@@ -110,8 +110,8 @@ def scaling_markdown(measured: dict[str, Any]) -> str:
     size = (settings["resize_list"] or settings["crop_list"]).replace("_", "×") or "whole frames"
     first = f", its first {settings['frame_limit']} frames" if settings["frame_limit"] else ""
     texts.append(
-        f"{settings['data_path']} at {size}{first}, {settings['modelsize']:g} million stored values, "
-        f"{settings['epochs']} epochs, batch {settings['batch_size']} a rank, precision "
+        f"{settings['data_path']} at {size}{first}, {settings['modelsize']:g} million stored "
+        f"values, {settings['epochs']} epochs, batch {settings['batch_size']} a rank, precision "
         f"{settings['precision']}, {teacher}; over {measured['backend']}; "
         + "; ".join(dict.fromkeys(_machine(part, measured) for part in parts.values())) + ".")
     return "\n\n".join(texts) + "\n"
@@ -255,7 +255,7 @@ def run_markdown(run: RunDir, results: Path) -> str:
         f"file holds {summary['size_bytes']:,} bytes, {summary['rate_bpp']:.4f} bits per pixel, "
         f"{train.quant_model_bit} bits a weight and {train.quant_embed_bit} a value of the "
         f"embeddings before entropy coding.*",
-        _one_gpu_text(config, summary, results),
+        _one_gpu_text(config, summary, results, ranks=ranks),
         _figure("scaling_run_training", "Losses, PSNR and similarity over epochs"),
         _figure("scaling_run_frames", "PSNR and similarity of every frame"),
         f"{config.video.data_path}, `data_split={config.params()['data_split']}`, {train.epochs} "
@@ -266,9 +266,9 @@ def run_markdown(run: RunDir, results: Path) -> str:
         f"{_wall_words(figures)} {clocks['train_time']:.1f} s of it are training steps "
         f"({figures['frames_per_s']:.0f} frames/s, median over epochs), "
         f"{clocks['compile']:.1f} s compilation, {clocks['eval_time']:.1f} s evaluation and "
-        f"{clocks['checkpoint_time']:.1f} s {summary['checkpoints']} checkpoints; the rest goes "
-        "into the start of the processes, the loading of the video, and the stored file, which is "
-        "written, decoded and measured. Peak memory of a rank, evaluation included: "
+        f"{clocks['checkpoint_time']:.1f} s for {summary['checkpoints']} checkpoints; the rest "
+        "goes into the start of the processes, the loading of the video, and the stored file, "
+        "which is written, decoded and measured. Peak memory of a rank, evaluation included: "
         f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB. {ranks} × {facts['device']}, PyTorch "
         f"{facts['versions']['torch']}, CUDA {facts['cuda']}, {facts['started'][:10]}, commit "
         f"{commit_words(facts)}."]
@@ -285,7 +285,7 @@ def _figure(name: str, alt: str) -> str:
     return f"```{{figure}} _generated/{name}.svg\n:alt: {alt}\n```"
 
 
-def _one_gpu_text(config: Config, summary: dict[str, Any], results: Path) -> str:
+def _one_gpu_text(config: Config, summary: dict[str, Any], results: Path, *, ranks: int) -> str:
     """The same settings on one GPU, from the study of trade-offs, where it has that run."""
     path = results / "study_trade_off.csv"
     params = config.params()
@@ -300,10 +300,10 @@ def _one_gpu_text(config: Config, summary: dict[str, Any], results: Path) -> str
     gaps = [(summary["eval_psnr_train"] - alone.psnr_train_db, "training frames"),
             (summary["eval_psnr_val_interpolated"] - alone.psnr_held_out_db,
              "held-out ones from interpolated embeddings")]
-    return ("One GPU with these settings, whose steps take the mean over fewer frames and are more "
-            f"by as much ({alone.device}, commit {commit_words(alone)}): "
-            f"{alone.psnr_train_db:.2f} dB on training frames and {alone.psnr_held_out_db:.2f} on "
-            "held-out ones. Here it is " + " and ".join(
+    return (f"One GPU with these settings takes {ranks} times as many steps, each over 1/{ranks} "
+            f"of the frames. It reached {alone.psnr_train_db:.2f} dB on training frames and "
+            f"{alone.psnr_held_out_db:.2f} on held-out ones ({alone.device}, commit "
+            f"{commit_words(alone)}). Here it is " + " and ".join(
                 f"{_apart(gap)} on {frames}" for gap, frames in gaps) + ": the learning rate was "
-            "kept, as the command has it, and [a learning rate that grows with the ranks](how_fast"
-            ".md) was not tried over so many epochs.")
+            "kept, as the command has it; [one that grows with the ranks](how_fast.md) was not "
+            "tried over so many epochs.")

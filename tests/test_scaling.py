@@ -121,10 +121,10 @@ def test_one_gpu_stands_beside_the_whole_run_where_it_was_trained(tmp_path):
     other = {**row, "clip_loss_weight": 0.1, "psnr_train_db": 35.0}
     pd.DataFrame([other, row]).to_csv(tmp_path / "study_trade_off.csv")
     summary = {"eval_psnr_train": 32.5, "eval_psnr_val_interpolated": 30.25}
-    text = _one_gpu_text(config, summary, tmp_path)
+    text = _one_gpu_text(config, summary, tmp_path, ranks=2)
     assert "33.00 dB on training frames" in text
     assert "0.50 dB lower on training frames and 0.25 dB higher on held-out ones" in text
-    assert "not trained" in _one_gpu_text(config.replace(seed=1), summary, tmp_path)
+    assert "not trained" in _one_gpu_text(config.replace(seed=1), summary, tmp_path, ranks=2)
 
 
 def test_nothing_measured_is_said(tmp_path):

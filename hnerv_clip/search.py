@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from hnerv_clip.measures import check_embeddings, check_pair, rank_correlation, unit
+from hnerv_clip.patches import PatchGrid
 
 
 def parse_queries(queries) -> list[str]:
@@ -257,6 +258,34 @@ def compare_rankings(queries, vectors, predicted, teacher, top_k: int = 20) -> p
                      "overlap": len(np.intersect1d(*heads)) / top_k, "chance": top_k / patches,
                      "top_k": top_k, "patches": patches})
     return pd.DataFrame(rows)
+
+
+def spread_scores(scores, grid: PatchGrid, *, stride: int = 8) -> np.ndarray:
+    """Scores of patches laid over the frame: bilinear between their centres, constant beyond.
+
+    For a network that was taught at the patches alone this is steadier than asking its head
+    everywhere, see `positions`.
+
+    Args:
+        scores: [T, P], as `score_patches` gives them.
+        stride: pixels between the positions of the map.
+    Returns:
+        [T, h, w] float32, at the positions of `HNeRV.clip_map`.
+    Raises:
+        ValueError: scores of another number of patches, or a stride below 1.
+    """
+    scores = np.asarray(scores, dtype=np.float32)
+    if scores.ndim != 2 or scores.shape[1] != len(grid):
+        raise ValueError(f"scores have shape {scores.shape}; give [T, {len(grid)}], one for each "
+                         "patch of the grid")
+    if stride < 1:
+        raise ValueError(f"stride={stride} must be at least 1 pixel")
+    rows, cols = (np.stack([np.interp(np.arange(stride // 2, length, stride) + 0.5,
+                                      np.array(starts) + side / 2, one)
+                            for one in np.eye(len(starts))]) for starts, side, length in
+                  zip((grid.tops, grid.lefts), grid.size, grid.frame))
+    return np.einsum("tkl,ky,lx->tyx", scores.reshape(-1, grid.rows, grid.cols), rows, cols,
+                     optimize=True).astype(np.float32)
 
 
 def heat_map(query, dense_map) -> np.ndarray:

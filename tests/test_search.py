@@ -5,6 +5,7 @@ import pytest
 import scipy.stats
 
 from hnerv_clip import measures, search
+from hnerv_clip.patches import PatchGrid
 
 
 def unit_vectors(shape, seed=0):
@@ -102,6 +103,18 @@ def test_bad_embeddings_and_maps_are_refused():
         search.heat_map(np.ones(16), np.full((16, 3, 4), np.nan))
 
 
+def test_scores_are_spread_by_hand():
+    grid = PatchGrid(frame=(8, 24), size=(8, 8), tops=(0,), lefts=(0, 16))  # centres at 4 and 20
+    found = search.spread_scores([[0.0, 1.0], [2.0, 2.0]], grid, stride=4)
+    assert found.shape == (2, 2, 6)  # columns at 2.5, 6.5 … 22.5
+    np.testing.assert_allclose(found[0], [[0, 2.5 / 16, 6.5 / 16, 10.5 / 16, 14.5 / 16, 1]] * 2)
+    np.testing.assert_allclose(found[1], 2)
+    with pytest.raises(ValueError, match="one for each patch"):
+        search.spread_scores([[0.0, 1.0, 2.0]], grid)
+    with pytest.raises(ValueError, match="at least 1 pixel"):
+        search.spread_scores([[0.0, 1.0]], grid, stride=0)
+
+
 def test_figures_name_query_and_teacher():
     from hnerv_clip.figures import search as figures
     frames = np.random.default_rng(0).integers(0, 255, (4, 3, 32, 64), dtype=np.uint8)
@@ -112,7 +125,7 @@ def test_figures_name_query_and_teacher():
     agreement = search.compare_rankings("hare", np.ones((1, 16)), embeddings, embeddings, 4)
     for figure in (
             figures.plot_ranked_patches(frames, boxes, ranking, ranking, "hare", "A (not CLIP)"),
-            figures.plot_heat_map(frames[0], heat, "hare", "A (not CLIP)"),
+            figures.plot_heat_map(frames[0], {"everywhere": heat}, "hare", "A (not CLIP)"),
             figures.plot_query_agreement(agreement, "A (not CLIP)")):
         assert any("A (not CLIP)" in text.get_text() for text in figure.texts)
 

@@ -77,23 +77,29 @@ def plot_query_agreement(agreement: pd.DataFrame, teacher_label: str) -> Figure:
                            f" patches as the teacher's own do. Teacher: {teacher_label}.")
 
 
-def plot_heat_map(frame: np.ndarray, heat: np.ndarray, query: str, teacher_label: str) -> Figure:
+def plot_heat_map(frame: np.ndarray, heats: dict[str, np.ndarray], query: str,
+                  teacher_label: str) -> Figure:
     """A frame, and where on it the predicted embeddings answer the query.
 
     Args:
         frame: uint8 [3, H, W].
-        heat: [h, w], as `search.heat_map` gives it.
+        heats: {title: [h, w]}, as `search.heat_map` and `search.spread_scores` give them; in one
+            scale.
         query: the text.
         teacher_label: the teacher in words, for the caption.
     """
     height, width = frame.shape[-2:]
-    figure, axes = new_figure(1, 2, height=0.42 * WIDTH * height / width + 0.45)
+    figure, axes = new_figure(1, 1 + len(heats),
+                              height=0.86 * WIDTH / (1 + len(heats)) * height / width + 0.75)
     picture = np.moveaxis(np.asarray(frame), 0, -1)
-    for panel in axes:
+    low, high = min(map(np.min, heats.values())), max(map(np.max, heats.values()))
+    for panel, title in zip(axes, [f"“{query}”", *heats]):
         picture_axes(panel).imshow(picture)
-    shade = axes[1].imshow(heat, extent=(0, width, height, 0), alpha=0.6, interpolation="bilinear")
+        panel.set_title(title, fontsize=9)
+        if title in heats:
+            shade = panel.imshow(heats[title], extent=(0, width, height, 0), alpha=0.6, vmin=low,
+                                 vmax=high, interpolation="bilinear")
     figure.colorbar(shade, ax=axes, label="cosine", shrink=0.8)
-    axes[1].set_title(f"“{query}”")
     return caption(figure, f"Where the frame answers “{query}” by predicted embedding. "
                            f"Teacher: {teacher_label}.")
 

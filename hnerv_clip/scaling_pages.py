@@ -124,25 +124,26 @@ def _machine(part: dict[str, Any], measured: dict[str, Any]) -> str:
 
 
 def _speed_text(part: dict[str, Any]) -> str:
-    rows = ["| ranks | learning rate | epochs | step (ms) | frames/s (10–90 %) | efficiency | "
-            "PSNR (dB) | time to one rank's quality (s) | training, whole run (s) |",
-            "|---" * 9 + "|"]
+    rows = ["| ranks | learning rate | frames/s | efficiency | PSNR (dB) | "
+            f"{part['quality_db']:.2f} dB after (s) | training (s) | whole run (s) |",
+            "|---" * 8 + "|"]
     for run in part["runs"]:
         reached = run["time_to_quality_s"]
-        whole = "resumed" if run["wall_s"] is None else f"{run['wall_s']:.0f}"
         rows.append(
-            f"| {run['ranks']} | {run['learning_rate']} | {run['epochs']} | {_step_ms(run):.2f} | "
-            f"{run['frames_per_s']:.0f} ({run['frames_per_s_p10']:.0f}–"
-            f"{run['frames_per_s_p90']:.0f}) | {run['efficiency']:.0%} | {run['psnr_db']:.2f} | "
-            f"{'not reached' if reached is None else f'{reached:.1f}'} | "
-            f"{run['train_time_s']:.1f}, {whole} |")
+            f"| {run['ranks']} | {run['learning_rate']} | "
+            f"{run['frames_per_s']:.0f} | {run['efficiency']:.0%} | {run['psnr_db']:.2f} | "
+            f"{'never' if reached is None else f'{reached:.1f}'} | {run['train_time_s']:.1f} | "
+            f"{'resumed' if run['wall_s'] is None else format(run['wall_s'], '.0f')} |")
     engines = ", ".join(dict.fromkeys(run["engine"] for run in part["runs"]))
+    spread = max(abs(run[f"frames_per_s_{end}"] / run["frames_per_s"] - 1)
+                 for run in part["runs"] for end in ("p10", "p90"))
     return "\n".join(rows) + (
-        f"\n\nBy the {engines} engine, one run each. Step and frames/s: median over epochs, "
-        "without evaluation, checkpoints and compilation; training and the time to "
-        f"{part['quality_db']:.2f} dB on training frames likewise. Whole run: from submission to "
-        "the last file, so with the start of the processes, the loading of the video, compilation, "
-        "evaluation and the stored file, of which more ranks share the evaluation alone."
+        f"\n\nBy the {engines} engine, one run each. Frames/s: median over epochs, of which the "
+        f"10th and the 90th percentile lie within {spread:.1%}. They, training and the time to "
+        "what one rank reaches on training frames leave out evaluation, checkpoints and "
+        "compilation. Whole run: from submission to the last file, so with the start of the "
+        "processes, the loading of the video, compilation, evaluation and the stored file, of "
+        "which more ranks share the evaluation alone."
         + _bound_text(part["runs"]) + _quality_text(part["runs"]) + "".join(
             f" On {run['ranks']} ranks with the learning rate {run['learning_rate']}, training "
             f"failed: {run['why']}." for run in part["failed"]))
@@ -167,7 +168,7 @@ def _quality_text(runs: list[dict[str, Any]]) -> str:
     words = [f"{_apart(run['psnr_db'] - alone)} with the learning rate {run['learning_rate']}"
              for run in runs if run["ranks"] == most]
     return (f" A step then takes the mean over {most} times as many frames, so that as many epochs "
-            f"have 1/{most} of the steps. Against one rank, quality ends {'; '.join(words)}.")
+            f"have 1/{most} of the steps, or {most} times the epochs as many steps. Against one rank, quality ends {'; '.join(words)}.")
 
 
 def _apart(gap_db: float) -> str:

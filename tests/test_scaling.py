@@ -154,7 +154,7 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypa
     assert [run["efficiency"] for run in measured["parts"]["speed"]["runs"]] == [1, 0.9, 0.9, 0.75]
     text = scaling_markdown(measured)
     assert "On 4 ranks with the learning rate ×4, training failed: run ranks4_scaled" in text
-    assert "1.0, resumed |" in text
+    assert "| 1.0 | resumed |" in text
     assert "On 4 ranks a step takes 1.333 times as long" in text  # 30 frames/s for 40
 
 

@@ -167,8 +167,9 @@ def _quality_text(runs: list[dict[str, Any]]) -> str:
     alone, most = runs[0]["psnr_db"], max(run["ranks"] for run in runs)
     words = [f"{_apart(run['psnr_db'] - alone)} with the learning rate {run['learning_rate']}"
              for run in runs if run["ranks"] == most]
-    return (f" A step then takes the mean over {most} times as many frames, so that as many epochs "
-            f"have 1/{most} of the steps, or {most} times the epochs as many steps. Against one rank, quality ends {'; '.join(words)}.")
+    return (f" Each step is over {most} times as many frames: as many epochs have 1/{most} of the "
+            f"steps, {most} times the epochs as many. Against one rank, quality ends "
+            f"{'; '.join(words)}.")
 
 
 def _apart(gap_db: float) -> str:

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
+from hnerv_clip.runs import commit_words
 from hnerv_clip.statistics import pool_intervals
 from hnerv_clip.study import ENCODINGS, REMEDIES
 from hnerv_clip.study_table import read_study
@@ -148,9 +149,9 @@ def made_with(table: pd.DataFrame) -> str:
     def whole(value: float) -> str:
         return f"{value:.0f}"
 
-    changes = {"True": " with uncommitted changes", "False": ""}
-    commits = sorted({commit[:12] + changes.get(str(dirty), ", not known whether changed")
-                      for commit, dirty in zip(table.commit, table.dirty)})
+    dirty = {"True": True, "False": False}
+    commits = sorted({commit_words({"commit": row.commit, "dirty": dirty.get(str(row.dirty))})
+                      for row in table.itertuples()})
     return (f"*{len(table)} runs of {listed('epochs', whole)} epochs, seeds "
             f"{listed('seed', whole)}; teacher: {_label(table)}; {listed('device')}; "
             f"commit {', '.join(commits)}. In brackets: 95 % intervals, over seeds and, for "
@@ -269,12 +270,13 @@ def cost_page(table: pd.DataFrame) -> tuple[str, Figure | None]:
     """Does the second task cost quality? Text and figure."""
     from hnerv_clip.figures.study import plot_differences
 
-    lines, rows, said = [], [], []
+    lines, rows, said, used = [], [], [], []
     for (video, kind), part in _groups(table[table.variant.isin(["base", "pixels_only"])]):
         where = {"video": video, "kind": kind, "variant": "base", "against": "pixels_only"}
         change = {p: paired(table, f"psnr_{p}_db", **where) for p in PARTS}
         if not change["train"].n:
             continue
+        used.append(part)
         base = part[part.variant == "base"]
         head = base.clip_head_values.iloc[0] / base.stored_values.iloc[0]
         lines.append([video, KINDS[kind], str(change["train"].n),
@@ -291,7 +293,7 @@ def cost_page(table: pd.DataFrame) -> tuple[str, Figure | None]:
     header = ["video", "given", "pairs", "pixels only, training frames (dB)", "both tasks",
               "pixels only, held out (dB)", "both tasks", "change, training frames (dB)",
               "change, held out (dB)", "stored values that are the head"]
-    used = table[table.variant.isin(["base", "pixels_only"])]
+    used = pd.concat(used)
     text = "\n\n".join([*said, _figure("cost", "Change of PSNR by the second task"),
                         _markdown(header, lines), made_with(used)])
     figure = plot_differences(pd.DataFrame(rows), teacher_label=_label(used), panels={
@@ -301,15 +303,17 @@ def cost_page(table: pd.DataFrame) -> tuple[str, Figure | None]:
 
 
 def _cost_words(video: str, kind: str, change: dict[str, Estimate]) -> str:
-    words = []
+    said, before = [], ""
     for part, found in change.items():
         if found.n:
-            verdict = {"above": "gains", "below": "costs"}.get(found.side)
-            size = found if verdict != "costs" else Estimate([-v for v in found.values])
-            words.append(f"{verdict} {size.text(2)} dB on {PARTS[part]}" if verdict else
-                         f"changes PSNR by {found.text(2, sign=True)} dB on {PARTS[part]}, "
-                         + ("of one seed" if found.n == 1 else "which may be chance"))
-    return (f"**{video}, {KINDS[kind]}**: the second task {' and '.join(words)} "
+            verb = {"above": "gains", "below": "costs"}.get(found.side, "changes PSNR by")
+            size = found if verb != "costs" else Estimate([-v for v in found.values])
+            doubt = "" if found.side != "open" else \
+                ", of one seed" if found.n == 1 else ", which may be chance"
+            said.append(("" if verb == before else f"{verb} ")
+                        + f"{size.text(2, sign=found.side == 'open')} dB on {PARTS[part]}{doubt}")
+            before = verb
+    return (f"**{video}, {KINDS[kind]}**: the second task {' and '.join(said)} "
             f"({_seeds_words(change['train'].n)}).")
 
 

@@ -1,6 +1,7 @@
 """Training: it learns, it resumes exactly, it stops where it must."""
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -301,6 +302,76 @@ def test_ranks_with_the_same_global_batches_give_the_same_weights(world, small_c
     keys = ["variant", "source", "frame", "split"]
     pd.testing.assert_frame_equal(shared[keys], single[keys])
     np.testing.assert_allclose(shared.psnr_db, single.psnr_db, atol=0.05)
+
+
+def _train_and_note(rank, world, port, params, run_dir, cache_dir):
+    """Writes the frames and the number of all-reduces of every step of a rank."""
+    step, reduce, notes, reduced = PlainEngine.step, torch.distributed.all_reduce, [], 0
+
+    def counted(*args, **kwargs):
+        nonlocal reduced
+        reduced += 1
+        return reduce(*args, **kwargs)
+
+    def noted(self, indices, **kwargs):
+        before = reduced
+        sums = step(self, indices, **kwargs)
+        notes.append((indices.tolist(), reduced - before))
+        return sums
+
+    torch.distributed.all_reduce, PlainEngine.step = counted, noted
+    _train_as_rank(rank, world, port, params, run_dir, cache_dir)
+    Path(f"{run_dir}.{rank}.json").write_text(json.dumps(notes))
+
+
+def test_ranks_share_every_frame_of_an_epoch_and_one_all_reduce_a_step(
+        small_config, cache_dir, small_dataset, tmp_path):
+    """10 training frames on 3 ranks of 2: two steps an epoch, the second of 2, 1 and 1 frames."""
+    torch.multiprocessing.spawn(_train_and_note, nprocs=3, args=(
+        3, _free_port(), small_config.replace(epochs=2).params(), str(tmp_path / "run"),
+        str(cache_dir)))
+    ranks = [json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in range(3)]
+    assert [[len(frames) for frames, _ in notes] for notes in ranks] == [
+        [2, 2, 2, 2], [2, 1, 2, 1], [2, 1, 2, 1]]
+    assert {reduced for notes in ranks for _, reduced in notes} == {1}
+    for epoch in (0, 1):
+        seen = [frame for notes in ranks for frames, _ in notes[2 * epoch:2 * epoch + 2]
+                for frame in frames]
+        assert sorted(seen) == small_dataset.split.train.tolist()
+
+
+def _train_once_all_are_there(barrier, answers, params, run_dir, cache_dir):
+    torch.set_num_threads(1)
+    fit = train_module._Loop.fit
+
+    def fit_slowly(self, **options):
+        time.sleep(3)  # the other has time to try
+        return fit(self, **options)
+
+    train_module._Loop.fit = fit_slowly
+    barrier.wait()
+    try:
+        train(Config.from_params(**params), run_dir, cache_dir=cache_dir, progress=False)
+        answers.put("finished")
+    except RunError as error:
+        answers.put(str(error))
+
+
+def test_of_two_processes_that_start_one_run_one_says_so_and_stops(
+        small_config, small_dataset, cache_dir, finished, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(2), context.Queue()
+    both = [context.Process(target=_train_once_all_are_there, args=(
+        barrier, answers, small_config.params(), str(tmp_path / "run"), str(cache_dir)))
+        for _ in range(2)]
+    for process in both:
+        process.start()
+    said = sorted(answers.get(timeout=120) for _ in both)
+    for process in both:
+        process.join()
+    assert "is being trained by another process (process" in said[0] and said[1] == "finished"
+    for name, value in weights(finished.run_dir).items():
+        assert torch.equal(weights(tmp_path / "run")[name], value), name
 
 
 def test_the_clock_counts_training_only(small_config, small_dataset, cache_dir, tmp_path,

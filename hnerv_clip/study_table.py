@@ -183,7 +183,7 @@ def _row(run: RunDir) -> dict[str, Any]:
 
 
 def pack_study(folder: str | Path, path: str | Path) -> int:
-    """Put all but the checkpoints of a study's runs into a .tar.xz; returns its size_bytes.
+    """Put a study's finished runs, without checkpoints, into a .tar.xz; returns its size_bytes.
 
     Unpacked into a folder, `study_table` reads it as it reads the runs.
 
@@ -191,7 +191,8 @@ def pack_study(folder: str | Path, path: str | Path) -> int:
         StudyError: nothing to pack, or more than 16 MiB.
     """
     folder, path = resolve_path(folder), resolve_path(path)
-    files = [file for pattern in PACKED for file in sorted(folder.glob(f"*/{pattern}"))]
+    files = [file for pattern in PACKED for file in sorted(folder.glob(f"*/{pattern}"))
+             if RunDir(file.parent).finished]  # one under way is nothing without its checkpoint
     files += sorted(folder.glob("*.error.txt"))
     if not files:
         raise StudyError(f"{folder} holds no runs to pack")

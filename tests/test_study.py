@@ -165,12 +165,14 @@ def test_the_table_is_what_the_runs_gave(done, cache_dir, tmp_path):
 
 
 def test_a_pack_holds_all_but_the_checkpoints(done, tmp_path):
-    folder, *_ = done
+    folder, configs, *_ = done
+    RunDir.create(folder / "bunny_pe_base_s0", configs["bunny_hybrid_base_s0"])  # only begun
     size_bytes = study_table.pack_study(folder, tmp_path / "study.tar.xz")
     assert size_bytes == (tmp_path / "study.tar.xz").stat().st_size < 200_000
     with tarfile.open(tmp_path / "study.tar.xz") as archive:
         archive.extractall(tmp_path / "there", filter="data")
         assert not any(name.endswith((".pth", ".hnerv")) for name in archive.getnames())
+        assert not any(name.startswith("bunny_pe") for name in archive.getnames())
     pd.testing.assert_frame_equal(study_table.study_table(tmp_path / "there"),
                                   study_table.study_table(folder))
     with pytest.raises(StudyError, match="first"):

@@ -48,21 +48,23 @@ def write_study_pages(folder: Path, results: Path) -> None:
     """Write `study_QUESTION.md`, and `.svg` where there is something to draw, into `folder`.
 
     Args:
-        results: the folder with `study.csv`, or with a table of its own for a page,
-            `study_QUESTION.csv`; without them the pages say that they are missing.
+        results: the folder with `study.csv`; without it the pages say that it is missing. Where it
+            has `study_QUESTION.csv`, of other runs, `study_QUESTION_others.md` is drawn from that.
     """
     from hnerv_clip.figures.style import use_style
 
     use_style()
     for name, make in PAGES.items():
-        own = results / f"study_{name}.csv"
-        path = own if own.exists() else results / "study.csv"
-        (folder / f"study_{name}.svg").unlink(missing_ok=True)
-        text, figure = make(read_study(path)) if path.exists() else (
-            MISSING.format(why="The study's runs are not there"), None)
-        if figure is not None:
-            figure.savefig(folder / f"study_{name}.svg", metadata={"Date": None})
-        (folder / f"study_{name}.md").write_text(text)
+        tables = {f"study_{name}": results / "study.csv"}
+        if (results / f"study_{name}.csv").exists():
+            tables[f"study_{name}_others"] = results / f"study_{name}.csv"
+        for page, path in tables.items():
+            (folder / f"{page}.svg").unlink(missing_ok=True)
+            text, figure = make(read_study(path)) if path.exists() else (
+                MISSING.format(why="The study's runs are not there"), None)
+            if figure is not None:
+                figure.savefig(folder / f"{page}.svg", metadata={"Date": None})
+            (folder / f"{page}.md").write_text(text.replace(f"/study_{name}.svg", f"/{page}.svg"))
 
 
 # Numbers with their intervals
@@ -415,7 +417,8 @@ def remedies_page(table: pd.DataFrame) -> tuple[str, Figure | None]:
                           *(estimate(own, c).text(_digits(c)) for c in columns),
                           *(gains[c].text(_digits(c), sign=True) for c in columns),
                           f"{own.clip_head_values.iloc[0] / 1e6:.3f}"])
-            rows.append({"name": f"{video}, {KINDS[kind]}: {name}", "color": kind} | {
+            where = f"{video}, {KINDS[kind]}" if table.video.nunique() > 1 else KINDS[kind]
+            rows.append({"name": f"{where}: {name}", "color": kind} | {
                 key: value for c, g in gains.items() for key, value in
                 {c: g.values, f"{c}_low": g.low, f"{c}_high": g.high}.items()})
             winners.append((f"{name} ({video}, {KINDS[kind]})", gains))

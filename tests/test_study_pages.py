@@ -166,9 +166,12 @@ def test_pages_are_written_from_the_table(table, tmp_path):
                    for name in study_pages.PAGES)
 
 
-def test_a_page_may_have_a_table_of_its_own(table, tmp_path):
+def test_a_page_may_show_other_runs_too(table, tmp_path):
     (tmp_path / "out").mkdir()
     table.to_csv(tmp_path / "study_trade_off.csv", index=False)
     study_pages.write_study_pages(tmp_path / "out", tmp_path)
-    assert "λ = 0.1" in (tmp_path / "out/study_trade_off.md").read_text()
-    assert "Not published yet" in (tmp_path / "out/study_learn.md").read_text()
+    others = (tmp_path / "out/study_trade_off_others.md").read_text()
+    assert "λ = 0.1" in others and "study_trade_off_others.svg" in others
+    assert (tmp_path / "out/study_trade_off_others.svg").exists()
+    for name in ("learn", "trade_off"):
+        assert "Not published yet" in (tmp_path / f"out/study_{name}.md").read_text()

@@ -87,24 +87,24 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
     if config.train.epochs < WARM_UP_EPOCHS + 2:
         raise ConfigError(f"epochs={config.train.epochs} must be at least {WARM_UP_EPOCHS + 2}: "
                           f"the first {WARM_UP_EPOCHS} are not timed")
-    study = _Study(config, resolve_path(outf), gpus, on_gpu=visible > 0, cache_dir=cache_dir,
+    scaling = _Scaling(config, resolve_path(outf), gpus, on_gpu=visible > 0, cache_dir=cache_dir,
                    correctness_epochs=correctness_epochs, run_epochs=run_epochs,
                    sweep_epochs=sweep_epochs or max(1, config.train.epochs // 3))
-    study.open()
+    scaling.open()
     dataset = prepare_dataset(config, cache_dir, device=config.train.device)
-    study.measured["teacher"] = dataset.teacher_label if config.model.predict_clip else None
+    scaling.measured["teacher"] = dataset.teacher_label if config.model.predict_clip else None
     for name in parts or PARTS:
-        if study.measured["parts"].get(name, {}).get("complete"):
-            print(f"{name}: measured already, see {study.path}")
+        if scaling.measured["parts"].get(name, {}).get("complete"):
+            print(f"{name}: measured already, see {scaling.path}")
             continue
         print(f"== {name}", flush=True)
-        study.started = time.monotonic()
-        PARTS[name](study)
-    return study.measured
+        scaling.started = time.monotonic()
+        PARTS[name](scaling)
+    return scaling.measured
 
 
 @dataclass
-class _Study:
+class _Scaling:
     """Where the measurement stands."""
 
     config: Config
@@ -179,13 +179,13 @@ class _Study:
 
 # The parts
 
-def _measure_speed(study: _Study) -> None:
+def _measure_speed(scaling: _Scaling) -> None:
     figures: dict[str, Any] = {"runs": [], "failed": []}
-    for ranks in rank_counts(study.gpus):
-        for name, lr, config in speed_runs(study.config, ranks, largest=ranks == study.gpus):
+    for ranks in rank_counts(scaling.gpus):
+        for name, lr, config in speed_runs(scaling.config, ranks, largest=ranks == scaling.gpus):
             row = {"run": name, "ranks": ranks, "learning_rate": lr}
             try:
-                row |= run_figures(study.train(name, config, ranks))
+                row |= run_figures(scaling.train(name, config, ranks))
             except ScalingError as error:
                 if lr == "kept":
                     raise
@@ -197,58 +197,59 @@ def _measure_speed(study: _Study) -> None:
             row["efficiency"] = row["frames_per_s"] / (ranks * alone["frames_per_s"])
             row["time_to_quality_s"] = time_to_reach(row["curve"], figures["quality_db"])
             figures["runs"].append(row)
-            study.save("speed", figures, complete=False)
-    study.save("speed", figures, complete=True)
+            scaling.save("speed", figures, complete=False)
+    scaling.save("speed", figures, complete=True)
 
 
-def _measure_correctness(study: _Study) -> None:
+def _measure_correctness(scaling: _Scaling) -> None:
     """The same global batches on one rank, on one rank again (what a repeat differs by), on all."""
-    exact = study.config.replace(
-        precision="fp32", engine="plain", epochs=study.correctness_epochs,
-        eval_freq=study.correctness_epochs,
-        pixel_loss_warmup_epochs=study.correctness_epochs // 2)
+    exact = scaling.config.replace(
+        precision="fp32", engine="plain", epochs=scaling.correctness_epochs,
+        eval_freq=scaling.correctness_epochs,
+        pixel_loss_warmup_epochs=scaling.correctness_epochs // 2)
     cases = [("exact", "exact_ranks", exact)]
-    if study.on_gpu:  # and as it is trained, if that is not the same
-        cases.append(("whole", f"ranks{study.gpus}", study.config))
+    if scaling.on_gpu:  # and as it is trained, if that is not the same
+        cases.append(("whole", f"ranks{scaling.gpus}", scaling.config))
     rows: list[dict[str, Any]] = []
     for name, on_all, config in cases:
-        alone = config.replace(batch_size=config.train.batch_size * study.gpus)
-        one, again = study.train_many(study.outf / name, {"one": alone, "again": alone}, at_once=2)
-        ranks = study.train(on_all, config, study.gpus)
+        alone = config.replace(batch_size=config.train.batch_size * scaling.gpus)
+        one, again = scaling.train_many(scaling.outf / name, {"one": alone, "again": alone},
+                                        at_once=2)
+        ranks = scaling.train(on_all, config, scaling.gpus)
         losses = {key: RunDir(path).metrics().total_loss.tolist()
                   for key, path in [("loss_one", one), ("loss_ranks", ranks)]}
         rows.append({"precision": config.train.precision, "engine": config.train.engine,
-                     "epochs": config.train.epochs, "ranks": study.gpus,
+                     "epochs": config.train.epochs, "ranks": scaling.gpus,
                      "global_batch": alone.train.batch_size,
                      "ranks_differ": weight_difference(one, ranks),
                      "repeat_differs": weight_difference(one, again), **losses,
                      "psnr_one_db": RunDir(one).summary()["eval_psnr_train"],
                      "psnr_ranks_db": RunDir(ranks).summary()["eval_psnr_train"]})
-        study.save("correctness", {"cases": rows}, complete=len(rows) == len(cases))
+        scaling.save("correctness", {"cases": rows}, complete=len(rows) == len(cases))
 
 
-def _measure_sweep(study: _Study) -> None:
-    folder, count = study.fresh_folder("sweep"), study.gpus
-    configs = sweep_configs(study.config, count, epochs=study.sweep_epochs)
-    figures: dict[str, Any] = {"runs": count, "epochs": study.sweep_epochs}
+def _measure_sweep(scaling: _Scaling) -> None:
+    folder, count = scaling.fresh_folder("sweep"), scaling.gpus
+    configs = sweep_configs(scaling.config, count, epochs=scaling.sweep_epochs)
+    figures: dict[str, Any] = {"runs": count, "epochs": scaling.sweep_epochs}
     for way, at_once in [("at_once", count), ("in_sequence", 1)]:
         started = time.monotonic()
-        folders = study.train_many(folder / way, configs, at_once=at_once)
+        folders = scaling.train_many(folder / way, configs, at_once=at_once)
         figures[f"{way}_s"] = time.monotonic() - started
         figures[f"{way}_rank_s"] = figures[f"{way}_s"] * at_once  # GPUs held, times seconds
         figures[f"{way}_psnr_db"] = {path.name: RunDir(path).summary()["eval_psnr_train"]
                                      for path in folders}
-        study.save("sweep", figures, complete=False)
+        scaling.save("sweep", figures, complete=False)
     figures["speed_up"] = figures["in_sequence_s"] / figures["at_once_s"]
-    study.save("sweep", figures, complete=True)
+    scaling.save("sweep", figures, complete=True)
 
 
-def _measure_kill(study: _Study) -> None:
-    whole = study.train(f"ranks{study.gpus}", study.config, study.gpus)
-    config = study.config.replace(checkpoint_s=KILL_CHECKPOINT_S)
-    folder, half = study.fresh_folder("killed"), study.config.train.epochs // 2
-    [job] = launch(config, folder, cluster="local", gpus_per_node=study.gpus,
-                   cache_dir=study.cache_dir)
+def _measure_kill(scaling: _Scaling) -> None:
+    whole = scaling.train(f"ranks{scaling.gpus}", scaling.config, scaling.gpus)
+    config = scaling.config.replace(checkpoint_s=KILL_CHECKPOINT_S)
+    folder, half = scaling.fresh_folder("killed"), scaling.config.train.epochs // 2
+    [job] = launch(config, folder, cluster="local", gpus_per_node=scaling.gpus,
+                   cache_dir=scaling.cache_dir)
     controller = psutil.Process(job.record["pid"])
     victim = None
     while job.epoch < half:
@@ -257,16 +258,17 @@ def _measure_kill(study: _Study) -> None:
         if victim is None:  # found early: later there is no time to lose
             processes = [controller, *controller.children()]
             victim = next((process for process in processes[1:] if process.environ().get(
-                "SUBMITIT_LOCAL_GLOBALID") == str(study.gpus - 1)), None)
+                "SUBMITIT_LOCAL_GLOBALID") == str(scaling.gpus - 1)), None)
         time.sleep(0.01)
     if victim is None:
-        raise ScalingError(f"rank {study.gpus - 1} of {job.name} was not found among its processes "
-                           "in half its epochs; raise epochs")
+        raise ScalingError(f"rank {scaling.gpus - 1} of {job.name} was not found among its "
+                           "processes in half its epochs; raise epochs")
     killed_epoch, killed = job.epoch, time.monotonic()
     victim.kill()
     while not job.ended:
         time.sleep(0.02)
-    figures = {"ranks": study.gpus, "checkpoint_s": KILL_CHECKPOINT_S, "killed_epoch": killed_epoch,
+    figures = {"ranks": scaling.gpus, "checkpoint_s": KILL_CHECKPOINT_S,
+               "killed_epoch": killed_epoch,
                "down_s": time.monotonic() - killed, "message": job.why}
     _, alive = psutil.wait_procs(processes, timeout=60)
     if alive:
@@ -275,33 +277,33 @@ def _measure_kill(study: _Study) -> None:
     figures["all_processes_gone_s"] = time.monotonic() - killed
     figures["resumed_epoch"] = RunDir(folder).load_checkpoint(LATEST)["epoch"] if (
         folder / LATEST).exists() else 0
-    study.save("kill", figures, complete=False)
-    resumed = study.train(folder.name, config, study.gpus)
+    scaling.save("kill", figures, complete=False)
+    resumed = scaling.train(folder.name, config, scaling.gpus)
     figures |= {"differs": weight_difference(whole, resumed),
                 "psnr_uninterrupted_db": RunDir(whole).summary()["eval_psnr_train"],
                 "psnr_resumed_db": RunDir(resumed).summary()["eval_psnr_train"]}
-    study.save("kill", figures, complete=True)
+    scaling.save("kill", figures, complete=True)
 
 
-def _measure_checkpoint(study: _Study) -> None:
+def _measure_checkpoint(scaling: _Scaling) -> None:
     default_s, rows = TrainConfig().checkpoint_s, []
-    for ranks in (1, study.gpus):
-        run = RunDir(study.train(f"ranks{ranks}", study.config, ranks))
+    for ranks in (1, scaling.gpus):
+        run = RunDir(scaling.train(f"ranks{ranks}", scaling.config, ranks))
         summary = run.summary()
         mean_s = summary["checkpoint_time_s"] / summary["checkpoints"]
         rows.append({"ranks": ranks, "checkpoints": summary["checkpoints"], "mean_s": mean_s,
                      "size_bytes": (run.path / LATEST).stat().st_size,
                      "share": mean_s / (default_s + mean_s)})
-    study.save("checkpoint", {"checkpoint_s": default_s, "runs": rows}, complete=True)
+    scaling.save("checkpoint", {"checkpoint_s": default_s, "runs": rows}, complete=True)
 
 
-def _measure_run(study: _Study) -> None:
-    config = whole_run(study.config, study.run_epochs)
-    figures = run_figures(study.train(RUN, config, study.gpus))
-    study.save("run", {"ranks": study.gpus, **figures}, complete=True)
+def _measure_run(scaling: _Scaling) -> None:
+    config = whole_run(scaling.config, scaling.run_epochs)
+    figures = run_figures(scaling.train(RUN, config, scaling.gpus))
+    scaling.save("run", {"ranks": scaling.gpus, **figures}, complete=True)
 
 
-PARTS: dict[str, Callable[[_Study], None]] = {
+PARTS: dict[str, Callable[[_Scaling], None]] = {
     "speed": _measure_speed, "correctness": _measure_correctness,
     "checkpoint": _measure_checkpoint, "kill": _measure_kill, "sweep": _measure_sweep,
     "run": _measure_run}

@@ -134,7 +134,7 @@ def test_nothing_measured_is_said(tmp_path):
 
 
 def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypatch):
-    def train(study, name, config, ranks):
+    def train(scaling, name, config, ranks):
         if config.train.lr > 1e-2:
             raise ScalingError("run ranks4_scaled failed: the loss became NaN\nlog")
         return name
@@ -145,7 +145,7 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypa
                 "frames_per_s_p10": speed, "frames_per_s_p90": speed, "psnr_db": 20.0,
                 "wall_s": None, "batch_size": 2, "train_time_s": 1.0}
 
-    monkeypatch.setattr("hnerv_clip.scaling._Study.train", train)
+    monkeypatch.setattr("hnerv_clip.scaling._Scaling.train", train)
     monkeypatch.setattr("hnerv_clip.scaling.run_figures", figures)
     config = Config.from_params(**SMALL)
     measured = measure_scaling(config, tmp_path, gpus=4, parts=["speed"], cache_dir=cache_dir)

@@ -273,7 +273,7 @@ def find_verified(folder, names: str = "*") -> list[Path]:
 class Study:
     """Several runs joined. All tables begin with video, kind, the columns of `by`, source, split.
 
-    runs: a row per run: folder, video, kind, seed.
+    runs: a row per run: folder, video, kind, seed, epochs.
     seeds: a row per run, condition and measure: value.
     measures: a row per condition and measure: mean over seeds, sd between seeds, seeds, and the
         pooled interval low to high (`statistics.pool_intervals`).
@@ -310,7 +310,8 @@ def join_runs(folders: Iterable, *, by: tuple[str, ...] = ()) -> Study:
     if not contents:
         raise ValueError("no run to join; give run folders that `hnerv-clip verify` has seen")
     runs = pd.DataFrame([{"folder": folder, "video": content["video"], "kind": content["kind"],
-                          **_chosen(content, by, folder), "seed": content["seed"]}
+                          **_chosen(content, by, folder), "seed": content["seed"],
+                         "epochs": content["params"]["epochs"]}
                          for folder, content in contents.items()])
     keys = ["video", "kind", *by]
     _check_runs(runs, contents, keys)

@@ -109,7 +109,8 @@ def test_seeds_are_joined(tmp_path):
     assert len(verify_runs.find_verified(tmp_path, "b*xy?")) == 6
     study = verify_runs.join_runs(verify_runs.find_verified(tmp_path))
     assert len(study.runs) == 12 and len(study.table) == 2 * 2 * 2
-    assert set(study.table.seeds) == {3} and study.teacher_label == "A (not CLIP)"
+    assert set(study.runs.epochs) == {300} and set(study.table.seeds) == {3}
+    assert study.teacher_label == "A (not CLIP)"
     row = study.table.set_index(["video", "kind", "split"]).loc[("bunny", "xyt", "held_out")]
     own = [made["bunny", "xyt_1.25_80", seed] for seed in range(3)]
     found = pd.DataFrame([one.measures.set_index(["split", "condition", "measure"]).loc[

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
@@ -15,9 +16,12 @@ import torch
 import torch.distributed as dist
 from test_launch import CONFIG, calls, make_run, ranked, sum_of_ranks, wait_for_ever, wait_until
 
+from hnerv_clip.engine import PlainEngine
 from hnerv_clip.launch import Job, JobFailed, LaunchError, follow, launch
 from hnerv_clip.runs import RunDir, write_json
 from hnerv_clip.train import train
+
+SEED = 20261123
 
 pytestmark = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing())
 
@@ -142,38 +146,82 @@ def rank0_of(run):
     return both
 
 
+def weights(run_dir):
+    return RunDir(run_dir).load_checkpoint("model_latest.pth")["model"]
+
+
+def starts(run_dir):
+    log = run_dir / "rank0.txt"
+    return log.read_text().count("start at epoch") if log.exists() else 0
+
+
+def wait_for_state(job, state):
+    wait_until(lambda: job.state == state)
+
+
+def interrupt(slurm, job, how, chance, *, start):
+    """Interrupt a job a random while after it has begun for the `start`th time."""
+    wait_until(lambda: starts(job.run_dir) == start)
+    beyond = job.epoch + chance.randint(2, 8)
+    wait_until(lambda: job.epoch >= beyond)
+    time.sleep(chance.uniform(0, 0.3))
+    slurm.run(*{"signal": ["scancel", "--signal=USR2"], "requeue": ["scontrol", "requeue"],
+                "kill": ["scancel", "--signal=KILL"]}[how], job.record["job_id"])
+
+
+def train_slowly(step_s):
+    """A real training whose steps take a while longer, so that it can be interrupted in between."""
+
+    def run(config, run_dir, **options):
+        step = PlainEngine.step
+
+        def slow(*args, **kwargs):
+            time.sleep(step_s)
+            return step(*args, **kwargs)
+
+        PlainEngine.step = slow
+        return train(config, run_dir, **options)
+
+    return run
+
+
 @pytest.mark.slow
-def test_training_that_is_requeued_and_killed_ends_bit_for_bit_the_same(
+def test_training_that_is_interrupted_at_random_ends_bit_for_bit_the_same(
         slurm, small_config, small_dataset, cache_dir, tmp_path):
-    config = small_config.replace(epochs=100, eval_freq=50, checkpoint_s=0.2)
+    """Eight interruptions: Slurm's signal, a requeue as by preemption, and kills."""
+    chance = random.Random(SEED)
+    hows = ["signal", "requeue", "kill"] + chance.choices(["signal", "requeue", "kill"], k=5)
+    chance.shuffle(hows)
+    config = small_config.replace(epochs=160, eval_freq=80, checkpoint_s=0.2)
     train(config, tmp_path / "reference", cache_dir=cache_dir, progress=False)
-    options = dict(cluster="slurm", cache_dir=cache_dir, cpus_per_task=1, signal_delay_s=10)
-    [job] = launch(config, tmp_path / "main", **options)
 
-    def starts():
-        return (tmp_path / "main/rank0.txt").read_text().count("start at epoch")
+    def start():
+        return launch_slurm(config, tmp_path / "main", train_slowly(0.05), cache_dir=cache_dir)[0]
 
-    wait_until(lambda: job.epoch >= 5)
-    slurm.run("scancel", "--signal=USR2", job.record["job_id"])
-    wait_until(lambda: starts() == 2 and job.epoch >= 20)
-    slurm.run("scontrol", "requeue", job.record["job_id"])  # as preemption does
-    wait_until(lambda: starts() == 3)
-    slurm.run("scancel", "--signal=KILL", job.record["job_id"])
-    wait_until(lambda: job.state == "failed")
-    [again] = launch(config, tmp_path / "main", **options)
-    assert follow([again], poll_s=0.5)["state"].tolist() == ["finished"], again.log()
-    assert starts() == 4
-    one, other = (RunDir(tmp_path / name).load_checkpoint("model_latest.pth")["model"]
-                  for name in ("reference", "main"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    job = start()
+    for count, how in enumerate(hows, 1):
+        interrupt(slurm, job, how, chance, start=count)
+        if how == "kill":
+            wait_for_state(job, "failed")
+            job = start()
+    assert follow([job], poll_s=0.5)["state"].tolist() == ["finished"], job.log()
+    print(f"seed {SEED}: {', '.join(hows)}")
+    assert starts(tmp_path / "main") == 1 + len(hows)
+    expected, got = weights(tmp_path / "reference"), weights(tmp_path / "main")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
 @pytest.mark.slow
-def test_at_the_time_limit_a_job_is_requeued_and_goes_on(slurm, tmp_path):
-    [job] = launch_slurm(CONFIG, tmp_path / "main", counted(55), timeout_min=1, signal_delay_s=10)
+def test_at_the_time_limit_training_is_requeued_and_ends_bit_for_bit_the_same(
+        slurm, small_config, small_dataset, cache_dir, tmp_path):
+    config = small_config.replace(epochs=48, eval_freq=24, checkpoint_s=1)  # 240 steps
+    train(config, tmp_path / "reference", cache_dir=cache_dir, progress=False)
+    [job] = launch_slurm(config, tmp_path / "main", train_slowly(0.25), cache_dir=cache_dir,
+                         timeout_min=1, signal_delay_s=10)
     assert follow([job], poll_s=1)["state"].tolist() == ["finished"], job.log()
-    assert len(calls(tmp_path / "main")) >= 2 * 2  # a line is a job id and a count
-    assert RunDir(tmp_path / "main").summary()["started_from"] > 0
+    assert starts(tmp_path / "main") >= 2
+    expected, got = weights(tmp_path / "reference"), weights(tmp_path / "main")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
 @pytest.mark.parametrize("victim", [0, 2])

@@ -319,12 +319,13 @@ class FusedEngine(PlainEngine):
         """The CLIP head's losses [B], its gradients, and those of the features that it read."""
         stages: list[Tensor | None] = [None] * (max(self.model.clip_stages) + 1)
         for i, (stage, layer) in enumerate(zip(self.model.clip_stages, self.clip_layers)):
-            features = network.picture(layer)
-            if self.cells is not None:
+            if self.cells is None:
+                features = network.picture(layer)
+            else:
                 rows, cols = self.cells[i]
-                features = features[:, :self.model.plan.widths[stage], rows, cols][:, :, None]
+                places[layer] = rows * self.model.stage_hw(stage)[1] + cols
+                features = network.pick(layer, rows, cols)[:, :self.model.plan.widths[stage], None]
                 features = features.float()  # [B, C, 1, P]
-                places[layer] = rows * network.picture(layer).shape[3] + cols
             stages[stage] = features.detach().requires_grad_()
         read = [stages[stage] for stage in self.model.clip_stages]
         with torch.enable_grad():

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from hnerv_clip import kernels
+from hnerv_clip import hopper, kernels
 from hnerv_clip.layout import Conv, Parameters, pack_convolution, pack_patches
 from hnerv_clip.model import HNeRV
 from hnerv_clip.tiles import (
@@ -31,6 +31,9 @@ BUILD_ERRORS = (triton.TritonError, OSError, RuntimeError, subprocess.CalledProc
 LARGE = 65536  # pixels from which on a layer is bound by memory, not by waiting
 MULTIPROCESSORS = 132  # of an H100, by which work is shared out
 PROGRAMS = 8 * MULTIPROCESSORS  # at most, of a sum over pixels
+# Multiprocessors that a Hopper kernel leaves to the small ones which run beside it: the CLIP head's
+# and the encoder's way back
+LEFT = {"rgb": 4, "weights": 12}
 
 
 def unsupported(model: HNeRV) -> str | None:
@@ -45,6 +48,11 @@ def unsupported(model: HNeRV) -> str | None:
     if last & (last - 1):
         return f"a last stride of {last}, no power of two"
     return None
+
+
+def _plane(image: Tensor, units: bool) -> int:
+    """PLANE of an image, see `kernels`."""
+    return image.numel() // (8 * len(image)) if units else 0
 
 
 class Network:
@@ -70,7 +78,7 @@ class Network:
         # Beside the main stream: weight gradients, which nothing waits for until the optimizer
         # and at the end, in front of the crowd, the CLIP head's many small kernels
         self.sides = [torch.cuda.Stream(self.device, priority=priority)
-                      for priority in (0, 0, 0, -1)] if self.cuda else []
+                      for priority in (0, 0, 0, -2)] if self.cuda else []
         self.busy: set[torch.cuda.Stream] = set()
 
     # Layout
@@ -116,33 +124,35 @@ class Network:
             self.convs.append(pack_convolution(
                 known, f"decoder.{i}.conv", block.conv,
                 hw=(before.H * before.SH, before.W * before.SW), in_width=before.CN,
-                factors=(block.stride, block.stride)))
+                factors=(block.stride, block.stride), units=hopper.available(self.device)))
         self._lay_out_rgb(known)
 
     def _lay_out_rgb(self, parameters: Parameters) -> None:
-        """The RGB head's weights [3, 3·CN, 4], and where the two ways find each of them there.
+        """The RGB head's weights [3, 3·CN, CO], and where the two ways find each of them there.
 
         See `kernels.rgb_forward`, from runs of features to 4·pixel + colour, and `rgb_backward`,
-        from runs of such values to the channels of SW pixels, row by row from the last.
+        from runs of CO·pixel + colour to the channels of SW pixels, row by row from the last.
         """
         last, C = self.convs[-1], self.model.rgb_head.in_channels
         SW, CG, CN = last.SW, last.CG, last.CN
         H, W = self.model.frame_hw
+        units = hopper.available(self.device) and last.units
+        CO = 8 if units else 4  # colours in memory, three of them used
         k, c, y, x = torch.meshgrid(*map(torch.arange, (3, C, 3, 3)), indexing="ij")
-        place = ((y * 3 + x) * CN + c) * 4 + k
-        weight = parameters.add("rgb_head.weight", place, 9 * CN * 4)
-        bias = parameters.add("rgb_head.bias", torch.arange(3), 4)
-        self.rgb = Conv(H, W, CN, 4, 3, weight, bias)
-        nothing = 3  # a weight of the idle fourth colour
+        place = ((y * 3 + x) * CN + c) * CO + k
+        weight = parameters.add("rgb_head.weight", place, 9 * CN * CO)
+        bias = parameters.add("rgb_head.bias", torch.arange(3), CO)
+        self.rgb = Conv(H, W, CN, CO, 3, weight, bias, units=units)
+        nothing = 3  # a weight of an idle colour
         self.group = 2 if W % 2 == 0 else 1
         self.KF = power_of_two((2 + self.group) * CN)
         j = torch.arange(self.group).view(-1, 1, 1, 1, 1)
         ahead = torch.full((3, self.KF, 16), nothing)
         ahead[y, (x + j) * CN + c, 4 * j + k] = place.expand(self.group, *place.shape)
-        self.KB, self.RB = power_of_two(4 * (SW + 2)), power_of_two(SW * CG)
+        self.KB, self.RB = power_of_two(CO * (SW + 2)), power_of_two(SW * CG)
         j = torch.arange(SW).view(-1, 1, 1, 1, 1)
         back = torch.full((3, self.KB, self.RB), nothing)
-        back[2 - y, (2 + j - x) * 4 + k, j * CG + c] = place.expand(SW, *place.shape)
+        back[2 - y, (2 + j - x) * CO + k, j * CG + c] = place.expand(SW, *place.shape)
         self.rgb_ahead, self.rgb_back = ahead.to(self.device), back.to(self.device)
 
     def _pack_block(self, parameters: Parameters, name: str, block: nn.Module) -> None:
@@ -172,14 +182,14 @@ class Network:
         self.pre, self.features, self.dpre, self.dfeatures, self.dbias = [], [], [], [], []
         for i, conv in enumerate(self.convs):
             N = B * conv.H * conv.W
-            edge = self.convs[i + 1].edge if i + 1 < len(self.convs) else 1  # the RGB head's
-            self.features.append(self.with_room(B, conv.H * conv.SH + 2 * edge,
-                                                 conv.W * conv.SW + 2 * edge, conv.CN))
+            after = self.convs[i + 1] if i + 1 < len(self.convs) else self.rgb
+            self.features.append(self._image(conv.H * conv.SH, conv.W * conv.SW, conv.CN,
+                                             edge=after.edge, units=after.units))
             if self.train:
                 self.pre.append(self.with_room(B * conv.pixels, conv.CO))
-                self.dpre.append(self.with_room(B, conv.H + 2 * conv.edge,
-                                                 conv.W + 2 * conv.edge, conv.CO))
-                split = conv.K if N < LARGE else 1
+                self.dpre.append(self._image(conv.H, conv.W, conv.CO, edge=conv.edge,
+                                             units=conv.units))
+                split = conv.K if N < LARGE and not conv.units else 1
                 self.dfeatures.append(torch.zeros(
                     split, N, conv.CI, dtype=torch.float32 if split > 1 else dtype,
                     device=self.device))
@@ -192,14 +202,22 @@ class Network:
         self.work: dict[str, Tensor] = {}
         if not self.train:
             return
-        self.drgb = self.with_room(B, H + 2, W + 2, 4)
+        self.drgb = self.with_room(B, H + 2, W + 2, self.rgb.CO)
         tiles = triton.cdiv((H + 2) * (W + 2), 128 * self.group)
-        self.error, self.dhead = full(B, tiles), full(B, tiles, 16)
+        if self.rgb.units:  # sums of each warp
+            tiles = 16 * self._programs_on_hopper("rgb", self.rgb, mode="l2")[1]
+        self.error, self.dhead = full(B, tiles), full(B, tiles, 4 if self.rgb.units else 16)
         last = self.convs[-1]
         self.sums = min(2 * MULTIPROCESSORS, B * last.H * triton.cdiv(last.W, 64))
         self.dlast = full(self.sums, last.SH, self.RB)
         self.scattered = full(B, last.CO)
         self.partials: dict[int, Tensor] = {}
+
+    def _image(self, height: int, width: int, channels: int, *, edge: int, units: bool) -> Tensor:
+        """Zeros [B, H, W, C] with edges, or in units of channels [C / 8, B, H, W, 8]."""
+        shape = (self.batch, height + 2 * edge, width + 2 * edge)
+        return self.with_room(channels // 8, *shape, 8) if units else \
+            self.with_room(*shape, channels)
 
     def with_room(self, *shape: int) -> Tensor:
         """Zeros, with zeros before and after them: kernels read past the ends of images."""
@@ -268,7 +286,7 @@ class Network:
         tile = product_tile(N, conv.CO, conv.CI)
         launch(kernels.convolve, (triton.cdiv(N, tile["BM"]), program_columns(conv.CO, tile)), x,
                p.small[conv.weight], p.param[conv.bias], out, None, N, **conv.geometry, SH=1, SW=1,
-               CG=1, CN=1, EDGE=0, MODE="bias", ACT="gelu", **tile)
+               CG=1, CN=1, EDGE=0, PLANE=0, MODE="bias", ACT="gelu", **tile)
 
     def _norm_forward(self, name: str, x: Tensor, *, hw: tuple[int, int], stride: int) -> Tensor:
         N, C = x.shape
@@ -304,20 +322,26 @@ class Network:
         convs = self.convs if last is None else self.convs[:last + 1]
         for i, conv in enumerate(convs):
             N, act = self.batch * conv.pixels, self.model.config.act
+            after = self.convs[i + 1] if i + 1 < len(self.convs) else self.rgb
+            shuffle = dict(conv.shuffle, EDGE=after.edge)
+            given = (x, p.small[conv.weight], p.param[conv.bias],
+                     self.pre[i] if self.train else None, self.features[i], N)
+            x = self.features[i]
+            if conv.units:
+                self._on_hopper("forward", conv, *given, act=act, OUT_UNITS=int(after.units),
+                                **shuffle)
+                continue
             tile = product_tile(N, conv.CO, conv.K * conv.CI)
-            edge = self.convs[i + 1].edge if i + 1 < len(self.convs) else 1
             apart = self.train and N >= LARGE  # else the product's program has too much to hold
             launch(kernels.convolve, (triton.cdiv(N, tile["BM"]), program_columns(conv.CO, tile)),
-                   x, p.small[conv.weight], p.param[conv.bias], self.pre[i] if self.train else None,
-                   self.features[i], N, **conv.geometry, **conv.shuffle, EDGE=edge, ACT=act,
+                   *given, **conv.geometry, **shuffle, PLANE=_plane(x, after.units), ACT=act,
                    MODE="bias" if apart else "shuffle", **tile)
             if apart:
                 N = self.batch * conv.H * conv.W
                 launch(kernels.shuffle_activate, (triton.cdiv(N, 32), conv.SH), self.pre[i],
-                       self.features[i], N, H=conv.H, W=conv.W, P=conv.edge, CO=conv.CO,
-                       **conv.shuffle, EDGE=edge, RB=power_of_two(conv.SW * conv.CN), ACT=act,
+                       x, N, H=conv.H, W=conv.W, P=conv.edge, CO=conv.CO, **shuffle,
+                       PLANE=_plane(x, after.units), RB=power_of_two(conv.SW * conv.CN), ACT=act,
                        BM=32)
-            x = self.features[i]
         return self.features[:len(convs)]
 
     def colour(self, mode: str, *, video: Tensor | None = None, indices: Tensor | None = None,
@@ -327,15 +351,23 @@ class Network:
         bias = self.model.config.out_bias
         p = self.parameters
         known = bias in ("tanh", "sigmoid")
-        launch(kernels.rgb_forward, (triton.cdiv((H + 2) * (W + 2), 128 * self.group), self.batch),
-               self.features[-1], p.small[self.rgb.weight][self.rgb_ahead], p.param[self.rgb.bias],
-               video, indices, self.pred, *((self.drgb, self.error, self.dhead) if self.train else
-               (None, None, None)), H=H, W=W, CN=self.rgb.CI, GROUP=self.group, HEAD=bias if known
-               else "add", OFFSET=0.0 if known else float(bias), MODE=mode, SCALE=scale, BM=128,
-               BK=self.KF)
+        head = {"head" if self.rgb.units else "HEAD": bias if known else "add",
+                "OFFSET": 0.0 if known else float(bias)}
+        results = (self.drgb, self.error, self.dhead) if self.train else (None, None, None)
+        if self.rgb.units:
+            head["OFFSET"] = f"{head['OFFSET']}f"
+            self._on_hopper("rgb", self.rgb, self.features[-1], p.small[self.rgb.weight],
+                            p.param[self.rgb.bias], video, indices, self.pred, *results,
+                            float(scale), self.batch * self.rgb.pixels, mode=mode, **head)
+        else:
+            launch(kernels.rgb_forward, (triton.cdiv((H + 2) * (W + 2), 128 * self.group),
+                   self.batch), self.features[-1], p.small[self.rgb.weight][self.rgb_ahead],
+                   p.param[self.rgb.bias], video, indices, self.pred, *results, H=H, W=W,
+                   CN=self.rgb.CI, GROUP=self.group, **head, MODE=mode, SCALE=scale, BM=128,
+                   BK=self.KF)
         if mode == "l2":
             with self.aside(1):
-                torch.sum(self.dhead.view(-1, 4, 4), (0, 1), out=p.grad[self.rgb.bias])
+                torch.sum(self.dhead.view(-1, 4), 0, out=p.grad[self.rgb.bias][:4])
 
     def set_colour_gradient(self, gradient: Tensor) -> None:
         """Take a gradient [B, 3, H, W] at the RGB head's convolution, for other losses than L2."""
@@ -343,11 +375,22 @@ class Network:
         self.parameters.grad[self.rgb.bias][:3] = gradient.sum((0, 2, 3))
 
     def picture(self, i: int) -> Tensor:
-        """Stage i's features as [B, CN, H', W'], a view."""
-        conv = self.convs[i]
-        edge = (self.features[i].shape[1] - conv.H * conv.SH) // 2
+        """Stage i's features as [B, CN, H', W']: a view, or a copy where they lie in units."""
+        conv, features = self.convs[i], self.features[i]
+        edge = (features.shape[-3] - conv.H * conv.SH) // 2
         inner = slice(edge, -edge or None)
-        return self.features[i][:, inner, inner].permute(0, 3, 1, 2)
+        features = features[..., inner, inner, :]
+        if features.ndim == 4:
+            return features.permute(0, 3, 1, 2)
+        return features.permute(1, 0, 4, 2, 3).flatten(1, 2)
+
+    def pick(self, i: int, rows: Tensor, cols: Tensor) -> Tensor:
+        """Stage i's features at cells [P]: [B, CN, P]."""
+        conv, features = self.convs[i], self.features[i]
+        edge = (features.shape[-3] - conv.H * conv.SH) // 2
+        found = features[..., rows + edge, cols + edge, :]
+        return found.transpose(1, 2) if found.ndim == 3 else \
+            found.permute(1, 0, 3, 2).flatten(1, 2)
 
     # Backward
 
@@ -379,6 +422,8 @@ class Network:
         """
         if extra:
             self.join()
+        with self.aside(2):  # while the CLIP head's small kernels leave the GPU to it
+            self._weight_gradient(self.rgb, self.features[-1], self.drgb)
         self._rgb_backward(extra.get(len(self.convs) - 1), picked, places)
         for i in range(len(self.convs) - 1, -1, -1):
             conv = self.convs[i]
@@ -393,11 +438,10 @@ class Network:
         # The large weight gradients fill the GPU while the encoder's small kernels wait for each
         # other; started earlier they would hold up what the encoder waits for
         with self.aside():
-            for i, conv in enumerate(self.convs):
+            for i, conv in reversed(list(enumerate(self.convs))):
                 self._weight_gradient(conv, self.features[i - 1] if i else x, self.dpre[i])
                 if i < len(self.convs) - 1:
                     torch.sum(self.dbias[i], 0, out=self.parameters.grad[conv.bias])
-            self._weight_gradient(self.rgb, self.features[-1], self.drgb)
         if self.encoder:
             self._encoder_backward(self.dfeatures[0][0])
         self.join()
@@ -406,11 +450,13 @@ class Network:
                       places: dict[int, Tensor]) -> None:
         last, p, act = self.convs[-1], self.parameters, self.model.config.act
         shape = dict(H=last.H, W=last.W, P=last.edge, CO=last.CO, SH=last.SH, SW=last.SW,
-                     CG=last.CG, ACT=act)
+                     CG=last.CG, PLANE=_plane(self.dpre[-1], last.units), ACT=act)
         launch(kernels.rgb_backward, (self.sums, last.SH), self.drgb, self.pre[-1],
                p.small[self.rgb.weight][self.rgb_back], extra, self.dpre[-1], self.dlast, self.batch
-               * last.H, **shape, CN=last.CN, RB=self.RB, KB=self.KB, S=self.sums, BM=64)
-        self.join()  # what the CLIP head adds is there
+               * last.H, **shape, CN=last.CN, DC=self.rgb.CO, RB=self.RB, KB=self.KB,
+               S=self.sums, BM=64)
+        if self.cuda:  # what the CLIP head adds is there
+            torch.cuda.current_stream(self.device).wait_stream(self.sides[-1])
         index = len(self.convs) - 1
         self.scattered.zero_()
         if index in picked:
@@ -427,22 +473,35 @@ class Network:
     def _weight_gradient(self, conv: Conv, x: Tensor, dy: Tensor) -> None:
         """Weight gradient of a convolution from its input [N, CI] and its output's gradient."""
         N, run = dy.numel() // conv.CO, conv.K * conv.CI
-        tile = gradient_tile(N, conv.CO, run)
-        mt, nt = triton.cdiv(run, tile["BM"]), program_columns(conv.CO, tile)
-        S = max(1, min(triton.cdiv(N, tile["BK"] * 4), MULTIPROCESSORS // (conv.K * mt * nt)))
-        target = out = self.parameters.grad[conv.weight]
+        out = self.parameters.grad[conv.weight]
+        if conv.units:
+            macros, programs = self._programs_on_hopper("weights", conv)
+            S = hopper.shares(macros, programs)
+        else:
+            tile = gradient_tile(N, conv.CO, run)
+            mt, nt = triton.cdiv(run, tile["BM"]), program_columns(conv.CO, tile)
+            S = max(1, min(triton.cdiv(N, tile["BK"] * 4),
+                           MULTIPROCESSORS // (conv.K * mt * nt)))
+        target = out
         if S > 1:
             key = conv.weight.start
             if key not in self.partials:
                 self.partials[key] = torch.zeros(S, out.numel(), device=self.device)
             target = self.partials[key]
-        launch(kernels.convolve_weight_gradient, (conv.K, mt, nt * S), x, dy, target, N, W=conv.W,
-               CI=conv.CI, CO=conv.CO, K=conv.K, S=S, **tile)
+        if conv.units:
+            self._on_hopper("weights", conv, x, dy, None, target, None, N)
+        else:
+            launch(kernels.convolve_weight_gradient, (conv.K, mt, nt * S), x, dy, target, N,
+                   W=conv.W, CI=conv.CI, CO=conv.CO, K=conv.K, S=S, **tile)
         if S > 1:
             torch.sum(target, 0, out=out)
 
     def _convolve_back(self, conv: Conv, dy: Tensor, out: Tensor) -> None:
         """Gradient at a convolution's input: OUT [SPLIT, B·H·W, CI]."""
+        if conv.units:
+            self._on_hopper("back", conv, dy, self.parameters.small[conv.weight], None, None, out,
+                            self.batch * conv.pixels)
+            return
         split = len(out)
         group = 2 if conv.K > 1 and (conv.W + 2 * conv.edge) % 2 == 0 else 1
         rows, columns = self.batch * conv.pixels // group, group * conv.CI
@@ -451,6 +510,21 @@ class Network:
                tile), split), dy, self.parameters.small[conv.weight], out, self.batch * conv.pixels,
                **conv.geometry, GROUP=group, SPLIT=split, **tile)
 
+    def _on_hopper(self, way: str, conv: Conv, *values: Tensor | int | None, **settings) -> None:
+        """A convolution by `hopper`, see there."""
+        macros, programs = self._programs_on_hopper(way, conv, **settings)
+        launch(hopper.convolve, (programs,), *values, **macros)
+
+    def _programs_on_hopper(self, way: str, conv: Conv, **settings
+                            ) -> tuple[dict[str, int | str], int]:
+        """What is compiled, and how many programs of it are started."""
+        xc, yc = (conv.CO, conv.CI) if way == "back" else (conv.CI, conv.CO)
+        macros = hopper.choose(way, xc=xc, yc=yc, kernel=conv.K, hw=(
+            conv.H + 2 * conv.edge, conv.W + 2 * conv.edge), **settings)
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return macros, hopper.programs(macros, self.batch * conv.pixels,
+                                       max(1, processors - LEFT.get(way, 0)))
+
     def _unshuffle(self, i: int) -> None:
         conv, dfeatures = self.convs[i], self.dfeatures[i + 1]
         N = self.batch * conv.H * conv.W
@@ -458,7 +532,8 @@ class Network:
         S = len(self.dbias[i])
         launch(kernels.unshuffle_gradient, (S, triton.cdiv(conv.CO, BN)), dfeatures, self.pre[i],
                self.dpre[i], self.dbias[i], N, H=conv.H, W=conv.W, P=conv.edge, CO=conv.CO,
-               **conv.shuffle, SPLIT=len(dfeatures), ACT=self.model.config.act, S=S, BM=32, BN=BN)
+               **conv.shuffle, PLANE=_plane(self.dpre[i], conv.units), SPLIT=len(dfeatures),
+               ACT=self.model.config.act, S=S, BM=32, BN=BN)
 
     def _add_picked(self, i: int, gradient: Tensor, place: Tensor) -> None:
         conv = self.convs[i]
@@ -590,6 +665,10 @@ class Decoder:
             self.network.colour("uint8")
         if not clip:
             return None
-        stages = [self.network.picture(stage * blocks)
-                  for stage in range(self.model.clip_stages[-1] + 1)]
-        return self.model.clip_at_places(stages, self.places)
+        if self.model.config.clip_pool:
+            stages = [self.network.picture(stage * blocks)
+                      for stage in range(self.model.clip_stages[-1] + 1)]
+            return self.model.clip_at_places(stages, self.places)
+        return self.model.clip_of_cells([
+            self.network.pick(stage * blocks, *place)
+            for stage, place in zip(self.model.clip_stages, self.places)])

@@ -6,13 +6,35 @@ float32. A convolution of kernel size K reads, for each kernel row, a run of K·
 values, which channels-last memory holds side by side: its weights are [K, K·C, O]. Inputs carry an
 edge of K//2 zeros on each side, so that no load asks where the image ends, and lie with room
 around them. Sums over pixels are written as partial sums [S, …], one per program, and added in a
-fixed order. A linear layer is a convolution of K = 1.
+fixed order. A linear layer is a convolution of K = 1. Where `hopper` does the convolution, its
+input and the gradient at its output lie in units of 8 channels, [C / 8, PLANE, 8] with PLANE
+pixels; PLANE is 0 for channels last.
 """
 
 import triton
 import triton.language as tl
 
+# Compiled once for all sizes of image: the encoder's kernels wait for memory, not for a division
+for_any_image = triton.jit(do_not_specialize=["N", "H", "W", "S"])
 ACTIVATIONS = ("gelu", "relu", "sin", "swish")  # with act(0) = 0, so that padding stays 0
+
+
+@triton.jit
+def offsets(pixel, c, C: tl.constexpr, PLANE: tl.constexpr):
+    """Where channels [.., BN] of pixels [BM] lie, in one of both orders: [BM, BN]."""
+    if PLANE:
+        return (pixel * 8)[:, None] + (c // 8 * (PLANE * 8) + c % 8)[None, :]
+    else:
+        return (pixel * C)[:, None] + c[None, :]
+
+
+@triton.jit
+def unit_offsets(c, CG: tl.constexpr, PLANE: tl.constexpr):
+    """Where channels c = … mod CG lie in units, from the place of their pixel's first."""
+    offset = c // 8 * (PLANE * 8) + c % 8
+    if CG % 8 == 0:  # the compiler does not see it
+        offset = tl.max_contiguous(tl.multiple_of(offset, 8), 8)
+    return offset
 
 
 @triton.jit
@@ -57,9 +79,9 @@ def activate_both(x, ACT: tl.constexpr):
 @triton.jit
 def convolve(X, WEIGHT, BIAS, PRE, OUT, N, H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr,
              CO: tl.constexpr, K: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-             CG: tl.constexpr, CN: tl.constexpr, EDGE: tl.constexpr, MODE: tl.constexpr,
-             ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-             BK: tl.constexpr, STAGES: tl.constexpr):
+             CG: tl.constexpr, CN: tl.constexpr, EDGE: tl.constexpr, PLANE: tl.constexpr,
+             MODE: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+             BN2: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """Convolution of x [N, CI] with same padding, as a matrix product.
 
     N counts the pixels with their edges. MODE "shuffle": OUT [B, H·SH, W·SW, CN], EDGE pixels wider
@@ -89,18 +111,18 @@ def convolve(X, WEIGHT, BIAS, PRE, OUT, N, H: tl.constexpr, W: tl.constexpr, CI:
         if BN2:
             acc2 = tl.dot(x, tl.load(at + co2[None, :], other=0.0,
                                      mask=(n < RUN)[:, None] & (co2 < CO)[None, :]), acc2)
-    finish_convolution(acc, co, pixel, BIAS, PRE, OUT, N, H, W, CO, P, SH, SW, CG, CN, EDGE, MODE,
-                       ACT)
+    finish_convolution(acc, co, pixel, BIAS, PRE, OUT, N, H, W, CO, P, SH, SW, CG, CN, EDGE, PLANE,
+                       MODE, ACT)
     if BN2:
         finish_convolution(acc2, co2, pixel, BIAS, PRE, OUT, N, H, W, CO, P, SH, SW, CG, CN, EDGE,
-                           MODE, ACT)
+                           PLANE, MODE, ACT)
 
 
 @triton.jit
 def finish_convolution(acc, co, pixel, BIAS, PRE, OUT, N, H: tl.constexpr, W: tl.constexpr,
                        CO: tl.constexpr, P: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
                        CG: tl.constexpr, CN: tl.constexpr, EDGE: tl.constexpr,
-                       MODE: tl.constexpr, ACT: tl.constexpr):
+                       PLANE: tl.constexpr, MODE: tl.constexpr, ACT: tl.constexpr):
     """Write sums [pixels, channels] as `convolve` says; edges of OUT stay untouched."""
     acc += tl.load(BIAS + co, mask=co < CO, other=0.0)[None, :]
     if PRE is not None:
@@ -114,7 +136,11 @@ def finish_convolution(acc, co, pixel, BIAS, PRE, OUT, N, H: tl.constexpr, W: tl
         i, j, c = co // (SW * CG), (co // CG) % SW, co % CG
         ROW: tl.constexpr = W * SW + 2 * EDGE
         base = (b * (H * SH + 2 * EDGE) + y * SH + EDGE) * ROW + x * SW + EDGE
-        to = (base[:, None] + (i * ROW + j)[None, :]) * CN + c[None, :]
+        to = base[:, None] + (i * ROW + j)[None, :]
+        if PLANE:
+            to = to * 8 + unit_offsets(c, CG, PLANE)[None, :]
+        else:
+            to = to * CN + c[None, :]
         pre = acc.to(OUT.dtype.element_ty).to(tl.float32)
         tl.store(OUT + to, activate(pre, ACT).to(OUT.dtype.element_ty),
                  mask=inner[:, None] & ((co < SH * SW * CG) & (c < CN))[None, :])
@@ -123,8 +149,8 @@ def finish_convolution(acc, co, pixel, BIAS, PRE, OUT, N, H: tl.constexpr, W: tl
 @triton.jit
 def shuffle_activate(PRE, OUT, N, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
                      CO: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, CG: tl.constexpr,
-                     CN: tl.constexpr, EDGE: tl.constexpr, RB: tl.constexpr, ACT: tl.constexpr,
-                     BM: tl.constexpr):
+                     CN: tl.constexpr, EDGE: tl.constexpr, PLANE: tl.constexpr,
+                     RB: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr):
     """OUT from PRE as `convolve` leaves them, for N = B·H·W pixels: in one pass over memory."""
     pixel, i = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
     q = tl.arange(0, RB)
@@ -134,7 +160,11 @@ def shuffle_activate(PRE, OUT, N, H: tl.constexpr, W: tl.constexpr, P: tl.conste
     inside = (pixel < N)[:, None] & ((q < SW * CN) & (c < CG))[None, :]
     pre = tl.load(PRE + own[:, None] + (j * CG + c)[None, :], mask=inside, other=0.0)
     row = (b * (H * SH + 2 * EDGE) + y * SH + i + EDGE) * (W * SW + 2 * EDGE) + x * SW + EDGE
-    tl.store(OUT + (row * CN)[:, None] + q[None, :],
+    if PLANE:
+        to = (row * 8)[:, None] + (j * 8 + unit_offsets(c, CN, PLANE))[None, :]
+    else:
+        to = (row * CN)[:, None] + q[None, :]
+    tl.store(OUT + to,
              activate(pre.to(tl.float32), ACT).to(OUT.dtype.element_ty),
              mask=(pixel < N)[:, None] & (q < SW * CN)[None, :])
 
@@ -236,8 +266,9 @@ def convolve_weight_gradient(X, DY, OUT, N, W: tl.constexpr, CI: tl.constexpr, C
 @triton.jit
 def unshuffle_gradient(DOUT, PRE, DPRE, DBIAS, N, H: tl.constexpr, W: tl.constexpr,
                        P: tl.constexpr, CO: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-                       CG: tl.constexpr, CN: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr,
-                       S, BM: tl.constexpr, BN: tl.constexpr):
+                       CG: tl.constexpr, CN: tl.constexpr, PLANE: tl.constexpr,
+                       SPLIT: tl.constexpr, ACT: tl.constexpr, S, BM: tl.constexpr,
+                       BN: tl.constexpr):
     """Back through pixel shuffle and activation: dpre like pre, and bias partial sums [S, CO].
 
     N = B·H·W; PRE and DPRE have edges of P pixels. DOUT is [SPLIT, B, H·SH, W·SW, CN], to be summed
@@ -258,10 +289,10 @@ def unshuffle_gradient(DOUT, PRE, DPRE, DBIAS, N, H: tl.constexpr, W: tl.constex
         for part in tl.static_range(1, SPLIT):
             d += tl.load(DOUT + part * N * SH * SW * CN + at, mask=inside, other=0.0
                          ).to(tl.float32)
-        own = (((b * (H + 2 * P) + y + P) * (W + 2 * P)) + x + P)[:, None] * CO + co[None, :]
-        pre = tl.load(PRE + own, mask=inside, other=0.0).to(tl.float32)
+        own = (b * (H + 2 * P) + y + P) * (W + 2 * P) + x + P
+        pre = tl.load(PRE + offsets(own, co, CO, 0), mask=inside, other=0.0).to(tl.float32)
         d *= activate_both(pre, ACT)[1]
-        tl.store(DPRE + own, d.to(DPRE.dtype.element_ty),
+        tl.store(DPRE + offsets(own, co, CO, PLANE), d.to(DPRE.dtype.element_ty),
                  mask=(pixel < N)[:, None] & (co < CO)[None, :])
         total += tl.sum(d, 0)
     tl.store(DBIAS + s * CO + co, total, mask=co < CO)
@@ -326,22 +357,22 @@ def rgb_forward(X, WEIGHT, BIAS, VIDEO, INDEX, PRED, DOUT, ERROR, DBIAS, H: tl.c
 @triton.jit
 def rgb_backward(DRGB, PRE, WEIGHT, EXTRA, DPRE, DBIAS, ROWS, H: tl.constexpr, W: tl.constexpr,
                  P: tl.constexpr, CO: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-                 CG: tl.constexpr, CN: tl.constexpr, RB: tl.constexpr, KB: tl.constexpr,
-                 ACT: tl.constexpr, S, BM: tl.constexpr):
+                 CG: tl.constexpr, CN: tl.constexpr, PLANE: tl.constexpr, DC: tl.constexpr,
+                 RB: tl.constexpr, KB: tl.constexpr, ACT: tl.constexpr, S, BM: tl.constexpr):
     """Back through the RGB head, the last activation and the last pixel shuffle, in one pass.
 
     A row of the last convolution's output holds SW·CG channels of one row of pixels, side by side;
     the gradient there comes from SW + 2 neighbouring pixels of each of three rows of DRGB, which
-    are a run of 4·(SW + 2) values.
+    are a run of DC·(SW + 2) values.
 
     Args:
-        DRGB: [B, SH·H, SW·W, 4] (edge 1), the gradient at the head's output.
+        DRGB: [B, SH·H, SW·W, DC] (edge 1), the gradient at the head's output.
         PRE: [B, H, W, CO] (edge P).
         WEIGHT: [3, KB, RB], from those values to the row's channels.
         EXTRA: None, or a gradient [B, SH·H, SW·W, CN] to add to the features'.
         ROWS: B·H.
     Writes:
-        DPRE like PRE; DBIAS [S, SH, RB] of the last convolution.
+        DPRE like PRE, or in units; DBIAS [S, SH, RB] of the last convolution.
     """
     s, i = tl.program_id(0), tl.program_id(1)
     c, k = tl.arange(0, RB), tl.arange(0, KB)
@@ -353,22 +384,24 @@ def rgb_backward(DRGB, PRE, WEIGHT, EXTRA, DPRE, DBIAS, ROWS, H: tl.constexpr, W
         b, y = row // H, row % H
         x = (t % TILES) * BM + tl.arange(0, BM)
         shown = (x < W)[:, None] & (c < SW * CG)[None, :]
-        at = ((b * (H + 2 * P) + y + P) * (W + 2 * P) + x + P)[:, None] * CO + \
-            (i * SW * CG + c)[None, :]
-        pre = tl.load(PRE + at, mask=shown, other=0.0).to(tl.float32)
+        own = (b * (H + 2 * P) + y + P) * (W + 2 * P) + x + P
+        pre = tl.load(PRE + offsets(own, i * SW * CG + c, CO, 0), mask=shown, other=0.0
+                      ).to(tl.float32)
         # From pixel x·SW − 1 of row y·SH + i − 1, in memory with its edge
-        run = ((b * (SH * H + 2) + y * SH + i) * LINE + x * SW) * 4
-        known = (x < W)[:, None] & (k < 4 * (SW + 2))[None, :]
+        run = ((b * (SH * H + 2) + y * SH + i) * LINE + x * SW) * DC
+        known = (x < W)[:, None] & (k < DC * (SW + 2))[None, :]
         d = tl.zeros((BM, RB), tl.float32)
         for ky in tl.static_range(3):
-            g = tl.load(DRGB + (run + ky * (LINE * 4))[:, None] + k[None, :], mask=known, other=0.0)
+            at = (run + ky * (LINE * DC))[:, None] + k[None, :]
+            g = tl.load(DRGB + at, mask=known, other=0.0)
             d = tl.dot(g, tl.load(WEIGHT + (ky * KB + k)[:, None] * RB + c[None, :]), d)
         if EXTRA is not None:
             place = (((b * H + y) * SH + i) * (SW * W) + x * SW)[:, None] + (c // CG)[None, :]
             d += tl.load(EXTRA + place * CN + (c % CG)[None, :], mask=shown, other=0.0
                          ).to(tl.float32)
         d = tl.where(shown, d * activate_both(pre, ACT)[1], 0.0)
-        tl.store(DPRE + at, d.to(DPRE.dtype.element_ty), mask=shown)
+        tl.store(DPRE + offsets(own, i * SW * CG + c, CO, PLANE), d.to(DPRE.dtype.element_ty),
+                 mask=shown)
         total += tl.sum(d, 0)
     tl.store(DBIAS + (s * SH + i) * RB + c, total)
 
@@ -376,7 +409,8 @@ def rgb_backward(DRGB, PRE, WEIGHT, EXTRA, DPRE, DBIAS, ROWS, H: tl.constexpr, W
 @triton.jit
 def scatter_gradient(DPICK, PLACE, PRE, DPRE, DBIAS, COUNT, H: tl.constexpr, W: tl.constexpr,
                      P: tl.constexpr, CO: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-                     CG: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr):
+                     CG: tl.constexpr, PLANE: tl.constexpr, C: tl.constexpr, CB: tl.constexpr,
+                     ACT: tl.constexpr):
     """Add gradients [B, COUNT, C] at cells PLACE [COUNT] (row · width + column) of the features.
 
     To DPRE (edge P), through the activation, and to DBIAS [B, CO], which the caller zeroes.
@@ -387,8 +421,11 @@ def scatter_gradient(DPICK, PLACE, PRE, DPRE, DBIAS, COUNT, H: tl.constexpr, W: 
         y, x = place // (W * SW), place % (W * SW)
         slot = ((y % SH) * SW + x % SW) * CG
         row = b * (H + 2 * P) + y // SH + P
-        at = (row * (W + 2 * P) + x // SW + P) * CO + slot + c
+        own = row * (W + 2 * P) + x // SW + P
+        at = own * CO + slot + c
         pre = tl.load(PRE + at, mask=c < C, other=0.0).to(tl.float32)
+        if PLANE:
+            at = own * 8 + (slot + c) // 8 * (PLANE * 8) + (slot + c) % 8
         d = tl.load(DPICK + (b * COUNT + p) * C + c, mask=c < C, other=0.0) * \
             activate_both(pre, ACT)[1]
         old = tl.load(DPRE + at, mask=c < C, other=0.0).to(tl.float32)
@@ -437,8 +474,8 @@ def normalise_gradient(d, xhat, scale, C: tl.constexpr):
     return (d - mean[:, None] - xhat * along[:, None]) * scale[:, None]
 
 
-@triton.jit
-def norm_forward(X, GAMMA, BETA, OUT, XHAT, SCALE, N, H: tl.constexpr, W: tl.constexpr,
+@for_any_image
+def norm_forward(X, GAMMA, BETA, OUT, XHAT, SCALE, N, H, W,
                  C: tl.constexpr, CB: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr):
     """Channel norm of x [N, C], written as patches [N/s², s²·C] ordered (row, column, channel)."""
     pixel = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -458,8 +495,8 @@ def norm_forward(X, GAMMA, BETA, OUT, XHAT, SCALE, N, H: tl.constexpr, W: tl.con
     tl.store(OUT + to, out.to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def norm_backward(D, XHAT, SCALE, GAMMA, DX, PARTIAL, N, H: tl.constexpr, W: tl.constexpr,
+@for_any_image
+def norm_backward(D, XHAT, SCALE, GAMMA, DX, PARTIAL, N, H, W,
                   C: tl.constexpr, CB: tl.constexpr, STRIDE: tl.constexpr, S, BM: tl.constexpr):
     """Back through `norm_forward`; PARTIAL [S, 3, C]: sums for γ, for β, and of dx."""
     s, c = tl.program_id(0), tl.arange(0, CB)
@@ -491,7 +528,7 @@ def norm_backward(D, XHAT, SCALE, GAMMA, DX, PARTIAL, N, H: tl.constexpr, W: tl.
 
 
 @triton.jit
-def depthwise(X, WEIGHT, pixel, N, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+def depthwise(X, WEIGHT, pixel, N, H, W, C: tl.constexpr,
               CB: tl.constexpr, FLIP: tl.constexpr, BM: tl.constexpr):
     """7×7 depthwise convolution of x [N, C] at pixels [BM], or its transpose: [BM, CB]."""
     c = tl.arange(0, CB)
@@ -511,9 +548,9 @@ def depthwise(X, WEIGHT, pixel, N, H: tl.constexpr, W: tl.constexpr, C: tl.const
     return acc
 
 
-@triton.jit
+@for_any_image
 def block_forward(X, DEPTHWISE, DBIAS, GAMMA, BETA, EXPAND, EBIAS, CONTRACT, CBIAS, LAYER, OUT,
-                  XHAT, SCALE, N, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+                  XHAT, SCALE, N, H, W, C: tl.constexpr,
                   CB: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr):
     """A ConvNeXt block in one pass: x [N, C] to OUT; XHAT and SCALE are kept for the way back.
 
@@ -631,8 +668,8 @@ def block_backward(DOUT, XHAT, SCALE, GAMMA, BETA, EXPAND, EBIAS, CONTRACT, CBIA
     tl.store(row + 4 * C, dlayer, mask=known)
 
 
-@triton.jit
-def depthwise_backward(DY, WEIGHT, DOUT, DX, N, H: tl.constexpr, W: tl.constexpr,
+@for_any_image
+def depthwise_backward(DY, WEIGHT, DOUT, DX, N, H, W,
                        C: tl.constexpr, CB: tl.constexpr, BM: tl.constexpr):
     """Gradient of a block's input: DX = DOUT (the residual's) + transposed convolution of DY."""
     pixel = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -644,8 +681,8 @@ def depthwise_backward(DY, WEIGHT, DOUT, DX, N, H: tl.constexpr, W: tl.constexpr
     tl.store(DX + own, dx.to(DX.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def depthwise_weight_gradient(X, DY, OUT, N, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+@for_any_image
+def depthwise_weight_gradient(X, DY, OUT, N, H, W, C: tl.constexpr,
                               CB: tl.constexpr, S, BM: tl.constexpr):
     """Partial sums [S, 7, 7, C] of the depthwise weights' gradient."""
     ky, s = tl.program_id(0), tl.program_id(1)

@@ -8,8 +8,10 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from hnerv_clip import kernels
+from hnerv_clip import hopper, kernels
 from hnerv_clip.tiles import ceil_to, launch
+
+LARGE_IMAGE = 32768  # pixels from which on a convolution keeps a Hopper GPU busy
 
 
 class Parameters:
@@ -96,6 +98,7 @@ class Conv:
     SW: int = 1
     CG: int = 0
     CN: int = 0
+    units: bool = False  # by `hopper`: input and gradients in units of 8 channels, weights too
 
     @property
     def edge(self) -> int:
@@ -116,24 +119,35 @@ class Conv:
 
 
 def pack_convolution(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: tuple[int, int],
-                     in_width: int, factors: tuple[int, int]) -> Conv:
+                     in_width: int, factors: tuple[int, int], units: bool = False) -> Conv:
     """Lay a decoder convolution out for the kernels; see `Conv`.
 
     Args:
         in_width: channels of the input's memory, zeros after the convolution's own.
         factors: (rows, columns) of the pixel shuffle after it.
+        units: let `hopper` do it if it can, and if the image is large enough to be worth it.
     """
     (out, inner, K, _), (SH, SW) = conv.weight.shape, factors
-    width = out // (SH * SW)
-    CG = next(g for g in range(width, width + 8) if SH * SW * g % 8 == 0)
-    CO, CI = SH * SW * CG, in_width
+    width, CI = out // (SH * SW), in_width
+    CG = _shuffle_width(width, SH * SW, 16)
+    units = units and K > 1 and hw[0] * hw[1] >= LARGE_IMAGE and hopper.knows(
+        CI, SH * SW * CG, K, (hw[0] + K - 1, hw[1] + K - 1))
+    if not units:
+        CG = _shuffle_width(width, SH * SW, 8)
+    CO = SH * SW * CG
     c, ij, ci, ky, kx = torch.meshgrid(*map(torch.arange, (width, SH * SW, inner, K, K)),
                                        indexing="ij")
     co = ij * CG + c
-    place = ((ky * K + kx) * CI + ci) * CO + co
+    place = ((ky * K + kx) * CI + ci) * CO + co if not units else \
+        ((ky * CO + co // 8 * 8) * K + kx * 8) * CI + ci * 8 + co % 8
     weight = parameters.add(f"{name}.weight", place.reshape(conv.weight.shape), K * K * CI * CO)
     bias = parameters.add(f"{name}.bias", co[..., 0, 0, 0].reshape(out), CO)
-    return Conv(*hw, CI, CO, K, weight, bias, SH, SW, CG, ceil_to(width, 8))
+    return Conv(*hw, CI, CO, K, weight, bias, SH, SW, CG, ceil_to(width, 8), units)
+
+
+def _shuffle_width(width: int, factor: int, multiple: int) -> int:
+    """Channels from `width` on of which `factor` times as many are a multiple."""
+    return next(w for w in range(width, width + multiple) if factor * w % multiple == 0)
 
 
 def pack_patches(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: tuple[int, int],

@@ -309,8 +309,14 @@ class HNeRV(nn.Module):
                 frame = slice(None) if rows.ndim == 1 else \
                     torch.arange(len(rows), device=rows.device)[:, None]
                 found = features.permute(0, 2, 3, 1)[frame, rows, cols].transpose(1, 2)
-            picked.append(found[:, :self.plan.widths[stage]].float())  # [B, Cᵢ, P]
-        return self._clip_vectors(torch.cat(picked, dim=1)[..., None])[..., 0].transpose(1, 2)
+            picked.append(found)  # [B, Cᵢ, P]
+        return self.clip_of_cells(picked)
+
+    def clip_of_cells(self, picked: list[Tensor]) -> Tensor:
+        """Embeddings [B, P, D] from what the stages that feed the head have there: [B, Cᵢ, P]."""
+        read = [found[:, :self.plan.widths[stage]].float()
+                for stage, found in zip(self.clip_stages, picked, strict=True)]
+        return self._clip_vectors(torch.cat(read, dim=1)[..., None])[..., 0].transpose(1, 2)
 
     def clip_map(self, stages: list[Tensor], *, stride: int = 1) -> Tensor:
         """Embeddings at every so-manieth cell of the last stage: [B, D, ⌈H'/stride⌉, ⌈W'/stride⌉].

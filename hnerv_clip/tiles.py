@@ -28,9 +28,7 @@ def compile_all(step: Callable[[], object], device: torch.device) -> None:
     _recorded = []
     try:
         step()
-        jobs = {str((kernel.__name__, [v.dtype if isinstance(v, Tensor) else v for v in values],
-                     settings)): (kernel, grid, values, settings)
-                for kernel, grid, values, settings in _recorded}
+        jobs = {_compiled_as(*job): job for job in _recorded}
     finally:
         _recorded = None
     if device.type != "cuda":  # Triton's interpreter has nothing to compile
@@ -43,6 +41,14 @@ def compile_all(step: Callable[[], object], device: torch.device) -> None:
 
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
         list(pool.map(build, jobs.values()))
+
+
+def _compiled_as(kernel, grid: tuple[int, ...], values: tuple, settings: dict) -> str:
+    """What tells one compilation from another."""
+    loose = {p.name for p in getattr(kernel, "params", ()) if p.do_not_specialize}
+    given = dict(zip(getattr(kernel, "arg_names", range(len(values))), values)) | settings
+    return str((kernel.__name__, [(name, v.dtype if isinstance(v, Tensor) else v)
+                                  for name, v in given.items() if name not in loose]))
 
 
 def ceil_to(value: int, multiple: int) -> int:

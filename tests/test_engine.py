@@ -1,6 +1,7 @@
 """The fused engine computes what the plain one does: exactly in Triton's interpreter, on a GPU
 within bfloat16's precision."""
 
+import math
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")  # made for Linux; without it training is plain
 
-from hnerv_clip import engine, fused, tiles
+from hnerv_clip import engine, fused, hopper, layout, tiles
 from hnerv_clip.config import ConfigError
 from hnerv_clip.engine import CompiledEngine, FusedEngine, PlainEngine, make_engine
 from hnerv_clip.evaluate import embed_frames
@@ -129,6 +130,40 @@ def test_fast_and_plain_agree_on_a_gpu(small_config, small_dataset, kind):
             build(k, small_config, small_dataset, device="cuda", autocast=torch.bfloat16)
             for k in (PlainEngine, kind))]
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_hopper_kernels_give_what_tritons_give(small_config, small_dataset, monkeypatch):
+    """Losses, every gradient and decoded frames, with two frames a step and with one."""
+    if not hopper.available(torch.device("cuda")):
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setattr(layout, "LARGE_IMAGE", 1)
+    found = []
+    for available in (True, False):
+        monkeypatch.setattr(hopper, "available", lambda device, known=available: known)
+        own = build(FusedEngine, small_config, small_dataset, device="cuda",
+                    autocast=torch.bfloat16)
+        network = own.networks[small_config.train.batch_size]
+        assert network.rgb.units == available == any(conv.units for conv in network.convs)
+        for count in (1, 2):
+            indices = torch.arange(3, 3 + count, device="cuda")
+            losses = own.step(indices, count=count, lr=0.0, weight=0.5).clone()
+            gradients = {name: own.parameters.grad[place].clone()
+                         for name, place in own.parameters.places.items()}
+            found.append((losses, gradients))
+        decode = fused.Decoder(own.model, batch=2, centres=small_dataset.grid.centres)
+        stem = network.convs[0]
+        shape = 2, stem.CI, stem.H, stem.W
+        embeddings = torch.linspace(-1, 1, math.prod(shape), device="cuda").view(shape)
+        frames, vectors = decode(embeddings, clip=True)
+        found.append((frames.clone(), vectors.clone()))
+    for (losses, gradients), (known, expected) in zip(found[:2], found[3:5]):
+        torch.testing.assert_close(losses, known, rtol=1e-3, atol=1e-4)
+        for name, gradient in gradients.items():
+            error = (gradient - expected[name]).norm() / (expected[name].norm() + 1e-9)
+            assert error < 0.05, f"{name}: {error:.1e}"
+    assert (found[2][0].float() - found[5][0].float()).abs().max() <= 2
+    torch.testing.assert_close(found[2][1], found[5][1], rtol=0.02, atol=0.02)
 
 
 def test_what_the_kernels_do_not_know_is_named(small_config):

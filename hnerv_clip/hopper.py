@@ -1,0 +1,221 @@
+"""The decoder's large convolutions on Hopper GPUs: `hopper.cu`, compiled when first needed.
+
+Triton's products read every pixel K times from the second-level cache, which bounds them. Here the
+copy engine brings a pixel to shared memory once for each row of the kernel. For that its channels
+lie in units of 8, see `layout.Conv.units`. Elsewhere, and for small images, `kernels` does it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hnerv_clip.tiles import ceil_to
+
+try:
+    from cuda.bindings import driver, nvrtc  # come with PyTorch's CUDA builds
+except ImportError:
+    driver = nvrtc = None
+
+SOURCE = Path(__file__).with_suffix(".cu")
+SHARED_BYTES = 232448  # of a program, at most
+# The source's names, in its order
+ACTIVATIONS = ("gelu", "relu", "sin", "swish")
+HEADS = ("tanh", "sigmoid", "add")
+MODES = ("l2", "pred", "uint8")
+SIZES = {"forward": ((256, 3), (128, 3), (256, 2), (128, 2)),  # (BM, STAGES), the best first
+         "back": ((256, 4), (256, 3), (128, 4), (128, 3)), "rgb": ((256, 6), (256, 4)),
+         "weights": ((128, 3), (64, 3))}
+
+
+def available(device: torch.device) -> bool:
+    """Whether a device is a Hopper GPU, for which code can be compiled here."""
+    return (device.type == "cuda" and nvrtc is not None
+            and torch.cuda.get_device_capability(device)[0] == 9)
+
+
+def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
+           **settings: int | str) -> dict[str, int | str] | None:
+    """What `hopper.cu` is to be compiled for, as macros, or None where it cannot do that.
+
+    Args:
+        way: "forward"; "back", from the gradient at the output to that at the input, by weights as
+            the way forward has them; "weights", their gradient; or "rgb", forward to colours.
+        xc, yc: channels in memory: of the input and the output, in "back" of the gradient at the
+            output and that at the input.
+        hw: height and width of an image with its edges.
+        settings: of the way forward act, SH, SW, CG, CN, EDGE as in `kernels.convolve`, and
+            OUT_UNITS: 1 for an output in units of channels, 0 for channels last. Of the way to
+            colours head, OFFSET and mode as in `kernels.rgb_forward`.
+    """
+    macros = {"K": kernel, "XC": xc, "YC": yc, "HEIGHT": hw[0], "WIDTH": hw[1]}
+    for name, values in (("act", ACTIVATIONS), ("head", HEADS), ("mode", MODES)):
+        if name in settings:
+            macros[name.upper()] = values.index(settings.pop(name))
+    macros |= settings
+    if way == "weights":
+        units = kernel**2 * xc // 8
+        macros |= {"WEIGHTS": 1, "BLOCK": 48 if 32 < units <= 48 else 32}
+    elif way == "back":
+        parts = -(-xc // 64)
+        macros |= {"BACK": 1, "PART": ceil_to(-(-xc // 8 // parts), 2)}
+    else:
+        macros |= {"BACK": 0, "PART": xc // 8} | ({"RGB": 1} if way == "rgb" else {})
+    if xc % 8 or yc % 8 or yc > 256 or settings.get("CG", 0) % 2 or way == "back" and xc % 16:
+        return None
+    for size, stages in SIZES[way]:
+        macros |= {"BM": size, "STAGES": stages}
+        sums = macros["BLOCK"] // 16 * yc // 2 if way == "weights" else yc // 2  # a thread's
+        most = 160 if way == "weights" or size == 128 else 60
+        # A last copy reads on into the next unit's upper edge, where gradients are 0
+        far = way == "weights" and kernel // 2 * hw[1] < size
+        if shared_bytes(macros) <= SHARED_BYTES and sums <= most and not far:
+            return macros
+    return None
+
+
+def knows(xc: int, yc: int, kernel: int, hw: tuple[int, int]) -> bool:
+    """Whether a convolution from xc to yc channels can be done, all ways."""
+    return all(choose(way, xc=a, yc=b, kernel=kernel, hw=hw) for way, a, b in (
+        ("forward", xc, yc), ("back", yc, xc), ("weights", xc, yc)))
+
+
+def threads(macros: dict[str, int]) -> int:
+    """Threads of a program."""
+    return 384 if "WEIGHTS" in macros else 2 * macros["BM"] + 128
+
+
+def shared_bytes(macros: dict[str, int]) -> int:
+    """Shared memory of a program, as the source lays it out."""
+    K, BM, x8, y8 = macros["K"], macros["BM"], macros["XC"] // 8, macros["YC"] // 8
+    rest = BM // 2 * y8  # results on their way out
+    if "WEIGHTS" in macros:
+        lines = min(K, (macros["BLOCK"] + K * x8 - 2) // (K * x8) + 1)
+        units, rest = BM * y8 + lines * (BM + 8) * x8, 0
+    elif macros["BACK"]:
+        units = (BM + 8 + K * 8 * y8) * macros["PART"]
+    else:
+        units = (BM + 8) * x8 + (K * 8 * x8 + 8) * y8
+    return 16 * (macros["STAGES"] * (units + 1) + rest)
+
+
+def programs(macros: dict[str, int], pixels: int, processors: int) -> int:
+    """Programs to start for so many pixels: one a multiprocessor."""
+    if "WEIGHTS" in macros:
+        return _blocks(macros) * shares(macros, processors)
+    return min(processors, -(-pixels // macros["BM"]))
+
+
+def shares(macros: dict[str, int], processors: int) -> int:
+    """Into how many partial sums a weight gradient is divided."""
+    return max(1, processors // _blocks(macros))
+
+
+def _blocks(macros: dict[str, int]) -> int:
+    """Programs that it takes to have all rows of a weight gradient."""
+    return -(-macros["K"]**2 * macros["XC"] // 8 // macros["BLOCK"])
+
+
+def _products(columns: int, weights_first: bool) -> str:
+    """The macros WGMMA and WGMMA_REGISTERS(d, a, b, add): d[columns / 2] += a·b, or = a·b.
+
+    Args:
+        weights_first: b lies as [columns][sum], 8 values of the sum side by side; else the columns.
+    """
+    count = columns // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"((d)[{i}])' for i in range(count))
+    macros = ""
+    for name, size, settings in (
+            ("WGMMA", 1, f"1, 1, 0, {0 if weights_first else 1}"),
+            ("WGMMA_REGISTERS", 4, "1, 1, 1")):
+        first = f"%{count}" if size == 1 else \
+            "{" + ", ".join(f"%{count + i}" for i in range(size)) + "}"
+        given = '"l"(a)' if size == 1 else ", ".join(f'"r"((a)[{i}])' for i in range(size))
+        macros += (
+            f'#define {name}(d, a, b, add) asm volatile("{{ .reg .pred p; setp.ne.b32 p, '
+            f'%{count + size + 1}, 0; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 '
+            f'{{{sums}}}, {first}, %{count + size}, p, {settings}; }}" '
+            f': {outputs} : {given}, "l"(b), "r"((int)(add)))\n')
+    return macros
+
+
+def build(macros: dict[str, int]) -> bytes:
+    """Machine code of the source for those macros.
+
+    Raises:
+        RuntimeError: it does not compile; the message is the compiler's.
+    """
+    source = _products(macros["YC"], bool(macros.get("BACK"))) + SOURCE.read_text()
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), SOURCE.name.encode(), 0, [], []))
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17",
+               *(f"-D{name}={value}".encode() for name, value in macros.items()),
+               f"-DSHARED={shared_bytes(macros)}".encode()]
+    status, = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{SOURCE.name} does not compile: {log.decode().rstrip(chr(0))}")
+    code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, code))
+    return code
+
+
+def _check(answer: tuple):
+    """The value of a CUDA call.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    status, *values = answer
+    if status.value:
+        raise RuntimeError(f"CUDA says {status.name}")
+    return values[0] if values else None
+
+
+class _Convolution:
+    """Launched and compiled as a Triton kernel is, see `tiles.launch`.
+
+    Values: as the source's `convolve` has them, None for those that are not there.
+    """
+
+    __name__ = "hopper_convolution"
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def run(*values: Tensor | float | int | None, **macros: int | str) -> None:
+            device = next(v.device for v in values if isinstance(v, Tensor))
+            kernel = _load(device.index, tuple(macros.items()))
+            plain = tuple(v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in values)
+            kinds = tuple({int: ctypes.c_int, float: ctypes.c_float}.get(type(v), ctypes.c_void_p)
+                          for v in values)
+            _check(driver.cuLaunchKernel(kernel, grid[0], 1, 1, threads(macros), 1, 1,
+                                         shared_bytes(macros),
+                                         torch.cuda.current_stream(device).cuda_stream,
+                                         (plain, kinds), 0))
+        return run
+
+    def warmup(self, *values: Tensor | int | None, grid: tuple[int, ...], **macros: int):
+        device = next(v.device for v in values if isinstance(v, Tensor))
+        _load(device.index, tuple(macros.items()))
+        return self
+
+    def _init_handles(self) -> None:
+        """Loaded already."""
+
+
+@cache
+def _load(device: int, macros: tuple[tuple[str, int], ...]):
+    # A new thread has no CUDA context until it is given the device's
+    _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(device))))
+    module = _check(driver.cuModuleLoadData(build(dict(macros))))
+    kernel = _check(driver.cuModuleGetFunction(module, b"convolve"))
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(driver.cuFuncSetAttribute(kernel, limit, shared_bytes(dict(macros))))
+    return kernel
+
+
+convolve = _Convolution()

@@ -207,6 +207,7 @@ class _Loop:
         self.train_time_s, self._clock = 0.0, None  # the clock stands still outside training steps
         # Of this process
         self.eval_time_s, self.checkpoint_time_s, self.checkpoints = 0.0, 0.0, 0
+        self.written_at = -math.inf  # metrics.csv
         self.unsaved_steps, self.save_steps = 0, math.inf  # ranks save together, so by steps
 
     def _no_losses(self) -> Tensor:
@@ -332,7 +333,10 @@ class _Loop:
         self.history.append(row)
         if self.rank:
             return
-        self.run.write_table("metrics.csv", pd.DataFrame(self.history))
+        if "eval_psnr_all" in row or time.monotonic() - self.written_at > 1:
+            # All rows again each time: after short epochs, that would take longer than training
+            self.run.write_table("metrics.csv", pd.DataFrame(self.history))
+            self.written_at = time.monotonic()
         for name, value in row.items():
             if name.startswith("eval_"):
                 board.add_scalar(f"eval/{name[5:]}", value, self.epoch)

@@ -50,6 +50,11 @@ def unsupported(model: HNeRV) -> str | None:
     return None
 
 
+def working_dtype(device: torch.device) -> torch.dtype:
+    """Of activations: Triton's interpreter, on the CPU, has no bfloat16 products."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def _plane(image: Tensor, units: bool) -> int:
     """PLANE of an image, see `kernels`."""
     return image.numel() // (8 * len(image)) if units else 0
@@ -67,7 +72,7 @@ class Network:
         self.model, self.batch, self.train = model, batch, train
         self.device = next(model.parameters()).device
         self.cuda = self.device.type == "cuda"
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.dtype = working_dtype(self.device)
         self.parameters = parameters or Parameters()
         fresh = parameters is None
         self._lay_out()
@@ -591,7 +596,7 @@ class Network:
         partial = self._buffer(f"{name}.sums", S, 9 * C, dtype=torch.float32)
         launch(kernels.block_backward, (S,), d, self.work[f"{name}.xhat"],
                self.work[f"{name}.rstd"], *self._block_parameters(name), dy, normed, hidden,
-               dhidden, d2, partial, N, C=C, CB=power_of_two(C), HB=power_of_two(4 * C) // 4, S=S,
+               dhidden, d2, partial, N, C=C, CB=power_of_two(C), HB=power_of_two(C), S=S,
                BM=BM, num_warps=4)
         x = self.work[f"{name}.in"]
         with self.aside(1):

@@ -22,15 +22,23 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *values, **setting
         _recorded.append((kernel, grid, values, settings))
 
 
-def compile_all(step: Callable[[], object], device: torch.device) -> None:
-    """Compile what a step launches, on all processor cores at once; the step launches nothing."""
+def record(step: Callable[[], object]) -> list[tuple]:
+    """What a step would launch, each compilation once: (kernel, grid, values, settings).
+
+    The step launches nothing.
+    """
     global _recorded
     _recorded = []
     try:
         step()
-        jobs = {_compiled_as(*job): job for job in _recorded}
+        return list({_compiled_as(*job): job for job in _recorded}.values())
     finally:
         _recorded = None
+
+
+def compile_all(step: Callable[[], object], device: torch.device) -> None:
+    """Compile what a step launches, on all processor cores at once; the step launches nothing."""
+    jobs = record(step)
     if device.type != "cuda":  # Triton's interpreter has nothing to compile
         return
 
@@ -40,7 +48,7 @@ def compile_all(step: Callable[[], object], device: torch.device) -> None:
             kernel.warmup(*values, grid=grid, **settings)._init_handles()  # that it fits, too
 
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        list(pool.map(build, jobs.values()))
+        list(pool.map(build, jobs))
 
 
 def _compiled_as(kernel, grid: tuple[int, ...], values: tuple, settings: dict) -> str:

@@ -2,8 +2,11 @@
 within bfloat16's precision."""
 
 import math
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +119,13 @@ def test_the_fused_decoder_gives_the_models_frames_and_vectors(tiny):
         assert (frames.float() - expected).abs().max() <= 1  # one rounds half up, one to even
         torch.testing.assert_close(vectors, model.clip_at(stages, dataset.grid.centres))
         assert decode(embeddings, rgb=False, clip=True)[0] is None
+
+
+def test_every_kernel_compiles_for_a_gpu():
+    """The interpreter allows what no GPU can do, such as products of 8 columns."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

@@ -452,16 +452,13 @@ def _interpolation_words(kind: str, part: pd.DataFrame, variants: list[str]) -> 
     over = {variant: Estimate((part[part.variant == variant].set_index(
         "seed").skill_anywhere_held_out - without).dropna()) for variant in variants}
     known = sorted((pair for pair in over.items() if pair[1].n), key=lambda pair: -pair[1].mean)
-    sides = {"ahead of it": [p for p in known if p[1].mean > 0],
-             "behind it": [p for p in known if p[1].mean <= 0]}
-    listed = "; ".join(f"{side}: " + ", ".join(
-        f"“{change_words(kind, variant)}” ({gain.text(sign=True)})" for variant, gain in some)
-        for side, some in sides.items() if some)
+    ahead = ", ".join(f"“{change_words(kind, variant)}” ({gain.text(sign=True)})"
+                      for variant, gain in known if gain.mean > 0)
     return [f"**Without asking the head** ({base.video.iloc[0]}, {KINDS[kind]}): the base's own "
             f"answers at the supervised positions, interpolated, have a skill of {own.text()} "
             f"anywhere, where its head asked there has {head.text()}; the teacher's embeddings at "
-            f"those positions, interpolated, have {teacher.mean:.3f}. By their heads asked there, "
-            f"{listed}."]
+            f"those positions, interpolated, have {teacher.mean:.3f}. Of {len(known)} remedies' "
+            f"heads asked there, ahead of the first: {ahead or 'none'}."]
 
 
 DEFAULT_BEATEN = (
@@ -478,17 +475,15 @@ def _remedy_words(found: list[tuple[str, dict[str, Estimate]]], used: pd.DataFra
                         if g[column].n), key=lambda row: -row[1].mean)
         proven = {"It helped": [p for p in gains if p[1].side == "above"],
                   "It harmed": [p for p in gains if p[1].side == "below"]}
-        open_ = {"It was ahead": [p for p in gains if p[1].side == "open" and p[1].mean > 0],
-                 "It was behind": [p for p in gains if p[1].side == "open" and p[1].mean <= 0]}
+        unsure = [g.mean > 0 for _, g, _ in gains if g.side == "open"]
         said.append(f"**Held-out skill {place}**, less the base's, and what happened to the PSNR "
                     "of held-out frames:")
         said.append("\n".join(
             [f"- {words}, by an interval over seeds: " + ("; ".join(
                 f"{name} {g.text(sign=True)}, {psnr.text(2, sign=True)} dB"
                 for name, g, psnr in some) or "none") + "." for words, some in proven.items()]
-            + [f"- {words}, without proof: " + ("; ".join(
-                f"{name} {g.mean:+.3f}, {psnr.mean:+.2f} dB" for name, g, psnr in some) or "none")
-               + "." for words, some in open_.items()]))
+            + [f"- Without proof (one seed, or an interval around 0): {sum(unsure)} ahead, "
+               f"{len(unsure) - sum(unsure)} behind; the table has them."] * bool(unsure)))
         if column == "skill_held_out":
             better = [name for name, *_ in proven["It helped"]]
             said.append(DEFAULT_BEATEN.format(

@@ -78,7 +78,8 @@ def study_configs(base: Config, only: Iterable[str] = ()) -> dict[str, Config]:
     Returns:
         {VIDEO_KIND_VARIANT_sSEED: config}.
     Raises:
-        ConfigError: a base without the CLIP head, or a pattern that no run matches.
+        ConfigError: a base without the CLIP head, with neither crop nor size, or with a single
+            position; or a pattern that no run matches.
     """
     if not base.model.predict_clip:
         raise ConfigError("the study's base needs the CLIP head: leave predict_clip=True; the runs "
@@ -141,11 +142,23 @@ def _changes(kind: str, variant: str, base: Config) -> dict[str, Any]:
 
 
 def _half_distance(config: Config) -> int:
-    """Half the largest distance in pixels of two neighbouring positions, rounded up."""
+    """Half the largest distance in pixels of two neighbouring positions, rounded up.
+
+    Raises:
+        ConfigError: the frames' size is not among the settings, or there is one position.
+    """
     from hnerv_clip.patches import make_grid
 
-    grid = make_grid(config.teacher, config.video.resize_list or config.video.crop_list)
+    frame_hw = config.video.resize_list or config.video.crop_list
+    if frame_hw is None:
+        raise ConfigError("crop_list and resize_list are both empty, but the study moves positions "
+                          "by pixels of a known frame size; give one, crop_list=640_1280")
+    grid = make_grid(config.teacher, frame_hw)
     apart = [b - a for starts in (grid.tops, grid.lefts) for a, b in zip(starts, starts[1:])]
+    if not apart:
+        raise ConfigError(f"patch_grid={config.params()['patch_grid']!r} is one position a frame, "
+                          "but the study moves positions by half their distance; use two or more, "
+                          "patch_grid=2_4")
     return -(-max(apart) // 2)
 
 

@@ -54,6 +54,10 @@ def test_positions_are_jittered_by_half_their_distance():
     jitters = {name: configs[f"bunny_xyt_{name}_s0"].train.clip_jitter
                for name in ("base", "jitter_half", "dense_jitter")}
     assert jitters == {"base": 0, "jitter_half": 139, "dense_jitter": 70}
+    for settings, fix in [({"patch_grid": "1_1"}, "patch_grid=2_4"),
+                          ({"crop_list": ""}, "crop_list=640_1280")]:
+        with pytest.raises(ConfigError, match=fix):
+            study_configs(FULL.replace(**settings))
 
 
 @pytest.fixture(scope="module")

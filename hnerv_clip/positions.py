@@ -127,11 +127,13 @@ def join_places(found: Mapping[PatchGrid, tuple[np.ndarray, np.ndarray]],
     return places
 
 
-def position_scores(run: Run, **options) -> pd.DataFrame:
+def position_scores(run: Run, *, taught: PatchGrid | None = None, source: str | None = None,
+                    cache_dir: str | Path = "output/cache", device: str | torch.device = "auto",
+                    progress: bool = True) -> pd.DataFrame:
     """How well a run answers at its patches, half-way between them, and anywhere.
 
     Args:
-        options: see `ask_places`.
+        taught, source, cache_dir, device, progress: see `ask_places`.
     Returns:
         A row per frame, position and answer (of `ANSWERS`): source, split (train, held_out),
         where (supervised, between, anywhere), frame, y, x (centre in pixels), answer,
@@ -139,9 +141,10 @@ def position_scores(run: Run, **options) -> pd.DataFrame:
     Raises:
         ConfigError: see `ask_places`.
     """
-    source = options.pop("source", None) or sources_of(run.model)[-1]
-    return score_places(ask_places(run, source=source, **options),
-                        run.dataset.split.train).assign(source=source)
+    source = source or sources_of(run.model)[-1]
+    places = ask_places(run, taught=taught, source=source, cache_dir=cache_dir, device=device,
+                        progress=progress)
+    return score_places(places, run.dataset.split.train).assign(source=source)
 
 
 def score_places(places: Mapping[str, Place], train_frames) -> pd.DataFrame:

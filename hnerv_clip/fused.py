@@ -1,4 +1,4 @@
-"""The training step on the kernels of `kernels`: the same network, forward and back, by hand.
+"""The training step on `kernels` and `hopper`: the same network, forward and back, by hand.
 
 `Network` holds the buffers of one batch size and runs the layers. The order of the modules is the
 network's: patches → encoder stages → decoder blocks → heads, and back.
@@ -29,6 +29,7 @@ from hnerv_clip.tiles import (
 
 BUILD_ERRORS = (triton.TritonError, OSError, RuntimeError, subprocess.CalledProcessError)
 LARGE = 65536  # pixels from which on a layer is bound by memory, not by waiting
+MOST_KERNEL = 11  # rows and columns of a convolution
 MULTIPROCESSORS = 132  # of an H100, by which work is shared out
 PROGRAMS = 8 * MULTIPROCESSORS  # at most, of a sum over pixels
 # Multiprocessors that a Hopper kernel leaves to the small ones which run beside it: the CLIP head's
@@ -42,6 +43,8 @@ def unsupported(model: HNeRV) -> str | None:
     if config.act not in kernels.ACTIVATIONS or config.norm != "none":
         return (f"act={config.act!r} with norm={config.norm!r} (they know "
                 f"{', '.join(kernels.ACTIVATIONS)} without a norm)")
+    if max(model.plan.kernels) > MOST_KERNEL:
+        return f"a kernel of {max(model.plan.kernels)} (they know {MOST_KERNEL} at most)"
     if model.plan.output_hw != model.frame_hw:
         return "a decoder that is resized to the frame (choose dec_strds that give its size)"
     last = config.dec_strds[-1] if config.num_blks[1] == 1 else 1
@@ -141,7 +144,7 @@ class Network:
         last, C = self.convs[-1], self.model.rgb_head.in_channels
         SW, CG, CN = last.SW, last.CG, last.CN
         H, W = self.model.frame_hw
-        units = hopper.available(self.device) and last.units
+        units = last.units and hopper.knows_rgb(CN, 8, 3, (H + 2, W + 2))
         CO = 8 if units else 4  # colours in memory, three of them used
         k, c, y, x = torch.meshgrid(*map(torch.arange, (3, C, 3, 3)), indexing="ij")
         place = ((y * 3 + x) * CN + c) * CO + k
@@ -226,7 +229,8 @@ class Network:
 
     def with_room(self, *shape: int) -> Tensor:
         """Zeros, with zeros before and after them: kernels read past the ends of images."""
-        room = ceil_to((4 * max(shape[1:-1], default=1) + 1024) * shape[-1], 64)
+        lines = MOST_KERNEL // 2 + 1
+        room = ceil_to((lines * max(shape[1:-1], default=1) + 1024) * shape[-1], 64)
         flat = torch.zeros(math.prod(shape) + 2 * room, dtype=self.dtype, device=self.device)
         return flat[room:room + math.prod(shape)].view(shape)
 
@@ -526,6 +530,8 @@ class Network:
         xc, yc = (conv.CO, conv.CI) if way == "back" else (conv.CI, conv.CO)
         macros = hopper.choose(way, xc=xc, yc=yc, kernel=conv.K, hw=(
             conv.H + 2 * conv.edge, conv.W + 2 * conv.edge), **settings)
+        if macros is None:
+            raise RuntimeError(f"no Hopper kernel for {way} of {conv}")
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return macros, hopper.programs(macros, self.batch * conv.pixels,
                                        max(1, processors - LEFT.get(way, 0)))

@@ -10,14 +10,11 @@
 // of a copy), STAGES (copies, one in use and the others under way), and the way. BACK 0 or 1: PART
 // (units of x in a copy), and for 0 ACT, SH, SW, CG, CN, EDGE as in `kernels.convolve`, and whether
 // OUT_UNITS; or RGB, with HEAD, OFFSET and MODE as in `kernels.rgb_forward`. WEIGHTS: BLOCK.
-// `hopper.py` makes SHARED, the bytes of shared memory, WGMMA(d, a, b, add), with YC / 2 sums a thread, and WGMMA_REGISTERS, whose `a` is 4
+// `hopper.py` makes SHARED (the bytes of shared memory), the names of ACT's, HEAD's and MODE's
+// values, WGMMA(d, a, b, add), with YC / 2 sums a thread, and WGMMA_REGISTERS, whose `a` is 4
 // registers. Groups of four warps multiply; of one more, which gives them its registers, a warp
 // starts the copies.
 
-// Values of ACT, HEAD and MODE
-enum { GELU, RELU, SIN, SWISH };
-enum { TANH, SIGMOID, ADD };
-enum { L2, PRED, UINT8 };
 typedef unsigned short bf16;
 typedef unsigned long long u64;
 
@@ -378,8 +375,8 @@ convolve(const bf16* x, const bf16* weight, const float* bias,
       const int ky = i % STEPS / PARTS, unit = i % PARTS * UNITS, units = min(UNITS, X8 - unit);
       const int w_units = BACK ? units : W8;
       const unsigned stage = stages + i % STAGES * STAGE_BYTES;
-      const bf16* from = x + 8 * ((long long)Tile(blockIdx.x + i / STEPS * gridDim.x, pixels).first +
-                                  (ky - P) * WIDTH - P);
+      const Tile tile(blockIdx.x + i / STEPS * gridDim.x, pixels);
+      const bf16* from = x + 8 * ((long long)tile.first + (ky - P) * WIDTH - P);
       const bf16* weights = weight + 8 * RUN * ((BACK ? K - 1 - ky : ky) * W8 + (BACK ? unit : 0));
       ring.expect(i, 16 * ((BM + 8) * units + RUN * w_units));
       for (int c = lane; c < units + w_units; c += 32)
@@ -425,9 +422,9 @@ convolve(const bf16* x, const bf16* weight, const float* bias,
   }
 }
 #else
-// The weights' gradient: sums over pixels. A program takes BLOCK units of (kernel row, kernel column,
-// channels of x), all channels of y and one share of the pixels. Its x comes through registers, so
-// that each warp can take any two units.
+// The weights' gradient: sums over pixels. A program takes BLOCK units of (kernel row, kernel
+// column, channels of x), all channels of y and one share of the pixels. Its x comes through
+// registers, so that each warp can take any two units.
 constexpr int UNITS = K * K * X8, BLOCKS = (UNITS + BLOCK - 1) / BLOCK, T = BLOCK / 16;
 constexpr int MOST = (BLOCK + K * X8 - 2) / (K * X8) + 1;  // kernel rows that BLOCK units touch
 constexpr int LINES = MOST < K ? MOST : K;
@@ -463,49 +460,49 @@ convolve(const bf16* x, const bf16* dy, const float*, float* out, void*, int pix
                              (first + (c - Y8) / X8 - P) * WIDTH - P), 16 * XP);
     }
   } else {
-  take_registers();
-  unsigned from[T];  // this lane's row of the four 8×8 matrices that make 16 rows of x
+    take_registers();
+    unsigned from[T];  // this lane's row of the four 8×8 matrices that make 16 rows of x
 #pragma unroll
-  for (int m = 0; m < T; m++) {
-    int unit = block * BLOCK + (warp / 4 * T + m) * 8 + warp % 4 * 2 + lane / 8 % 2;
-    if (unit >= UNITS) unit = block * BLOCK;
-    from[m] = Y_BYTES + (unit / (K * X8) - first) * LINE_BYTES +
-              16 * (unit % X8 * XP + unit / X8 % K + lane / 16 * 8 + lane % 8);
-  }
-  float sum[T][YC / 2] = {};
-  for (int i = 0; i < total; i++) {
-    unsigned stage = stages + i % STAGES * STAGE_BYTES;
-    ring.wait_full(i);
-#pragma unroll
-    for (int k = 0; k < BM / 16; k++) {
-      unsigned rows[T][4];
-      wait_products<3>();  // those four steps back had these registers
-#pragma unroll
-      for (int m = 0; m < T; m++)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(rows[m][0]), "=r"(rows[m][1]), "=r"(rows[m][2]), "=r"(rows[m][3])
-                     : "r"(stage + from[m] + 256 * k) : "memory");
-      begin_products();
-#pragma unroll
-      for (int m = 0; m < T; m++)
-        WGMMA_REGISTERS(sum[m], rows[m], operand(stage + 256 * k, 8, BM), true);
-      commit_products();
+    for (int m = 0; m < T; m++) {
+      int unit = block * BLOCK + (warp / 4 * T + m) * 8 + warp % 4 * 2 + lane / 8 % 2;
+      if (unit >= UNITS) unit = block * BLOCK;
+      from[m] = Y_BYTES + (unit / (K * X8) - first) * LINE_BYTES +
+                16 * (unit % X8 * XP + unit / X8 % K + lane / 16 * 8 + lane % 8);
     }
-    if (i) ring.leave(i - 1);
-  }
-  finish_products(sum);
+    float sum[T][YC / 2] = {};
+    for (int i = 0; i < total; i++) {
+      unsigned stage = stages + i % STAGES * STAGE_BYTES;
+      ring.wait_full(i);
 #pragma unroll
-  for (int m = 0; m < T; m++)
+      for (int k = 0; k < BM / 16; k++) {
+        unsigned rows[T][4];
+        wait_products<3>();  // those four steps back had these registers
 #pragma unroll
-    for (int j = 0; j < 2 * Y8; j++) {
-      int unit = block * BLOCK + (warp / 4 * T + m) * 8 + warp % 4 * 2 + j % 2;
-      if (unit < UNITS) {
-        int ky = unit / (K * X8), line = unit % (K * X8) * 8 + lane / 4;  // of a unit of y
-        long long to = ((long long)(share * K + ky) * Y8 + j / 2) * (K * XC) + line;
-        *reinterpret_cast<float2*>(out + to * 8 + lane % 4 * 2) =
-            make_float2(sum[m][2 * j], sum[m][2 * j + 1]);
+        for (int m = 0; m < T; m++)
+          asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(rows[m][0]), "=r"(rows[m][1]), "=r"(rows[m][2]), "=r"(rows[m][3])
+                       : "r"(stage + from[m] + 256 * k) : "memory");
+        begin_products();
+#pragma unroll
+        for (int m = 0; m < T; m++)
+          WGMMA_REGISTERS(sum[m], rows[m], operand(stage + 256 * k, 8, BM), true);
+        commit_products();
       }
+      if (i) ring.leave(i - 1);
     }
+    finish_products(sum);
+#pragma unroll
+    for (int m = 0; m < T; m++)
+#pragma unroll
+      for (int j = 0; j < 2 * Y8; j++) {
+        int unit = block * BLOCK + (warp / 4 * T + m) * 8 + warp % 4 * 2 + j % 2;
+        if (unit < UNITS) {
+          int ky = unit / (K * X8), line = unit % (K * X8) * 8 + lane / 4;  // of a unit of y
+          long long to = ((long long)(share * K + ky) * Y8 + j / 2) * (K * XC) + line;
+          *reinterpret_cast<float2*>(out + to * 8 + lane % 4 * 2) =
+              make_float2(sum[m][2 * j], sum[m][2 * j + 1]);
+        }
+      }
   }
 }
 #endif

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hnerv_clip.tiles import ceil_to
+from hnerv_clip.kernels import ACTIVATIONS
+from hnerv_clip.tiles import H100_SHARED_BYTES, ceil_to
 
 try:
     from cuda.bindings import driver, nvrtc  # come with PyTorch's CUDA builds
@@ -22,9 +23,6 @@ except ImportError:
     driver = nvrtc = None
 
 SOURCE = Path(__file__).with_suffix(".cu")
-SHARED_BYTES = 232448  # of a program, at most
-# The source's names, in its order
-ACTIVATIONS = ("gelu", "relu", "sin", "swish")
 HEADS = ("tanh", "sigmoid", "add")
 MODES = ("l2", "pred", "uint8")
 SIZES = {"forward": ((256, 3), (128, 3), (256, 2), (128, 2)),  # (BM, STAGES), the best first
@@ -32,10 +30,17 @@ SIZES = {"forward": ((256, 3), (128, 3), (256, 2), (128, 2)),  # (BM, STAGES), t
          "weights": ((128, 3), (64, 3))}
 
 
+@cache
 def available(device: torch.device) -> bool:
     """Whether a device is a Hopper GPU, for which code can be compiled here."""
-    return (device.type == "cuda" and nvrtc is not None
-            and torch.cuda.get_device_capability(device)[0] == 9)
+    if device.type != "cuda" or nvrtc is None or \
+            torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        status, major, _ = nvrtc.nvrtcVersion()
+    except Exception:  # the library itself is looked for at the first call, and may be missing
+        return False
+    return not status.value and major >= 12
 
 
 def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
@@ -51,6 +56,8 @@ def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
         settings: of the way forward act, SH, SW, CG, CN, EDGE as in `kernels.convolve`, and
             OUT_UNITS: 1 for an output in units of channels, 0 for channels last. Of the way to
             colours head, OFFSET and mode as in `kernels.rgb_forward`.
+    Returns:
+        {name: value} of the macros that the source's first lines explain.
     """
     macros = {"K": kernel, "XC": xc, "YC": yc, "HEIGHT": hw[0], "WIDTH": hw[1]}
     for name, values in (("act", ACTIVATIONS), ("head", HEADS), ("mode", MODES)):
@@ -59,13 +66,15 @@ def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
     macros |= settings
     if way == "weights":
         units = kernel**2 * xc // 8
-        macros |= {"WEIGHTS": 1, "BLOCK": 48 if 32 < units <= 48 else 32}
+        macros |= {"WEIGHTS": 1, "BLOCK": 48 if 32 < units <= 48 and yc <= 104 else 32}
     elif way == "back":
         parts = -(-xc // 64)
         macros |= {"BACK": 1, "PART": ceil_to(-(-xc // 8 // parts), 2)}
     else:
         macros |= {"BACK": 0, "PART": xc // 8} | ({"RGB": 1} if way == "rgb" else {})
-    if xc % 8 or yc % 8 or yc > 256 or settings.get("CG", 0) % 2 or way == "back" and xc % 16:
+    if kernel > 9 or xc % 8 or yc % 8 or yc > 256 or settings.get("CG", 0) % 2:
+        return None
+    if way == "back" and xc % 16:
         return None
     for size, stages in SIZES[way]:
         macros |= {"BM": size, "STAGES": stages}
@@ -73,15 +82,20 @@ def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
         most = 160 if way == "weights" or size == 128 else 60
         # A last copy reads on into the next unit's upper edge, where gradients are 0
         far = way == "weights" and kernel // 2 * hw[1] < size
-        if shared_bytes(macros) <= SHARED_BYTES and sums <= most and not far:
+        if shared_bytes(macros) <= H100_SHARED_BYTES and sums <= most and not far:
             return macros
     return None
 
 
-def knows(xc: int, yc: int, kernel: int, hw: tuple[int, int]) -> bool:
-    """Whether a convolution from xc to yc channels can be done, all ways."""
-    return all(choose(way, xc=a, yc=b, kernel=kernel, hw=hw) for way, a, b in (
-        ("forward", xc, yc), ("back", yc, xc), ("weights", xc, yc)))
+def knows(xc: int, yc: int, kernel: int, hw: tuple[int, int], **shuffle: int) -> bool:
+    """Whether a convolution from xc to yc channels can be done, all ways; see `choose`."""
+    return all(choose(way, xc=a, yc=b, kernel=kernel, hw=hw, **given) for way, a, b, given in (
+        ("forward", xc, yc, shuffle), ("back", yc, xc, {}), ("weights", xc, yc, {})))
+
+
+def knows_rgb(xc: int, yc: int, kernel: int, hw: tuple[int, int]) -> bool:
+    """Whether the RGB head can be done, forward and its weights' gradient."""
+    return all(choose(way, xc=xc, yc=yc, kernel=kernel, hw=hw) for way in ("rgb", "weights"))
 
 
 def threads(macros: dict[str, int]) -> int:
@@ -104,7 +118,7 @@ def shared_bytes(macros: dict[str, int]) -> int:
 
 
 def programs(macros: dict[str, int], pixels: int, processors: int) -> int:
-    """Programs to start for so many pixels: one a multiprocessor."""
+    """Programs to start for so many pixels: one for each of so many multiprocessors, at most."""
     if "WEIGHTS" in macros:
         return _blocks(macros) * shares(macros, processors)
     return min(processors, -(-pixels // macros["BM"]))
@@ -150,7 +164,9 @@ def build(macros: dict[str, int]) -> bytes:
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
     """
-    source = _products(macros["YC"], bool(macros.get("BACK"))) + SOURCE.read_text()
+    names = "".join(f"enum {{ {', '.join(names).upper()} }};\n"
+                    for names in (ACTIVATIONS, HEADS, MODES))
+    source = names + _products(macros["YC"], bool(macros.get("BACK"))) + SOURCE.read_text()
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), SOURCE.name.encode(), 0, [], []))
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17",
                *(f"-D{name}={value}".encode() for name, value in macros.items()),
@@ -208,7 +224,8 @@ class _Convolution:
 
 
 @cache
-def _load(device: int, macros: tuple[tuple[str, int], ...]):
+def _load(device: int, macros: tuple[tuple[str, int | str], ...]):
+    """The compiled source on a GPU, as the driver launches it."""
     # A new thread has no CUDA context until it is given the device's
     _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(device))))
     module = _check(driver.cuModuleLoadData(build(dict(macros))))

@@ -397,8 +397,8 @@ def rgb_backward(DRGB, PRE, WEIGHT, EXTRA, DPRE, DBIAS, ROWS, H: tl.constexpr, W
             d = tl.dot(g, tl.load(WEIGHT + (ky * KB + k)[:, None] * RB + c[None, :]), d)
         if EXTRA is not None:
             place = (((b * H + y) * SH + i) * (SW * W) + x * SW)[:, None] + (c // CG)[None, :]
-            d += tl.load(EXTRA + place * CN + (c % CG)[None, :], mask=shown, other=0.0
-                         ).to(tl.float32)
+            d += tl.load(EXTRA + place * CN + (c % CG)[None, :], other=0.0,
+                         mask=shown & (c % CG < CN)[None, :]).to(tl.float32)
         d = tl.where(shown, d * activate_both(pre, ACT)[1], 0.0)
         tl.store(DPRE + offsets(own, i * SW * CG + c, CO, PLANE), d.to(DPRE.dtype.element_ty),
                  mask=shown)

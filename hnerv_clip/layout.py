@@ -131,7 +131,7 @@ def pack_convolution(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: 
     width, CI = out // (SH * SW), in_width
     CG = _shuffle_width(width, SH * SW, 16)
     units = units and K > 1 and hw[0] * hw[1] >= LARGE_IMAGE and hopper.knows(
-        CI, SH * SW * CG, K, (hw[0] + K - 1, hw[1] + K - 1))
+        CI, SH * SW * CG, K, (hw[0] + K - 1, hw[1] + K - 1), CG=CG)
     if not units:
         CG = _shuffle_width(width, SH * SW, 8)
     CO = SH * SW * CG

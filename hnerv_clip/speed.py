@@ -210,10 +210,10 @@ def tried_markdown(tried: dict[str, Any] | None) -> str:
     """What was tried on the engine: expected and measured change of a step's time by each."""
     if not tried:
         return "*Nothing is recorded yet.*\n"
-    return _table(["change", "expected (ms)", "measured (ms)", "kept", "why"], [
+    return _table(["change", "expected (ms)", "measured (ms)", "kept", "why", "device"], [
         [row["change"], _gain(row["expected_ms"]), _gain(row["measured_ms"]),
-         "yes" if row["kept"] else "no", row["why"]] for row in tried["rows"]]
-                  ) + f"\n\n{tried['device']}.\n"
+         "yes" if row["kept"] else "no", row["why"], row["device"]] for row in tried["rows"]]
+                  ) + "\n"
 
 
 def goals_markdown(benches: list[Bench]) -> str:

@@ -11,11 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
+H100_SHARED_BYTES = 232448  # that a program may use
 _recorded: list | None = None
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *values, **settings) -> None:
-    """Run a kernel, or note it for `compile_all`."""
+def launch(kernel, grid: tuple[int, ...], *values, **settings) -> None:
+    """Run a kernel, Triton's or `hopper.convolve`, or note it for `record`."""
     if _recorded is None:
         kernel[grid](*values, **settings)
     else:
@@ -120,6 +121,6 @@ def _fit(**tile: int) -> dict[str, int]:
 def _shared_memory() -> int:
     """Bytes that a program may use; an H100's where there is no GPU."""
     if not torch.cuda.is_available():
-        return 232448
+        return H100_SHARED_BYTES
     return torch.cuda.get_device_properties(
         torch.cuda.current_device()).shared_memory_per_block_optin

@@ -291,6 +291,7 @@ class _Loop:
     def _check_finite(self) -> None:
         bad = (~self.losses[:, 2].isfinite()).nonzero()
         if len(bad):
+            self._write_metrics()
             step = self.epoch * self.steps + int(bad[0]) + 1
             raise TrainError(
                 f"the loss became NaN or infinite at step {step} (epoch {self.epoch + 1}). "
@@ -333,10 +334,9 @@ class _Loop:
         self.history.append(row)
         if self.rank:
             return
-        if "eval_psnr_all" in row or time.monotonic() - self.written_at > 1:
-            # All rows again each time: after short epochs, that would take longer than training
-            self.run.write_table("metrics.csv", pd.DataFrame(self.history))
-            self.written_at = time.monotonic()
+        # All rows again each time: after short epochs, that would take longer than training
+        if time.monotonic() - self.written_at > 1:
+            self._write_metrics()
         for name, value in row.items():
             if name.startswith("eval_"):
                 board.add_scalar(f"eval/{name[5:]}", value, self.epoch)
@@ -344,6 +344,11 @@ class _Loop:
                 board.add_scalar(f"train/{name}", value, self.epoch)
         shown = {k: float(f"{v:.5g}") for k, v in row.items() if v == v}
         self.run.log(" ".join(f"{k}={v:g}" for k, v in shown.items()))
+
+    def _write_metrics(self) -> None:
+        if self.rank == 0 and self.history:
+            self.run.write_table("metrics.csv", pd.DataFrame(self.history))
+            self.written_at = time.monotonic()
 
     def _tensorboard(self) -> SummaryWriter | nullcontext:
         if self.rank:
@@ -416,6 +421,7 @@ class _Loop:
         self.engine.sync()
         if self.rank:
             self.losses.zero_()
+        self._write_metrics()
         if self.rank == 0:
             self.run.save_checkpoint(LATEST, {
                 "config": self.config.params(), "model": self.model.state_dict(),

@@ -95,14 +95,14 @@ def test_pages_stand_with_files_and_without(tmp_path):
     rows = [{"part": "encoder", "before_ms": 1.25, "after_ms": 0.5},
             {"part": "decoder", "before_ms": 3.0, "after_ms": 1.25}]
     (tmp_path / "profile_h100.json").write_text(json.dumps({"device": "H", "rows": rows}))
-    (tmp_path / "tried.json").write_text(json.dumps({"device": "H", "rows": [
-        {"change": "fusing", "expected_ms": 0.6, "measured_ms": None, "kept": False, "why": "slow"}
-    ]}))
+    (tmp_path / "tried.json").write_text(json.dumps({"rows": [
+        {"change": "fusing", "expected_ms": 0.6, "measured_ms": None, "kept": False, "why": "slow",
+         "device": "H"}]}))
     pages = speed.speed_pages(tmp_path)
     assert pages.keys() == bare.keys()
     assert not [name for name, text in pages.items() if "yet" in text]
     assert "| **sum** | **4.25** | **1.75** |" in pages["speed_profile"]
-    assert "| fusing | 0.60 | no | slow |" in pages["speed_tried"]  # nothing was measured
+    assert "| fusing | 0.60 | no | slow | H |" in pages["speed_tried"]  # nothing was measured
     assert "`seed0` | 300 | 0 | on | **58** | 3.0 | 9.0 | 40.0 | 4.0 | 0.5 | 1.7 | 35.50 | 3.00 |" \
         in pages["speed_fit"]
     assert [b["device"] for b in speed.load_benches(tmp_path)] == ["NVIDIA Something", "x, 2 cores"]

@@ -78,6 +78,7 @@ def frame_times(indices: Tensor, frame_count: int) -> Tensor:
     return indices.double() / frame_count
 
 
+@torch.no_grad()  # else what the encoder computed of every frame is kept, gigabytes
 def embed_frames(model: HNeRV, dataset: Dataset) -> Tensor:
     """The model's embedding of every frame: [T, C, h, w], on the model's device.
 

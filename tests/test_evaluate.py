@@ -10,10 +10,12 @@ from hnerv_clip.evaluate import (
     decode_frames,
     evaluate_model,
     evaluate_run,
+    frame_embeddings,
     interpolate_embeddings,
     load_run,
     measure_decoding,
     predict_embeddings,
+    sources_of,
     summarise,
 )
 from hnerv_clip.train import train
@@ -72,6 +74,12 @@ def test_standalone_evaluation_repeats_the_runs_own(run):
     again = evaluate_run(run)
     own = pd.read_csv(run.run_dir.path / "evaluation.csv")
     pd.testing.assert_frame_equal(again, own, check_dtype=False, rtol=1e-4)
+
+
+def test_embedding_frames_keeps_nothing_for_gradients(run):
+    """Else every frame's activations stay in memory: 19 GB for bunny in full size."""
+    for source in sources_of(run.model):
+        assert not frame_embeddings(run.model, run.dataset, source).requires_grad
 
 
 def test_summary_by_hand():

@@ -229,7 +229,7 @@ def _learning_words(video: str, kind: str, skill: Estimate, over: dict[str, Esti
     sides: dict[str, list[str]] = {}
     for name, margin in over.items():
         sides.setdefault(margin.side, []).append(named[name])
-    parts = [f"{words} {(' and ' if side == 'above' else ' or ').join(sides[side])}"
+    parts = [f"{words} {(' or ' if side == 'open' else ' and ').join(sides[side])}"
              for side, words in [
                  ("above", "ahead of"), ("below", "behind"), ("open", "not told apart from")]
              if side in sides]
@@ -404,7 +404,8 @@ def remedies_page(table: pd.DataFrame) -> tuple[str, Figure | None]:
                  if paired(table, "skill_held_out", video=video, kind=kind, variant=v).n]
         if not shown:
             continue
-        said += _interpolation_words(kind, part, shown)
+        said += [*_interpolation_words(kind, part, shown),
+                 *_anywhere_cost_words(table, video, kind, shown)]
         used.append(base)
         lines.append([video, KINDS[kind], "the base", str(len(base)),
                       *(estimate(base, c).text(_digits(c)) for c in columns),
@@ -454,11 +455,34 @@ def _interpolation_words(kind: str, part: pd.DataFrame, variants: list[str]) -> 
     known = sorted((pair for pair in over.items() if pair[1].n), key=lambda pair: -pair[1].mean)
     ahead = ", ".join(f"“{change_words(kind, variant)}” ({gain.text(sign=True)})"
                       for variant, gain in known if gain.mean > 0)
+    remedies = f" Of {len(known)} remedies' heads asked there, ahead of the first: " \
+        f"{ahead or 'none'}." if known else ""
     return [f"**Without asking the head** ({base.video.iloc[0]}, {KINDS[kind]}): the base's own "
             f"answers at the supervised positions, interpolated, have a skill of {own.text()} "
             f"anywhere, where its head asked there has {head.text()}; the teacher's embeddings at "
-            f"those positions, interpolated, have {teacher.mean:.3f}. Of {len(known)} remedies' "
-            f"heads asked there, ahead of the first: {ahead or 'none'}."]
+            f"those positions, interpolated, have {teacher.mean:.3f}.{remedies}"]
+
+
+def _anywhere_cost_words(table: pd.DataFrame, video: str, kind: str, variants: list[str]
+                         ) -> list[str]:
+    """What the remedy that proves best anywhere costs at the supervised positions and in PSNR."""
+    where = {"video": video, "kind": kind}
+    gains = {v: paired(table, "skill_anywhere_held_out", variant=v, **where) for v in variants}
+    proven = [v for v, gain in gains.items() if gain.side == "above"]
+    if not proven:
+        return []
+    best = max(proven, key=lambda v: gains[v].mean)
+    skill = paired(table, "skill_held_out", variant=best, **where)
+    rows = _select(table, **where)
+    own, base, pixels = (estimate(_select(rows, variant=v), "psnr_held_out_db")
+                         for v in (best, "base", "pixels_only"))
+    alone = paired(table, "psnr_held_out_db", variant=best, against="pixels_only", **where)
+    return [f"**What answers anywhere cost** ({video}, {KINDS[kind]}): with "
+            f"“{change_words(kind, best)}” ({_seeds_words(gains[best].n)}), skill at the "
+            f"supervised positions changes by {skill.text(sign=True)}, and held-out frames have "
+            f"{own.text(2)} dB; with the base {base.text(2)}" + (
+                f", with pixels alone {pixels.text(2)}, from which it differs by "
+                f"{alone.text(2, sign=True)} dB." if alone.n else ".")]
 
 
 DEFAULT_BEATEN = (

@@ -92,6 +92,13 @@ def test_learning_page_follows_the_numbers(table):
     assert "It knows **less than a constant**" in text
     assert "With 40 levels of frequencies for place and time on bunny" in text
     assert "20.0% (0.1%)" in text and "not CLIP" in text and len(figure.axes) == 2
+    behind = study_pages.learning_page(table.assign(over_neighbour_held_out=-0.1))[0]
+    assert "it is behind repeating the teacher's embedding of the nearest training frame and " \
+        "interpolating" in behind
+    unknown = study_pages.learning_page(table.assign(over_neighbour_held_out=0.0,
+                                                     over_interpolated_held_out=0.0))[0]
+    assert "not told apart from repeating the teacher's embedding of the nearest training frame " \
+        "or interpolating" in unknown
     unsure = table.assign(skill_se_held_out=1.0)
     assert "**stays open**" in study_pages.learning_page(unsure)[0]
 
@@ -130,6 +137,16 @@ def test_remedies_page_follows_the_numbers(table):
     ahead = table.assign(skill_own_places_anywhere_held_out=0.14)
     assert "ahead of the first: “mean over 0.7 of the height” (+0.031" in \
         study_pages.remedies_page(ahead)[0]
+    assert "What answers anywhere cost" in second and "place and time): with “mean over 0.7" in \
+        second and "skill at the supervised positions changes by +0.105" in second
+    assert "pixels alone" not in second  # of place and time there are no such runs here
+    more = [row(kind="xyt", variant="pixels_only", seed=seed, psnr=33) for seed in range(3)]
+    assert "with pixels alone 31.10 [30.85, 31.35], from which it differs by -3.00 [-3.00, " \
+        "-3.00] dB." in study_pages.remedies_page(pd.concat([table, pd.DataFrame(more)]))[0]
+    nowhere = table.copy()
+    nowhere.loc[nowhere.variant != "base", "skill_anywhere_held_out"] = np.nan
+    assert "heads asked there, ahead" not in study_pages.remedies_page(nowhere)[0]
+    assert "answers anywhere cost" not in study_pages.remedies_page(nowhere)[0]
     assert "stays the default" not in text and "stays the default" in study_pages.remedies_page(
         table[table.variant != "pool_0.7"])[0]
     assert len(figure.axes) == 3 and "| the base |" in text

@@ -125,7 +125,7 @@ class _Scaling:
         """Take up what is measured already; of the same settings only."""
         fresh = {"gpus": self.gpus, "backend": "nccl" if self.on_gpu else "gloo",
                  "settings": self.config.params(), "sweep_epochs": self.sweep_epochs,
-                 "correctness_epochs": self.correctness_epochs}
+                 "correctness_epochs": self.correctness_epochs, "run_epochs": self.run_epochs}
         self.measured = {**fresh, "parts": {}}
         if not self.path.exists():
             return
@@ -358,7 +358,8 @@ def run_figures(run_dir: Path) -> dict[str, Any]:
     Returns:
         frames_per_s: median over epochs, without the first `WARM_UP_EPOCHS`, evaluation,
         checkpoints and compilation, with its 10th and 90th percentile; wall_s: from submission to
-        the last file, empty where the run was resumed; curve: (epoch, train_time_s, PSNR of
+        the last file, by when job.json and summary.json were last written (a copy of the folder
+        may have other times), None where the run was resumed; curve: (epoch, train_time_s, PSNR of
         training frames in dB) at each evaluation; and settings and figures of the run.
     """
     run = RunDir(run_dir)

@@ -20,15 +20,19 @@ from hnerv_clip.figures.training import plot_frame_quality, plot_training
 from hnerv_clip.pages import result_table
 from hnerv_clip.runs import RunDir, RunError, commit_words, write_json
 from hnerv_clip.scaling import PARTS, RUN, run_figures
+from hnerv_clip.study import study_base
 from hnerv_clip.teachers import describe_teacher
 
 RUN_FILES = ("config.json", "provenance.json", "summary.json", "metrics.csv", "evaluation.csv")
-GOAL_RANKS = 8  # of the run that was asked for
+# Settings that change neither weights nor what is measured of them
+WITHOUT_EFFECT = {"eval_freq", "checkpoint_s", "device"}
 NOT_MEASURED = "*Not measured yet: several GPUs. On your own machine: `hnerv-clip scale`.*\n"
 
 
 def collect_scaling(results: Path, outf: Path) -> None:
     """Take a measurement of `hnerv-clip scale` into `results`, in the place of the one there.
+
+    One on GPUs without the part `run` leaves no whole run in `results`: it would be of another.
 
     Raises:
         RunError: `outf` holds none, or its whole run is not finished.
@@ -37,9 +41,13 @@ def collect_scaling(results: Path, outf: Path) -> None:
         raise RunError(f"{outf} has no scaling.json; measure first, hnerv-clip scale --outf {outf}")
     measured = json.loads((outf / "scaling.json").read_text())
     on_gpu = measured["backend"] == "nccl"
-    if on_gpu and (outf / RUN).exists():
+    folder = results / "scaling_run"
+    if on_gpu and not (outf / RUN).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    elif on_gpu:
         figures = run_figures(outf / RUN)
-        folder = results / "scaling_run"
+        if RUN in measured["parts"]:  # read there and then; a copy's files may have other times
+            figures["wall_s"] = measured["parts"][RUN]["wall_s"]
         folder.mkdir(exist_ok=True)
         for name in RUN_FILES:
             shutil.copyfile(outf / RUN / name, folder / name)
@@ -49,6 +57,8 @@ def collect_scaling(results: Path, outf: Path) -> None:
 
 def write_scaling(folder: Path, results: Path) -> None:
     """Write the generated parts of the pages into `folder`."""
+    for path in folder.glob("scaling*.svg"):
+        path.unlink()
     measured = {path.stem: json.loads(path.read_text())
                 for path in sorted(results.glob("scaling*.json"))}
     (folder / "speed_ranks.md").write_text(ranks_markdown(measured))
@@ -245,13 +255,9 @@ def run_markdown(run: RunDir, results: Path) -> str:
     label = _teacher_label(config)
     clocks = {name: summary[f"{name}_s"] for name in ("train_time", "compile", "eval_time",
                                                       "checkpoint_time")}
-    blocks = [f"**Learnt from: {label or 'pixels alone'}.**"]
-    if ranks < GOAL_RANKS:
-        blocks.append(
-            f"```{{admonition}} {ranks} GPUs, not {GOAL_RANKS}\n{GOAL_RANKS} GPUs in one machine "
-            f"were not to be had. What follows ran on {ranks}; on {GOAL_RANKS} there was no whole "
-            "run, no scaling, no sweep and no killed rank.\n```")
-    blocks += [
+    blocks = [
+        f"**Learnt from: {label or 'pixels alone'}.** This ran on {ranks} GPUs; more were not "
+        "measured.",
         result_table(summarise(pd.read_csv(run.path / "evaluation.csv"))),
         f"*Means over n frames. Centred: less the mean embedding, so that a constant scores 0. The "
         f"file holds {summary['size_bytes']:,} bytes, {summary['rate_bpp']:.4f} bits per pixel, "
@@ -290,22 +296,38 @@ def _figure(name: str, alt: str) -> str:
 def _one_gpu_text(config: Config, summary: dict[str, Any], results: Path, *, ranks: int) -> str:
     """The same settings on one GPU, from the study of trade-offs, where it has that run."""
     path = results / "study_trade_off.csv"
-    params = config.params()
-    same = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["video"])
-    for column, value in [("video", params["data_path"]), ("variant", "base"), ("kind", "hybrid"),
-                          *((name, params[name]) for name in (
-                              "seed", "epochs", "clip_loss_weight", "pixel_loss_warmup_epochs"))]:
-        same = same[same[column] == value] if len(same) else same
-    if params["embed"] or same.empty:
+    same = _same_settings(pd.read_csv(path), config) if path.exists() else pd.DataFrame()
+    if same.empty:
         return "On one GPU these settings were not trained."
     alone = same.iloc[0]
-    gaps = [(summary["eval_psnr_train"] - alone.psnr_train_db, "training frames"),
-            (summary["eval_psnr_val_interpolated"] - alone.psnr_held_out_db,
-             "held-out ones from interpolated embeddings")]
+    words = {"eval_psnr_train": ("psnr_train_db", "training frames"), "eval_psnr_val_interpolated":
+             ("psnr_held_out_db", "held-out ones from interpolated embeddings")}
+    known = {name: pair for name, pair in words.items() if name in summary}
     return (f"One GPU with these settings takes {ranks} times as many steps, each over 1/{ranks} "
-            f"of the frames. It reached {alone.psnr_train_db:.2f} dB on training frames and "
-            f"{alone.psnr_held_out_db:.2f} on held-out ones ({alone.device}, commit "
-            f"{commit_words(alone)}). Here it is " + " and ".join(
-                f"{_apart(gap)} on {frames}" for gap, frames in gaps) + ": the learning rate was "
-            "kept, as the command has it; [one that grows with the ranks](how_fast.md) was not "
-            "tried over so many epochs.")
+            "of the frames. It reached " + " and ".join(
+                f"{alone[column]:.2f} dB on {frames}" for column, frames in known.values())
+            + f" ({alone.device}, commit {commit_words(alone)}). Here it is " + " and ".join(
+                f"{_apart(summary[name] - alone[column])} on {frames.split(' from')[0]}"
+                for name, (column, frames) in known.items()) + ": the learning rate was kept, as "
+            "the command has it; [one that grows with the ranks](how_fast.md) was not tried over "
+            "so many epochs.")
+
+
+def _same_settings(table: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """The base runs of a study's table that were trained with all of a run's settings.
+
+    Its columns are the settings in which the study's runs differ. In those without a column they
+    are the full profile's, with the teacher that is asked for: `hnerv-clip study` as it stands.
+    """
+    params = {name: value for name, value in config.params().items() if name not in WITHOUT_EFFECT}
+    base = study_base("full", {name: params[name] for name in ("teacher", "clip_dim", "data_path")})
+    table = table[(table.video == params["data_path"]) & (table.variant == "base")
+                  & (table.teacher_label == _teacher_label(config))]
+    for name, value in params.items():
+        if name in table:
+            text = isinstance(value, str)
+            own = table[name].astype(object).fillna("") if text else table[name].astype(float)
+            table = table[own == value]
+        elif name != "data_path" and value != base.params()[name]:
+            return table[:0]
+    return table

@@ -1,6 +1,7 @@
 """What is measured of several ranks, on two CPU ranks and in functions."""
 
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -17,13 +18,14 @@ from hnerv_clip.scaling import (
     ScalingError,
     measure_scaling,
     rank_counts,
-    run_figures,
     speed_runs,
     sweep_configs,
     time_to_reach,
     whole_run,
 )
 from hnerv_clip.scaling_pages import collect_scaling, scaling_markdown, write_scaling
+from hnerv_clip.study import study_base
+from hnerv_clip.teachers import describe_teacher
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,9 @@ def test_speed_a_killed_rank_and_checkpoints(outf, cache_dir, capsys):
     with pytest.raises(ScalingError, match="measured with other settings"):
         measure_scaling(Config.from_params(**SMALL), outf, gpus=2, parts=["speed"],
                         correctness_epochs=2, sweep_epochs=2, cache_dir=cache_dir)
+    with pytest.raises(ScalingError, match="measured with other run_epochs;"):
+        measure_scaling(Config.from_params(**measured["settings"]), outf, gpus=2, parts=["speed"],
+                        correctness_epochs=2, sweep_epochs=2, run_epochs=13, cache_dir=cache_dir)
 
 
 @pytest.mark.slow
@@ -94,37 +99,59 @@ def test_a_whole_run_becomes_a_page(outf, cache_dir, tmp_path):
 
     write_json(outf / "scaling.json", {**measured, "backend": "nccl"})
     write_json(run.path / "summary.json", {**run.summary(), "peak_memory_bytes": 2**30})
+    os.utime(run.path / "job.json", (0, 0))  # as a copy may
     collect_scaling(tmp_path, outf)
     write_json(outf / "scaling.json", measured)
     pages = tmp_path / "pages"
     pages.mkdir()
     write_scaling(pages, tmp_path)
     text = (pages / "scaling_run.md").read_text()
-    assert "2 GPUs, not 8" in text and "(bundled teacher, not CLIP)" in text
+    assert "This ran on 2 GPUs; more were not measured." in text and "(bundled teacher, not CLIP)" \
+        in text
     assert f"{run.summary()['eval_psnr_train']:.2f}" in text and "1.00 GiB" in text
     assert "On one GPU these settings were not trained." in text
-    assert f"took {run_figures(run.path)['wall_s']:.0f} s" in text
+    assert f"took {measured['parts']['run']['wall_s']:.0f} s" in text
     assert "12 epochs of 2 steps" in text  # 5 of 6 frames train, 4 a step
     assert (pages / "scaling_run_training.svg").exists()
     ranks = (pages / "speed_ranks.md").read_text()
     assert "### 2 × " in ranks and "### 2 ranks on a processor" in ranks
     assert ranks.index("### 2 × ") < ranks.index("### 2 ranks")
 
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    write_json(newer / "scaling.json", {**measured, "backend": "nccl"})
+    collect_scaling(tmp_path, newer)
+    assert not (tmp_path / "scaling_run").exists()  # of the older measurement
+    write_scaling(pages, tmp_path)
+    assert "Not measured yet" in (pages / "scaling_run.md").read_text()
+    assert not list(pages.glob("scaling_run*.svg"))
+
 
 def test_one_gpu_stands_beside_the_whole_run_where_it_was_trained(tmp_path):
     from hnerv_clip.scaling_pages import _one_gpu_text
 
-    config = whole_run(Config.from_params(), 300)
-    row = {"video": "bunny", "variant": "base", "kind": "hybrid", "seed": 0, "epochs": 300,
-           "clip_loss_weight": 0.5, "pixel_loss_warmup_epochs": 50, "psnr_train_db": 33.0,
-           "psnr_held_out_db": 30.0, "device": "A", "commit": "c" * 40, "dirty": False}
+    config = whole_run(study_base("full", {}), 300)
+    row = {"video": "bunny", "variant": "base", "seed": 0, "embed": "", "epochs": 300,
+           "patch_grid": "2_4", "clip_pool": 0, "clip_loss_weight": 0.5,
+           "pixel_loss_warmup_epochs": 50, "psnr_train_db": 33.0, "psnr_held_out_db": 30.0,
+           "device": "A", "commit": "c" * 40, "dirty": False,
+           "teacher_label": describe_teacher(config.teacher).label}
     other = {**row, "clip_loss_weight": 0.1, "psnr_train_db": 35.0}
     pd.DataFrame([other, row]).to_csv(tmp_path / "study_trade_off.csv")
     summary = {"eval_psnr_train": 32.5, "eval_psnr_val_interpolated": 30.25}
     text = _one_gpu_text(config, summary, tmp_path, ranks=2)
     assert "33.00 dB on training frames" in text
     assert "0.50 dB lower on training frames and 0.25 dB higher on held-out ones" in text
-    assert "not trained" in _one_gpu_text(config.replace(seed=1), summary, tmp_path, ranks=2)
+    for name, value in [("seed", 1), ("modelsize", 3), ("crop_list", "320_640"), ("lr", 2e-3),
+                        ("batch_size", 4), ("precision", "fp32"), ("data_split", "1_1_1"),
+                        ("embed", "pe_1.25_80"), ("patch_grid", "3_7"), ("clip_pool", 0.35),
+                        ("clip_pretrained", "laion400m_e32"), ("data_path", "bikes")]:
+        assert "not trained" in _one_gpu_text(config.replace(**{name: value}), summary, tmp_path,
+                                              ranks=2), name
+    pd.DataFrame([{**row, "data_split": "1_1_1"}]).to_csv(tmp_path / "study_trade_off.csv")
+    text = _one_gpu_text(config.replace(data_split="1_1_1"), {"eval_psnr_train": 32.5}, tmp_path,
+                         ranks=2)
+    assert "0.50 dB lower on training frames: the learning rate" in text and "held-out" not in text
 
 
 def test_nothing_measured_is_said(tmp_path):

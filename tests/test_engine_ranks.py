@@ -35,7 +35,8 @@ def test_fused_ranks_train_as_one_plain_rank(tiny, tmp_path):  # noqa: F811
     shared = config.replace(batch_size=1)
     torch.multiprocessing.spawn(train_as_rank, nprocs=2, args=(
         2, _free_port(), shared, dataset, str(tmp_path / "rank")))
-    (sums, own), (other_sums, other) = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    (sums, own), (other_sums, other) = (
+        torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     expected_sums, expected = train(PlainEngine, config, dataset)
     torch.testing.assert_close(sums + other_sums, expected_sums, rtol=1e-3, atol=1e-5)
     assert not other_sums[1].any()  # it had no frame

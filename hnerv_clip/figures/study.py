@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,13 +54,13 @@ def plot_differences(rows: pd.DataFrame, *, panels: dict[str, str], teacher_labe
         words: what is compared, for the caption.
     """
     figure, axes = new_figure(1, len(panels), sharey=True, squeeze=False,
-                              height=1.1 + 0.32 * len(rows))
+                              height=1.3 + 0.42 * len(rows))
     for panel, (measure, label) in zip(axes[0], panels.items()):
         panel.axvline(0, color="#606060", linewidth=0.8)
         for y, row in enumerate(rows.to_dict("records")):
             _seeds(panel, row[measure], y, row[f"{measure}_low"], row[f"{measure}_high"],
                    PALETTE[row["color"]])
-        panel.set_xlabel(label)
+        panel.set_xlabel(label.replace(", ", ",\n"))
     _name_rows(axes[0][0], list(rows["name"]))
     return caption(figure, f"{words} A dot is a pair of runs of one seed, a bar the 95 % interval "
                            f"of their mean over seeds. Teacher: {teacher_label}.")
@@ -108,5 +109,5 @@ def _seeds(panel: Axes, values: Sequence[float], y: float, low: float, high: flo
 
 
 def _name_rows(panel: Axes, names: list[str]) -> None:
-    panel.set_yticks(range(len(names)), names)
+    panel.set_yticks(range(len(names)), [textwrap.fill(name, 40) for name in names], fontsize=8)
     panel.set_ylim(len(names) - 0.5, -0.5)

@@ -108,6 +108,8 @@ def plan_runs() -> list[tuple[str, str, str, int]]:
     runs += [("bunny", "hybrid", variant, 0) for variant in lambdas + warmups]
     runs += [("bunny", kind, variant, 0) for variant in REMEDIES for kind in ("hybrid", "xyt")]
     runs += [("bikes", kind, "base", seed) for seed in later for kind in KINDS]
+    runs += [("bikes", kind, "stage_2", seed) for kind in ("hybrid", "xyt")
+             for seed in (0, *later)]
     runs += [("bunny", "hybrid", variant, seed) for seed in later
              for variant in ("lambda_0.1", "lambda_0.05")]
     runs += [("bunny", kind, variant, 0) for kind in ENCODINGS for variant in ENCODINGS[kind]]

@@ -42,6 +42,7 @@ def test_the_study_is_evaluated_at_the_end_unless_asked():
 def test_patterns_choose_runs():
     chosen = study_configs(FULL, ["bikes_*_s1", "bunny_pe_base_s0"])
     assert list(chosen) == ["bikes_hybrid_base_s1", "bikes_xyt_base_s1", "bikes_pe_base_s1",
+                            "bikes_hybrid_stage_2_s1", "bikes_xyt_stage_2_s1",
                             "bikes_hybrid_pixels_only_s1", "bunny_pe_base_s0"]
     with pytest.raises(ConfigError, match="--list"):
         study_configs(FULL, ["bunnies_*"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hnerv_clip.config import embed_kind
+from hnerv_clip.config import RUNTIME_PARAMS, embed_kind
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir
 from hnerv_clip.study import plan_runs
@@ -137,7 +137,7 @@ def study_table(folder: str | Path) -> pd.DataFrame:
     names.sort(key=lambda name: (order.get(name, len(order)), name))
     params = pd.DataFrame([RunDir(folder / name).config().params() for name in names])
     shown = [c for c in params if c in SETTINGS or params[c].nunique() > 1]
-    shown = [c for c in shown if c not in ("seed", "data_path")]
+    shown = [c for c in shown if c not in ("seed", "data_path", *RUNTIME_PARAMS)]
     rows = [_row(RunDir(folder / name)) for name in names]
     head = pd.DataFrame(rows)
     first = ["run", "video", "kind", "variant", "seed"]

@@ -66,7 +66,7 @@ def done(small_config, cache_dir, tmp_path_factory):
     """Two runs that end and one whose loss becomes NaN between them."""
     folder = tmp_path_factory.mktemp("study")
     configs = study_configs(small_config, ["bunny_hybrid_base_s0", "bunny_xyt_stage_all_s1"])
-    xyt = configs["bunny_xyt_stage_all_s1"].replace(modelsize=0.2)
+    xyt = configs["bunny_xyt_stage_all_s1"].replace(modelsize=0.2, device="cpu:0")
     configs = {"bunny_hybrid_base_s0": configs["bunny_hybrid_base_s0"],
                "bunny_hybrid_lambda_1_s0": small_config.replace(lr=1e30),
                "bunny_xyt_stage_all_s1": xyt}
@@ -137,6 +137,7 @@ def test_the_table_is_what_the_runs_gave(done, cache_dir, tmp_path):
     assert table.index.tolist() == ["bunny_hybrid_base_s0", "bunny_xyt_stage_all_s1"]
     assert table.variant.tolist() == ["base", "stage_all"] and table.seed.tolist() == [0, 1]
     assert table.kind.tolist() == ["hybrid", "xyt"]
+    assert table.columns.is_unique and "cpu" not in table.device.tolist()  # a model's name
     summary = RunDir(folder / "bunny_hybrid_base_s0").summary()
     row = table.loc["bunny_hybrid_base_s0"]
     assert row.psnr_held_out_db == summary["eval_psnr_val_interpolated"]

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 EMBEDS = ("", "pe", "xyt")
 ACTIVATIONS = ("relu", "leaky", "leaky01", "relu6", "gelu", "sin", "swish", "softplus", "hardswish")
 NORMS = ("none", "bn", "in")
-TEACHERS = ("clip", "efficientnet-lite0")
+BUNDLED, BUNDLED_DIM = "efficientnet-lite0", 1280  # the teacher that needs no download; not CLIP
+TEACHERS = ("clip", BUNDLED)
 ENGINES = ("auto", "plain", "fast")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 CLIP_LOSSES = ("cosine", "centred", "contrastive")

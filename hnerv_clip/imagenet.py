@@ -1,0 +1,64 @@
+"""The names of ImageNet's classes, which are the texts that the bundled teacher knows."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+
+from hnerv_clip.config import ConfigError
+
+
+@functools.cache
+def imagenet_names() -> dict[str, list[int]]:
+    """Every ImageNet class name in lower case, synonyms included, and its class numbers."""
+    names = {}
+    for index, (own, _) in enumerate(_descriptions()):
+        for name in own:
+            names.setdefault(name, []).append(index)
+    return names
+
+
+@functools.cache
+def _descriptions() -> list[tuple[list[str], set[str]]]:
+    """Of each class its names, and the words by which WordNet defines it."""
+    from timm.data import ImageNetInfo
+
+    info, found = ImageNetInfo("imagenet-1k"), []
+    for index in range(1000):
+        names, definition = info.index_to_description(index, detailed=True).split(": ", 1)
+        found.append(([name.strip().lower() for name in names.split(",")],
+                      set(re.findall(r"[a-z]+", definition.lower()))))
+    return found
+
+
+def imagenet_classes(text: str) -> list[int]:
+    """The class numbers of an ImageNet class name.
+
+    Raises:
+        ConfigError: no such class; the message suggests some.
+    """
+    names, wanted = imagenet_names(), " ".join(text.lower().split())
+    if wanted in names:
+        return names[wanted]
+    hint = ", ".join(suggest_names(wanted)) or "hare, suit, moped"
+    raise ConfigError(f"{text!r} is not the name of an ImageNet class, which is all that the "
+                      f"bundled teacher knows; try: {hint}. CLIP (teacher='clip') takes any text")
+
+
+def suggest_names(wanted: str, count: int = 8) -> list[str]:
+    """Names of ImageNet classes for words that are none, the likeliest first.
+
+    Names that stand in the words, then names and definitions that hold one of the words, then names
+    that are spelt alike.
+    """
+    names, words = imagenet_names(), {word for word in wanted.split() if len(word) > 2}
+    inside = [name for name in names if f" {name} " in f" {wanted} "]
+    holding = sorted((name for name in names if words & set(name.split())), key=len)
+    defined = [own[0] for own, definition in _descriptions() if words & definition]
+    near = difflib.get_close_matches(wanted, {w for name in names for w in name.split()}, n=3,
+                                     cutoff=0.75)
+    alike = [name for word in near for name in names if word in name.split()]
+    alike += difflib.get_close_matches(wanted, names, n=5, cutoff=0.75)
+    half = count // 2
+    return list(dict.fromkeys([*inside, *holding[:half], *defined[:half], *alike]))[:count]

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from hnerv_clip import hopper, kernels
+from hnerv_clip import encoder_kernels, hopper, kernels
 from hnerv_clip.layout import Conv, Parameters, pack_convolution, pack_patches
 from hnerv_clip.model import HNeRV
 from hnerv_clip.tiles import (
@@ -263,9 +263,9 @@ class Network:
         H, W = self.model.frame_hw
         conv = self.encoder[0][0]
         stride, BM = H // conv.H, 32
-        launch(kernels.patch_frames, (triton.cdiv(conv.H * conv.W, BM), self.batch), video, indices,
-               mask, self.first, H=H, W=W, STRIDE=stride, KP=conv.CI, KB=power_of_two(conv.CI),
-               BM=BM)
+        launch(encoder_kernels.patch_frames, (triton.cdiv(conv.H * conv.W, BM), self.batch), video,
+               indices, mask, self.first, H=H, W=W, STRIDE=stride, KP=conv.CI,
+               KB=power_of_two(conv.CI), BM=BM)
         return self.first
 
     def take(self, rows: Tensor) -> Tensor:
@@ -301,8 +301,9 @@ class Network:
         N, C = x.shape
         out = self._buffer(f"{name}.out", N // stride**2, C * stride**2)
         BM = 32
-        launch(kernels.norm_forward, (triton.cdiv(N, BM),), x, self._value(f"{name}.weight"),
-               self._value(f"{name}.bias"), out, self._buffer(f"{name}.xhat", N, C),
+        launch(encoder_kernels.norm_forward, (triton.cdiv(N, BM),), x,
+               self._value(f"{name}.weight"), self._value(f"{name}.bias"), out,
+               self._buffer(f"{name}.xhat", N, C),
                self._buffer(f"{name}.scale", N, dtype=torch.float32), N, H=hw[0], W=hw[1], C=C,
                CB=power_of_two(C), STRIDE=stride, BM=BM)
         return out
@@ -315,15 +316,23 @@ class Network:
 
     def _block_forward(self, name: str, x: Tensor, stage: Conv) -> Tensor:
         N, C = x.shape
-        out = self._buffer(f"{name}.out", N, C)
+        out, y = self._buffer(f"{name}.out", N, C), self._buffer(f"{name}.y", N, C)
         self.work[f"{name}.in"] = x
+        self._depthwise(name, x, y, stage, bias=self._value(f"{name}.depthwise.bias"))
         BM = 32 if N >= 4096 else 16
-        launch(kernels.block_forward, (triton.cdiv(N, BM),), x,
-               self._value(f"{name}.depthwise.weight"), self._value(f"{name}.depthwise.bias"),
+        launch(encoder_kernels.block_forward, (triton.cdiv(N, BM),), x, y,
                *self._block_parameters(name), out, self._buffer(f"{name}.xhat", N, C),
-               self._buffer(f"{name}.rstd", N, dtype=torch.float32), N, H=stage.H, W=stage.W, C=C,
-               CB=power_of_two(C), HB=min(64, power_of_two(4 * C)), BM=BM, num_warps=4)
+               self._buffer(f"{name}.rstd", N, dtype=torch.float32), N, C=C, CB=power_of_two(C),
+               HB=min(64, power_of_two(4 * C)), BM=BM, num_warps=4)
         return out
+
+    def _depthwise(self, name: str, x: Tensor, out: Tensor, stage: Conv, *,
+                   bias: Tensor | None = None, add: Tensor | None = None) -> None:
+        C, BM = x.shape[1], 8
+        runs = self.batch * stage.H * triton.cdiv(stage.W, 8)
+        launch(encoder_kernels.depthwise, (triton.cdiv(runs, BM),), x,
+               self._value(f"{name}.depthwise.weight"), bias, add, out, len(x), H=stage.H,
+               W=stage.W, C=C, CB=power_of_two(C), BM=BM, num_warps=4)
 
     def decode(self, x: Tensor, *, last: int | None = None) -> list[Tensor]:
         """The stem and the blocks, from embeddings [N, C]: features [B, H', W', CN] of each."""
@@ -575,14 +584,13 @@ class Network:
     def _norm_backward(self, name: str, d: Tensor, hw: tuple[int, int], C: int, stride: int
                        ) -> Tensor:
         """Gradient [N, C] before a norm; sums for γ and β, and a bias before it, are kept."""
-        N = self.batch * hw[0] * hw[1]
-        BM = 16
-        S = self._programs(N, BM)
+        N, BM = self.batch * hw[0] * hw[1], 32
+        S = triton.cdiv(N, BM)
         out = self._buffer(f"{name}.dx", N, C)
         partial = self._buffer(f"{name}.sums", S, 3 * C, dtype=torch.float32)
-        launch(kernels.norm_backward, (S,), d, self.work[f"{name}.xhat"],
+        launch(encoder_kernels.norm_backward, (S,), d, self.work[f"{name}.xhat"],
                self.work[f"{name}.scale"], self._value(f"{name}.weight"), out, partial, N, H=hw[0],
-               W=hw[1], C=C, CB=power_of_two(C), STRIDE=stride, S=S, BM=BM)
+               W=hw[1], C=C, CB=power_of_two(C), STRIDE=stride, BM=BM)
         with self.aside(1):
             row = self._grad(name)
             torch.sum(partial[:, :len(row)], 0, out=row)
@@ -595,14 +603,14 @@ class Network:
     def _block_backward(self, name: str, d: Tensor, stage: Conv) -> Tensor:
         N, C = d.shape
         BM = 32 if N >= 4096 else 16
-        S = self._programs(N, BM)
+        S = triton.cdiv(N, BM)
         dy, normed, d2 = (self._buffer(f"{name}.{part}", N, C) for part in ("dy", "normed", "d2"))
         hidden, dhidden = (self._buffer(f"{name}.{part}", N, 4 * C)
                            for part in ("hidden", "dhidden"))
         partial = self._buffer(f"{name}.sums", S, 9 * C, dtype=torch.float32)
-        launch(kernels.block_backward, (S,), d, self.work[f"{name}.xhat"],
+        launch(encoder_kernels.block_backward, (S,), d, self.work[f"{name}.xhat"],
                self.work[f"{name}.rstd"], *self._block_parameters(name), dy, normed, hidden,
-               dhidden, d2, partial, N, C=C, CB=power_of_two(C), HB=power_of_two(C), S=S,
+               dhidden, d2, partial, N, C=C, CB=power_of_two(C), HB=min(32, power_of_two(4 * C)),
                BM=BM, num_warps=4)
         x = self.work[f"{name}.in"]
         with self.aside(1):
@@ -611,17 +619,14 @@ class Network:
         with self.aside(1):
             self._linear_gradient(f"{name}.contract", hidden, d2)
         with self.aside(2):
-            T = 8
-            S = max(1, min(128, triton.cdiv(N, T)))
+            runs, BM = self.batch * stage.H * triton.cdiv(stage.W, 8), 8
+            S = max(1, min(64, triton.cdiv(runs, BM)))
             taps = self._buffer(f"{name}.taps", S, 49 * C, dtype=torch.float32)
-            launch(kernels.depthwise_weight_gradient, (7, S), x, dy, taps, N, H=stage.H, W=stage.W,
-                   C=C, CB=power_of_two(C), S=S, BM=T, num_warps=2)
+            launch(encoder_kernels.depthwise_weight_gradient, (7, S), x, dy, taps, N, H=stage.H,
+                   W=stage.W, C=C, CB=power_of_two(C), S=S, BM=BM, num_warps=4)
             torch.sum(taps, 0, out=self._grad(f"{name}.depthwise.weight"))
         dx = self._buffer(f"{name}.dx", N, C)
-        BM = 32 if N >= 4096 else 16
-        launch(kernels.depthwise_backward, (triton.cdiv(N, BM),), dy,
-               self._value(f"{name}.depthwise.weight"), d, dx, N, H=stage.H, W=stage.W, C=C,
-               CB=power_of_two(C), BM=BM, num_warps=4)
+        self._depthwise(name, dy, dx, stage, add=d)
         return dx
 
 

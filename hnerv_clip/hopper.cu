@@ -9,11 +9,11 @@
 // Given as macros: K, XC, YC (channels), WIDTH and HEIGHT (of an image with its edges), BM (pixels
 // of a copy), STAGES (copies, one in use and the others under way), and the way. BACK 0 or 1: PART
 // (units of x in a copy), and for 0 ACT, SH, SW, CG, CN, EDGE as in `kernels.convolve`, and whether
-// OUT_UNITS; or RGB, with HEAD, OFFSET and MODE as in `kernels.rgb_forward`. WEIGHTS: BLOCK.
+// OUT_UNITS; or RGB, with HEAD, OFFSET and MODE as in `kernels.rgb_forward`. WEIGHTS: BLOCK, FOLD.
 // `hopper.py` makes SHARED (the bytes of shared memory), the names of ACT's, HEAD's and MODE's
-// values, WGMMA(d, a, b, add), with YC / 2 sums a thread, and WGMMA_REGISTERS, whose `a` is 4
-// registers. Groups of four warps multiply; of one more, which gives them its registers, a warp
-// starts the copies.
+// values, WGMMA(d, a, b, add), with half as many sums a thread as the product has columns, and
+// WGMMA_REGISTERS, whose `a` is 4 registers. Groups of four warps multiply; of one more, which
+// gives them its registers, a warp starts the copies.
 
 typedef unsigned short bf16;
 typedef unsigned long long u64;
@@ -107,12 +107,22 @@ __device__ inline void clear(unsigned char* memory, int bytes) {
 // the kernel's rows; of each it copies BM + 8 pixels and the row's weights, all channels of x or
 // PART units of them at a time. Each wgmma takes 16 values of the sum: two units, of one pixel or,
 // where the number of units is odd, of two.
-constexpr int RUN = K * (BACK ? YC : XC), W8 = BACK ? X8 : Y8;  // weights [W8][RUN][8] a row
+#ifdef RGB
+constexpr int W8 = K * Y8;  // the kernel's rows are columns of the product
+#else
+constexpr int W8 = BACK ? X8 : Y8;
+#endif
+constexpr int RUN = K * (BACK ? YC : XC);  // weights [W8][RUN][8] a row
 constexpr int UNITS = PART, PARTS = (X8 + UNITS - 1) / UNITS, STEPS = K * PARTS;
 constexpr int XP = BM + 8, WP = RUN + (BACK ? 0 : 8);  // from unit to unit
-constexpr int X_BYTES = 16 * XP * UNITS, STAGE_BYTES = X_BYTES + 16 * WP * (BACK ? UNITS : W8);
+constexpr int X_BYTES = 16 * XP * UNITS, W_BYTES = 16 * WP * (BACK ? UNITS : W8);
 constexpr int ROW = 16 * Y8;  // bytes of a pixel's results on their way out
-static_assert(STAGES * (STAGE_BYTES + 16) + WARPS * 8 * ROW == SHARED, "hopper.shared_bytes");
+#ifdef RGB
+constexpr int SUMS = 4 * W8, STAGE_BYTES = X_BYTES, REST = W_BYTES;
+#else
+constexpr int SUMS = YC / 2, STAGE_BYTES = X_BYTES + W_BYTES, REST = WARPS * 8 * ROW;
+#endif
+static_assert(STAGES * (STAGE_BYTES + 16) + REST == SHARED, "hopper.shared_bytes");
 
 __device__ inline float low(unsigned both) { return __uint_as_float(both << 16); }
 __device__ inline float high(unsigned both) { return __uint_as_float(both & 0xffff0000u); }
@@ -137,7 +147,7 @@ __device__ inline float activate(float x) {
 
 // Adds the products of COUNT units of a kernel row to the sums of a warp group's 64 pixels
 template <int COUNT>
-__device__ inline void multiply(float (&sum)[1][YC / 2], unsigned x, unsigned w, bool more) {
+__device__ inline void multiply(float (&sum)[1][SUMS], unsigned x, unsigned w, bool more) {
 #if BACK  // the result's channels are a kernel column's rows of weights
 #pragma unroll
   for (int kx = 0; kx < K; kx++)
@@ -162,25 +172,9 @@ __device__ inline void multiply(float (&sum)[1][YC / 2], unsigned x, unsigned w,
 #endif
 }
 
-// Where a tile begins, and where the pixels end that it may write; RGB keeps images apart
+// Where a tile begins, and where the pixels end that it may write
 struct Tile {
   int image, first, end;
-  __device__ inline Tile(int tile, int pixels) {
-#ifdef RGB
-    constexpr int PLANE = WIDTH * HEIGHT, EACH = (PLANE + BM - 1) / BM;
-    image = tile / EACH, first = image * PLANE + tile % EACH * BM, end = (image + 1) * PLANE;
-#else
-    image = 0, first = tile * BM, end = pixels;
-#endif
-  }
-  __device__ static inline int count(int pixels) {
-#ifdef RGB
-    constexpr int PLANE = WIDTH * HEIGHT;
-    return pixels / PLANE * ((PLANE + BM - 1) / BM);
-#else
-    return (pixels + BM - 1) / BM;
-#endif
-  }
 };
 
 // A pixel's place in its image, without the edges
@@ -242,7 +236,7 @@ struct Result {
       }
     }
   }
-  __device__ inline void write(const float (&sum)[YC / 2], const Tile& tile) {
+  __device__ inline void write(const float (&sum)[4], const Tile& tile) {
     const int lane = threadIdx.x % 32;
     if (tile.image != image) flush(), image = tile.image;
 #pragma unroll
@@ -287,8 +281,6 @@ struct Result {
   unsigned char* memory;  // 8 · ROW bytes of each warp
   int pixels;
 
-  __device__ inline void flush() {}
-  __device__ inline void prepare(const Tile&) {}
   // 16 pixels of a warp, 8 at a time
   __device__ inline void write(const float (&sum)[YC / 2], const Tile& tile) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -350,24 +342,93 @@ struct Result {
 };
 #endif
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS + 128, 1)
-convolve(const bf16* x, const bf16* weight, const float* bias,
 #ifdef RGB
-         const unsigned char* video, const long long* index, void* pred, bf16* dout, float* error,
-         float* dbias, float scale,
-#else
-         bf16* pre, bf16* out,
-#endif
+// A program goes down a band of lines, BM pixels wide. Each line is copied and read once: its
+// products with the kernel's rows belong to K neighbouring lines of the result.
+constexpr int STRIPS = (WIDTH - 2 * P + BM - 1) / BM;
+
+// Into how many bands an image is cut, so that programs end together; by trying rounds of bands
+struct Bands {
+  int count = 1, height = HEIGHT - 2 * P;
+  __device__ inline Bands(int images) {
+    int least = 1 << 30;
+    for (int rounds = 1; rounds <= 8; rounds++) {
+      const int n = rounds * gridDim.x / (images * STRIPS);
+      const int lines = n ? (HEIGHT - 2 * P + n - 1) / n : 1 << 20;
+      if (rounds * (lines + 2 * P) < least)
+        least = rounds * (lines + 2 * P), count = n, height = lines;
+    }
+    if (!count) count = 1, height = HEIGHT - 2 * P;
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS + 128, 1)
+convolve(const bf16* x, const bf16* weight, const float* bias, const unsigned char* video,
+         const long long* index, void* pred, bf16* dout, float* error, float* dbias, float scale,
          int pixels) {
   extern __shared__ __align__(128) unsigned char memory[];
+  const unsigned stages = shared_address(memory), weights = stages + STAGES * STAGE_BYTES;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int images = pixels / (WIDTH * HEIGHT);
+  const Bands bands(images);
+
+  clear(memory, STAGES * STAGE_BYTES + REST);  // also what is never copied
+  __syncthreads();
+  for (int i = threadIdx.x; i < W8 * RUN; i += blockDim.x)
+    reinterpret_cast<uint4*>(memory + STAGES * STAGE_BYTES)[i / RUN * WP + i % RUN] =
+        reinterpret_cast<const uint4*>(weight)[i];
+  Ring ring;
+  ring.open(weights + REST);
+
+  Result result{bias, video, index, pred, dout, error, dbias, scale};
+  int i = 0;
+  for (int item = blockIdx.x; item < images * STRIPS * bands.count; item += gridDim.x) {
+    const int image = item / STRIPS / bands.count;
+    const int top = item / STRIPS % bands.count * bands.height;
+    const int lines = min(bands.height, HEIGHT - 2 * P - top) + 2 * P;  // of x
+    const int first = (image * HEIGHT + top) * WIDTH + P + item % STRIPS * BM;
+    if (lines <= 2 * P) continue;
+    if (warp == WARPS) {
+      for (int line = 0; line < lines; line++, i++) {
+        ring.expect(i, 16 * XP * X8);
+        for (int c = lane; c < X8; c += 32)
+          ring.copy(i, stages + i % STAGES * STAGE_BYTES + 16 * XP * c,
+                    x + 8 * (c * (long long)pixels + first + line * WIDTH - P), 16 * XP);
+      }
+    } else if (warp < WARPS) {
+      float sum[1][SUMS], open[K][4] = {};  // lines of the result that wait for more
+      for (int line = 0; line < lines; line++, i++) {
+        const int from = first + (line - P) * WIDTH;
+        const Tile tile{image, from, (from / WIDTH + 1) * WIDTH};
+        if (line >= 2 * P) result.prepare(tile);
+        ring.wait_full(i);
+        begin_products();
+        multiply<X8>(sum, stages + i % STAGES * STAGE_BYTES + 16 * 64 * (warp / 4), weights, false);
+        commit_products();
+        finish_products(sum);
+        ring.leave(i);
+#pragma unroll
+        for (int ky = K - 1; ky >= 0; ky--)
+#pragma unroll
+          for (int n = 0; n < 4; n++) open[ky][n] = (ky ? open[ky - 1][n] : 0) + sum[0][4 * ky + n];
+        if (line >= 2 * P) result.write(open[K - 1], tile);
+      }
+    }
+  }
+  if (warp < WARPS) result.flush();
+}
+#else
+extern "C" __global__ void __launch_bounds__(32 * WARPS + 128, 1)
+convolve(const bf16* x, const bf16* weight, const float* bias, bf16* pre, bf16* out, int pixels) {
+  extern __shared__ __align__(128) unsigned char memory[];
   const unsigned stages = shared_address(memory);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = Tile::count(pixels);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = (pixels + BM - 1) / BM;
   const int own_tiles = (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
   const int total = own_tiles * STEPS;
 
   clear(memory, STAGES * STAGE_BYTES);  // also what is never copied
   Ring ring;
-  ring.open(stages + STAGES * STAGE_BYTES + WARPS * 8 * ROW);
+  ring.open(stages + STAGES * STAGE_BYTES + REST);
 
   if (warp >= WARPS) {
     give_registers();
@@ -375,8 +436,8 @@ convolve(const bf16* x, const bf16* weight, const float* bias,
       const int ky = i % STEPS / PARTS, unit = i % PARTS * UNITS, units = min(UNITS, X8 - unit);
       const int w_units = BACK ? units : W8;
       const unsigned stage = stages + i % STAGES * STAGE_BYTES;
-      const Tile tile(blockIdx.x + i / STEPS * gridDim.x, pixels);
-      const bf16* from = x + 8 * ((long long)tile.first + (ky - P) * WIDTH - P);
+      const long long first = (long long)(blockIdx.x + i / STEPS * gridDim.x) * BM;
+      const bf16* from = x + 8 * (first + (ky - P) * WIDTH - P);
       const bf16* weights = weight + 8 * RUN * ((BACK ? K - 1 - ky : ky) * W8 + (BACK ? unit : 0));
       ring.expect(i, 16 * ((BM + 8) * units + RUN * w_units));
       for (int c = lane; c < units + w_units; c += 32)
@@ -388,15 +449,10 @@ convolve(const bf16* x, const bf16* weight, const float* bias,
     }
   } else {
     take_registers();
-#ifdef RGB
-    Result result{bias, video, index, pred, dout, error, dbias, scale};
-#else
     Result result{bias, pre, out, memory + STAGES * STAGE_BYTES, pixels};
-#endif
-    float sum[1][YC / 2];
+    float sum[1][SUMS];
     for (int i = 0; i < total;) {
-      const Tile tile(blockIdx.x + i / STEPS * gridDim.x, pixels);
-      result.prepare(tile);
+      const Tile tile{0, (int)(blockIdx.x + i / STEPS * gridDim.x) * BM, pixels};
       for (int ky = 0; ky < K; ky++) {
 #pragma unroll
         for (int part = 0; part < PARTS; part++, i++) {
@@ -418,17 +474,20 @@ convolve(const bf16* x, const bf16* weight, const float* bias,
       ring.leave(i - 1);
       result.write(sum[0], tile);
     }
-    result.flush();
   }
 }
+#endif
 #else
 // The weights' gradient: sums over pixels. A program takes BLOCK units of (kernel row, kernel
 // column, channels of x), all channels of y and one share of the pixels. Its x comes through
 // registers, so that each warp can take any two units.
-constexpr int UNITS = K * K * X8, BLOCKS = (UNITS + BLOCK - 1) / BLOCK, T = BLOCK / 16;
+// With FOLD, for few channels of y, the kernel's rows are columns of the product: y is moved
+// against x by lines, and x is copied and read once for all of them.
+constexpr int ROWS = FOLD ? 1 : K, YU = FOLD ? K * Y8 : Y8;  // rows in a program's x; units of y
+constexpr int UNITS = ROWS * K * X8, BLOCKS = (UNITS + BLOCK - 1) / BLOCK, T = BLOCK / 16;
 constexpr int MOST = (BLOCK + K * X8 - 2) / (K * X8) + 1;  // kernel rows that BLOCK units touch
-constexpr int LINES = MOST < K ? MOST : K;
-constexpr int XP = BM + 8, Y_BYTES = 16 * BM * Y8, LINE_BYTES = 16 * XP * X8;
+constexpr int LINES = MOST < ROWS ? MOST : ROWS;
+constexpr int XP = BM + 8, Y_BYTES = 16 * BM * YU, LINE_BYTES = 16 * XP * X8;
 constexpr int STAGE_BYTES = Y_BYTES + LINES * LINE_BYTES;
 static_assert(STAGES * (STAGE_BYTES + 16) == SHARED, "hopper.shared_bytes");
 
@@ -439,7 +498,7 @@ convolve(const bf16* x, const bf16* dy, const float*, float* out, void*, int pix
   const unsigned stages = shared_address(memory);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int block = blockIdx.x % BLOCKS, share = blockIdx.x / BLOCKS, shares = gridDim.x / BLOCKS;
-  const int first = block * BLOCK / (K * X8), lines = min(LINES, K - first);  // kernel rows
+  const int first = block * BLOCK / (K * X8), lines = min(LINES, ROWS - first);  // kernel rows
   const int tiles = (pixels + BM - 1) / BM, each = (tiles + shares - 1) / shares;
   const int start = share * each, total = min(each, tiles - start);
 
@@ -451,13 +510,15 @@ convolve(const bf16* x, const bf16* dy, const float*, float* out, void*, int pix
       const unsigned stage = stages + i % STAGES * STAGE_BYTES;
       const long long pixel = (long long)(start + i) * BM;
       ring.expect(i, Y_BYTES + lines * LINE_BYTES);
-      for (int c = lane; c < Y8 + lines * X8; c += 32)
-        if (c < Y8)
-          ring.copy(i, stage + 16 * BM * c, dy + 8 * (c * (long long)pixels + pixel), 16 * BM);
+      for (int c = lane; c < YU + lines * X8; c += 32) {
+        const int ky = FOLD ? (c < YU ? P - c / Y8 : 0) : (c < YU ? 0 : first + (c - YU) / X8 - P);
+        const long long at = pixel + ky * WIDTH;
+        if (c < YU)
+          ring.copy(i, stage + 16 * BM * c, dy + 8 * (c % Y8 * (long long)pixels + at), 16 * BM);
         else
-          ring.copy(i, stage + Y_BYTES + 16 * XP * (c - Y8),
-                    x + 8 * ((c - Y8) % X8 * (long long)pixels + pixel +
-                             (first + (c - Y8) / X8 - P) * WIDTH - P), 16 * XP);
+          ring.copy(i, stage + Y_BYTES + 16 * XP * (c - YU),
+                    x + 8 * ((c - YU) % X8 * (long long)pixels + at - P), 16 * XP);
+      }
     }
   } else {
     take_registers();
@@ -469,7 +530,7 @@ convolve(const bf16* x, const bf16* dy, const float*, float* out, void*, int pix
       from[m] = Y_BYTES + (unit / (K * X8) - first) * LINE_BYTES +
                 16 * (unit % X8 * XP + unit / X8 % K + lane / 16 * 8 + lane % 8);
     }
-    float sum[T][YC / 2] = {};
+    float sum[T][4 * YU] = {};
     for (int i = 0; i < total; i++) {
       unsigned stage = stages + i % STAGES * STAGE_BYTES;
       ring.wait_full(i);
@@ -494,7 +555,7 @@ convolve(const bf16* x, const bf16* dy, const float*, float* out, void*, int pix
 #pragma unroll
     for (int m = 0; m < T; m++)
 #pragma unroll
-      for (int j = 0; j < 2 * Y8; j++) {
+      for (int j = 0; j < 2 * YU; j++) {
         int unit = block * BLOCK + (warp / 4 * T + m) * 8 + warp % 4 * 2 + j % 2;
         if (unit < UNITS) {
           int ky = unit / (K * X8), line = unit % (K * X8) * 8 + lane / 4;  // of a unit of y

@@ -27,7 +27,7 @@ HEADS = ("tanh", "sigmoid", "add")
 MODES = ("l2", "pred", "uint8")
 SIZES = {"forward": ((256, 3), (128, 3), (256, 2), (128, 2)),  # (BM, STAGES), the best first
          "back": ((256, 4), (256, 3), (128, 4), (128, 3)), "rgb": ((256, 6), (256, 4)),
-         "weights": ((128, 3), (64, 3))}
+         "weights": ((256, 6), (128, 3), (64, 3))}
 
 
 @cache
@@ -65,8 +65,10 @@ def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
             macros[name.upper()] = values.index(settings.pop(name))
     macros |= settings
     if way == "weights":
-        units = kernel**2 * xc // 8
-        macros |= {"WEIGHTS": 1, "BLOCK": 48 if 32 < units <= 48 and yc <= 104 else 32}
+        fold = yc == 8
+        units = (kernel if fold else kernel**2) * xc // 8
+        macros |= {"WEIGHTS": 1, "FOLD": int(fold), "BLOCK": 16 if units <= 16 else
+                   48 if 32 < units <= 48 and yc <= 104 else 32}
     elif way == "back":
         parts = -(-xc // 64)
         macros |= {"BACK": 1, "PART": ceil_to(-(-xc // 8 // parts), 2)}
@@ -78,8 +80,8 @@ def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
         return None
     for size, stages in SIZES[way]:
         macros |= {"BM": size, "STAGES": stages}
-        sums = macros["BLOCK"] // 16 * yc // 2 if way == "weights" else yc // 2  # a thread's
-        most = 160 if way == "weights" or size == 128 else 60
+        sums = macros["BLOCK"] // 16 * 4 * _y_units(macros) if way == "weights" else yc // 2
+        most = 160 if way == "weights" or size == 128 else 60  # of a thread
         # A last copy reads on into the next unit's upper edge, where gradients are 0
         far = way == "weights" and kernel // 2 * hw[1] < size
         if shared_bytes(macros) <= H100_SHARED_BYTES and sums <= most and not far:
@@ -108,10 +110,12 @@ def shared_bytes(macros: dict[str, int]) -> int:
     K, BM, x8, y8 = macros["K"], macros["BM"], macros["XC"] // 8, macros["YC"] // 8
     rest = BM // 2 * y8  # results on their way out
     if "WEIGHTS" in macros:
-        lines = min(K, (macros["BLOCK"] + K * x8 - 2) // (K * x8) + 1)
-        units, rest = BM * y8 + lines * (BM + 8) * x8, 0
+        lines = 1 if macros["FOLD"] else min(K, (macros["BLOCK"] + K * x8 - 2) // (K * x8) + 1)
+        units, rest = BM * _y_units(macros) + lines * (BM + 8) * x8, 0
     elif macros["BACK"]:
         units = (BM + 8 + K * 8 * y8) * macros["PART"]
+    elif "RGB" in macros:
+        units, rest = (BM + 8) * x8, K * (K * 8 * x8 + 8)
     else:
         units = (BM + 8) * x8 + (K * 8 * x8 + 8) * y8
     return 16 * (macros["STAGES"] * (units + 1) + rest)
@@ -131,7 +135,13 @@ def shares(macros: dict[str, int], processors: int) -> int:
 
 def _blocks(macros: dict[str, int]) -> int:
     """Programs that it takes to have all rows of a weight gradient."""
-    return -(-macros["K"]**2 * macros["XC"] // 8 // macros["BLOCK"])
+    rows = macros["K"] if macros["FOLD"] else macros["K"]**2
+    return -(-rows * macros["XC"] // 8 // macros["BLOCK"])
+
+
+def _y_units(macros: dict[str, int]) -> int:
+    """Units of columns of a weight gradient's product."""
+    return macros["YC"] // 8 * (macros["K"] if macros["FOLD"] else 1)
 
 
 def _products(columns: int, weights_first: bool) -> str:
@@ -166,7 +176,9 @@ def build(macros: dict[str, int]) -> bytes:
     """
     names = "".join(f"enum {{ {', '.join(names).upper()} }};\n"
                     for names in (ACTIVATIONS, HEADS, MODES))
-    source = names + _products(macros["YC"], bool(macros.get("BACK"))) + SOURCE.read_text()
+    rows = macros["K"] if "RGB" in macros or macros.get("FOLD") else 1  # beside each other
+    columns = macros["YC"] * rows
+    source = names + _products(columns, bool(macros.get("BACK"))) + SOURCE.read_text()
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), SOURCE.name.encode(), 0, [], []))
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17",
                *(f"-D{name}={value}".encode() for name, value in macros.items()),

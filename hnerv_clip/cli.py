@@ -124,9 +124,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("queries", nargs="+", help="texts; ImageNet class names for a run "
                                                         "with the bundled teacher")
             sub.add_argument("--top_k", type=int, default=5)
+            sub.add_argument("--apart", type=int, default=4, help=
+                             "frames between two hits of one position (4); 0 allows neighbours")
         if name == "verify":
             sub.add_argument("--seed", type=int, default=0, help="of shuffles and random vectors")
             sub.add_argument("--near", type=int, default=2, help="frames of tolerance in retrieval")
+            sub.add_argument("--labels", default="", help="texts to rank and label patches by, "
+                                                          "such as \"hare; barn\"")
             sub.add_argument("--force", action="store_true", help="also where it is done already")
             sub.add_argument("--table", nargs="?", const="-", metavar="CSV",
                              help="join the runs: mean over seeds, sd, intervals, baselines beaten")
@@ -272,7 +276,7 @@ def _verify(args: argparse.Namespace) -> None:
     from hnerv_clip.verify_runs import join_runs, study_words, verify_folders
 
     verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
-                              seed=args.seed, near=args.near, force=args.force)
+                              seed=args.seed, near=args.near, labels=args.labels, force=args.force)
     for folder in verified:
         print((folder / "verification.txt").read_text(encoding="utf-8"))
         print(folder / "verification.json")
@@ -290,14 +294,14 @@ def _search(args: argparse.Namespace) -> None:
     from hnerv_clip.search import encode_queries, parse_queries, rank_patches
     from hnerv_clip.teachers import load_teacher
 
+    queries = parse_queries([query for words in args.queries for query in parse_queries(words)])
     run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
-    queries = parse_queries(args.queries)
     texts = encode_queries(queries, load_teacher(run.config.teacher, args.device))
     source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
     predicted = predict_embeddings(run.model, run.dataset, source=source)
     boxes = run.dataset.grid.boxes.tolist()
     for query, vector in zip(queries, texts):
-        found = rank_patches(vector, predicted, args.top_k)
+        found = rank_patches(vector, predicted, args.top_k, apart=args.apart)
         found["time_s"] = found.frame / run.dataset.video.fps
         for i, side in enumerate(("top", "left", "height", "width")):
             found[side] = [boxes[patch][i] for patch in found.patch]

@@ -303,6 +303,81 @@ def label_agreement(labels, vectors: np.ndarray, predicted: np.ndarray, teacher:
             "kappa": (agreement - chance) / (1 - chance) if chance < 1 else np.nan}
 
 
+class WordScores(NamedTuple):
+    """What embeddings of some frames say of texts, see `score_words`."""
+
+    ranks: np.ndarray  # [N + 1, K, N·P], see `_unit_ranks`
+    top: np.ndarray  # [K, N·P] how surely a patch is among the first top_k of a text
+    labels: np.ndarray  # [N, P] the text that lies nearest
+    top_k: int
+
+
+def score_words(embeddings: np.ndarray, vectors: np.ndarray, *, centre: np.ndarray,
+                top_k: int = 20) -> WordScores:
+    """Rank the patches by each text, and give each patch a label.
+
+    Args:
+        embeddings: [N, P, D] unit vectors of some frames.
+        vectors: [K, D], texts in the teacher's text space.
+        centre: [D], taken off before a label is given, as in `label_agreement`.
+        top_k: patches that head a ranking; all of them where there are fewer.
+    Raises:
+        ValueError: vectors of another size.
+    """
+    vectors = np.asarray(vectors, np.float32)
+    if vectors.ndim != 2 or vectors.shape[1] != embeddings.shape[-1]:
+        raise ValueError(f"texts of shape {vectors.shape} do not belong to embeddings of "
+                         f"{embeddings.shape[-1]} values: encode them with the run's teacher")
+    # Equal embeddings must tie, whatever the order in which their products were summed
+    scores = np.round(embeddings @ vectors.T, 5).transpose(2, 0, 1)  # [K, N, P]
+    flat = scores.reshape(len(vectors), -1)
+    top_k = min(top_k, flat.shape[1])
+    last = -np.partition(-flat, top_k - 1)[:, top_k - 1, None]
+    above, tied = flat > last, flat == last  # those that tie for the last places share them
+    share = (top_k - above.sum(1, keepdims=True)) / tied.sum(1, keepdims=True)
+    labels = (unit(embeddings - centre) @ vectors.T).argmax(axis=-1)
+    return WordScores(_unit_ranks(scores), above + tied * share, labels, top_k)
+
+
+def _unit_ranks(scores):
+    """Ranks of all patches and of those without each frame, as unit vectors around 0.
+
+    [K, N, P] → [N + 1, K, N·P], 0 where left out, NaN where all scores are equal; the last is of
+    all. The product of two is Spearman's correlation.
+    """
+    texts, frames, _ = scores.shape
+    found = np.zeros((frames + 1, texts, scores[0].size), np.float32)
+    for out in range(frames + 1):
+        kept = np.delete(scores, out, axis=1) if out < frames else scores
+        ranks = stats.rankdata(kept.reshape(texts, -1), axis=1)
+        ranks -= ranks.mean(axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            ranks = (ranks / np.linalg.norm(ranks, axis=1, keepdims=True)).reshape(kept.shape)
+        place = found[out].reshape(scores.shape)
+        place[:, np.arange(frames) != out] = ranks
+    return found
+
+
+def word_agreement(own: WordScores, teacher: WordScores) -> dict[str, tuple[float, np.ndarray]]:
+    """How far an answer ranks and labels patches as the teacher does, over several texts.
+
+    Args:
+        own, teacher: of the same frames and texts.
+    Returns:
+        {measure: (value, what its interval is made of)}: text_rank, Spearman's correlation over all
+        patches, mean over texts, with [N] values without each frame; text_top20, the share of the
+        teacher's top patches that are in the answer's, with nothing; label_top1, the share of equal
+        labels, with the [N] shares of each frame. NaN where the answer ranks nothing, or where
+        there is one label.
+    """
+    ranks = np.einsum("fkn,fkn->fk", own.ranks, teacher.ranks).mean(axis=1, dtype=np.float64)
+    same = (own.labels == teacher.labels).mean(axis=1)
+    texts = len(own.top)
+    return {"text_rank": (float(ranks[-1]), ranks[:-1]),
+            "text_top20": (float((own.top * teacher.top).sum() / own.top_k / texts), np.empty(0)),
+            "label_top1": (float(same.mean()) if texts > 1 else np.nan, same)}
+
+
 def mean_energy(embeddings) -> float:
     """The share of unit embeddings [T, P, D] that their constant mean holds: its squared length.
 

@@ -21,6 +21,12 @@ VIDEOS: dict[str, dict[str, Any]] = {
     "bikes": {"data_path": "bikes", "crop_list": "256_640", "enc_strds": "4 4 2 2 2",
               "dec_strds": "4 4 2 2 2", "fc_hw": "2_5"},
 }
+# What the patches are ranked and labelled by: ImageNet names that the bundled teacher often gives
+# them, and that describe them to CLIP, too
+LABELS = {
+    "bunny": "hare; valley; stone wall; worm fence; hay; barn; cliff; lakeside",
+    "bikes": "car mirror; steel arch bridge; suit; trolleybus; sports car; moped; seashore; patio",
+}
 KINDS = {"hybrid": "", "xyt": "xyt_1.25_80", "pe": "pe_1.25_80"}
 LAMBDAS = (0.1, 0.05, 1, 0.2, 0.02)  # beside the base's 0.5
 WARMUPS = (0, 100)  # beside the base's 50

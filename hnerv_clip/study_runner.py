@@ -21,6 +21,7 @@ from hnerv_clip.config import Config
 from hnerv_clip.devices import visible_gpus
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, RunError, write_json
+from hnerv_clip.study import LABELS
 
 
 @dataclass
@@ -205,7 +206,8 @@ def _make_run(name: str, config: Config, options: dict[str, Any]) -> None:
         run.run_dir.write_table("measures.csv", measure_run(
             run, grid=options["grid"], cache_dir=options["cache_dir"]))
         if options["verify"]:
-            write_verification(run, verify_run(run))
+            labels = LABELS[video]
+            write_verification(run, verify_run(run, labels=labels), labels=labels)
 
 
 def prepare_study(configs: Iterable[Config], *, base: Config, cache_dir: str | Path,

@@ -26,8 +26,10 @@ from hnerv_clip.measures import (
     gap_band,
     retrieval_ranks,
     retrieval_summary,
+    score_words,
     similarity_band,
     skill,
+    word_agreement,
 )
 from hnerv_clip.statistics import (
     MIN_FRAMES,
@@ -60,11 +62,13 @@ MEASURES = {
     "clip_similarity": "raw cosine", "clip_centred": "centred cosine", "skill": "skill",
     "r1": "R@1", "r5": "R@5", "median_rank": "median rank", "r1_near": "R@1 near",
     "r5_near": "R@5 near", "median_rank_near": "median rank near", "cka": "CKA",
+    "text_rank": "rank correlation", "text_top20": "top 20 found", "label_top1": "same label",
 }
 # The values that a measure can take, where an interval ends.
-LIMITS = {**dict.fromkeys(("clip_similarity", "clip_centred"), (-1, 1)),
+LIMITS = {**dict.fromkeys(("clip_similarity", "clip_centred", "text_rank"), (-1, 1)),
           **dict.fromkeys(("skill", "cka"), (-np.inf, 1)),
-          **dict.fromkeys(("r1", "r5", "r1_near", "r5_near"), (0, 1)),
+          **dict.fromkeys(("r1", "r5", "r1_near", "r5_near", "text_top20", "label_top1"),
+                          (0, 1)),
           **dict.fromkeys(("median_rank", "median_rank_near"), (1, np.inf))}
 CKA_ROWS = 4000  # patches up to which a CKA gets an interval, which needs a matrix of their square
 SOURCES = {
@@ -127,7 +131,7 @@ def name_of(condition: str) -> str:
 
 def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed: int = 0,
                       source: str = "", teacher_label: str = "", others: dict | None = None,
-                      near: int = 2) -> Verification:
+                      near: int = 2, texts: np.ndarray | None = None) -> Verification:
     """Measure the predicted embeddings against controls and baselines.
 
     Args:
@@ -140,6 +144,8 @@ def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed
         others: more baselines, {name: [T, P, D] unit vectors}, or {name: (frames, [N, P, D])} for
             one that answers only those frames; a part that it does not cover goes without it.
         near: frames of tolerance in the near retrieval, see `measures.retrieval_ranks`.
+        texts: [K, D] vectors of the teacher's text space; with them the measures include how far
+            patches are ranked by each text, and labelled, as the teacher does.
     Raises:
         ValueError: shapes differ, NaN, another teacher's size, a frame in both parts, or a part
             of one frame, for which no shuffle in time exists.
@@ -158,6 +164,7 @@ def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed
         answers |= {name: answer[frames] for name, (known, answer) in others.items()
                     if np.isin(frames, known).all()}
         constant = cosine(answers["mean"], target)
+        words = score_words(target, texts, centre=centre) if texts is not None else None
         for condition, answer in answers.items():
             where = {"split": split, "condition": condition}
             scores.append(_score_rows(where, frames, answer, target, centre))
@@ -165,6 +172,9 @@ def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed
                        for name in ("clip_similarity", "clip_centred")]
             measures += [where | row for row in
                          _measure_rows(answer, teacher, frames, *cosines, constant, near)]
+            if words is not None:
+                measures += [where | row for row in _word_rows(
+                    score_words(answer, texts, centre=centre), words)]
         shift_tests[split] = shift_test(predicted[frames], target)
     scores = pd.concat(scores, ignore_index=True)
     table, comparisons = summarise_scores(scores), compare(scores)
@@ -260,6 +270,23 @@ def _measure_rows(answer, teacher, frames, raw, centred, constant, near):
     return rows
 
 
+def _word_rows(own, teacher):
+    """A row per measure of agreement in words; chance as for answers of these shares at random."""
+    shares = [np.bincount(x.labels.ravel(), minlength=len(x.top)) / x.labels.size
+              for x in (own, teacher)]
+    chance = {"text_rank": 0.0, "text_top20": own.top_k / own.labels.size,
+              "label_top1": float(shares[0] @ shares[1])}
+    rows = []
+    for measure, (value, series) in word_agreement(own, teacher).items():
+        interval = smooth_interval if measure == "text_rank" else lambda _, shares: mean_interval(
+            shares)
+        known = np.isfinite(series).all() and np.isfinite(value)
+        row = _measured(measure, value, series if known else np.empty(0),
+                        lambda i=interval, v=value, s=series: i(v, s))
+        rows.append(row | {"chance": chance[measure], "frames": len(own.labels)})
+    return rows
+
+
 def _measured(measure: str, value: float, series, interval: Callable[[], Interval]) -> dict:
     """One measure's row; the interval is asked for where frames are enough and vary."""
     row = {"measure": measure, "value": float(value), "low": np.nan, "high": np.nan,
@@ -285,12 +312,13 @@ def _cka_row(answer, target):
 
 def measure_table(measures: pd.DataFrame, names=tuple(MEASURES)) -> pd.DataFrame:
     """Measures for reading: a row per split and condition, cells "value [low, high]"."""
+    names = [name for name in names if name in set(measures.measure)]
     chosen = measures[measures.measure.isin(names)]
     cells = chosen.assign(cell=[
         "" if np.isnan(row.value) else f"{row.value:.3g}" if np.isnan(row.low) else
         f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in chosen.itertuples()])
     table = cells.pivot_table(index=["split", "condition"], columns="measure", values="cell",
-                              aggfunc="first", sort=False)[list(names)]
+                              aggfunc="first", sort=False)[names]
     return table.rename(columns=MEASURES, index=name_of).rename_axis(columns=None).reset_index()
 
 

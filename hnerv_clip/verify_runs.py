@@ -34,6 +34,7 @@ from hnerv_clip.measures import check_embeddings
 from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json
+from hnerv_clip.search import encode_queries, parse_queries
 from hnerv_clip.statistics import holm, pool_intervals
 from hnerv_clip.teachers import Teacher, load_teacher, run_teacher
 from hnerv_clip.verify import (
@@ -49,7 +50,8 @@ from hnerv_clip.verify import (
 
 FORMAT = 2  # of verification.json
 TABLES = ("table", "improvements", "comparisons", "alignment", "measures")
-STUDY_MEASURES = ("clip_similarity", "clip_centred", "skill", "r1", "r5", "median_rank", "cka")
+STUDY_MEASURES = ("clip_similarity", "clip_centred", "skill", "r1", "r5", "median_rank", "cka",
+                  "text_rank", "text_top20", "label_top1")
 
 
 def held_out_frames(run: Run) -> np.ndarray:
@@ -57,8 +59,8 @@ def held_out_frames(run: Run) -> np.ndarray:
     return np.setdiff1d(np.arange(len(run.dataset.video.frames)), run.dataset.split.train)
 
 
-def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near: int = 2
-               ) -> dict[str, Verification]:
+def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near: int = 2,
+               labels: str | Iterable[str] = "") -> dict[str, Verification]:
     """Verify a run in every way in which its embeddings come about.
 
     Beside the baselines of `verify_embeddings`, the prediction meets an untrained head on the
@@ -69,11 +71,13 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
         teacher: the run's, loaded if it is not given.
         seed: of the random embeddings, the shuffles and the untrained head.
         near: see `verify_embeddings`.
+        labels: texts to rank and to label patches by, see `search.parse_queries`; none by default.
     Returns:
         {source: its Verification}, the prediction last; see `evaluate.sources_of`.
     Raises:
-        ConfigError: the run has no CLIP head, or its teacher's weights are not there.
-        ValueError: as `verify_embeddings`.
+        ConfigError: the run has no CLIP head, its teacher's weights are not there, or the teacher
+            does not know a label.
+        ValueError: as `verify_embeddings` and `search.encode_queries`.
     """
     model, dataset = run.model, run.dataset
     answers = {source: predict_embeddings(model, dataset, source=source)
@@ -81,6 +85,7 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
     reference = check_embeddings(dataset.embeddings, "teacher")
     train, held_out = dataset.split.train, held_out_frames(run)
     teacher = teacher or load_teacher(run.config.teacher, _device(model))
+    texts = encode_queries(parse_queries(labels), teacher) if labels else None
     untrained, (_, side_file) = _untrained_head(run, seed + 1), store_embeddings(
         reference, train, head_bytes(run))
     studies = {}
@@ -94,7 +99,7 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
                 teacher, decoded, dataset.grid, progress=False)
         studies[source] = verify_embeddings(
             predicted, reference, train, held_out, seed=seed, source=source, others=others,
-            teacher_label=dataset.teacher_label, near=near)
+            teacher_label=dataset.teacher_label, near=near, texts=texts)
     return studies
 
 
@@ -143,12 +148,15 @@ def measure_costs(run: Run, teacher: Teacher, *, frames: int = 8, repeats: int =
         for way, rate in ways.items()])
 
 
-def write_verification(run: Run, studies: dict[str, Verification]) -> list[Path]:
+def write_verification(run: Run, studies: dict[str, Verification], *,
+                       labels: str | Iterable[str] = "") -> list[Path]:
     """Keep what `verify_run` found in the run's folder, each file whole or not at all.
 
     `verification.csv`: a row per source, split, condition and measure. `verification.json`: every
     table, the verdicts, and what was verified. `verification.txt`: the reports.
 
+    Args:
+        labels: those that `verify_run` was given.
     Returns:
         The three paths.
     """
@@ -161,6 +169,7 @@ def write_verification(run: Run, studies: dict[str, Verification]) -> list[Path]
     content = {
         "format": FORMAT, **facts, "teacher": run.dataset.teacher_name,
         "teacher_label": first.teacher_label, "shuffle_seed": first.seed, "near": first.near,
+        "labels": parse_queries(labels) if labels else [],
         "checkpoint": checkpoint_digest(folder), "commit": commit, "dirty": dirty,
         "params": run.config.params(),
         "sources": {source: {"verdict": study.verdict,
@@ -211,24 +220,30 @@ def read_verification(folder) -> dict:
     return content
 
 
-def is_verified(folder, *, seed: int = 0, near: int = 2) -> bool:
-    """Whether a run's verification is there, of its checkpoint as it is, made in the same way."""
+def is_verified(folder, *, seed: int = 0, near: int = 2, labels: str | Iterable[str] = ""
+                ) -> bool:
+    """Whether a run's verification is there, of its checkpoint as it is, made in the same way.
+
+    Without labels, one with any will do.
+    """
     try:
         content = read_verification(folder)
     except RunError:
         return False
     digest = checkpoint_digest(folder)
     return (content["shuffle_seed"], content["near"]) == (seed, near) \
+        and (not labels or content.get("labels", []) == parse_queries(labels)) \
         and digest in ("", content["checkpoint"])
 
 
 def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
-                   device: str = "auto", seed: int = 0, near: int = 2, force: bool = False
-                   ) -> list[Path]:
+                   device: str = "auto", seed: int = 0, near: int = 2,
+                   labels: str | Iterable[str] = "", force: bool = False) -> list[Path]:
     """Verify runs one after the other, and keep the answers in their folders.
 
-    A run whose verification is there, of the same checkpoint, seed and near, is left as it is; so
-    is one whose checkpoint is not here any more. The teacher is loaded once for runs that share it.
+    A run whose verification is there, of the same checkpoint, seed, near and labels, is left as it
+    is; so is one with these whose checkpoint is not here any more. The teacher is loaded once for
+    runs that share it.
 
     Returns:
         The folders, as `Path`s.
@@ -237,14 +252,15 @@ def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
     """
     folders, failed, teachers = [RunDir(folder).path for folder in folders], {}, {}
     for folder in tqdm(folders, desc="verify", unit="run", disable=len(folders) < 2):
-        if not force and is_verified(folder, seed=seed, near=near):
+        if not force and is_verified(folder, seed=seed, near=near, labels=labels):
             continue
         try:
             run = load_run(folder, cache_dir=cache_dir, device=device)
             name = run.dataset.teacher_name
             if name not in teachers:
                 teachers[name] = load_teacher(run.config.teacher, device)
-            write_verification(run, verify_run(run, teacher=teachers[name], seed=seed, near=near))
+            write_verification(run, verify_run(
+                run, teacher=teachers[name], seed=seed, near=near, labels=labels), labels=labels)
         except (RunError, ValueError) as error:
             failed[folder] = error
     if failed:
@@ -279,6 +295,7 @@ class Study:
         pooled interval low to high (`statistics.pool_intervals`).
     comparisons: learned minus every other condition: difference, sd, seeds, low, high, p, p_holm,
         outcome (beaten, unproven, not beaten). Holm's correction is over all rows of a split.
+    alignment: a row per run: its test in time, see `verify.Verification.alignment`.
     table: a row per video, kind, source and split: mean, sd, low and high of each of
         `STUDY_MEASURES`, seeds, and the baselines beaten (with their p after Holm's correction),
         unproven and not beaten.
@@ -288,6 +305,7 @@ class Study:
     seeds: pd.DataFrame
     measures: pd.DataFrame
     comparisons: pd.DataFrame
+    alignment: pd.DataFrame
     table: pd.DataFrame
     teacher_label: str
 
@@ -304,7 +322,8 @@ def join_runs(folders: Iterable, *, by: tuple[str, ...] = ()) -> Study:
     Raises:
         RunError: see `read_verification`.
         ValueError: no run, different teachers, a seed twice, runs that differ in more than their
-            seed, an unknown name in `by`, or a measure without a value.
+            seed or were verified with other labels, an unknown name in `by`, or a cosine without a
+            value.
     """
     contents = {str(folder): read_verification(folder) for folder in folders}
     if not contents:
@@ -315,11 +334,12 @@ def join_runs(folders: Iterable, *, by: tuple[str, ...] = ()) -> Study:
                          for folder, content in contents.items()])
     keys = ["video", "kind", *by]
     _check_runs(runs, contents, keys)
-    seeds, differences = [], []
+    seeds, differences, timing = [], [], []
     for (folder, content), run in zip(contents.items(), runs.to_dict("records")):
         where = {name: run[name] for name in [*keys, "seed"]}
         for source, study in content["sources"].items():
-            for rows, kept in ((study["measures"], seeds), (study["comparisons"], differences)):
+            for rows, kept in ((study["measures"], seeds), (study["comparisons"], differences),
+                               (study["alignment"], timing)):
                 kept += [where | {"source": source} | row for row in rows
                          if not (source == "interpolated" and row["split"] == "train")]
         bad = [row for row in seeds
@@ -333,7 +353,7 @@ def join_runs(folders: Iterable, *, by: tuple[str, ...] = ()) -> Study:
     measures = _pool(seeds, [*place, "condition", "measure"], "value", "mean").drop(columns="p")
     comparisons = _outcomes(_pool(differences, [*place, "over"], "difference", "difference"))
     return Study(runs=runs, seeds=seeds[[*place, "seed", "condition", "measure", "value"]],
-                 measures=measures, comparisons=comparisons,
+                 measures=measures, comparisons=comparisons, alignment=pd.DataFrame(timing),
                  table=_study_table(measures, comparisons, place),
                  teacher_label=next(iter(contents.values()))["teacher_label"])
 
@@ -356,6 +376,10 @@ def _check_runs(runs, contents, keys):
             twice = group.folder[group.seed.duplicated(keep=False)].tolist()
             raise ValueError(f"{name}: {' and '.join(twice[:2])} have the same seed; give one of "
                              "them, or name in `by` what tells them apart")
+        sets = {tuple(contents[folder].get("labels", ())) for folder in group.folder} - {()}
+        if len(sets) > 1:
+            raise ValueError(f"{name}: verified with different labels, "
+                             f"{' and '.join(map(str, sorted(sets)))}; verify with the same ones")
         first, *rest = (contents[folder]["params"] for folder in group.folder)
         for folder, params in zip(group.folder[1:], rest):
             differ = [x for x in first if first[x] != params.get(x)
@@ -406,10 +430,22 @@ def study_words(study: Study) -> pd.DataFrame:
         return f"{row[measure]:.3g}{spread}{interval}"
 
     words = table[place].copy()
-    for measure in STUDY_MEASURES:
+    for measure in [measure for measure in STUDY_MEASURES if measure in table]:
         words[MEASURES[measure]] = [cell(row, measure) for _, row in table.iterrows()]
     return words.assign(beaten=table.beaten, unproven=table.unproven,
                         **{"not beaten": table.not_beaten})
+
+
+def alignment_words(study: Study) -> pd.DataFrame:
+    """The tests in time over seeds: correlations, and the largest p with the number of shifts."""
+    rows, alignment = [], study.alignment
+    place = list(alignment.columns[:alignment.columns.get_loc("seed")]) + ["source", "split"]
+    for key, part in alignment.groupby(place, sort=False, dropna=False):
+        rows.append(dict(zip(place, key)) | {
+            "seeds": len(part), "correlation": " ".join(f"{x:.2f}" for x in part.observed),
+            "effect": " ".join(f"{x:.1f}" for x in part.effect),
+            "largest p": f"{p_words(part.p.max())} of {part.shifts.iloc[0]} shifts"})
+    return pd.DataFrame(rows)
 
 
 def _study_table(measures, comparisons, place):

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from hnerv_clip import controls, measures, statistics, verify
 
@@ -272,6 +273,54 @@ def test_measures_carry_the_intervals_of_their_series():
     assert (row.value, row.low, row.high) == pytest.approx((found.mean, found.low, found.high))
     assert result.verdict["skill_train"] == pytest.approx(found.mean)
     assert rows.chance["learned", "r1"] == 1 / 240
+
+
+def test_words_are_ranked_and_given_as_scipy_and_labels_say():
+    teacher, texts = slow_video(), unit_vectors((3, 32), seed=5)
+    predicted = measures.unit(slow_video(seed=1) + teacher)
+    rows = study(predicted, teacher, texts=texts).measures.set_index(
+        ["split", "condition", "measure"])
+    frames, centre = np.flatnonzero(HELD_OUT), teacher[~HELD_OUT].mean((0, 1))
+    own, right = (np.round(x[frames] @ texts.T, 5) for x in (predicted, teacher))  # [N, P, K]
+
+    def correlation(keep):
+        return np.mean([stats.spearmanr(own[keep, :, k], right[keep, :, k], axis=None)[0]
+                        for k in range(3)])
+
+    everything = np.arange(len(frames))
+    found = statistics.smooth_interval(correlation(everything), np.array(
+        [correlation(np.delete(everything, i)) for i in everything]))
+    row = rows.loc["held_out", "learned", "text_rank"]
+    assert (row.value, row.low, row.high) == pytest.approx(
+        (found.mean, found.low, min(found.high, 1)), abs=1e-5)
+    heads = [np.argsort(-x.reshape(-1, 3), axis=0)[:20] for x in (own, right)]
+    row = rows.loc["held_out", "learned", "text_top20"]
+    assert row.value == pytest.approx(np.mean([len(np.intersect1d(heads[0][:, k], heads[1][:, k]))
+                                               / 20 for k in range(3)]))
+    assert row.chance == 20 / 48 and np.isnan(row.low)
+    labels = measures.label_agreement(list("abc"), texts, predicted[frames], teacher[frames],
+                                      centre=centre)
+    row = rows.loc["held_out", "learned", "label_top1"]
+    assert (row.value, row.chance) == pytest.approx((labels["agreement"], labels["chance"]))
+    assert row.low < row.value < row.high and row.frames == 12
+
+
+def test_words_of_the_teacher_itself_and_of_a_constant():
+    teacher, texts = slow_video(), unit_vectors((3, 32), seed=5)
+    rows = study(teacher, teacher, texts=texts).measures.set_index(
+        ["split", "condition", "measure"])
+    for split in ("train", "held_out"):
+        assert rows.value[split, "learned"][["text_rank", "text_top20", "label_top1"]].tolist() \
+            == pytest.approx([1, 1, 1])
+        assert np.isnan(rows.value[split, "mean", "text_rank"])  # a constant ranks nothing,
+        # and where all patches tie, as many as by chance are among the first
+        assert rows.value[split, "mean", "text_top20"] == pytest.approx(
+            rows.chance[split, "mean", "text_top20"])
+    one = study(teacher, teacher, texts=texts[:1]).measures.set_index(
+        ["split", "condition", "measure"])
+    assert np.isnan(one.value["train", "learned", "label_top1"])  # one label tells nothing apart
+    with pytest.raises(ValueError, match="32 values: encode them with the run's teacher"):
+        study(teacher, teacher, texts=texts[:, :16])
 
 
 def test_no_interval_where_frames_agree_or_are_few():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,8 +73,33 @@ def test_files_are_written_whole_and_known_by_their_checkpoint(small_run, studie
     assert text.count("CLIP LEARNING VERIFICATION RESULTS") == 2 and "not CLIP" in text
     assert verify_runs.find_verified(folder.parent) == [folder]
     assert verify_runs.is_verified(folder) and not verify_runs.is_verified(folder, seed=1)
+    assert not verify_runs.is_verified(folder, labels="hare; barn")
     monkeypatch.setattr(verify_runs, "checkpoint_digest", lambda folder: "other")
     assert not verify_runs.is_verified(folder)
+
+
+def test_labels_are_kept_with_what_they_gave(small_run, studies):
+    labels = "hare; barn; valley"
+    found = verify_runs.verify_run(small_run, labels=labels)
+    words = ["text_rank", "text_top20", "label_top1"]
+    for source, study in found.items():
+        rows = study.measures.set_index(["split", "condition", "measure"]).value
+        assert rows["held_out", "learned"][words].between(-1, 1).all()
+        assert rows["held_out", "Teacher on Decoded Frame"][words].between(-1, 1).all()
+        rest = study.measures[~study.measures.measure.isin(words)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(rest, studies[source].measures)
+    verify_runs.write_verification(small_run, found, labels=labels)
+    folder = small_run.run_dir.path
+    assert verify_runs.is_verified(folder, labels=["hare", "barn", "valley"])
+    assert verify_runs.is_verified(folder) and not verify_runs.is_verified(folder, labels="hare")
+    joined = verify_runs.join_runs([folder])
+    assert "same label" in verify_runs.study_words(joined)
+    assert verify_runs.alignment_words(joined)["largest p"].str.contains("of .* shifts").all()
+    for bad, error, message in [("hare; hare", ValueError, "twice"),
+                                ("hare; ; barn", ValueError, "empty"),
+                                ("hare; quux", ConfigError, "quux")]:
+        with pytest.raises(error, match=message):
+            verify_runs.verify_run(small_run, labels=bad)
 
 
 def test_a_run_without_head_is_refused(small_config, small_run):
@@ -166,6 +192,16 @@ def test_what_does_not_belong_together_is_not_joined(tmp_path):
         figures.plot_study(by_rate, split="skipped")
     with pytest.raises(ValueError, match="'colour' is no parameter"):
         verify_runs.join_runs([a], by=("colour",))
+    for folder, labels in ((a, ["hare", "barn"]), (b, ["hare", "hay"])):
+        path = folder / "verification.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": labels}))
+    verify_runs.join_runs([a, b], by=("lr",))  # other settings may have other labels
+    shutil.copytree(a, tmp_path / "d")
+    path = tmp_path / "d" / "verification.json"
+    path.write_text(json.dumps(json.loads(path.read_text())
+                               | {"seed": 5, "labels": ["hay", "barn"]}))
+    with pytest.raises(ValueError, match="different labels.*'barn'.*'hay'"):
+        verify_runs.join_runs([a, tmp_path / "d"])
     with pytest.raises(ValueError, match="no run to join"):
         verify_runs.join_runs([])
     with pytest.raises(RunError, match="no run named"):

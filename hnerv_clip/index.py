@@ -17,10 +17,11 @@ import pandas as pd
 
 from hnerv_clip.evaluate import Run, predict_embeddings, sources_of
 from hnerv_clip.measures import check_embeddings
+from hnerv_clip.paths import tell_apart
 from hnerv_clip.search import check_query
 
 EXACT = 100_000  # patches up to which every vector is compared
-PROBES = 32  # cells looked into, of about 4 √N
+PROBED = 8  # beyond, one cell of so many is looked into: texts lie far from all patches
 FORMAT = 1
 
 
@@ -28,8 +29,8 @@ FORMAT = 1
 class PatchIndex:
     """Patches of videos, in the order in which they were given.
 
-    faiss_index: the vectors. videos: name, frames, patches of each. dim: values a vector.
-    teacher: name of the teacher whose space this is.
+    faiss_index: the vectors. videos: name, frames, patches of each, and from `index_runs` how its
+    network was trained. dim: values a vector. teacher: name of the teacher whose space this is.
     """
 
     faiss_index: object
@@ -40,23 +41,36 @@ class PatchIndex:
     def __len__(self) -> int:
         return self.faiss_index.ntotal
 
-    def search(self, query, top_k: int = 20) -> pd.DataFrame:
+    def search(self, query, top_k: int = 20, *, apart: int = 0) -> pd.DataFrame:
         """The patches nearest to a query: rank, video, frame, patch, score (cosine).
 
+        Args:
+            query: [D].
+            top_k: so many at most.
+            apart: as in `search.rank_patches`.
         Raises:
             ValueError: a bad query, one of another teacher's size, or top_k < 1.
         """
         if top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1")
-        query = check_query(query, self.dim)
-        scores, found = self.faiss_index.search(query[None], min(top_k, len(self)))
+        query, asked = check_query(query, self.dim), top_k
+        while True:
+            found = self._nearest(query, asked)
+            kept = found[_apart(found, apart)]
+            if len(kept) >= top_k or len(found) < asked:
+                kept = kept.head(top_k).reset_index(drop=True)
+                kept.insert(0, "rank", np.arange(1, len(kept) + 1))
+                return kept
+            asked *= 4
+
+    def _nearest(self, query: np.ndarray, count: int) -> pd.DataFrame:
+        scores, found = self.faiss_index.search(query[None], min(count, len(self)))
         scores, found = scores[0][found[0] >= 0], found[0][found[0] >= 0]
         ends = (self.videos.frames * self.videos.patches).cumsum().to_numpy()
         video = np.searchsorted(ends, found, side="right")
         inside = found - np.concatenate([[0], ends])[video]
         patches = self.videos.patches.to_numpy()[video]
-        return pd.DataFrame({"rank": np.arange(1, len(found) + 1),
-                             "video": self.videos.video.to_numpy()[video],
+        return pd.DataFrame({"video": self.videos.video.to_numpy()[video],
                              "frame": inside // patches, "patch": inside % patches,
                              "score": scores})
 
@@ -100,39 +114,63 @@ def build_index(videos: dict, *, teacher: str, exact: bool | None = None) -> Pat
     else:
         cells = max(1, int(4 * count ** 0.5))
         index = faiss.index_factory(dim, f"IVF{cells},SQ8", faiss.METRIC_INNER_PRODUCT)
-        sample = np.concatenate([array.reshape(-1, dim) for array in arrays.values()])
-        chosen = np.random.default_rng(0).permutation(count)[:40 * cells]
-        index.train(sample[np.sort(chosen)])
-        index.nprobe = min(PROBES, cells)
+        index.train(_sample(arrays.values(), 40 * cells))
+        index.nprobe = max(1, cells // PROBED)
     for array in arrays.values():
         index.add(np.ascontiguousarray(array.reshape(-1, dim)))
     return PatchIndex(index, pd.DataFrame(rows), dim, teacher)
+
+
+def _sample(arrays: Iterable[np.ndarray], count: int) -> np.ndarray:
+    """Some of all patches: at most [count, D]."""
+    flat = [array.reshape(-1, array.shape[-1]) for array in arrays]
+    ends = np.cumsum([len(rows) for rows in flat])
+    chosen = np.sort(np.random.default_rng(0).permutation(ends[-1])[:count])
+    return np.concatenate([rows[own - end + len(rows)] for rows, end, own in zip(
+        flat, ends, np.split(chosen, np.searchsorted(chosen, ends[:-1])))])
+
+
+def _apart(found: pd.DataFrame, apart: int) -> list[bool]:
+    """Which hits, best first, have no better one of their position within so many frames."""
+    kept, frames = [], {}
+    for hit in found.itertuples():
+        near = frames.setdefault((hit.video, hit.patch), [])
+        kept.append(apart < 1 or all(abs(hit.frame - frame) > apart for frame in near))
+        if kept[-1]:
+            near.append(hit.frame)
+    return kept
 
 
 def index_runs(runs: Iterable[Run]) -> PatchIndex:
     """Index what several runs predict, each named by its video, with its folder if shared.
 
     The embeddings are the prediction's (`evaluate.sources_of(…)[-1]`), so a hybrid network does not
-    see the held-out frames.
+    see the held-out frames. `videos` also says how each network was trained: run, source, epochs,
+    modelsize, height, width.
 
     Raises:
         ValueError: no run, runs of different teachers, or the same folder twice.
         ConfigError: a run without the CLIP head.
     """
     runs = list(runs)
-    teachers = {run.run_dir.path.name: run.dataset.teacher_name for run in runs}
+    folders = tell_apart(run.run_dir.path for run in runs)
+    teachers = {folder: run.dataset.teacher_name for folder, run in zip(folders, runs)}
     if len(set(teachers.values())) > 1:
         raise ValueError(f"runs of different teachers cannot share an index: {teachers}; "
                          "index each teacher's runs apart")
     names = [run.dataset.video.name for run in runs]
-    names = [name if names.count(name) == 1 else f"{name} ({run.run_dir.path.name})"
-             for name, run in zip(names, runs)]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"{twice[0]} is given twice; give each run once")
-    videos = {name: predict_embeddings(run.model, run.dataset, source=sources_of(run.model)[-1])
-              for name, run in zip(names, runs)}
-    return build_index(videos, teacher=runs[0].dataset.teacher_name if runs else "")
+    names = [name if names.count(name) == 1 else f"{name} ({folder})"
+             for name, folder in zip(names, folders)]
+    sources = [sources_of(run.model)[-1] for run in runs]
+    videos = {name: predict_embeddings(run.model, run.dataset, source=source)
+              for name, run, source in zip(names, runs, sources)}
+    built = build_index(videos, teacher=runs[0].dataset.teacher_name if runs else "")
+    sizes = [run.dataset.video.frame_hw for run in runs]
+    built.videos = built.videos.assign(
+        run=folders, source=sources, epochs=[run.config.train.epochs for run in runs],
+        modelsize=[run.config.model.modelsize for run in runs],
+        height=[height for height, _ in sizes], width=[width for _, width in sizes])
+    return built
 
 
 def load_index(folder, *, teacher: str | None = None) -> PatchIndex:

@@ -318,17 +318,20 @@ class HNeRV(nn.Module):
                 for stage, found in zip(self.clip_stages, picked, strict=True)]
         return self._clip_vectors(torch.cat(read, dim=1)[..., None])[..., 0].transpose(1, 2)
 
-    def clip_map(self, stages: list[Tensor], *, stride: int = 1) -> Tensor:
+    def clip_map(self, stages: list[Tensor], *, stride: int = 1, rows: slice = slice(None)
+                 ) -> Tensor:
         """Embeddings at every so-manieth cell of the last stage: [B, D, ⌈H'/stride⌉, ⌈W'/stride⌉].
 
         Args:
             stages: what `stages` returned, at least up to the last one that feeds the head.
+            rows: only these rows of the map.
         """
         self._need_clip_head()
         device, picked = stages[0].device, []
         positions = [(torch.arange(stride // 2, cells, stride, device=device) + 0.5)
                      * (length / cells)
                      for cells, length in zip(self.plan.output_hw, self.frame_hw, strict=True)]
+        positions[0] = positions[0][rows]
         for stage in self.clip_stages:
             rows, cols = (self._axis(positions[axis], axis, stage) for axis in (0, 1))
             if self.config.clip_pool:

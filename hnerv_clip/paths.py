@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -20,3 +22,19 @@ def resolve_path(path: str | Path) -> Path:
     roots = [folder for folder in (here, *here.parents)
              if (folder / "pyproject.toml").is_file() and (folder / "_toc.yml").is_file()]
     return (roots[0] if roots else here) / path
+
+
+def tell_apart(paths: Iterable[str | Path]) -> list[str]:
+    """Short names of folders: the last part, with as many before it as make all different.
+
+    Raises:
+        ValueError: the same folder twice.
+    """
+    folders = [resolve_path(path).resolve() for path in paths]
+    twice = [folder for folder in folders if folders.count(folder) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; give each folder once")
+    for parts in itertools.count(1):
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names

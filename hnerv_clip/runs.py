@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from hnerv_clip.config import Config
-from hnerv_clip.paths import resolve_path
+from hnerv_clip.paths import resolve_path, tell_apart
 
 try:
     import fcntl
@@ -407,11 +407,11 @@ def device_name(device: torch.device) -> str:
 def provenance_table(*run_dirs: str | Path) -> pd.DataFrame:
     """What each run was made with, a column per run, for the end of a page."""
     columns = {}
-    for path in run_dirs:
+    for path, name in zip(run_dirs, tell_apart(run_dirs)):
         run = RunDir(path)
         facts = run.provenance()
         summary = run.summary() if run.finished else {}
-        columns[run.path.name] = {
+        columns[name] = {
             "commit": commit_words(facts),
             "device": facts["device"] + (f" × {facts['world_size']}" if facts["world_size"] > 1
                                          else ""),

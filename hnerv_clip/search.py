@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from hnerv_clip.measures import check_embeddings, check_pair, rank_correlation, unit
+from hnerv_clip.model import HNeRV
 from hnerv_clip.patches import PatchGrid
 
+MAP_VALUES = 2 ** 26  # of a dense embedding map at once: 256 MiB
 
 def parse_queries(queries) -> list[str]:
     """Queries from "hare; wood rabbit" or a list of texts, in order.
@@ -164,18 +167,28 @@ def encode_queries(names, teacher, templates=TEMPLATES) -> np.ndarray:
     more than a bare word does. A teacher that knows names only gets the names.
 
     Raises:
-        ValueError: a bad query, or a template without {}.
+        ValueError: a bad query, two that are the same to the teacher (synonyms of an ImageNet
+            class; capitals, to CLIP), or a template without {}.
         ConfigError: a name that the teacher does not know; the message suggests others.
     """
     names = parse_queries(names)
+    vectors = _encode(names, teacher, templates)
+    same = np.argwhere(np.triu(np.abs(vectors[:, None] - vectors).max(axis=-1) < 1e-5, k=1))
+    if len(same):
+        first, second = (names[index] for index in same[0])
+        raise ValueError(f"{first!r} and {second!r} are the same to {teacher.label}; name one")
+    return vectors
+
+
+def _encode(names, teacher, templates):
     if not teacher.is_clip:
         return np.asarray(teacher.encode_text(names).cpu())
     bad = [template for template in templates if "{}" not in template]
     if bad or not templates:
         raise ValueError(f"template {bad[0] if bad else ''!r} has no {{}} for the query")
-    vectors = [np.asarray(teacher.encode_text([template.format(name) for name in names]).cpu())
+    vectors = [teacher.encode_text([template.replace("{}", name) for name in names]).cpu()
                for template in templates]
-    return unit(np.mean(vectors, axis=0))
+    return unit(np.mean(np.stack(vectors), axis=0))
 
 
 def map_embeddings(predicted, teacher, *, points: int = 600, perplexity: float = 30,
@@ -239,13 +252,17 @@ def compare_rankings(queries, vectors, predicted, teacher, top_k: int = 20) -> p
         query, spearman (over all patches), overlap (share of the teacher's top_k that is in the
         predicted top_k), chance (the overlap of a random ranking), top_k, patches.
     Raises:
-        ValueError: as `rank_patches`; top_k beyond the patches; K names for another number of rows.
+        ValueError: as `rank_patches`; top_k beyond the patches; fewer than 3 of them; K names for
+            another number of rows.
     """
     predicted, teacher = check_pair(predicted, teacher)
     queries, vectors = parse_queries(queries), np.asarray(vectors)
     if len(queries) != len(vectors):
         raise ValueError(f"{len(queries)} queries come with {len(vectors)} vectors; give one each")
     patches = teacher.shape[0] * teacher.shape[1]
+    if patches < 3:
+        raise ValueError(f"two rankings of {patches} patches in all cannot be compared, at least 3 "
+                         "are needed: take more frames, or a finer patch_grid")
     if not 1 <= top_k <= patches:
         raise ValueError(f"top_k={top_k} must lie between 1 and the {patches} patches of the video")
     rows = []
@@ -272,14 +289,13 @@ def spread_scores(scores, grid: PatchGrid, *, stride: int = 8) -> np.ndarray:
     Returns:
         [T, h, w] float32, at the positions of `HNeRV.clip_map`.
     Raises:
-        ValueError: scores of another number of patches, or a stride below 1.
+        ValueError: scores of another number of patches, or a bad stride.
     """
     scores = np.asarray(scores, dtype=np.float32)
     if scores.ndim != 2 or scores.shape[1] != len(grid):
         raise ValueError(f"scores have shape {scores.shape}; give [T, {len(grid)}], one for each "
                          "patch of the grid")
-    if stride < 1:
-        raise ValueError(f"stride={stride} must be at least 1 pixel")
+    _check_stride(stride, grid.frame)
     rows, cols = (np.stack([np.interp(np.arange(stride // 2, length, stride) + 0.5,
                                       np.array(starts) + side / 2, one)
                             for one in np.eye(len(starts))]) for starts, side, length in
@@ -288,28 +304,40 @@ def spread_scores(scores, grid: PatchGrid, *, stride: int = 8) -> np.ndarray:
                      optimize=True).astype(np.float32)
 
 
-def heat_map(query, dense_map) -> np.ndarray:
-    """Cosine of a query with every position of a dense embedding map.
+def score_map(model: HNeRV, stages: list[torch.Tensor], vectors, *, stride: int = 8
+              ) -> np.ndarray:
+    """Cosine of queries with what the CLIP head answers everywhere in the frame: heat maps.
+
+    Of the dense embedding map, gigabytes for a large frame at a small stride, only a few rows exist
+    at a time.
 
     Args:
-        query: [D].
-        dense_map: [D, h, w] as the CLIP head gives it, or [h, w, D].
+        model: with a CLIP head.
+        stages: what `model.stages` returned for B frames.
+        vectors: [K, D], the queries in the teacher's text space.
+        stride: pixels between the positions of the map, any from 1 on.
     Returns:
-        [h, w] float32.
+        [B, K, h, w] float32, at the positions of `HNeRV.clip_map`.
     Raises:
-        ValueError: no axis, or both outer axes, have the query's size; NaN.
+        ValueError: a bad query, one of another teacher's size, a bad stride, or NaN in the map.
+        ConfigError: the model has no CLIP head.
     """
-    dense_map = np.asarray(dense_map, dtype=np.float32)
-    dim = np.size(query)
-    if dense_map.ndim != 3 or dim not in (dense_map.shape[0], dense_map.shape[-1]):
-        raise ValueError(f"the map has shape {dense_map.shape} and the query {dim} values; "
-                         "give the map of the same teacher as [D, h, w] or [h, w, D]")
-    if dense_map.shape[0] == dense_map.shape[-1]:
-        raise ValueError(f"the map's shape {dense_map.shape} leaves open which axis holds the "
-                         f"{dim} values; take another stride")
-    if dense_map.shape[0] == dim:
-        dense_map = np.moveaxis(dense_map, 0, -1)
-    if not np.isfinite(dense_map).all():
+    dim, frames = model.config.clip_dim, len(stages[0])
+    _check_stride(stride, model.frame_hw)
+    queries = torch.from_numpy(np.stack([check_query(vector, dim) for vector in vectors]))
+    rows, cols = (len(range(stride // 2, cells, stride)) for cells in model.plan.output_hw)
+    at_once = max(1, MAP_VALUES // (frames * cols * dim))
+    with torch.inference_mode():
+        strips = [torch.einsum("bdyx,kd->bkyx", model.clip_map(
+            stages, stride=stride, rows=slice(row, row + at_once)), queries.to(stages[0].device))
+            for row in range(0, rows, at_once)]
+        heats = torch.cat(strips, dim=2).cpu().numpy()
+    if not np.isfinite(heats).all():
         raise ValueError("the map holds NaN or infinite values: train again")
-    lengths = np.maximum(np.linalg.norm(dense_map, axis=-1), 1e-8)
-    return dense_map @ check_query(query, dim) / lengths
+    return heats
+
+
+def _check_stride(stride, frame_hw):
+    if not 1 <= stride <= min(frame_hw):
+        raise ValueError(f"stride={stride} must lie between 1 and the frame's {min(frame_hw)} "
+                         "pixels; use 8")

@@ -237,6 +237,18 @@ def test_provenance(run):
     assert table.loc["data"].iloc[0].startswith("bunny") and table.loc["seed"].iloc[0] == 0
 
 
+def test_runs_of_one_name_stand_beside_each_other(tmp_path):
+    folders = [tmp_path / "a" / "main", tmp_path / "b" / "main", tmp_path / "b" / "other"]
+    for seed, folder in enumerate(folders):
+        own = RunDir.create(folder, CONFIG.replace(seed=seed))
+        runs.write_json(own.path / "provenance.json", make_provenance(
+            own.config(), device=torch.device("cpu"), data_digest="abc", teacher=None))
+    table = runs.provenance_table(*folders)
+    assert table.loc["seed"].to_dict() == {"a/main": 0, "b/main": 1, "b/other": 2}
+    with pytest.raises(ValueError, match="given twice"):
+        runs.provenance_table(folders[0], folders[0])
+
+
 def test_a_copy_without_its_checkout_does_not_claim_to_be_unchanged(tmp_path, monkeypatch):
     package = tmp_path / "hnerv_clip"
     package.mkdir()

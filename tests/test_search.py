@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 from hnerv_clip import measures, search
+from hnerv_clip.model import build_model
 from hnerv_clip.patches import PatchGrid
 
 
@@ -56,13 +58,31 @@ def test_agreement_is_full_with_itself_and_by_chance_with_noise():
     assert noise.chance.iloc[0] == 20 / 400
 
 
-def test_heat_map_takes_both_layouts_and_gives_cosines():
-    dense = unit_vectors((3, 5, 16))
-    heat = search.heat_map(4 * dense[1, 2], dense)
-    assert heat.shape == (3, 5) and np.unravel_index(heat.argmax(), heat.shape) == (1, 2)
-    assert heat.max() == pytest.approx(1)
-    np.testing.assert_allclose(search.heat_map(dense[1, 2], np.moveaxis(7 * dense, -1, 0)), heat,
-                               atol=1e-6)
+@pytest.mark.parametrize("settings", [{}, {"clip_stage": "1_3", "clip_pool": 0.2}])
+def test_a_score_map_is_that_of_the_dense_map_at_any_stride(
+        small_config, small_dataset, settings, monkeypatch):
+    model = build_model(small_config.replace(**settings).model, frame_hw=(80, 160), frame_count=12)
+    vectors = unit_vectors((3, 1280), seed=1)
+    with torch.inference_mode():
+        frames = small_dataset.video.frames[:2].float() / 255
+        stages = model.stages(model.embed(frames, torch.zeros(2)))
+        dense = model.clip_map(stages).numpy()  # [B, D, H, W]
+    everywhere = np.einsum("bdyx,kd->bkyx", dense, vectors)
+    for stride, rows_at_once in ((1, 7), (8, 3), (80, 1)):
+        kept = everywhere[:, :, stride // 2::stride, stride // 2::stride]
+        monkeypatch.setattr(search, "MAP_VALUES", rows_at_once * 2 * kept.shape[3] * 1280)
+        found = search.score_map(model, stages, 3 * vectors, stride=stride)
+        assert found.dtype == np.float32 and found.shape == kept.shape
+        np.testing.assert_allclose(found, kept, atol=1e-5)
+    for stride in (0, 81):
+        with pytest.raises(ValueError, match=f"stride={stride} must lie between 1 and .* 80"):
+            search.score_map(model, stages, vectors, stride=stride)
+    with pytest.raises(ValueError, match=r"\(16,\).*1280 values"):
+        search.score_map(model, stages, np.ones((1, 16)))
+    with torch.no_grad():
+        model.clip_head[2].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        search.score_map(model, stages, vectors)
 
 
 def test_queries_are_parsed():
@@ -95,12 +115,9 @@ def test_bad_embeddings_and_maps_are_refused():
         search.compare_rankings("a", np.ones((1, 16)), embeddings, embeddings)
     with pytest.raises(ValueError, match="2 queries come with 1"):
         search.compare_rankings("a; b", np.ones((1, 16)), embeddings, embeddings, 4)
-    with pytest.raises(ValueError, match="another stride"):
-        search.heat_map(np.ones(16), np.ones((16, 3, 16)))
-    with pytest.raises(ValueError, match="the query 15 values"):
-        search.heat_map(np.ones(15), np.ones((16, 3, 4)))
-    with pytest.raises(ValueError, match="NaN"):
-        search.heat_map(np.ones(16), np.full((16, 3, 4), np.nan))
+    for few in (embeddings[:1, :1], embeddings[:1], embeddings[:2, :1]):  # at most 2 patches
+        with pytest.raises(ValueError, match="cannot be compared, at least 3"):
+            search.compare_rankings("a", np.ones((1, 16)), few, few, 1)
 
 
 def test_scores_are_spread_by_hand():
@@ -111,7 +128,7 @@ def test_scores_are_spread_by_hand():
     np.testing.assert_allclose(found[1], 2)
     with pytest.raises(ValueError, match="one for each patch"):
         search.spread_scores([[0.0, 1.0, 2.0]], grid)
-    with pytest.raises(ValueError, match="at least 1 pixel"):
+    with pytest.raises(ValueError, match="stride=0 must lie between 1 and the frame's 8"):
         search.spread_scores([[0.0, 1.0]], grid, stride=0)
 
 
@@ -121,9 +138,11 @@ def test_figures_name_query_and_teacher():
     boxes = np.array([[0, 0, 24, 24], [8, 40, 24, 24]])
     embeddings = unit_vectors((4, 2, 16))
     ranking = search.rank_patches(np.ones(16), embeddings, 3)
-    heat = search.heat_map(np.ones(16), unit_vectors((4, 8, 16)))
+    heat = np.random.default_rng(0).random((4, 8))
     agreement = search.compare_rankings("hare", np.ones((1, 16)), embeddings, embeddings, 4)
+    found = {"hare": ranking.assign(video="bikes"), "fox": ranking.head(1).assign(video="bikes")}
     for figure in (
+            figures.plot_index_hits(found, {"bikes": (frames, boxes)}, "A (not CLIP)"),
             figures.plot_ranked_patches(frames, boxes, ranking, ranking, "hare", "A (not CLIP)"),
             figures.plot_heat_map(frames[0], {"everywhere": heat}, "hare", "A (not CLIP)"),
             figures.plot_query_agreement(agreement, "A (not CLIP)")):
@@ -178,10 +197,9 @@ class Words:
     """A teacher of texts: the length of each, as an angle."""
 
     def __init__(self, is_clip):
-        self.is_clip, self.heard = is_clip, []
+        self.is_clip, self.label, self.heard = is_clip, "Words", []
 
     def encode_text(self, texts):
-        import torch
         self.heard += texts
         angles = torch.tensor([len(text) / 100 for text in texts])
         return torch.stack([angles.cos(), angles.sin()], dim=1)
@@ -196,6 +214,10 @@ def test_only_clip_gets_prompts():
     assert names.heard == ["hare", "fox"]
     with pytest.raises(ValueError, match="no {} for the query"):
         search.encode_queries("hare", clip, templates=("a photo",))
+    # To this teacher, words of one length are the same: a label set with a duplicate
+    for teacher in (clip, names):
+        with pytest.raises(ValueError, match="'fox' and 'cat' are the same to Words; name one"):
+            search.encode_queries("hare; fox; cat", teacher)
 
 
 def test_map_keeps_neighbours_together():

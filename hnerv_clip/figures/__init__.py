@@ -12,6 +12,7 @@ from hnerv_clip.figures.search import (
     blend_heat,
     plot_embedding_map,
     plot_heat_map,
+    plot_index_hits,
     plot_query_agreement,
     plot_ranked_patches,
     plot_strips,
@@ -40,8 +41,9 @@ from hnerv_clip.figures.verification import (
 
 __all__ = ["PALETTE", "blend_heat", "plot_ablation", "plot_comparisons", "plot_conditions",
            "plot_decoding_speed", "plot_embedding_map", "plot_fidelity", "plot_frame_quality",
-           "plot_frame_similarity", "plot_frames", "plot_heat_map", "plot_patch_grid",
-           "plot_patches", "plot_positions", "plot_query_agreement", "plot_ranked_patches",
-           "plot_reconstructions", "plot_retrieval", "plot_shift_tests", "plot_side_files",
-           "plot_similarity_by_lag", "plot_similarity_over_time", "plot_simulations", "plot_split",
-           "plot_strips", "plot_study", "plot_tradeoff", "plot_training", "use_style"]
+           "plot_frame_similarity", "plot_frames", "plot_heat_map", "plot_index_hits",
+           "plot_patch_grid", "plot_patches", "plot_positions", "plot_query_agreement",
+           "plot_ranked_patches", "plot_reconstructions", "plot_retrieval", "plot_shift_tests",
+           "plot_side_files", "plot_similarity_by_lag", "plot_similarity_over_time",
+           "plot_simulations", "plot_split", "plot_strips", "plot_study", "plot_tradeoff",
+           "plot_training", "use_style"]

@@ -53,6 +53,30 @@ def plot_ranked_patches(frames: np.ndarray, boxes: np.ndarray, predicted: pd.Dat
                            f"Teacher: {teacher_label}.")
 
 
+def plot_index_hits(hits: dict[str, pd.DataFrame], pictures: dict, teacher_label: str) -> Figure:
+    """The best patches of many videos, a row for each query.
+
+    Args:
+        hits: {query: ranking}, as `index.PatchIndex.search` gives them.
+        pictures: {video: (frames, boxes)}, both as for `plot_ranked_patches`.
+        teacher_label: the teacher in words, for the caption.
+    """
+    columns = max(map(len, hits.values()))
+    figure, axes = new_figure(len(hits), columns, squeeze=False,
+                              height=len(hits) * (WIDTH / columns + 0.45) + 0.5)
+    for panels, (query, ranking) in zip(axes, hits.items(), strict=True):
+        for panel in panels:
+            picture_axes(panel)
+        for panel, hit in zip(panels, ranking.itertuples(), strict=False):
+            frames, boxes = pictures[hit.video]
+            panel.imshow(cut(np.asarray(frames[hit.frame]), boxes[hit.patch]))
+            panel.set_title(f"{hit.video}\nframe {hit.frame}, patch {hit.patch}\n{hit.score:.3f}",
+                            fontsize=8, loc="center")
+        panels[0].set_ylabel(query, fontsize=10)
+    return caption(figure, "Best patches of all videos by their networks' predicted embeddings; "
+                           f"video, frame, patch, cosine. Teacher: {teacher_label}.")
+
+
 def plot_query_agreement(agreement: pd.DataFrame, teacher_label: str) -> Figure:
     """Rank correlation and top-k overlap with the teacher, a row per query.
 
@@ -83,7 +107,7 @@ def plot_heat_map(frame: np.ndarray, heats: dict[str, np.ndarray], query: str,
 
     Args:
         frame: uint8 [3, H, W].
-        heats: {title: [h, w]}, as `search.heat_map` and `search.spread_scores` give them; in one
+        heats: {title: [h, w]}, as `search.score_map` and `search.spread_scores` give them; in one
             scale.
         query: the text.
         teacher_label: the teacher in words, for the caption.

@@ -31,6 +31,29 @@ except ImportError:  # no Triton: it is made for Linux
 COLUMNS = ("pixel_loss", "clip_loss", "total_loss", "psnr_db")
 
 
+class Moments:
+    """The state of Adam where a kernel takes the step; saved and loaded as PyTorch's Adam does.
+
+    Without that class itself, which imports PyTorch's compiler: seconds.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parameters = list(model.parameters())
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.param_groups = [{"params": self.parameters}]
+
+    def state_dict(self) -> dict:
+        numbers = {p: i for i, p in enumerate(self.parameters)}
+        return {"state": {numbers[p]: kept for p, kept in self.state.items()},
+                "param_groups": [{"params": list(numbers.values()), "fused": True,
+                                  "capturable": True}]}  # so that Adam takes the step as a tensor
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state = {self.parameters[i]: {name: value.to(self.parameters[i])
+                                           for name, value in kept.items()}
+                      for i, kept in state["state"].items()}
+
+
 class PlainEngine:
     """Eager steps; the model, its optimizer and the video live on one device."""
 
@@ -44,10 +67,13 @@ class PlainEngine:
                                       centres=dataset.grid.centres, train=dataset.split.train)
         self.lr = torch.tensor(config.train.lr, device=self.device)
         self.weight = torch.tensor(0.0, device=self.device)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=self.lr, fused=True,
-                                          capturable=self.device.type == "cuda")
+        self.optimizer = self._make_optimizer()
         self.compile_s = 0.0  # spent on compilation so far
         self.part = config.train.batch_size  # frames worked on at once
+
+    def _make_optimizer(self) -> torch.optim.Optimizer | Moments:
+        return torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True,
+                                capturable=self.device.type == "cuda")
 
     def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
         """One update.
@@ -192,7 +218,9 @@ class FusedEngine(PlainEngine):
                                 model.frame_count)
             self.positions = model.positions(times).to(
                 self.parameters.small.dtype)  # [T, h, w, 2·levels]
+        self.centres, self.decoder = None, None
         if config.model.predict_clip:
+            self.centres = dataset.grid.centres
             self._prepare_clip()
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         self._compile((size, size * ranks))
@@ -203,7 +231,8 @@ class FusedEngine(PlainEngine):
         network, (size, count) = self.networks[key[0]], key
         indices = torch.zeros(size, dtype=torch.int64, device=self.device)
         fused.compile_all(lambda: (self._gradients(network, indices, count),
-                                   self.parameters.update(self.lr)), self.device)
+                                   self.parameters.update(self.lr), network.colour("pred")),
+                          self.device)
         self.compile_s += time.perf_counter() - start
 
     def _prepare_clip(self) -> None:
@@ -246,6 +275,38 @@ class FusedEngine(PlainEngine):
         self.graphs[key].replay()
         return self.sums[key]
 
+    def _make_optimizer(self) -> Moments:
+        return Moments(self.model)
+
+    @torch.no_grad()
+    def embed_frames(self) -> Tensor:
+        """The embedding of every frame [T, C, h, w], as a step computes it."""
+        network, size = self.networks[self.part], self.part
+        stem, parts = network.convs[0], []
+        for indices in torch.arange(self.model.frame_count, device=self.device).split(size):
+            rows = self._embed(network, _filled(indices, size))
+            cells = rows.view(size, stem.H, stem.W, stem.CI)[:len(indices)]
+            parts.append(cells.permute(0, 3, 1, 2).to(torch.float32, copy=True))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode_frames(self, embeddings: Tensor, *, clip: bool) -> tuple[Tensor, Tensor | None]:
+        """Frames float32 [B, 3, H, W], and with `clip` unit vectors [B, P, D], as a step does.
+
+        Args:
+            embeddings: [B, C, h, w].
+        """
+        size, found = self.part, []
+        if self.decoder is None:
+            self.decoder = fused.Decoder(self.model, batch=size, network=self.networks[size],
+                                         centres=self.centres)
+        for part in embeddings.split(size):
+            frames, vectors = self.decoder(_filled(part, size), clip=clip)
+            found.append((frames[:len(part)].clone(),
+                          vectors[:len(part)].clone() if clip else None))
+        frames, vectors = zip(*found)
+        return torch.cat(frames), torch.cat(vectors) if clip else None
+
     def sync(self) -> None:
         moments = self.parameters.store()
         for name, parameter in self.model.named_parameters():
@@ -274,12 +335,7 @@ class FusedEngine(PlainEngine):
 
     def _gradients(self, network: fused.Network, indices: Tensor, count: int) -> Tensor:
         """Forward and back for frames [B]: `COLUMNS` of them, [4, B]."""
-        if self.model.kind == "hybrid":
-            embedding = network.encode(network.frame_patches(self.frames, indices, self.mask))
-        else:
-            embedding = network.take(self.positions[indices].flatten(0, 2))
-            if self.model.kind == "xyt":
-                embedding = network.encode(embedding)
+        embedding = self._embed(network, indices)
         network.decode(embedding)
         extra, picked, places = {}, {}, {}
         with network.aside(-1):
@@ -290,6 +346,13 @@ class FusedEngine(PlainEngine):
         if not self.config.model.predict_clip:
             clip = term = torch.zeros_like(pixel)
         return torch.stack([pixel, clip, pixel + self.weight * term, psnr_db])
+
+    def _embed(self, network: fused.Network, indices: Tensor) -> Tensor:
+        """The embeddings of frames [B], in the network's rows [N, C]."""
+        if self.model.kind == "hybrid":
+            return network.encode(network.frame_patches(self.frames, indices, self.mask))
+        positions = network.take(self.positions[indices].flatten(0, 2))
+        return network.encode(positions) if self.model.kind == "xyt" else positions
 
     def _pixel_gradients(self, network: fused.Network, indices: Tensor, count: int
                          ) -> tuple[Tensor, Tensor]:
@@ -340,6 +403,11 @@ class FusedEngine(PlainEngine):
             else:
                 extra[layer] = gradient.permute(0, 2, 3, 1).contiguous()
         return clip.detach(), term.detach()
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """Rows, the last one repeated until there are so many."""
+    return torch.cat([rows, rows[-1:].expand(count - len(rows), *rows.shape[1:])])
 
 
 def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,9 @@ try:
     from hnerv_clip import fused
 except ImportError:  # no Triton: it is made for Linux
     fused = None
+
+if TYPE_CHECKING:
+    from hnerv_clip.engine import FusedEngine  # stands above this module
 
 BATCH = 4  # frames decoded at once
 SOURCE_WORDS = {"encoder": "encoded from the frame itself",
@@ -79,14 +83,14 @@ def frame_times(indices: Tensor, frame_count: int) -> Tensor:
 
 
 @torch.no_grad()  # else what the encoder computed of every frame is kept, gigabytes
-def embed_frames(model: HNeRV, dataset: Dataset) -> Tensor:
-    """The model's embedding of every frame: [T, C, h, w], on the model's device.
+def embed_frames(model: HNeRV, dataset: Dataset, chosen: np.ndarray | None = None) -> Tensor:
+    """The model's embedding of every frame, or of the chosen: [T, C, h, w], on its device.
 
     The encoder sees frames as in training: with hidden pixels black.
     """
     return torch.cat([model.embed(frames if dataset.mask is None else
                                   frames * dataset.mask.to(frames.device), times)
-                      for _, frames, times in _batches(model, dataset)])
+                      for _, frames, times in _batches(model, dataset, chosen)])
 
 
 def interpolate_embeddings(embeddings: Tensor, train: np.ndarray) -> Tensor:
@@ -160,12 +164,14 @@ def _to_uint8(frames: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
-                        chosen: np.ndarray | None = None) -> pd.DataFrame:
+                        chosen: np.ndarray | None = None, *, engine: FusedEngine | None = None
+                        ) -> pd.DataFrame:
     """Decode frames from their embeddings and measure them.
 
     Args:
         embeddings: [T, C, h, w] per-frame embeddings, on the model's device.
         chosen: which frames, all by default.
+        engine: see `evaluate_model`.
     Returns:
         A row per frame: frame, split, psnr_db, ms_ssim (empty below 161 pixels a side, where its
         five scales are undefined), clip_similarity and clip_centred (cosine with the teacher, raw
@@ -180,11 +186,15 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
         centre = dataset.embeddings[dataset.split.train].mean((0, 1)).to(device)  # [D]
 
     def add(name: str, values: Tensor) -> None:
-        columns.setdefault(name, []).append(values.float().cpu())
+        columns.setdefault(name, []).append(values.float())
 
     for indices, frames, _ in _batches(model, dataset, chosen):
-        stages = model.stages(embeddings[indices])
-        pred = model.rgb(stages[-1]).float()
+        if engine:
+            pred, clip = engine.decode_frames(embeddings[indices], clip=with_clip)
+        else:
+            stages = model.stages(embeddings[indices])
+            pred = model.rgb(stages[-1]).float()
+            clip = model.clip_at(stages, centres) if with_clip else None
         add("psnr_db", psnr(pred, frames))
         add("ms_ssim", ms_ssim(pred, frames, data_range=1, size_average=False)
             if min(model.frame_hw) >= MS_SSIM_MIN_SIDE else torch.full((len(pred),), float("nan")))
@@ -192,7 +202,6 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
             add("psnr_outside_db", psnr(pred, frames, mask=mask))
             add("psnr_inside_db", psnr(pred, frames, mask=1 - mask))
         if with_clip:
-            clip = model.clip_at(stages, centres)
             target = dataset.embeddings[indices].to(device)
             add("clip_similarity", (clip * target).sum(-1).mean(-1))
             centred = F.cosine_similarity(clip - centre, target - centre, dim=-1)
@@ -200,18 +209,20 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
     chosen = np.arange(len(embeddings)) if chosen is None else chosen
     table = pd.DataFrame({"frame": chosen, "split": np.array(dataset.split.labels)[chosen]})
     for name, values in columns.items():
-        table[name] = torch.cat(values).numpy().astype(float)
+        table[name] = torch.cat(values).cpu().numpy().astype(float)
     return table
 
 
 @torch.inference_mode()
 def evaluate_model(model: HNeRV, dataset: Dataset, *, variant: str = "trained",
-                   embeddings: Tensor | None = None, share: tuple[int, int] = (0, 1)
-                   ) -> pd.DataFrame:
+                   embeddings: Tensor | None = None, share: tuple[int, int] = (0, 1),
+                   engine: FusedEngine | None = None) -> pd.DataFrame:
     """`evaluate_embeddings` for every source of a model.
 
     Args:
         embeddings: [T, C, h, w] to use instead of the encoder's, as a stored video has them.
+        engine: what trains the model, to encode and decode as its steps do: in bfloat16 and on its
+            kernels, several times faster. By default the plain model, in the precision set.
         share: (rank, ranks): measure only the batches of frames that fall to this rank.
     Returns:
         Columns variant and source, then those of `evaluate_embeddings`. Interpolated rows are there
@@ -219,22 +230,30 @@ def evaluate_model(model: HNeRV, dataset: Dataset, *, variant: str = "trained",
     """
     was_training = model.training
     model.eval()
-    encoded = embed_frames(model, dataset) if embeddings is None else embeddings
+    if embeddings is None:
+        embeddings = engine.embed_frames() if engine else embed_frames(model, dataset)
     tables = []
     for source in sources_of(model):
-        frames, used = np.arange(len(encoded)), encoded
+        frames, used = np.arange(len(embeddings)), embeddings
         if source == "interpolated":
             frames = np.setdiff1d(frames, dataset.split.train)
-            used = interpolate_embeddings(encoded, dataset.split.train)
+            used = interpolate_embeddings(embeddings, dataset.split.train)
         frames = _share(frames, *share)
         if len(frames):
-            table = evaluate_embeddings(model, dataset, used, frames)
+            table = evaluate_embeddings(model, dataset, used, frames, engine=engine)
             tables.append(table.assign(variant=variant, source=source))
     model.train(was_training)
     if not tables:  # more ranks than batches
         return pd.DataFrame()
     table = pd.concat(tables, ignore_index=True)
     return table[["variant", "source", *[c for c in table if c not in ("variant", "source")]]]
+
+
+@torch.inference_mode()
+def warm_up(model: HNeRV, dataset: Dataset) -> None:
+    """Evaluate some frames for nothing: the libraries of the plain model take seconds to load."""
+    frames = np.arange(min(BATCH, model.frame_count))
+    evaluate_embeddings(model, dataset, embed_frames(model, dataset, frames), frames)
 
 
 def _share(frames: np.ndarray, rank: int, ranks: int) -> np.ndarray:

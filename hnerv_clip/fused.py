@@ -633,13 +633,17 @@ class Network:
 class Decoder:
     """Frames and CLIP vectors from stored embeddings, in bfloat16, a CUDA graph for each wish."""
 
-    def __init__(self, model: HNeRV, *, batch: int, centres: Tensor | None = None):
+    def __init__(self, model: HNeRV, *, batch: int, centres: Tensor | None = None,
+                 network: Network | None = None):
         """
         Args:
             batch: frames decoded at once.
             centres: [P, 2] (y, x) in frame pixels where CLIP vectors are wanted.
+            network: one of as many frames that trains, whose buffers are used; frames are then
+                float32 in [0, 1].
         """
-        self.model, self.network = model, Network(model, batch=batch, train=False)
+        self.model = model
+        self.network = network or Network(model, batch=batch, train=False)
         self.places = None if centres is None else model.clip_places(
             centres.to(self.network.device))
         stem = self.network.convs[0]
@@ -655,8 +659,8 @@ class Decoder:
         Args:
             embeddings: [B, C, h, w].
         Returns:
-            uint8 [B, 3, H, W] frames and float32 [B, P, D] unit vectors, each None where not
-            wanted; the next call overwrites them.
+            [B, 3, H, W] frames, uint8 but for a network that trains, and float32 [B, P, D] unit
+            vectors, each None where not wanted; the next call overwrites them.
         """
         wish = (rgb, clip)
         self.input.copy_(embeddings.permute(0, 2, 3, 1).reshape(self.input.shape))
@@ -678,7 +682,7 @@ class Decoder:
         last = None if rgb else self.model.clip_stages[-1] * blocks
         self.network.decode(self.input, last=last)
         if rgb:
-            self.network.colour("uint8")
+            self.network.colour("pred" if self.network.train else "uint8")
         if not clip:
             return None
         if self.model.config.clip_pool:

@@ -7,10 +7,12 @@ from its checkpoint does what it would have done.
 
 from __future__ import annotations
 
+import copy
 import errno
 import math
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,13 +30,14 @@ from tqdm.auto import tqdm
 from hnerv_clip.config import Config, ConfigError, VideoConfig
 from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.devices import resolve_precision, synchronise
-from hnerv_clip.engine import COLUMNS, make_engine
+from hnerv_clip.engine import COLUMNS, FusedEngine, make_engine
 from hnerv_clip.evaluate import (
     evaluate_model,
     evaluate_stored,
     set_precision,
     store_video,
     summarise,
+    warm_up,
 )
 from hnerv_clip.losses import PIXEL_LOSSES, check_ms_ssim_size, clip_weight, learning_rate
 from hnerv_clip.model import build_model, plan_model
@@ -61,7 +64,7 @@ class TrainResult:
 
 
 def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "output/cache",
-          progress: bool = True) -> TrainResult | None:
+          progress: bool = True, dataset: Dataset | None = None) -> TrainResult | None:
     """Train a run to its end, from its last checkpoint where there is one.
 
     A finished run is returned as it stands. Under `torch.distributed` every rank calls this;
@@ -71,6 +74,7 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
         run_dir: the run's folder; another configuration's is refused.
         cache_dir: where `prepare_dataset` left the teacher's embeddings.
         progress: show a progress bar.
+        dataset: what `prepare_dataset` returned for this configuration, else it is loaded.
     Returns:
         The run's figures; None on ranks above 0, which may not see rank 0's files yet.
     Raises:
@@ -82,7 +86,7 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
     run = RunDir.create(run_dir, config) if rank == 0 else RunDir(run_dir)
     if not _agree(run.finished):
         with run.lock() if rank == 0 else nullcontext():
-            loop = _Loop(config, run, load_dataset(config, cache_dir))
+            loop = _Loop(config, run, dataset or load_dataset(config, cache_dir))
             try:
                 loop.fit(progress=progress)
             except torch.cuda.OutOfMemoryError as error:
@@ -187,6 +191,7 @@ class _Loop:
     """The state of a training run: model, optimizer, position, history."""
 
     def __init__(self, config: Config, run: RunDir, dataset: Dataset):
+        self.born = time.perf_counter()
         self.config, self.run = config, run
         self.rank, self.world = _ranks()
         self.device = own_device(config.train.device)
@@ -194,7 +199,10 @@ class _Loop:
         self.model = build_model(config.model, frame_hw=dataset.video.frame_hw,
                                  frame_count=len(dataset.video.frames), seed=config.train.seed)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.engine = make_engine(config, self.model, dataset, autocast=autocast)
+        with ThreadPoolExecutor(1) as beside:  # while kernels compile
+            if self.device.type == "cuda" and autocast == torch.bfloat16:
+                beside.submit(warm_up, copy.deepcopy(self.model).eval(), dataset)
+            self.engine = make_engine(config, self.model, dataset, autocast=autocast)
         # The video stays on the device as uint8
         self.dataset = replace(dataset, video=replace(dataset.video, frames=self.engine.frames))
         self.frames_per_step = config.train.batch_size * self.world
@@ -206,6 +214,7 @@ class _Loop:
         self.best_psnr_db = float("-inf")
         self.train_time_s, self._clock = 0.0, None  # the clock stands still outside training steps
         # Of this process
+        self.setup_time_s = self.stored_time_s = 0.0
         self.eval_time_s, self.checkpoint_time_s, self.checkpoints = 0.0, 0.0, 0
         self.written_at = -math.inf  # metrics.csv
         self.unsaved_steps, self.save_steps = 0, math.inf  # ranks save together, so by steps
@@ -220,6 +229,7 @@ class _Loop:
         train = self.config.train
         self._resume()
         self._describe()
+        self.setup_time_s = time.perf_counter() - self.born - self.engine.compile_s
         bar = tqdm(total=train.epochs * self.frame_count, unit="frame", desc=self.run.path.name,
                    initial=self.epoch * self.frame_count + self.batch * self.frames_per_step,
                    disable=not progress or self.rank > 0, mininterval=1, dynamic_ncols=True)
@@ -243,7 +253,7 @@ class _Loop:
         """The steps that are left of this epoch."""
         train = self.config.train
         order = epoch_order(self.dataset.split.train, seed=train.seed, epoch=self.epoch)
-        batches = order.split(self.frames_per_step)
+        batches = order.to(self.device).split(self.frames_per_step)
         weight = clip_weight(self.epoch, clip_loss_weight=train.clip_loss_weight,
                              pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs)
         self.model.train()
@@ -252,9 +262,8 @@ class _Loop:
             indices = batches[self.batch]
             lr = learning_rate((self.epoch + self.batch / self.steps) / train.epochs, lr=train.lr,
                                lr_type=train.lr_type)
-            own = indices[self.rank::self.world].to(self.device)
-            self.losses[self.batch] = self.engine.step(own, count=len(indices), lr=lr,
-                                                       weight=weight)
+            self.losses[self.batch] = self.engine.step(
+                indices[self.rank::self.world], count=len(indices), lr=lr, weight=weight)
             self.batch += 1
             bar.update(len(indices))
             self.unsaved_steps += 1
@@ -302,9 +311,11 @@ class _Loop:
 
     def _evaluate(self, board: SummaryWriter | nullcontext) -> dict[str, float]:
         """Evaluate; keep the best model. Returns the epoch's evaluation columns."""
-        self.engine.sync()
         started = time.perf_counter()
-        table = _gather(evaluate_model(self.model, self.dataset, share=(self.rank, self.world)))
+        engine = self.engine if isinstance(self.engine, FusedEngine) else None
+        table = _gather(evaluate_model(self.model, self.dataset, share=(self.rank, self.world),
+                                       engine=engine))
+        self.engine.sync()
         self.eval_time_s += time.perf_counter() - started
         if self.rank:
             return {}
@@ -335,7 +346,7 @@ class _Loop:
         if self.rank:
             return
         # All rows again each time: after short epochs, that would take longer than training
-        if time.monotonic() - self.written_at > 1:
+        if time.monotonic() - self.written_at > 5:
             self._write_metrics()
         for name, value in row.items():
             if name.startswith("eval_"):
@@ -376,11 +387,14 @@ class _Loop:
                      f"{commit_words(facts)}; {self.dataset.split}; values {facts['part_sizes']}")
 
     def _finish(self) -> None:
-        """Evaluate the best model as trained and as stored, and close the run."""
+        """Evaluate the best model as trained and as stored, by the plain model; close the run."""
+        started = time.perf_counter()
         best = _from_rank0(self.run.load_checkpoint(BEST) if self.rank == 0 else None)
         self.model.load_state_dict(best["model"])
         share = (self.rank, self.world)
         trained = _gather(evaluate_model(self.model, self.dataset, share=share))
+        self.eval_time_s += time.perf_counter() - started
+        started = time.perf_counter()
         video = self.run.path / "video.hnerv"
         if self.rank == 0:
             store_video(self.model, self.dataset, video, config=self.config)
@@ -390,6 +404,7 @@ class _Loop:
             copy.write_bytes(content)
             stored, rate_bpp = evaluate_stored(copy, self.dataset, device=self.device, share=share)
         stored = _gather(stored)
+        self.stored_time_s = time.perf_counter() - started
         if self.rank:
             return
         table = pd.concat([trained, stored], ignore_index=True)
@@ -402,7 +417,8 @@ class _Loop:
             "rate_bpp": rate_bpp, "size_bytes": len(content),
             "part_sizes": self.model.part_sizes(), "train_time_s": self.train_time_s,
             "train_frames_per_s": frames / self.train_time_s,
-            "compile_s": self.engine.compile_s, "eval_time_s": self.eval_time_s,
+            "setup_time_s": self.setup_time_s, "compile_s": self.engine.compile_s,
+            "eval_time_s": self.eval_time_s, "stored_time_s": self.stored_time_s,
             "checkpoint_time_s": self.checkpoint_time_s, "checkpoints": self.checkpoints,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device)
             if self.device.type == "cuda" else None})

@@ -1,0 +1,111 @@
+"""What the fused engine measures and saves is what the plain model and PyTorch's Adam give."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")  # made for Linux; without it training is plain
+
+from test_engine import VARIANTS, build, tiny  # noqa: F401  (a fixture)
+
+from hnerv_clip import train as train_module
+from hnerv_clip.engine import FusedEngine, PlainEngine
+from hnerv_clip.evaluate import evaluate_model, warm_up
+from hnerv_clip.video import split_frames
+
+STEP = dict(count=2, lr=1e-3, weight=0.5)
+
+
+def first_frames(dataset, count, split):
+    """The dataset cut to some frames."""
+    return replace(dataset, video=replace(dataset.video, frames=dataset.video.frames[:count]),
+                   embeddings=dataset.embeddings[:count], split=split_frames(count, split))
+
+
+@pytest.mark.parametrize("changes", [
+    VARIANTS["loss and boxes"], VARIANTS["xyt"], VARIANTS["pe"] | VARIANTS["pooled"]],
+    ids=["hybrid with boxes", "xyt", "pe, pooled"])
+def test_an_evaluation_by_the_engine_is_the_plain_models(tiny, changes):  # noqa: F811
+    """Every source, between steps, of more frames than a batch has."""
+    config, dataset = tiny
+    config = config.replace(data_split="2_3_3", **changes)
+    dataset = first_frames(dataset, 3, config.video.data_split)
+    engine = build(FusedEngine, config, dataset)
+    if config.train.inpaint_size:
+        dataset = replace(dataset, mask=engine.mask)
+    for _ in range(2):
+        engine.step(torch.tensor([0, 1]), **STEP | {"lr": 1e-2})
+        got = evaluate_model(engine.model, dataset, engine=engine)
+        engine.sync()
+        expected = evaluate_model(engine.model, dataset)
+        assert got.columns.tolist() == expected.columns.tolist() and len(got) == len(expected)
+        assert (got.psnr_db - expected.psnr_db).abs().max() < 0.001
+        for name in {"clip_similarity", "clip_centred"} & set(got):
+            assert (got[name] - expected[name]).abs().max() < 1e-4
+
+
+def test_the_optimizers_state_serves_both_engines(tiny):  # noqa: F811
+    """Two steps by one engine, a third by the other that took over its state: all the same."""
+    config, dataset = tiny
+    results = []
+    for kinds in ((PlainEngine, PlainEngine), (PlainEngine, FusedEngine),
+                  (FusedEngine, PlainEngine)):
+        first, second = (build(kind, config, dataset) for kind in kinds)
+        for indices in (torch.tensor([0, 1]), torch.tensor([2, 3])):
+            first.step(indices, **STEP)
+        first.sync()
+        second.model.load_state_dict(first.model.state_dict())
+        second.load_optimizer(first.optimizer.state_dict())
+        second.step(torch.tensor([4, 5]), **STEP)
+        second.sync()
+        results.append({n: p.detach().clone() for n, p in second.model.named_parameters()})
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert (other[name] - value).norm() < 0.02 * value.norm() + 1e-3, name
+
+
+def test_a_run_is_measured_by_its_engine_and_in_the_end_by_the_plain_model(
+        tiny, tmp_path, monkeypatch):  # noqa: F811
+    config, dataset = tiny
+    config = config.replace(epochs=2, eval_freq=1, embed="pe_1.25_8", predict_clip=False)
+    dataset = first_frames(dataset, 3, config.video.data_split)
+    monkeypatch.setattr(train_module, "make_engine", FusedEngine)
+    said = []
+    evaluate = train_module.evaluate_model
+
+    def listen(*args, engine=None, **kwargs):
+        said.append(engine is not None)
+        return evaluate(*args, engine=engine, **kwargs)
+
+    monkeypatch.setattr(train_module, "evaluate_model", listen)
+    result = train_module.train(config, tmp_path / "run", dataset=dataset, progress=False)
+    assert said == [True, True, False]
+    best = result.metrics.set_index("epoch").loc[result.summary["best_epoch"]]
+    assert best.eval_psnr_all == pytest.approx(result.summary["eval_psnr_all"], abs=0.001)
+
+
+def test_warming_up_leaves_the_model_as_it_is(tiny):  # noqa: F811
+    config, dataset = tiny
+    model = build(PlainEngine, config, dataset).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    warm_up(model, dataset)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_fused_engine_does_without_pytorchs_compiler():
+    """Which takes seconds to import, and comes with every optimizer of PyTorch's."""
+    script = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from hnerv_clip import engine, train
+before = "torch._dynamo" in sys.modules
+optimizer = engine.Moments(torch.nn.Linear(2, 2))
+optimizer.load_state_dict(optimizer.state_dict())
+assert not before and "torch._dynamo" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

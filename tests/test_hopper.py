@@ -1,11 +1,15 @@
 """What can be said of the Hopper kernels without a GPU; `test_engine` runs them on one."""
 
 import os
+import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
+
+from hopper_programs import Program, to_runs, to_units
 
 from hnerv_clip import hopper, kernels
 from hnerv_clip.tiles import H100_SHARED_BYTES
@@ -99,4 +103,137 @@ def test_idle_channels_get_no_gradient():
 
 
 def test_lines_of_the_source_fit_the_page():
-    assert max(map(len, hopper.SOURCE.read_text().splitlines())) <= 100
+    lines = [line for path in hopper.FOLDER.glob("*.cu") for line in path.read_text().splitlines()]
+    assert max(map(len, lines)) <= 100
+
+# The emulated GPU: sizes that make several tiles, and an odd number of units
+
+@pytest.fixture
+def program(tmp_path):
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler to emulate the GPU with")
+    return lambda macros, **changes: Program(macros, tmp_path, **changes)
+
+
+def _given(xc, yc, kernel, hw, images=2):
+    torch.manual_seed(0)
+    image = torch.randn(images, xc, *hw).to(torch.bfloat16).float()
+    weight = (torch.randn(yc, xc, kernel, kernel) / (kernel * xc**0.5)).to(torch.bfloat16).float()
+    padded = (hw[0] + kernel - 1, hw[1] + kernel - 1)
+    return image, weight, padded, images * padded[0] * padded[1], 8 * (6 * padded[1] + 1024)
+
+
+@pytest.mark.parametrize("xc, CG, kernel, units", [(16, 8, 5, 1), (24, 12, 3, 0), (40, 8, 5, 1)])
+def test_the_way_forward_is_a_convolution_with_activation_and_pixel_shuffle(
+        program, xc, CG, kernel, units):
+    hw, CN, EDGE = (10, 44), 8 * -(-CG // 8), 1
+    image, weight, padded, pixels, room = _given(xc, 4 * CG, kernel, hw)
+    macros = hopper.choose("forward", xc=xc, yc=4 * CG, kernel=kernel, hw=padded, act="gelu", SH=2,
+                           SW=2, CG=CG, CN=CN, EDGE=EDGE, OUT_UNITS=units)
+    bias, pre = torch.randn(4 * CG), torch.zeros(pixels, 4 * CG, dtype=torch.bfloat16)
+    shape = (2, 2 * hw[0] + 2 * EDGE, 2 * hw[1] + 2 * EDGE)
+    out = torch.zeros(CN // 8, *shape, 8, dtype=torch.bfloat16) if units else \
+        torch.zeros(*shape, CN, dtype=torch.bfloat16)
+    program(macros)(3, to_units(image, kernel // 2, room), to_runs(weight), bias, pre, out, pixels)
+    found = F.conv2d(image, weight, bias, padding=kernel // 2)
+    inner = slice(kernel // 2, -(kernel // 2))
+    torch.testing.assert_close(pre.view(2, *padded, -1)[:, inner, inner].permute(0, 3, 1, 2),
+                               found.to(torch.bfloat16), rtol=1e-2, atol=1e-2)
+    # Channels are ordered (row, column, channel)
+    shuffled = F.pixel_shuffle(found.view(2, 4, CG, *hw).transpose(1, 2).flatten(1, 2), 2)
+    out = out.permute(1, 0, 4, 2, 3).flatten(1, 2) if units else out.permute(0, 3, 1, 2)
+    torch.testing.assert_close(out[:, :CG, EDGE:-EDGE, EDGE:-EDGE].float(), F.gelu(shuffled),
+                               rtol=2e-2, atol=2e-2)
+    out[:, :CG, EDGE:-EDGE, EDGE:-EDGE] = 0
+    assert not out.any(), "edges and idle channels stay as they are"
+
+
+@pytest.mark.parametrize("xc, yc, kernel", [(16, 24, 5), (144, 16, 3)])
+def test_the_way_back_gives_the_gradient_at_the_input(program, xc, yc, kernel):
+    hw = (9, 50)
+    gradient, _, padded, pixels, room = _given(xc, yc, kernel, hw)
+    weight = (torch.randn(xc, yc, kernel, kernel) / 20).to(torch.bfloat16).float()
+    macros = hopper.choose("back", xc=xc, yc=yc, kernel=kernel, hw=padded)
+    out = torch.zeros(2, *hw, yc, dtype=torch.bfloat16)
+    program(macros)(2, to_units(gradient, kernel // 2, room), to_runs(weight), None, None, out,
+                    pixels)
+    torch.testing.assert_close(
+        out.permute(0, 3, 1, 2).float(),
+        F.conv_transpose2d(gradient, weight, padding=kernel // 2), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("xc, yc, kernel", [(16, 32, 5), (24, 48, 3), (32, 8, 3), (24, 8, 3)])
+def test_weights_get_their_gradient(program, xc, yc, kernel):
+    hw = (7, 70)
+    image, _, padded, pixels, room = _given(xc, yc, kernel, hw)
+    gradient = torch.randn(2, yc, *hw).to(torch.bfloat16).float()
+    macros = hopper.choose("weights", xc=xc, yc=yc, kernel=kernel, hw=padded)
+    assert macros["FOLD"] == (yc == 8)
+    shares = 2
+    programs = hopper.programs(macros, pixels, shares * hopper.programs(macros, pixels, 1))
+    out = torch.full((shares, kernel, yc // 8, kernel * xc, 8), torch.nan)
+    program(macros)(programs, to_units(image, kernel // 2, room),
+                    to_units(gradient, kernel // 2, room), None, out, None, pixels)
+    expected = torch.nn.grad.conv2d_weight(image, (yc, xc, kernel, kernel), gradient,
+                                           padding=kernel // 2)
+    found = out.sum(0).view(kernel, yc // 8, kernel, xc, 8).permute(1, 4, 3, 0, 2).flatten(0, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode, xc, programs", [("l2", 32, 7), ("l2", 24, 2), ("pred", 16, 3),
+                                                ("uint8", 32, 1)])
+def test_colours_their_loss_and_its_gradient(program, mode, xc, programs):
+    hw, images = (11, 300), 2  # two strips, the second not full
+    image, weight, padded, pixels, room = _given(xc, 8, 3, hw, images)
+    weight[3:] = 0
+    macros = hopper.choose("rgb", xc=xc, yc=8, kernel=3, hw=padded, head="tanh", OFFSET="0.0f",
+                           mode=mode)
+    bias, scale = torch.randn(8), 0.01
+    video = torch.randint(0, 256, (5, 3, *hw), dtype=torch.uint8)
+    index = torch.tensor([3, 1])
+    pred = torch.zeros(images, 3, *hw, dtype=torch.uint8 if mode == "uint8" else torch.float32)
+    dout = torch.zeros(images, *padded, 8, dtype=torch.bfloat16)
+    error, dbias = torch.zeros(images, programs, 16), torch.zeros(images, programs, 16, 4)
+    program(macros)(programs, to_units(image, 1, room), to_runs(weight), bias, video, index, pred,
+                    dout, error, dbias, scale, pixels)
+    value = F.conv2d(image, weight[:3], bias[:3], padding=1).requires_grad_()
+    colours = torch.tanh(value) / 2 + 0.5
+    if mode == "l2":
+        wrong = (colours - video[index] / 255).square().flatten(1).sum(1)
+        torch.testing.assert_close(error.sum((1, 2)), wrong.detach(), rtol=1e-4, atol=1e-3)
+        gradient, = torch.autograd.grad(wrong.sum() * scale, value)
+        found = dout.permute(0, 3, 1, 2)
+        torch.testing.assert_close(found[:, :3, 1:-1, 1:-1].float(), gradient, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(dbias.sum((0, 1, 2))[:3], gradient.sum((0, 2, 3)), rtol=1e-3,
+                                   atol=1e-3)
+        found[:, :3, 1:-1, 1:-1] = 0
+        assert not found.any(), "edges and idle colours stay 0"
+    elif mode == "pred":
+        torch.testing.assert_close(pred, colours.detach(), rtol=1e-4, atol=1e-4)
+    else:
+        assert (pred.float() - colours.detach() * 255).abs().max() < 0.51
+
+
+@pytest.mark.parametrize("old, new, complaint", [
+    ("finish_products(sum);\n        ring.leave(i);", "ring.leave(i); finish_products(sum);", ""),
+    ("ring.wait_full(i);", "", ""), ("open[ky - 1][n]", "open[ky][n]", ""),
+    ("ring.leave(i);", "", "wait for each other"), ("finish_products(sum);", "", "nothing waited"),
+    ("line * WIDTH - P)", "(line + 50) * WIDTH - P)", "outside of the arrays")])
+def test_the_emulated_gpu_shows_mistakes(program, old, new, complaint):
+    """Of a kernel that is right without the change: a wrong result, or a complaint."""
+    hw = (30, 40)
+    image, weight, padded, pixels, _ = _given(16, 8, 3, hw, images=1)
+    macros = hopper.choose("rgb", xc=16, yc=8, kernel=3, hw=padded, head="tanh", OFFSET="0.0f",
+                           mode="pred")
+    pred = torch.zeros(1, 3, *hw)
+
+    def error(**change) -> float:
+        program(macros, **change)(1, to_units(image, 1, 8 * 400), to_runs(weight), torch.zeros(8),
+                                  None, None, pred, None, None, None, 0.0, pixels)
+        right = torch.tanh(F.conv2d(image, weight[:3], padding=1)) / 2 + 0.5
+        return (pred - right).abs().max().item()
+
+    try:
+        assert not error(old=old, new=new) < 0.1  # or NaN
+    except RuntimeError as raised:
+        assert complaint in str(raised)

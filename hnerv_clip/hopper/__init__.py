@@ -1,4 +1,4 @@
-"""The decoder's large convolutions on Hopper GPUs: `hopper.cu`, compiled when first needed.
+"""The decoder's large convolutions on Hopper GPUs, in CUDA, compiled when first needed.
 
 Triton's products read every pixel K times from the second-level cache, which bounds them. Here the
 copy engine brings a pixel to shared memory once for each row of the kernel. For that its channels
@@ -22,7 +22,7 @@ try:
 except ImportError:
     driver = nvrtc = None
 
-SOURCE = Path(__file__).with_suffix(".cu")
+FOLDER = Path(__file__).parent
 HEADS = ("tanh", "sigmoid", "add")
 MODES = ("l2", "pred", "uint8")
 SIZES = {"forward": ((256, 3), (128, 3), (256, 2), (128, 2)),  # (BM, STAGES), the best first
@@ -45,7 +45,7 @@ def available(device: torch.device) -> bool:
 
 def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
            **settings: int | str) -> dict[str, int | str] | None:
-    """What `hopper.cu` is to be compiled for, as macros, or None where it cannot do that.
+    """What the source is to be compiled for, as macros, or None where it cannot do that.
 
     Args:
         way: "forward"; "back", from the gradient at the output to that at the input, by weights as
@@ -57,7 +57,7 @@ def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
             OUT_UNITS: 1 for an output in units of channels, 0 for channels last. Of the way to
             colours head, OFFSET and mode as in `kernels.rgb_forward`.
     Returns:
-        {name: value} of the macros that the source's first lines explain.
+        {name: value} of the macros that the sources' first lines explain.
     """
     macros = {"K": kernel, "XC": xc, "YC": yc, "HEIGHT": hw[0], "WIDTH": hw[1]}
     for name, values in (("act", ACTIVATIONS), ("head", HEADS), ("mode", MODES)):
@@ -80,7 +80,7 @@ def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
         return None
     for size, stages in SIZES[way]:
         macros |= {"BM": size, "STAGES": stages}
-        sums = macros["BLOCK"] // 16 * 4 * _y_units(macros) if way == "weights" else yc // 2
+        sums = macros["BLOCK"] // 16 * product_columns(macros) // 2 if way == "weights" else yc // 2
         most = 160 if way == "weights" or size == 128 else 60  # of a thread
         # A last copy reads on into the next unit's upper edge, where gradients are 0
         far = way == "weights" and kernel // 2 * hw[1] < size
@@ -111,7 +111,7 @@ def shared_bytes(macros: dict[str, int]) -> int:
     rest = BM // 2 * y8  # results on their way out
     if "WEIGHTS" in macros:
         lines = 1 if macros["FOLD"] else min(K, (macros["BLOCK"] + K * x8 - 2) // (K * x8) + 1)
-        units, rest = BM * _y_units(macros) + lines * (BM + 8) * x8, 0
+        units, rest = BM * product_columns(macros) // 8 + lines * (BM + 8) * x8, 0
     elif macros["BACK"]:
         units = (BM + 8 + K * 8 * y8) * macros["PART"]
     elif "RGB" in macros:
@@ -139,10 +139,6 @@ def _blocks(macros: dict[str, int]) -> int:
     return -(-rows * macros["XC"] // 8 // macros["BLOCK"])
 
 
-def _y_units(macros: dict[str, int]) -> int:
-    """Units of columns of a weight gradient's product."""
-    return macros["YC"] // 8 * (macros["K"] if macros["FOLD"] else 1)
-
 
 def _products(columns: int, weights_first: bool) -> str:
     """The macros WGMMA and WGMMA_REGISTERS(d, a, b, add): d[columns / 2] += a·b, or = a·b.
@@ -168,18 +164,35 @@ def _products(columns: int, weights_first: bool) -> str:
     return macros
 
 
+def sources(macros: dict[str, int | str]) -> list[str]:
+    """The files of one way, in their order."""
+    if "WEIGHTS" in macros:
+        return ["primitives.cu", "common.cu", "weights.cu"]
+    return ["primitives.cu", "common.cu", "rows.cu",
+            "rgb.cu" if "RGB" in macros else "convolution.cu"]
+
+
+def names() -> str:
+    """The names of ACT's, HEAD's and MODE's values."""
+    return "".join(f"enum {{ {', '.join(values).upper()} }};\n"
+                   for values in (ACTIVATIONS, HEADS, MODES))
+
+
+def product_columns(macros: dict[str, int]) -> int:
+    """Of the matrix product that is started at once."""
+    rows = macros["K"] if "RGB" in macros or macros.get("FOLD") else 1  # beside each other
+    return macros["YC"] * rows
+
+
 def build(macros: dict[str, int]) -> bytes:
     """Machine code of the source for those macros.
 
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
     """
-    names = "".join(f"enum {{ {', '.join(names).upper()} }};\n"
-                    for names in (ACTIVATIONS, HEADS, MODES))
-    rows = macros["K"] if "RGB" in macros or macros.get("FOLD") else 1  # beside each other
-    columns = macros["YC"] * rows
-    source = names + _products(columns, bool(macros.get("BACK"))) + SOURCE.read_text()
-    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), SOURCE.name.encode(), 0, [], []))
+    source = names() + _products(product_columns(macros), bool(macros.get("BACK")))
+    source += "".join((FOLDER / name).read_text() for name in sources(macros))
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"hopper.cu", 0, [], []))
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17",
                *(f"-D{name}={value}".encode() for name, value in macros.items()),
                f"-DSHARED={shared_bytes(macros)}".encode()]
@@ -187,7 +200,7 @@ def build(macros: dict[str, int]) -> bytes:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{SOURCE.name} does not compile: {log.decode().rstrip(chr(0))}")
+        raise RuntimeError(f"the CUDA source does not compile: {log.decode().rstrip(chr(0))}")
     code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     _check(nvrtc.nvrtcGetCUBIN(program, code))
     return code

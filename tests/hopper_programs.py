@@ -1,0 +1,71 @@
+"""Run the Hopper kernels' sources on the CPU, see `hopper_emulator.cc`."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hnerv_clip import hopper
+
+EMULATOR = Path(__file__).with_name("hopper_emulator.cc")
+
+
+class Program:
+    """The sources for some macros, compiled for this machine."""
+
+    def __init__(self, macros: dict[str, int | str], folder: Path, *, old: str = "", new: str = ""):
+        """Text of the sources can be replaced, to see that a mistake is found."""
+        self.macros = macros
+        columns = hopper.product_columns(macros)
+        text = hopper.names() + "".join((hopper.FOLDER / name).read_text()
+                                        for name in hopper.sources(macros)
+                                        if name != "primitives.cu")
+        assert old in text
+        text = text.replace(old, new) if old else text
+        (folder / "sources.cu").write_text(text)
+        given = macros | {"SHARED": hopper.shared_bytes(macros), "COLUMNS": columns,
+                          "WEIGHTS_FIRST": int(bool(macros.get("BACK")))}
+        subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{folder}",
+                        *(f"-D{name}={value}" for name, value in given.items()),
+                        str(EMULATOR), "-o", str(folder / "program.so")], check=True)
+        self.run = ctypes.CDLL(str(folder / "program.so")).run
+        self.run.restype = ctypes.c_char_p
+
+    def __call__(self, programs: int, *values: Tensor | int | float | None, seed: int = 0) -> None:
+        """Launch; tensors may be copied from with the room around them.
+
+        Raises:
+            RuntimeError: the emulator's complaint.
+        """
+        kinds = {int: ctypes.c_int, float: ctypes.c_float}
+        held = [kinds.get(type(v), ctypes.c_void_p)(v.data_ptr() if isinstance(v, Tensor) else v)
+                for v in values]
+        arguments = (ctypes.c_void_p * len(held))(*(ctypes.addressof(h) for h in held))
+        ranges = []
+        for value in values:
+            if isinstance(value, Tensor):
+                memory = value.untyped_storage()
+                ranges += [memory.data_ptr(), memory.data_ptr() + memory.nbytes()]
+        complaint = self.run(programs, hopper.threads(self.macros), arguments,
+                             (ctypes.c_void_p * len(ranges))(*ranges), len(ranges) // 2, seed)
+        if complaint:
+            raise RuntimeError(complaint.decode())
+
+
+def to_units(image: Tensor, edge: int, room: int) -> Tensor:
+    """[B, C, H, W] in bfloat16 as [C / 8, B, H, W, 8] with edges, and zeros around it all."""
+    image = torch.nn.functional.pad(image, (edge,) * 4)
+    B, C, H, W = image.shape
+    units = image.view(B, C // 8, 8, H, W).permute(1, 0, 3, 4, 2).to(torch.bfloat16)
+    flat = torch.zeros(units.numel() + 2 * room, dtype=torch.bfloat16)
+    flat[room:room + units.numel()] = units.flatten()
+    return flat[room:room + units.numel()].view(units.shape)
+
+
+def to_runs(weight: Tensor) -> Tensor:
+    """[O, C, K, K] in bfloat16 as [K, O / 8, K·C, 8], see `layout.pack_convolution`."""
+    out, inner, K, _ = weight.shape
+    return weight.view(out // 8, 8, inner, K, K).permute(3, 0, 4, 2, 1).reshape(
+        K, out // 8, K * inner, 8).to(torch.bfloat16)

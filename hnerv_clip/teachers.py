@@ -99,11 +99,13 @@ def load_teacher(config: TeacherConfig, device: str | torch.device = "auto") -> 
 
     Raises:
         ConfigError: weights that are missing, unreachable, unreadable, or of another architecture;
-            at once, with the ways out.
+            at once, with the ways out; or a GPU whose memory they do not fit.
     """
-    if config.teacher == BUNDLED:
-        return BundledTeacher(select_device(device))
-    return ClipTeacher(config, select_device(device))
+    device = select_device(device)
+    try:
+        return BundledTeacher(device) if config.teacher == BUNDLED else ClipTeacher(config, device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise _no_memory(describe_teacher(config).label) from error
 
 
 def select_device(device: str | torch.device) -> torch.device:
@@ -243,6 +245,8 @@ class ClipTeacher:
             model = open_clip.create_model(
                 source.model, pretrained=source.weights, device=device, require_pretrained=True,
                 weights_only=True, force_preprocess_cfg=source.preprocess)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:  # a file that is not these weights fails in many ways
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ConfigError(
@@ -363,21 +367,41 @@ def run_teacher(teacher: Teacher, frames: Tensor, grid: PatchGrid, *,
     """Encode the patches of uint8 [T, 3, H, W] frames, some hundreds at a time on a GPU.
 
     Patches are cut and resized on the teacher's device, and the embeddings fetched once, at the
-    end, so that a GPU never waits for the CPU.
+    end, so that a GPU never waits for the CPU. Where the GPU's memory runs out, fewer at a time.
 
     Returns:
         float32 [T, P, D] on the CPU, unit length.
+    Raises:
+        ConfigError: the GPU's memory does not hold a single patch.
     """
-    patches_at_once = PATCHES_AT_ONCE[teacher.device.type != "cpu"]
-    done = []
+    at_once, done = PATCHES_AT_ONCE[teacher.device.type != "cpu"], []
     with tqdm(total=len(frames), desc=teacher.name, unit="frame", disable=not progress) as bar:
-        for batch in frames.split(max(1, patches_at_once // len(grid))):
-            patches = cut_patches(batch.to(teacher.device, non_blocking=True), grid)
-            done += [teacher.encode_patches(part)
-                     for part in patches.flatten(0, 1).split(patches_at_once)]
+        for batch in frames.split(max(1, at_once // len(grid))):
+            left = cut_patches(batch.to(teacher.device, non_blocking=True), grid).flatten(0, 1)
+            while len(left):
+                try:
+                    done.append(teacher.encode_patches(left[:at_once]))
+                    left = left[at_once:]
+                except torch.cuda.OutOfMemoryError:
+                    at_once = _fewer(teacher, at_once)
             bar.update(len(batch))
         embeddings = torch.cat(done).cpu()
     return embeddings.view(len(frames), len(grid), -1)
+
+
+def _fewer(teacher: Teacher, at_once: int) -> int:
+    """Half as many patches at once, after the GPU's memory ran out: they give the same result."""
+    if at_once == 1:
+        raise _no_memory(teacher.label)
+    torch.cuda.empty_cache()
+    warnings.warn(f"the GPU's memory holds no {at_once} patches for {teacher.label} at once: fewer "
+                  "at a time, which gives the same result", stacklevel=3)
+    return at_once // 2
+
+
+def _no_memory(label: str) -> ConfigError:
+    return ConfigError(f"the GPU's memory is too small for {label}; use device='cpu', or end what "
+                       "else runs on the GPU")
 
 
 def _tensor_digest(tensor: Tensor) -> str:

@@ -367,6 +367,40 @@ def test_batching_does_not_matter(tiny_clip, tiny_video):
     assert run_teacher(teacher, video.frames, many, progress=False).shape == (12, 24, 24)
 
 
+@pytest.mark.parametrize("fits", [5, 1])
+def test_fewer_patches_at_a_time_where_the_gpu_is_small(tiny_clip, tiny_video, monkeypatch, fits):
+    video, grid = tiny_video
+    teacher = load_teacher(tiny_file(tiny_clip), "cpu")
+    whole, encode, seen = run_teacher(teacher, video.frames, grid, progress=False), \
+        teacher.encode_patches, []
+
+    def small(patches):
+        if len(patches) > fits:
+            raise torch.cuda.OutOfMemoryError("too much")
+        seen.append(len(patches))
+        return encode(patches)
+
+    monkeypatch.setattr(teacher, "encode_patches", small)
+    with pytest.warns(UserWarning, match="16 patches for CLIP tiny.*same result"):
+        found = run_teacher(teacher, video.frames, grid, progress=False)
+    assert torch.allclose(found, whole, atol=1e-5) and max(seen) == min(fits, 4)
+    fits = 0
+    with pytest.warns(UserWarning), pytest.raises(ConfigError, match="device='cpu'"):
+        run_teacher(teacher, video.frames, grid, progress=False)
+
+
+@pytest.mark.parametrize("config", [BUNDLED, "tiny"])
+def test_a_teacher_beyond_the_gpus_memory_says_so(tiny_clip, monkeypatch, config):
+    def full(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("too much")
+
+    for library in ("timm", "open_clip"):
+        monkeypatch.setattr(f"{library}.create_model", full)
+    config = tiny_file(tiny_clip) if config == "tiny" else config
+    message = error(load_teacher, config, "cpu")
+    assert "GPU's memory is too small" in message and "device='cpu'" in message
+
+
 def test_cache_key_covers_all_that_embeddings_depend_on(tiny_clip, tiny_video, tmp_path,
                                                         monkeypatch):
     video, grid = tiny_video

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hnerv_clip.engine import FusedEngine  # stands above this module
 
 BATCH = 4  # frames decoded at once
+PASS_S = 2.0  # a pass of `measure_decoding` is shorter, or one batch
 SOURCE_WORDS = {"encoder": "encoded from the frame itself",
                 "interpolated": "predicted from their neighbours' embeddings",
                 "coordinates": "predicted from coordinates"}
@@ -103,13 +104,18 @@ def interpolate_embeddings(embeddings: Tensor, train: np.ndarray) -> Tensor:
         [T, C, h, w].
     """
     frames = np.arange(len(embeddings))
-    after = np.clip(np.searchsorted(train, frames), 0, len(train) - 1)
-    before = np.clip(np.searchsorted(train, frames, side="right") - 1, 0, len(train) - 1)
-    left, right = train[before], train[after]
+    left, right = _neighbours(frames, train)
     gap = np.maximum(right - left, 1)
     share = torch.tensor(np.clip((frames - left) / gap, 0, 1), dtype=embeddings.dtype,
                          device=embeddings.device).view(-1, *[1] * (embeddings.ndim - 1))
     return embeddings[left] * (1 - share) + embeddings[right] * share
+
+
+def _neighbours(frames: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The training frames at or before, and at or after each frame; the nearest at the ends."""
+    after = np.clip(np.searchsorted(train, frames), 0, len(train) - 1)
+    before = np.clip(np.searchsorted(train, frames, side="right") - 1, 0, len(train) - 1)
+    return train[before], train[after]
 
 
 def sources_of(model: HNeRV) -> tuple[str, ...]:
@@ -117,14 +123,28 @@ def sources_of(model: HNeRV) -> tuple[str, ...]:
     return ("encoder", "interpolated") if model.kind == "hybrid" else ("coordinates",)
 
 
-def frame_embeddings(model: HNeRV, dataset: Dataset, source: str) -> Tensor:
-    """Per-frame embeddings [T, C, h, w] by `source`; see the top of this module."""
+def frame_embeddings(model: HNeRV, dataset: Dataset, source: str,
+                     chosen: np.ndarray | None = None) -> Tensor:
+    """Embeddings [N, C, h, w] of all frames or the chosen, by `source`; see the module's top."""
     if source not in sources_of(model):
         raise ConfigError(f"source={source!r} does not suit this {model.kind} model; "
                           f"use {' or '.join(sources_of(model))}")
-    embeddings = embed_frames(model, dataset)
-    return interpolate_embeddings(embeddings, dataset.split.train) if source == "interpolated" \
-        else embeddings
+    if source != "interpolated":
+        return embed_frames(model, dataset, chosen)
+    train = dataset.split.train
+    chosen = np.arange(model.frame_count) if chosen is None else np.asarray(chosen)
+    asked = np.unique(_neighbours(chosen, train))
+    known = embed_frames(model, dataset, asked)
+    whole = known.new_zeros(model.frame_count, *known.shape[1:])
+    whole[asked] = known
+    return interpolate_embeddings(whole, train)[chosen]
+
+
+def check_head(model: HNeRV) -> None:
+    """Raise ConfigError unless the model has a CLIP head."""
+    if not model.config.predict_clip:
+        raise ConfigError("this run has no CLIP head (predict_clip=False), so it predicts no "
+                          "embeddings: train one with predict_clip=True")
 
 
 @torch.inference_mode()
@@ -140,9 +160,7 @@ def predict_embeddings(model: HNeRV, dataset: Dataset, *, source: str | None = N
     Raises:
         ConfigError: the model has no CLIP head.
     """
-    if not model.config.predict_clip:
-        raise ConfigError("this run has no CLIP head (predict_clip=False), so it predicts no "
-                          "embeddings: train one with predict_clip=True")
+    check_head(model)
     embeddings = frame_embeddings(model, dataset, source or sources_of(model)[0])
     centres = (dataset.grid.centres if centres is None else centres).to(embeddings.device)
     return torch.cat([model.clip_at(model.stages(chunk, last=model.clip_stages[-1]), centres).cpu()
@@ -153,7 +171,8 @@ def predict_embeddings(model: HNeRV, dataset: Dataset, *, source: str | None = N
 def decode_frames(model: HNeRV, dataset: Dataset, frames: list[int], *, source: str | None = None
                   ) -> Tensor:
     """Decoded pictures of some frames: uint8 [len(frames), 3, H, W], on the CPU."""
-    embeddings = frame_embeddings(model, dataset, source or sources_of(model)[0])[frames]
+    embeddings = frame_embeddings(model, dataset, source or sources_of(model)[0],
+                                  np.asarray(frames, int))
     return torch.cat([_to_uint8(model.rgb(model.features(chunk))).cpu()
                       for chunk in embeddings.split(BATCH)])
 
@@ -196,7 +215,9 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
             pred = model.rgb(stages[-1]).float()
             clip = model.clip_at(stages, centres) if with_clip else None
         add("psnr_db", psnr(pred, frames))
-        add("ms_ssim", ms_ssim(pred, frames, data_range=1, size_average=False)
+        layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        add("ms_ssim", ms_ssim(*(x.contiguous(memory_format=layout) for x in (pred, frames)),
+                               data_range=1, size_average=False)  # on a CPU three times as fast
             if min(model.frame_hw) >= MS_SSIM_MIN_SIDE else torch.full((len(pred),), float("nan")))
         if mask is not None:
             add("psnr_outside_db", psnr(pred, frames, mask=mask))
@@ -356,13 +377,15 @@ def measure_decoding(model: HNeRV, dataset: Dataset, *, batch_size: int = BATCH,
                      decoder: str | None = None) -> pd.DataFrame:
     """Decoding speed from stored embeddings to frames on the device: RGB, both heads, CLIP alone.
 
+    A pass is 8 batches; where those take more than `PASS_S`, fewer, at least one.
+
     Args:
         decoder: one of `decoders`, the last by default.
     Returns:
         A row per mode: frames_per_s (median over passes), frames_per_s_min, frames_per_s_max,
         n passes, batch_size, decoder.
     """
-    embeddings = embed_frames(model, dataset)
+    embeddings = embed_frames(model, dataset, np.arange(min(model.frame_count, 8 * batch_size)))
     embeddings = embeddings.repeat(-(-8 * batch_size // len(embeddings)), 1, 1, 1)[:8 * batch_size]
     decoder = decoder or decoders(model)[-1]
     centres = dataset.grid.centres.to(embeddings.device)
@@ -382,15 +405,18 @@ def measure_decoding(model: HNeRV, dataset: Dataset, *, batch_size: int = BATCH,
         modes |= {"RGB and embeddings": (True, True), "embeddings only": (False, True)}
     rows = []
     for name, (rgb, clip) in modes.items():
-        decode(embeddings[:batch_size], rgb=rgb, clip=clip)  # warm-up
-        rates = []
-        for _ in range(repeats):
+        def seconds(chunks: tuple[Tensor, ...], rgb: bool = rgb, clip: bool = clip) -> float:
             synchronise(embeddings.device)
             start = time.perf_counter()
-            for chunk in embeddings.split(batch_size):
+            for chunk in chunks:
                 decode(chunk, rgb=rgb, clip=clip)
             synchronise(embeddings.device)
-            rates.append(len(embeddings) / (time.perf_counter() - start))
+            return time.perf_counter() - start
+
+        chunks = embeddings.split(batch_size)
+        seconds(chunks[:1])  # warm-up
+        chunks = chunks[:max(1, int(PASS_S / seconds(chunks[:1])))]
+        rates = [sum(map(len, chunks)) / seconds(chunks) for _ in range(repeats)]
         rows.append({"mode": name, "frames_per_s": float(np.median(rates)),
                      "frames_per_s_min": min(rates), "frames_per_s_max": max(rates),
                      "n": repeats, "batch_size": batch_size, "decoder": decoder})

@@ -22,12 +22,14 @@ from tqdm.auto import tqdm
 from hnerv_clip.config import RUNTIME_PARAMS, embed_kind
 from hnerv_clip.controls import linear_map, store_embeddings
 from hnerv_clip.evaluate import (
+    BATCH,
     Run,
+    check_head,
     decode_frames,
-    frame_embeddings,
+    embed_frames,
+    interpolate_embeddings,
     load_run,
     measure_decoding,
-    predict_embeddings,
     sources_of,
 )
 from hnerv_clip.measures import check_embeddings
@@ -79,9 +81,8 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
             does not know a label.
         ValueError: as `verify_embeddings` and `search.encode_queries`.
     """
+    check_head(run.model)
     model, dataset = run.model, run.dataset
-    answers = {source: predict_embeddings(model, dataset, source=source)
-               for source in sources_of(model)}
     reference = check_embeddings(dataset.embeddings, "teacher")
     train, held_out = dataset.split.train, held_out_frames(run)
     teacher = teacher or load_teacher(run.config.teacher, _device(model))
@@ -89,9 +90,8 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
     untrained, (_, side_file) = _untrained_head(run, seed + 1), store_embeddings(
         reference, train, head_bytes(run))
     studies = {}
-    for source, predicted in answers.items():
-        per_frame = frame_embeddings(model, dataset, source).detach().cpu().numpy()
-        others = {"Untrained Head": predict_embeddings(untrained, dataset, source=source),
+    for source, (per_frame, predicted, by_untrained) in _ask_heads(run, untrained).items():
+        others = {"Untrained Head": by_untrained,
                   "Linear Map": linear_map(per_frame, reference, train), "Side File": side_file}
         if len(held_out):
             decoded = decode_frames(model, dataset, held_out.tolist(), source=source)
@@ -101,6 +101,30 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
             predicted, reference, train, held_out, seed=seed, source=source, others=others,
             teacher_label=dataset.teacher_label, near=near, texts=texts)
     return studies
+
+
+@torch.inference_mode()
+def _ask_heads(run: Run, untrained: HNeRV) -> dict[str, tuple[np.ndarray, ...]]:
+    """{source: (per-frame embeddings, the run's answers, the untrained head's)}, [T, …] each.
+
+    The decoder runs once for both heads, and only where an embedding differs from another source's.
+    """
+    model, dataset, found = run.model, run.dataset, {}
+    centres = dataset.grid.centres.to(_device(model))
+    frames, embeddings = np.arange(model.frame_count), embed_frames(model, dataset)
+    answers = [torch.zeros(dataset.embeddings.shape) for _ in range(2)]
+    for source in sources_of(model):
+        if source == "interpolated":  # training frames keep their own embedding
+            frames = held_out_frames(run)
+            embeddings = interpolate_embeddings(embeddings, dataset.split.train)
+        answers = [answer.clone() for answer in answers]
+        for start in range(0, len(frames), BATCH):
+            part = frames[start:start + BATCH]
+            stages = model.stages(embeddings[part], last=model.clip_stages[-1])
+            for answer, network in zip(answers, (model, untrained)):
+                answer[part] = network.clip_at(stages, centres).float().cpu()
+        found[source] = (embeddings.cpu().numpy(), *(answer.numpy() for answer in answers))
+    return found
 
 
 def head_bytes(run: Run) -> int:

@@ -82,6 +82,14 @@ def test_embedding_frames_keeps_nothing_for_gradients(run):
         assert not frame_embeddings(run.model, run.dataset, source).requires_grad
 
 
+def test_some_frames_are_embedded_as_among_all(run):
+    chosen = [0, 4, 9, 11]
+    for source in sources_of(run.model):
+        whole = frame_embeddings(run.model, run.dataset, source)
+        torch.testing.assert_close(
+            frame_embeddings(run.model, run.dataset, source, np.array(chosen)), whole[chosen])
+
+
 def test_summary_by_hand():
     table = pd.DataFrame({
         "variant": "trained", "source": ["encoder"] * 3 + ["interpolated"], "frame": [0, 1, 2, 2],
@@ -98,3 +106,16 @@ def test_decoding_speed_has_every_mode(run):
     assert speed["mode"].tolist() == ["RGB", "RGB and embeddings", "embeddings only"]
     assert (speed.frames_per_s_min <= speed.frames_per_s).all()
     assert (speed.frames_per_s <= speed.frames_per_s_max).all()
+
+
+def test_a_slow_machine_decodes_one_batch_a_pass(run, monkeypatch):
+    decoded = []
+    stages = type(run.model).stages
+    monkeypatch.setattr(type(run.model), "stages", lambda model, chunk, **options: (
+        decoded.append(len(chunk)), stages(model, chunk, **options))[1])
+    for pass_s, batches in ((1e9, 8), (0, 1)):
+        monkeypatch.setattr("hnerv_clip.evaluate.PASS_S", pass_s)
+        decoded.clear()
+        speed = measure_decoding(run.model, run.dataset, batch_size=2, repeats=3)
+        assert set(decoded) == {2} and len(decoded) == 3 * (2 + 3 * batches)
+        assert set(speed.n) == {3}

@@ -115,9 +115,13 @@ def _parser() -> argparse.ArgumentParser:
             ("evaluate", _evaluate, "measure a trained run, as trained and from its file"),
             ("verify", _verify, "compare embeddings with controls and baselines; of several runs, "
                                 "also in one table"),
+            ("index", _index, "put what runs with the same teacher predict into one index"),
             ("search", _search, "rank patches by a text")]:
         sub = add(name, command, words)
-        sub.add_argument("outf", nargs="+" if name == "verify" else None, help="run folder")
+        if name == "index":
+            sub.add_argument("folder", help="folder of the index, for example output/index")
+        sub.add_argument("outf", nargs="+" if name in ("verify", "index") else None, help=
+                         "run folder" + (", or that of an index" if name == "search" else ""))
         sub.add_argument("--cache_dir", default="output/cache")
         sub.add_argument("--device", default="auto")
         if name == "search":
@@ -289,12 +293,24 @@ def _verify(args: argparse.Namespace) -> None:
             print(args.table)
 
 
+def _index(args: argparse.Namespace) -> None:
+    from hnerv_clip.evaluate import load_run
+    from hnerv_clip.index import index_runs
+
+    index = index_runs(load_run(outf, cache_dir=args.cache_dir, device=args.device)
+                       for outf in args.outf)
+    print(index.videos.to_string(index=False, float_format="{:g}".format))
+    print(f"{index.save(args.folder)}: {len(index)} patches")
+
+
 def _search(args: argparse.Namespace) -> None:
     from hnerv_clip.evaluate import load_run, predict_embeddings, sources_of
     from hnerv_clip.search import encode_queries, parse_queries, rank_patches
     from hnerv_clip.teachers import load_teacher
 
     queries = parse_queries([query for words in args.queries for query in parse_queries(words)])
+    if (resolve_path(args.outf) / "videos.json").is_file():
+        return _search_index(args, queries)
     run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
     texts = encode_queries(queries, load_teacher(run.config.teacher, args.device))
     source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
@@ -305,8 +321,26 @@ def _search(args: argparse.Namespace) -> None:
         found["time_s"] = found.frame / run.dataset.video.fps
         for i, side in enumerate(("top", "left", "height", "width")):
             found[side] = [boxes[patch][i] for patch in found.patch]
-        print(f"{query}  ({run.dataset.teacher_label}; embeddings: {source})")
-        print(found.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
+        _show_found(f"{query}  ({run.dataset.teacher_label}; embeddings: {source})", found)
+
+
+def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
+    from hnerv_clip.index import load_index
+    from hnerv_clip.search import encode_queries
+    from hnerv_clip.teachers import load_teacher
+
+    index = load_index(args.outf)
+    teacher = load_teacher(index.teacher_config(), args.device)
+    fps = index.videos.set_index("video").fps
+    for query, vector in zip(queries, encode_queries(queries, teacher)):
+        found = index.search(vector, args.top_k, apart=args.apart)
+        found["time_s"] = found.frame / found.video.map(fps)
+        _show_found(f"{query}  ({teacher.label}; {len(index)} patches)", found)
+
+
+def _show_found(title: str, found) -> None:
+    print(title)
+    print(found.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
 
 
 def _pages(args: argparse.Namespace) -> None:

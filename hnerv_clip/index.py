@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from hnerv_clip.config import Config, TeacherConfig
 from hnerv_clip.evaluate import Run, predict_embeddings, sources_of
 from hnerv_clip.measures import check_embeddings
-from hnerv_clip.paths import tell_apart
+from hnerv_clip.paths import resolve_path, tell_apart
 from hnerv_clip.search import check_query
 
 EXACT = 100_000  # patches up to which every vector is compared
 PROBED = 8  # beyond, one cell of so many is looked into: texts lie far from all patches
 FORMAT = 1
+TEACHER_SETTINGS = ("teacher", "clip_model", "clip_pretrained", "teacher_precision", "clip_dim")
 
 
 @dataclass
@@ -31,12 +34,14 @@ class PatchIndex:
 
     faiss_index: the vectors. videos: name, frames, patches of each, and from `index_runs` how its
     network was trained. dim: values a vector. teacher: name of the teacher whose space this is.
+    settings: that teacher's settings, where runs were indexed.
     """
 
     faiss_index: object
     videos: pd.DataFrame
     dim: int
     teacher: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.faiss_index.ntotal
@@ -74,13 +79,24 @@ class PatchIndex:
                              "frame": inside // patches, "patch": inside % patches,
                              "score": scores})
 
+    def teacher_config(self) -> TeacherConfig:
+        """The teacher that encodes texts for this index.
+
+        Raises:
+            ValueError: the index was not made from runs, so it does not say.
+        """
+        if not self.settings:
+            raise ValueError(f"the index names its teacher {self.teacher}, but not its settings; "
+                             "build it from runs: hnerv-clip index FOLDER RUN ...")
+        return Config.from_params(**self.settings).teacher
+
     def save(self, folder) -> Path:
         """Write the index to a folder: vectors.faiss and videos.json."""
-        folder = Path(folder)
+        folder = resolve_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _faiss().write_index(self.faiss_index, str(folder / "vectors.faiss"))
         about = {"format": FORMAT, "dim": self.dim, "teacher": self.teacher,
-                 "videos": self.videos.to_dict("records")}
+                 "settings": self.settings, "videos": self.videos.to_dict("records")}
         (folder / "videos.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         return folder
 
@@ -146,7 +162,7 @@ def index_runs(runs: Iterable[Run]) -> PatchIndex:
 
     The embeddings are the prediction's (`evaluate.sources_of(…)[-1]`), so a hybrid network does not
     see the held-out frames. `videos` also says how each network was trained: run, source, epochs,
-    modelsize, height, width.
+    modelsize, height, width, fps.
 
     Raises:
         ValueError: no run, runs of different teachers, or the same folder twice.
@@ -169,7 +185,10 @@ def index_runs(runs: Iterable[Run]) -> PatchIndex:
     built.videos = built.videos.assign(
         run=folders, source=sources, epochs=[run.config.train.epochs for run in runs],
         modelsize=[run.config.model.modelsize for run in runs],
-        height=[height for height, _ in sizes], width=[width for _, width in sizes])
+        height=[height for height, _ in sizes], width=[width for _, width in sizes],
+        fps=[run.dataset.video.fps for run in runs])
+    params = runs[0].config.params()
+    built.settings = {name: params[name] for name in TEACHER_SETTINGS}
     return built
 
 
@@ -183,7 +202,7 @@ def load_index(folder, *, teacher: str | None = None) -> PatchIndex:
         ValueError: the two files do not belong together, are of another format, or of another
             teacher.
     """
-    folder = Path(folder)
+    folder = resolve_path(folder)
     paths = [folder / "videos.json", folder / "vectors.faiss"]
     for path in paths:
         if not path.is_file():
@@ -198,7 +217,7 @@ def load_index(folder, *, teacher: str | None = None) -> PatchIndex:
     if teacher not in (None, about["teacher"]):
         raise ValueError(f"the index in {folder} is of the teacher {about['teacher']}, but queries "
                          f"are encoded by {teacher}: load that teacher, or build it again")
-    return PatchIndex(index, videos, about["dim"], about["teacher"])
+    return PatchIndex(index, videos, about["dim"], about["teacher"], about.get("settings", {}))
 
 
 def _faiss():

@@ -96,6 +96,14 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     assert cli.main(["search", outf, "hare", "wood rabbit", "--top_k", "2", *cache]) == 0
     found = capsys.readouterr().out
     assert found.count("not CLIP); embeddings: interpolated") == 2 and "wood rabbit" in found
+    index = str(tmp_path / "index")
+    assert cli.main(["index", index, outf, *cache]) == 0
+    assert "bunny" in (told := capsys.readouterr().out) and "96 patches" in told
+    assert cli.main(["search", index, "hare;wood rabbit", "--top_k", "2"]) == 0
+    inside = capsys.readouterr().out
+    assert inside.count("not CLIP); 96 patches") == 2 and inside.count("bunny") == 4
+    assert cli.main(["search", index, "hare", ""]) == 1
+    assert "empty query" in capsys.readouterr().err
     assert cli.main(["search", outf, "a rabbit in love", *cache]) == 2
     assert "ImageNet class" in capsys.readouterr().err
     assert cli.main(["train", "--outf", outf, *cache, *settings, "--epochs", "9"]) == 1

@@ -134,7 +134,7 @@ def test_runs_of_different_teachers_share_no_index(tmp_path, monkeypatch):
 
     def run(folder, video, teacher="t"):
         return Space(run_dir=Space(path=tmp_path / folder), model=None, dataset=Space(
-            teacher_name=teacher, video=Space(name=video, frame_hw=(80, 160))),
+            teacher_name=teacher, video=Space(name=video, frame_hw=(80, 160), fps=25.0)),
             config=Config.from_params(epochs=7, modelsize=0.3))
 
     asked = []
@@ -144,7 +144,8 @@ def test_runs_of_different_teachers_share_no_index(tmp_path, monkeypatch):
     built = index.index_runs([run("a", "bunny"), run("b", "bunny"), run("c", "bikes")])
     assert list(built.videos.video) == ["bunny (a)", "bunny (b)", "bikes"]
     assert built.videos.iloc[2, 3:].to_dict() == {"run": "c", "source": "interpolated", "epochs": 7,
-                                                  "modelsize": 0.3, "height": 80, "width": 160}
+                                                  "modelsize": 0.3, "height": 80, "width": 160,
+                                                  "fps": 25.0}
     same = index.index_runs([run("x/main", "bunny"), run("y/main", "bunny")]).videos
     assert list(same.video) == ["bunny (x/main)", "bunny (y/main)"]
     assert set(asked) == {"interpolated"}  # the prediction, in which no frame asked about is seen
@@ -157,5 +158,8 @@ def test_runs_of_different_teachers_share_no_index(tmp_path, monkeypatch):
     built.save(tmp_path / "index")
     loaded = load_index(tmp_path / "index", teacher="t")
     assert loaded.teacher == "t" and loaded.videos.equals(built.videos)
+    assert loaded.teacher_config() == Config().teacher  # which encodes its queries
+    with pytest.raises(ValueError, match="hnerv-clip index"):
+        build_index({"a": drifting(1, 4, 2, 16)[0]}, teacher="t").teacher_config()
     with pytest.raises(ValueError, match="of the teacher t, but queries are encoded by other"):
         load_index(tmp_path / "index", teacher="other")

@@ -351,8 +351,10 @@ def compare(scores: pd.DataFrame, *, measure: str = "clip_centred", level: float
     """Learned against every other condition, frame by frame, with intervals and tests.
 
     The unit is the frame: patches of one frame overlap, so their mean counts once. The interval
-    and the one-sided p-value allow for autocorrelation (`statistics.mean_interval`); Holm's
-    correction is over all comparisons of a split.
+    and the one-sided p-value allow for autocorrelation (`statistics.mean_interval`): circular
+    shifts, which test whether a prediction is aligned in time (`shift_tests`), leave the mean of a
+    difference as it is, so they cannot test that. Holm's correction is over all comparisons of a
+    split.
 
     Args:
         scores: `Verification.scores`.
@@ -375,6 +377,19 @@ def compare(scores: pd.DataFrame, *, measure: str = "clip_centred", level: float
             row["p_holm"] = p
         rows += family
     return pd.DataFrame(rows)
+
+
+def comparison_table(comparisons: pd.DataFrame) -> pd.DataFrame:
+    """`compare` for reading: differences, intervals, effect sizes, p after Holm's correction."""
+    return pd.DataFrame([{
+        "split": row.split, "over": name_of(row.over),
+        "difference": f"{row.difference:.3f}" + (
+            f" [{row.low:.3f}, {row.high:.3f}]" if np.isfinite(row.low) else ""),
+        "effect size": f"{row.effect_size:.2f}", "better on": f"{row.share_better:.0%} of frames",
+        "frames": row.frames,
+        "as independent ones": f"{row.independent:.0f}" if np.isfinite(row.independent) else "",
+        "p (Holm)": p_words(row.p_holm).removeprefix("p ").removeprefix("= ")
+        if np.isfinite(row.p_holm) else "too few frames"} for row in comparisons.itertuples()])
 
 
 def _difference(series, level):

@@ -246,6 +246,13 @@ def test_comparisons_agree_with_their_parts():
     assert row.effect_size == pytest.approx(series.mean() / series.std(ddof=1))
     family = result.comparisons[result.comparisons.split == "train"]
     np.testing.assert_allclose(family.p_holm, statistics.holm(family.p))
+    words = verify.comparison_table(result.comparisons).set_index(["split", "over"])
+    cells = words.loc["train", "Mean per Position"]
+    assert cells.difference == f"{row.difference:.3f} [{row.low:.3f}, {row.high:.3f}]"
+    assert cells["effect size"] == f"{row.effect_size:.2f}" and cells.frames == 48
+    few = verify.verify_embeddings(teacher, teacher, np.arange(50), np.arange(50, 55)).comparisons
+    words = verify.comparison_table(few[few.split == "held_out"])
+    assert set(words["p (Holm)"]) == {"too few frames"} and "[" not in words.difference[0]
 
 
 def test_measures_carry_the_intervals_of_their_series():

@@ -24,6 +24,8 @@ from hnerv_clip.model import HNeRV
 
 try:
     from hnerv_clip import fused
+    from hnerv_clip.decoder import Decoder
+    from hnerv_clip.tiles import compile_all
 except ImportError:  # no Triton: it is made for Linux
     fused = None
 
@@ -230,9 +232,8 @@ class FusedEngine(PlainEngine):
         start = time.perf_counter()
         network, (size, count) = self.networks[key[0]], key
         indices = torch.zeros(size, dtype=torch.int64, device=self.device)
-        fused.compile_all(lambda: (self._gradients(network, indices, count),
-                                   self.parameters.update(self.lr), network.colour("pred")),
-                          self.device)
+        compile_all(lambda: (self._gradients(network, indices, count),
+                             self.parameters.update(self.lr), network.colour("pred")), self.device)
         self.compile_s += time.perf_counter() - start
 
     def _prepare_clip(self) -> None:
@@ -298,8 +299,8 @@ class FusedEngine(PlainEngine):
         """
         size, found = self.part, []
         if self.decoder is None:
-            self.decoder = fused.Decoder(self.model, batch=size, network=self.networks[size],
-                                         centres=self.centres)
+            self.decoder = Decoder(self.model, batch=size, network=self.networks[size],
+                                   centres=self.centres)
         for part in embeddings.split(size):
             frames, vectors = self.decoder(_filled(part, size), clip=clip)
             found.append((frames[:len(part)].clone(),

@@ -33,6 +33,7 @@ from hnerv_clip.teachers import select_device
 
 try:
     from hnerv_clip import fused
+    from hnerv_clip.decoder import Decoder
 except ImportError:  # no Triton: it is made for Linux
     fused = None
 
@@ -391,7 +392,7 @@ def measure_decoding(model: HNeRV, dataset: Dataset, *, batch_size: int = BATCH,
     centres = dataset.grid.centres.to(embeddings.device)
     with_clip = model.config.predict_clip
     if decoder == "fused":
-        decode = fused.Decoder(model, batch=batch_size, centres=centres if with_clip else None)
+        decode = Decoder(model, batch=batch_size, centres=centres if with_clip else None)
     else:
         def decode(chunk: Tensor, *, rgb: bool, clip: bool) -> None:
             stages = model.stages(chunk, last=None if rgb else model.clip_stages[-1])

@@ -16,6 +16,7 @@ pytest.importorskip("triton")  # made for Linux; without it training is plain
 
 from hnerv_clip import engine, fused, hopper, layout, tiles
 from hnerv_clip.config import ConfigError
+from hnerv_clip.decoder import Decoder
 from hnerv_clip.engine import CompiledEngine, FusedEngine, PlainEngine, make_engine
 from hnerv_clip.evaluate import embed_frames
 from hnerv_clip.model import build_model
@@ -114,7 +115,7 @@ def test_the_fused_decoder_gives_the_models_frames_and_vectors(tiny):
         embeddings = embed_frames(model, dataset)[:2]
         stages = model.stages(embeddings)
         expected = (model.rgb(stages[-1]) * 255).round().clamp(0, 255)
-        decode = fused.Decoder(model, batch=2, centres=dataset.grid.centres)
+        decode = Decoder(model, batch=2, centres=dataset.grid.centres)
         frames, vectors = decode(embeddings, clip=True)
         assert (frames.float() - expected).abs().max() <= 1  # one rounds half up, one to even
         torch.testing.assert_close(vectors, model.clip_at(stages, dataset.grid.centres))
@@ -164,7 +165,7 @@ def test_hopper_kernels_give_what_tritons_give(small_config, small_dataset, monk
             gradients = {name: own.parameters.grad[place].clone()
                          for name, place in own.parameters.places.items()}
             found.append((losses, gradients))
-        decode = fused.Decoder(own.model, batch=2, centres=small_dataset.grid.centres)
+        decode = Decoder(own.model, batch=2, centres=small_dataset.grid.centres)
         stem = network.convs[0]
         shape = 2, stem.CI, stem.H, stem.W
         embeddings = torch.linspace(-1, 1, math.prod(shape), device="cuda").view(shape)

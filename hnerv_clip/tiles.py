@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,10 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
+
+from hnerv_clip.compilers import MOST, Compilers, describe
 
 H100_SHARED_BYTES = 232448  # that a program may use
 _recorded: list | None = None
@@ -42,14 +47,39 @@ def compile_all(step: Callable[[], object], device: torch.device) -> None:
     jobs = record(step)
     if device.type != "cuda":  # Triton's interpreter has nothing to compile
         return
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks)  # ranks of one machine share them
+    with torch.cuda.device(device):
+        build_all(jobs, cores)
 
-    def build(job):
+
+def build_all(jobs: list[tuple], cores: int) -> None:
+    """Compile and load what `record` noted, in threads; what is not on disk yet in processes."""
+    known = get_cache_manager(_fingerprint(jobs))  # an entry of Triton's own cache
+    apart = cores >= 4 and len(jobs) >= 8 and not known.has_file("compiled")
+    lines = describe(jobs) if apart else [None] * len(jobs)
+    device, compilers = driver.active.get_current_device(), Compilers()
+
+    def build(job: tuple, line: str | None) -> None:
         kernel, grid, values, settings = job
+        if line:
+            compilers.compile(line)
         with torch.cuda.device(device):
             kernel.warmup(*values, grid=grid, **settings)._init_handles()  # that it fits, too
 
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        list(pool.map(build, jobs))
+    try:
+        with ThreadPoolExecutor(min(cores, MOST) if apart else cores) as pool:
+            list(pool.map(build, jobs, lines))
+    finally:
+        compilers.close()
+    known.put(b"", "compiled")
+
+
+def _fingerprint(jobs: list[tuple]) -> str:
+    """Of what is compiled, by what."""
+    words = [triton.__version__, torch.version.cuda, *sorted(_compiled_as(*job) for job in jobs),
+             *sorted({getattr(job[0], "cache_key", "") for job in jobs})]
+    return hashlib.sha256(repr(words).encode()).hexdigest()
 
 
 def _compiled_as(kernel, grid: tuple[int, ...], values: tuple, settings: dict) -> str:

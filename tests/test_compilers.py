@@ -1,0 +1,53 @@
+"""Processes that compile leave nobody waiting, and nothing running; `compile_kernels.py` shows that
+what they compile is found."""
+
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+
+pytest.importorskip("triton")  # made for Linux; without it training is plain
+
+from hnerv_clip.compilers import Compilers
+
+
+def test_what_cannot_be_compiled_is_said_and_a_process_that_died_is_not_waited_for():
+    compilers = Compilers()
+    assert "no_such_module" in compilers.compile('["no_such_module", "x", "{}", ["cuda", 90, 32]]')
+    assert "has no attribute 'x'" in compilers.compile(
+        '["hnerv_clip.kernels", "x", "{}", ["cuda", 90, 32]]')  # by the same process
+    process, = compilers._all
+    process.kill()
+    assert compilers.compile("[]") == compilers.compile("[]") == "the process is gone"
+    compilers.close()
+    assert process.poll() is not None
+
+
+def test_each_thread_has_its_process_and_closing_ends_them():
+    compilers = Compilers()
+    threads = [threading.Thread(target=compilers.compile, args=["[]"]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({process.pid for process in compilers._all}) == 2
+    compilers.close()
+    assert all(process.returncode == 0 for process in compilers._all)
+
+
+def test_they_end_when_who_started_them_is_killed():
+    script = """
+from hnerv_clip.compilers import Compilers
+compilers = Compilers()
+compilers.compile("[]")
+print(compilers._all[0].pid, flush=True)
+input()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    gone, alive = psutil.wait_procs([child], timeout=20)
+    assert not alive

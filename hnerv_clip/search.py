@@ -252,8 +252,8 @@ def compare_rankings(queries, vectors, predicted, teacher, top_k: int = 20) -> p
         query, spearman (over all patches), overlap (share of the teacher's top_k that is in the
         predicted top_k), chance (the overlap of a random ranking), top_k, patches.
     Raises:
-        ValueError: as `rank_patches`; top_k beyond the patches; fewer than 3 of them; K names for
-            another number of rows.
+        ValueError: as `rank_patches`; top_k of all patches or more; fewer than 3 patches; K names
+            for another number of rows.
     """
     predicted, teacher = check_pair(predicted, teacher)
     queries, vectors = parse_queries(queries), np.asarray(vectors)
@@ -263,8 +263,9 @@ def compare_rankings(queries, vectors, predicted, teacher, top_k: int = 20) -> p
     if patches < 3:
         raise ValueError(f"two rankings of {patches} patches in all cannot be compared, at least 3 "
                          "are needed: take more frames, or a finer patch_grid")
-    if not 1 <= top_k <= patches:
-        raise ValueError(f"top_k={top_k} must lie between 1 and the {patches} patches of the video")
+    if not 1 <= top_k < patches:  # among all of them, all are found
+        raise ValueError(f"top_k={top_k} must lie between 1 and {patches - 1}, below the number of "
+                         "the video's patches")
     rows = []
     for name, vector in zip(queries, vectors, strict=True):
         vector = check_query(vector, teacher.shape[-1])

@@ -111,8 +111,9 @@ def test_bad_embeddings_and_maps_are_refused():
     embeddings = unit_vectors((4, 2, 16))
     with pytest.raises(ValueError, match="predict_clip=True"):
         search.rank_patches(np.ones(16), None)
-    with pytest.raises(ValueError, match="top_k=20 must lie between 1 and the 8 patches"):
-        search.compare_rankings("a", np.ones((1, 16)), embeddings, embeddings)
+    for top_k in (0, 8, 20):
+        with pytest.raises(ValueError, match=f"top_k={top_k} must lie between 1 and 7"):
+            search.compare_rankings("a", np.ones((1, 16)), embeddings, embeddings, top_k)
     with pytest.raises(ValueError, match="2 queries come with 1"):
         search.compare_rankings("a; b", np.ones((1, 16)), embeddings, embeddings, 4)
     for few in (embeddings[:1, :1], embeddings[:1], embeddings[:2, :1]):  # at most 2 patches

@@ -49,7 +49,7 @@ def plot_ranked_patches(frames: np.ndarray, boxes: np.ndarray, predicted: pd.Dat
     figure.suptitle(f"“{query}”", fontsize=11, x=0.01, ha="left")
     return caption(figure, f"Best patches for “{query}”: above by the network's predicted "
                            "embedding, below by the teacher's own; frame, centre of the patch in "
-                           "pixels, cosine. Green: among the teacher's shown. "
+                           "pixels, cosine. Framed in green: also in the row below. "
                            f"Teacher: {teacher_label}.")
 
 

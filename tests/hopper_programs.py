@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -52,6 +53,37 @@ class Program:
                              (ctypes.c_void_p * len(ranges))(*ranges), len(ranges) // 2, seed)
         if complaint:
             raise RuntimeError(complaint.decode())
+
+
+class Launcher:
+    """Stands in for `hopper.convolve` where activations are float32, as in Triton's interpreter."""
+
+    __name__ = hopper.convolve.__name__
+
+    def __init__(self, folder: Path):
+        self.folder, self.programs = folder, {}
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def launch(*values: Tensor | float | int | None, **macros: int | str) -> None:
+            key = tuple(macros.items())
+            if key not in self.programs:
+                self.programs[key] = Program(macros, Path(tempfile.mkdtemp(dir=self.folder)))
+            # In the source's order: what it reads, and what it writes, in bfloat16
+            read, written = (0, 1), () if "WEIGHTS" in macros else (6,) if "RGB" in macros else (3, 4)
+            values = list(values)
+            results = {i: values[i] for i in written if values[i] is not None}
+            for i in (*read, *results):
+                values[i] = _half(values[i])
+            self.programs[key](grid[0], *values)
+            for i, result in results.items():
+                result.copy_(values[i])
+        return launch
+
+
+def _half(tensor: Tensor) -> Tensor:
+    """A copy in bfloat16, with the room around it."""
+    room = torch.empty(0).set_(tensor.untyped_storage()).to(torch.bfloat16)
+    return room.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def to_units(image: Tensor, edge: int, room: int) -> Tensor:

@@ -2,6 +2,7 @@
 within bfloat16's precision."""
 
 import math
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")  # made for Linux; without it training is plain
+
+from hopper_programs import Launcher
 
 from hnerv_clip import engine, fused, hopper, layout, tiles
 from hnerv_clip.config import ConfigError
@@ -83,6 +86,45 @@ def test_fused_gradients_are_the_plain_ones(tiny, variant, monkeypatch):
         gradient = own.parameters.grad[own.parameters.places[name]]
         error = (gradient - parameter.grad).norm() / (parameter.grad.norm() + 1e-9)
         assert error < 1e-3, f"{name}: {error:.1e}"
+
+
+@pytest.fixture
+def hopper_on_cpu(monkeypatch, tmp_path):
+    """The Hopper kernels, on an emulated GPU of a few multiprocessors, also for small images."""
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler to emulate the GPU with")
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+    monkeypatch.setattr(hopper, "convolve", Launcher(tmp_path))
+    monkeypatch.setattr(layout, "LARGE_IMAGE", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(multi_processor_count=20))
+
+
+@pytest.mark.parametrize("variant", ["hybrid", *(pytest.param(v, marks=pytest.mark.slow) for v in (
+    "loss and boxes", "two blocks", "all stages"))])
+def test_gradients_by_hopper_kernels_are_the_plain_ones(tiny, variant, hopper_on_cpu):
+    """Likewise, where the decoder's last block and the RGB head round to bfloat16; and frames."""
+    config, dataset = tiny
+    config = config.replace(**TINY | VARIANTS[variant] | dict(
+        resize_list="16_64", enc_strds="4 2", dec_strds="4 2", fc_hw="2_8", ks="0_3_5"))
+    frames = torch.nn.functional.interpolate(dataset.video.frames.float(), size=(16, 64),
+                                             mode="bilinear").round().byte()
+    dataset = replace(dataset, video=replace(dataset.video, frames=frames),
+                      grid=make_grid(config.teacher, (16, 64)))
+    plain, own = build(PlainEngine, config, dataset), build(FusedEngine, config, dataset)
+    assert own.networks[2].rgb.units and own.networks[2].convs[-1].units
+    step = dict(count=2, lr=0.0, weight=0.5)
+    torch.testing.assert_close(own.step(torch.tensor([1, 7]), **step),
+                               plain.step(torch.tensor([1, 7]), **step), rtol=0.01, atol=1e-3)
+    for name, parameter in plain.model.named_parameters():
+        gradient = own.parameters.grad[own.parameters.places[name]]
+        error = (gradient - parameter.grad).norm() / (parameter.grad.norm() + 1e-9)
+        assert error < 0.03, f"{name}: {error:.1e}"
+    decode = Decoder(own.model, batch=2, centres=dataset.grid.centres)
+    with torch.inference_mode():
+        embeddings = embed_frames(plain.model, dataset)[:2]
+        expected = plain.model.rgb(plain.model.stages(embeddings)[-1]) * 255
+        assert (decode(embeddings)[0].float() - expected).abs().max() < 3
 
 
 def test_fused_training_goes_on_from_a_checkpoint_and_with_short_batches(tiny):

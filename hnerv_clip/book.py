@@ -43,7 +43,7 @@ STUDY_PARAMS: dict[str, dict[str, Any]] = {
              "embeds": "pe_1.25_80 xyt_1.25_80", "ablation_epochs": 0},
 }
 # Parameters that say where a study runs, not what it is: with these alone it may be published.
-PLACE_PARAMS = {"outf", "ablations_outf", "cache_dir", "device", "cluster", "nodes",
+PLACE_PARAMS = {"outf", "ablations_outf", "cache_dir", "device", "speeds", "cluster", "nodes",
                 "gpus_per_node", "timeout_min", "slurm_partition", "slurm_account",
                 "slurm_array_parallelism"}
 PAGE_LIMIT_BYTES = 8 * 2**20  # of a page that is committed

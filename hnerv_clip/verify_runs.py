@@ -37,6 +37,7 @@ from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json
 from hnerv_clip.search import encode_queries, parse_queries
+from hnerv_clip.speed import read_decoding, read_teacher_rates
 from hnerv_clip.statistics import holm, pool_intervals
 from hnerv_clip.teachers import Teacher, load_teacher, run_teacher
 from hnerv_clip.verify import (
@@ -161,14 +162,33 @@ def measure_costs(run: Run, teacher: Teacher, *, frames: int = 8, repeats: int =
         start = time.perf_counter()
         run_teacher(teacher, timed, grid, progress=False)  # its result is on the CPU: it is done
         rates.append(len(timed) / (time.perf_counter() - start))
-    columns = {"embeddings_per_s": ("frames_per_s", np.median), "min": ("frames_per_s_min", min),
-               "max": ("frames_per_s_max", max)}
+    return _cost_table(decoding, {"median": np.median(rates), "min": min(rates),
+                                  "max": max(rates)}, len(grid))
+
+
+def read_costs(path: str | Path, run: Run) -> tuple[pd.DataFrame, str]:
+    """`measure_costs` on another machine, from a bench file, and in words where and when.
+
+    Raises:
+        ValueError: see `speed.read_decoding` and `speed.read_teacher_rates`.
+    """
+    decoding, where = read_decoding(path, run.config, batch_size=BATCH)
+    patches = len(run.dataset.grid)
+    rates = {name: rate / patches for name, rate in
+             read_teacher_rates(path, run.dataset.teacher_label).items()}
+    return _cost_table(decoding.set_index("mode"), rates, patches), where
+
+
+def _cost_table(decoding: pd.DataFrame, teacher: dict[str, float], patches: int) -> pd.DataFrame:
+    """Rates in frames a second, of decoding by mode and of the teacher, as embeddings a second."""
+    columns = {"embeddings_per_s": ("frames_per_s", "median"), "min": ("frames_per_s_min", "min"),
+               "max": ("frames_per_s_max", "max")}
     ways = {"predicted": lambda rgb, own, taught: own,
             "frame decoded, then the teacher": lambda rgb, own, taught: 1 / (1 / rgb + 1 / taught),
             "teacher, frame at hand": lambda rgb, own, taught: taught}
-    return pd.DataFrame([{"way": way, **{name: len(grid) * rate(
-        decoding[column]["RGB"], decoding[column]["embeddings only"], reduce(rates))
-        for name, (column, reduce) in columns.items()}, "n": repeats}
+    return pd.DataFrame([{"way": way, **{name: patches * rate(
+        decoding[column]["RGB"], decoding[column]["embeddings only"], teacher[kind])
+        for name, (column, kind) in columns.items()}, "n": decoding.n.iloc[0]}
         for way, rate in ways.items()])
 
 

@@ -2,10 +2,12 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from hnerv_clip import speed
+from hnerv_clip import speed, verify_runs
+from hnerv_clip.config import Config
 from hnerv_clip.figures.speed import plot_growth, plot_profile
 
 MADE = {"commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.11.0"}, "threads": 8}
@@ -118,3 +120,43 @@ def test_figures_show_every_device_and_part():
     rows = [{"part": "encoder", "before_ms": 1.25, "after_ms": 0.5}]
     widths = [bar.get_width() for bar in plot_profile(rows, device="H").axes[0].patches]
     assert widths == [1.25, 0.5]
+
+
+LABEL = "A (not CLIP)"
+
+
+@pytest.fixture
+def bench_file(tmp_path):
+    """A bench file of the default network, whose fused decoder stands last."""
+    rows = [decode(mode, rate, decoder=decoder) for decoder, factor in (("plain", 1), ("fused", 10))
+            for mode, rate in (("RGB", 100 * factor), ("embeddings only", 200 * factor))]
+    teacher = {"teacher": LABEL, "precision": "fp32", **spread("patches_per_s", 80.0)}
+    path = tmp_path / "bench_gpu.json"
+    path.write_text(json.dumps({
+        "device": "a GPU", "made": {"decode": MADE | {"settings": Config.from_params().params()}},
+        "parts": {"decode": rows, "teacher": [teacher]}}))
+    return path
+
+
+def test_speeds_of_another_machine_are_read_for_the_same_network(bench_file):
+    config = Config.from_params()
+    table, where = speed.read_decoding(bench_file, config, batch_size=4)
+    assert table["mode"].tolist() == ["RGB", "embeddings only"]
+    assert table.frames_per_s.tolist() == [1000, 2000]  # of the fused decoder
+    assert where == "a GPU, measured apart, commit 0123456789ab"
+    run = SimpleNamespace(config=config, dataset=SimpleNamespace(grid=range(8),
+                                                                 teacher_label=LABEL))
+    costs, said = verify_runs.read_costs(bench_file, run)
+    assert said == where and costs.embeddings_per_s.tolist() == pytest.approx(
+        [8 * 2000, 8 / (1 / 1000 + 1 / 10), 80])
+    assert costs["min"].tolist() == pytest.approx([8 * 1000, 8 / (1 / 500 + 1 / 5), 40])
+    for change, message in [({"modelsize": 3}, "another network: modelsize=1.5, the run has 3.0"),
+                            ({"resize_list": "320_640"}, "another network: resize_list=''")]:
+        with pytest.raises(ValueError, match=message):
+            speed.read_decoding(bench_file, config.replace(**change), batch_size=4)
+    with pytest.raises(ValueError, match=r"no decoding of 3 frames at once; use one of \[4\]"):
+        speed.read_decoding(bench_file, config, batch_size=3)
+    with pytest.raises(ValueError, match="no speed of CLIP; there are A"):
+        speed.read_teacher_rates(bench_file, "CLIP")
+    with pytest.raises(ValueError, match="does not exist; give a file of hnerv-clip bench"):
+        speed.read_teacher_rates(bench_file.with_name("none.json"), LABEL)

@@ -41,7 +41,8 @@ def gpu():
                      "cosine_to_fp32_min": 0.99951, **spread("patches_per_s", 12000.0)}],
         "ceilings": [{"what": "product", "precision": "bf16", **spread("tflop_per_s", 700.0)}],
         "fit": [{"run": "seed0", "epochs": 300, "seed": 0, "clip_head": True, "wall_s": 58.2,
-                 "data_s": 3.0, "compile_s": 9.0, "train_time_s": 40.0, "eval_time_s": 4.0,
+                 "import_s": 5.25, "data_s": 3.0, "setup_time_s": 1.5, "compile_s": 9.0,
+                 "train_time_s": 40.0, "eval_time_s": 4.0, "stored_time_s": 1.25,
                  "checkpoint_time_s": 0.5, "rest_s": 1.7, "psnr_db": 35.5,
                  "peak_memory_bytes": 3 * 2**30, "commit": "c" * 40, "dirty": False}],
         "scaling": [{"axis": axis, "frame": "640×1280", "pixels": 819200, "modelsize": 1.5,
@@ -105,8 +106,8 @@ def test_pages_stand_with_files_and_without(tmp_path):
     assert not [name for name, text in pages.items() if "yet" in text]
     assert "| **sum** | **4.25** | **1.75** |" in pages["speed_profile"]
     assert "| fusing | 0.60 | no | slow | H |" in pages["speed_tried"]  # nothing was measured
-    assert "`seed0` | 300 | 0 | on | **58** | 3.0 | 9.0 | 40.0 | 4.0 | 0.5 | 1.7 | 35.50 | 3.00 |" \
-        in pages["speed_fit"]
+    assert "`seed0` | 300 | 0 | on | **58** | 3.0 | 1.5 | 9.0 | 40.0 | 4.0 | 1.2 | 0.5 | 1.7 | " \
+        "35.50 | 3.00 |" in pages["speed_fit"] and "clock: 5.2 s from" in pages["speed_fit"]
     assert [b["device"] for b in speed.load_benches(tmp_path)] == ["NVIDIA Something", "x, 2 cores"]
     assert "Embeddings take 2.0% (fused, 4 at once) and -1.0% (plain, 4 at once)" in \
         pages["speed_decode"]

@@ -13,10 +13,13 @@ from hnerv_clip import cli, study, study_runner, study_table
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.evaluate import load_run, predict_embeddings
 from hnerv_clip.runs import RunDir, load_checkpoint
+from hnerv_clip.search import encode_queries, parse_queries
 from hnerv_clip.study import study_base, study_configs
 from hnerv_clip.study_runner import run_study
 from hnerv_clip.study_table import StudyError
+from hnerv_clip.teachers import load_teacher
 from hnerv_clip.train import check_run
+from hnerv_clip.verify_runs import read_verification
 
 FULL = study_base("full", {"teacher": "efficientnet-lite0", "clip_dim": 1280})
 
@@ -32,6 +35,13 @@ def test_every_run_can_run():
             assert {f"{video}_{kind}_base_s{seed}" for seed in range(3)} <= set(configs)
     weights = {c.train.clip_loss_weight for n, c in configs.items() if "bunny_hybrid_" in n}
     assert weights == {0.5, *study.LAMBDAS}
+
+
+def test_the_bundled_teacher_knows_the_labels_of_every_video():
+    teacher = load_teacher(FULL.teacher, "cpu")
+    assert set(study.LABELS) == set(study.VIDEOS)
+    for labels in study.LABELS.values():
+        assert encode_queries(parse_queries(labels), teacher).shape == (8, 1280)
 
 
 def test_the_study_is_evaluated_at_the_end_unless_asked():
@@ -81,7 +91,8 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(done, small_config, c
                       "bunny_xyt_stage_all_s1": "finished"}
     assert any("bunny_hybrid_lambda_1_s0 failed" in line and "lower lr" in line for line in said)
     assert "TrainError" in (folder / "bunny_hybrid_lambda_1_s0.error.txt").read_text()
-    assert (folder / "bunny_hybrid_base_s0" / "verification.json").exists()
+    verified = read_verification(folder / "bunny_hybrid_base_s0")
+    assert verified["labels"] == study.LABELS["bunny"].split("; ")
     again = run_study(configs, folder, base=small_config, cache_dir=cache_dir, minutes=0)
     assert again == states | {"bunny_hybrid_lambda_1_s0": "waiting"}
 

@@ -33,7 +33,7 @@ MULTIPROCESSORS = 132  # of an H100, by which work is shared out
 PROGRAMS = 8 * MULTIPROCESSORS  # at most, of a sum over pixels
 # Multiprocessors that a Hopper kernel leaves to the small ones which run beside it: the CLIP head's
 # and the encoder's way back
-LEFT = {"rgb": 4, "weights": 12}
+LEFT = {"rgb": 4, "rgb_back": 4, "weights": 12}
 
 
 def unsupported(model: HNeRV) -> str | None:
@@ -215,8 +215,6 @@ class Network:
             tiles = 16 * self._programs_on_hopper("rgb", self.rgb, mode="l2")[1]
         self.error, self.dhead = full(B, tiles), full(B, tiles, 4 if self.rgb.units else 16)
         last = self.convs[-1]
-        self.sums = min(2 * MULTIPROCESSORS, B * last.H * triton.cdiv(last.W, 64))
-        self.dlast = full(self.sums, last.SH, self.RB)
         self.scattered = full(B, last.CO)
         self.partials: dict[int, Tensor] = {}
 
@@ -466,12 +464,24 @@ class Network:
     def _rgb_backward(self, extra: Tensor | None, picked: dict[int, Tensor],
                       places: dict[int, Tensor]) -> None:
         last, p, act = self.convs[-1], self.parameters, self.model.config.act
-        shape = dict(H=last.H, W=last.W, P=last.edge, CO=last.CO, SH=last.SH, SW=last.SW,
-                     CG=last.CG, PLANE=_plane(self.dpre[-1], last.units), ACT=act)
-        launch(kernels.rgb_backward, (self.sums, last.SH), self.drgb, self.pre[-1],
-               p.small[self.rgb.weight][self.rgb_back], extra, self.dpre[-1], self.dlast, self.batch
-               * last.H, **shape, CN=last.CN, DC=self.rgb.CO, RB=self.RB, KB=self.KB,
-               S=self.sums, BM=64)
+        cut = dict(SH=last.SH, SW=last.SW, CG=last.CG)
+        shape = dict(cut, H=last.H, W=last.W, P=last.edge, CO=last.CO,
+                     PLANE=_plane(self.dpre[-1], last.units), ACT=act)
+        row, given = last.SW * last.CG, dict(cut, act=act, EDGE=last.edge)
+        if extra is None and self.rgb.units and last.units and self._choose(
+                "rgb_back", self.rgb, **given):
+            S = 16 * self._programs_on_hopper("rgb_back", self.rgb, **given)[1]  # of each warp
+            sums = self._buffer("dlast", S, last.SH, row, dtype=torch.float32)
+            self._on_hopper("rgb_back", self.rgb, self.drgb, p.small[self.rgb.weight],
+                            self.pre[-1], self.dpre[-1], sums, self.batch * self.rgb.pixels,
+                            **given)
+        else:
+            S = min(2 * MULTIPROCESSORS, self.batch * last.H * triton.cdiv(last.W, 64))
+            sums = self._buffer("dlast", S, last.SH, self.RB, dtype=torch.float32)
+            launch(kernels.rgb_backward, (S, last.SH), self.drgb, self.pre[-1],
+                   p.small[self.rgb.weight][self.rgb_back], extra, self.dpre[-1], sums,
+                   self.batch * last.H, **shape, CN=last.CN, DC=self.rgb.CO, RB=self.RB,
+                   KB=self.KB, S=S, BM=64)
         if self.cuda:  # what the CLIP head adds is there
             torch.cuda.current_stream(self.device).wait_stream(self.sides[-1])
         index = len(self.convs) - 1
@@ -483,8 +493,7 @@ class Network:
                    CB=power_of_two(C), num_warps=1)
         with self.aside():
             bias = self.scattered.sum(0)
-            row = last.SW * last.CG
-            bias[:last.SH * row].view(last.SH, row).add_(self.dlast.sum(0)[:, :row])
+            bias[:last.SH * row].view(last.SH, row).add_(sums.sum(0)[:, :row])
             p.grad[last.bias].copy_(bias)
 
     def _weight_gradient(self, conv: Conv, x: Tensor, dy: Tensor) -> None:
@@ -535,14 +544,18 @@ class Network:
     def _programs_on_hopper(self, way: str, conv: Conv, **settings
                             ) -> tuple[dict[str, int | str], int]:
         """What is compiled, and how many programs of it are started."""
-        xc, yc = (conv.CO, conv.CI) if way == "back" else (conv.CI, conv.CO)
-        macros = hopper.choose(way, xc=xc, yc=yc, kernel=conv.K, hw=(
-            conv.H + 2 * conv.edge, conv.W + 2 * conv.edge), **settings)
+        macros = self._choose(way, conv, **settings)
         if macros is None:
             raise RuntimeError(f"no Hopper kernel for {way} of {conv}")
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return macros, hopper.programs(macros, self.batch * conv.pixels,
                                        max(1, processors - LEFT.get(way, 0)))
+
+    @staticmethod
+    def _choose(way: str, conv: Conv, **settings) -> dict[str, int | str] | None:
+        xc, yc = (conv.CO, conv.CI) if way.endswith("back") else (conv.CI, conv.CO)
+        hw = (conv.H + 2 * conv.edge, conv.W + 2 * conv.edge)
+        return hopper.choose(way, xc=xc, yc=yc, kernel=conv.K, hw=hw, **settings)
 
     def _unshuffle(self, i: int) -> None:
         conv, dfeatures = self.convs[i], self.dfeatures[i + 1]

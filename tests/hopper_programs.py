@@ -11,6 +11,9 @@ from torch import Tensor
 from hnerv_clip import hopper
 
 EMULATOR = Path(__file__).with_name("hopper_emulator.cc")
+# Which of a source's values are in bfloat16, in its order: those that it reads, and writes
+HALVES = {"convolution.cu": ((0, 1), (3, 4)), "weights.cu": ((0, 1), ()),
+          "rgb.cu": ((0, 1), (6,)), "rgb_back.cu": ((0, 1, 2), (3,))}
 
 
 class Program:
@@ -27,7 +30,7 @@ class Program:
         text = text.replace(old, new) if old else text
         (folder / "sources.cu").write_text(text)
         given = macros | {"SHARED": hopper.shared_bytes(macros), "COLUMNS": columns,
-                          "WEIGHTS_FIRST": int(bool(macros.get("BACK")))}
+                          "WEIGHTS_FIRST": int(hopper.weights_first(macros))}
         subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{folder}",
                         *(f"-D{name}={value}" for name, value in given.items()),
                         str(EMULATOR), "-o", str(folder / "program.so")], check=True)
@@ -68,8 +71,7 @@ class Launcher:
             key = tuple(macros.items())
             if key not in self.programs:
                 self.programs[key] = Program(macros, Path(tempfile.mkdtemp(dir=self.folder)))
-            # In the source's order: what it reads, and what it writes, in bfloat16
-            read, written = (0, 1), () if "WEIGHTS" in macros else (6,) if "RGB" in macros else (3, 4)
+            read, written = HALVES[hopper.sources(macros)[-1]]
             values = list(values)
             results = {i: values[i] for i in written if values[i] is not None}
             for i in (*read, *results):

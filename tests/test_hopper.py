@@ -21,6 +21,7 @@ WAYS = {
     "back": dict(xc=112, yc=40, kernel=5, hw=(324, 644)),
     "weights": dict(xc=40, yc=112, kernel=5, hw=(324, 644)),
     "rgb": dict(xc=32, yc=8, kernel=3, hw=(642, 1282), head="tanh", OFFSET="0.0f", mode="l2"),
+    "rgb_back": dict(xc=8, yc=32, kernel=3, hw=(642, 1282), act="gelu", SH=2, SW=2, CG=28, EDGE=2),
 }
 
 
@@ -53,7 +54,8 @@ def test_programs_cover_all_pixels_and_all_weights():
     ("forward", dict(xc=36), "units of 8 channels"), ("back", dict(xc=136), "pairs of units"),
     ("forward", dict(CG=27), "two values a word"), ("forward", dict(yc=512), "sums a thread"),
     ("weights", dict(hw=(4000, 20)), "a copy longer than the edge"),
-    ("forward", dict(kernel=11), "pixels beyond the copy")])
+    ("forward", dict(kernel=11), "pixels beyond the copy"),
+    ("rgb_back", dict(SH=4), "sums of four lines")])
 def test_what_the_kernels_cannot_do_is_left_to_triton(way, changes, why):
     assert hopper.choose(way, **WAYS[way]) is not None
     assert hopper.choose(way, **WAYS[way] | changes) is None, why
@@ -212,6 +214,40 @@ def test_colours_their_loss_and_its_gradient(program, mode, xc, programs):
         torch.testing.assert_close(pred, colours.detach(), rtol=1e-4, atol=1e-4)
     else:
         assert (pred.float() - colours.detach() * 255).abs().max() < 0.51
+
+
+@pytest.mark.parametrize("act, SH, SW, CG, yc", [("gelu", 2, 2, 12, 16), ("sin", 1, 1, 8, 8),
+                                                 ("swish", 2, 1, 28, 32), ("relu", 1, 2, 4, 8)])
+def test_the_way_back_from_colours_through_activation_and_pixel_shuffle(program, act, SH, SW, CG,
+                                                                        yc):
+    hw, EDGE, images, programs = (6, 280), 2, 2, 3  # two strips, the second not full
+    padded, low = (hw[0] + 2, hw[1] + 2), (hw[0] // SH, hw[1] // SW)
+    macros = hopper.choose("rgb_back", xc=8, yc=yc, kernel=3, hw=padded, act=act, SH=SH, SW=SW,
+                           CG=CG, EDGE=EDGE)
+    torch.manual_seed(0)
+    gradient, pre, weight = (t.to(torch.bfloat16).float() for t in (
+        torch.randn(images, 8, *hw), torch.randn(images, SH * SW * CG, *low),
+        torch.randn(8, yc, 3, 3)))
+    CO, size = SH * SW * CG, (low[0] + 2 * EDGE, low[1] + 2 * EDGE)
+    last = to_units(pre, EDGE, 0).permute(1, 2, 3, 0, 4).reshape(images, *size, CO)
+    room = torch.zeros(last.numel() + 2**16, dtype=torch.bfloat16)
+    room[2**15:-2**15] = last.flatten()
+    dpre, bias = torch.zeros(CO // 8, images, *size, 8, dtype=torch.bfloat16), \
+        torch.zeros(programs, 16, CO)
+    program(macros)(programs, to_units(gradient, 1, 2**16), to_runs(weight),
+                    room[2**15:-2**15].view_as(last), dpre, bias, images * padded[0] * padded[1])
+    value = pre.requires_grad_()
+    active = {"gelu": F.gelu, "sin": torch.sin, "swish": F.silu, "relu": F.relu}[act](value)
+    # Channels are ordered (row, column, channel); those beyond a pixel's own have no weights
+    features = active.view(images, SH, SW, CG, *low).permute(0, 3, 4, 1, 5, 2).reshape(
+        images, CG, *hw)
+    colours = F.conv2d(features, weight[:, :CG], padding=1)
+    expected, = torch.autograd.grad((colours * gradient).sum(), value)
+    found = dpre.permute(1, 0, 4, 2, 3).flatten(1, 2).float()
+    torch.testing.assert_close(found[..., EDGE:-EDGE, EDGE:-EDGE], expected, rtol=1e-2, atol=0.05)
+    torch.testing.assert_close(bias.sum((0, 1)), expected.sum((0, 2, 3)), rtol=1e-3, atol=0.1)
+    found[..., EDGE:-EDGE, EDGE:-EDGE] = 0
+    assert not found.any(), "edges stay 0"
 
 
 @pytest.mark.parametrize("old, new, complaint", [

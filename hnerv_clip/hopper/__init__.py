@@ -27,6 +27,7 @@ HEADS = ("tanh", "sigmoid", "add")
 MODES = ("l2", "pred", "uint8")
 SIZES = {"forward": ((256, 3), (128, 3), (256, 2), (128, 2)),  # (BM, STAGES), the best first
          "back": ((256, 4), (256, 3), (128, 4), (128, 3)), "rgb": ((256, 6), (256, 4)),
+         "rgb_back": ((256, 4), (256, 3), (128, 3)),
          "weights": ((256, 6), (128, 3), (64, 3))}
 
 
@@ -49,13 +50,15 @@ def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
 
     Args:
         way: "forward"; "back", from the gradient at the output to that at the input, by weights as
-            the way forward has them; "weights", their gradient; or "rgb", forward to colours.
-        xc, yc: channels in memory: of the input and the output, in "back" of the gradient at the
-            output and that at the input.
+            the way forward has them; "weights", their gradient; "rgb", forward to colours; or
+            "rgb_back", from their gradient to that before the last activation and pixel shuffle.
+        xc, yc: channels in memory: of the input and the output, on the ways back of the gradient at
+            the output and that at the input.
         hw: height and width of an image with its edges.
         settings: of the way forward act, SH, SW, CG, CN, EDGE as in `kernels.convolve`, and
             OUT_UNITS: 1 for an output in units of channels, 0 for channels last. Of the way to
-            colours head, OFFSET and mode as in `kernels.rgb_forward`.
+            colours head, OFFSET and mode as in `kernels.rgb_forward`; of the way back from them
+            act, SH, SW, CG as in `kernels.rgb_backward`, and EDGE of the images before the shuffle.
     Returns:
         {name: value} of the macros that the sources' first lines explain.
     """
@@ -72,6 +75,11 @@ def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
     elif way == "back":
         parts = -(-xc // 64)
         macros |= {"BACK": 1, "PART": ceil_to(-(-xc // 8 // parts), 2)}
+    elif way == "rgb_back":
+        macros |= {"RGB_BACK": 1}
+        if xc != 8 or max(macros["SH"], macros["SW"]) > 2 or \
+                macros["SH"] * macros["SW"] * macros["CG"] % 8:
+            return None
     else:
         macros |= {"BACK": 0, "PART": xc // 8} | ({"RGB": 1} if way == "rgb" else {})
     if kernel > 9 or xc % 8 or yc % 8 or yc > 256 or settings.get("CG", 0) % 2:
@@ -109,6 +117,9 @@ def shared_bytes(macros: dict[str, int]) -> int:
     """Shared memory of a program, as the source lays it out."""
     K, BM, x8, y8 = macros["K"], macros["BM"], macros["XC"] // 8, macros["YC"] // 8
     rest = BM // 2 * y8  # results on their way out
+    if "RGB_BACK" in macros:
+        units = BM * macros["SH"] * macros["CG"] // 8 + (macros["SH"] + K - 1) * (BM + 8)
+        return 16 * (macros["STAGES"] * (units + 1) + K * (K + 1) * macros["YC"])
     if "WEIGHTS" in macros:
         lines = 1 if macros["FOLD"] else min(K, (macros["BLOCK"] + K * x8 - 2) // (K * x8) + 1)
         units, rest = BM * product_columns(macros) // 8 + lines * (BM + 8) * x8, 0
@@ -166,8 +177,9 @@ def _products(columns: int, weights_first: bool) -> str:
 
 def sources(macros: dict[str, int | str]) -> list[str]:
     """The files of one way, in their order."""
-    if "WEIGHTS" in macros:
-        return ["primitives.cu", "common.cu", "weights.cu"]
+    if "WEIGHTS" in macros or "RGB_BACK" in macros:
+        return ["primitives.cu", "common.cu",
+                "weights.cu" if "WEIGHTS" in macros else "rgb_back.cu"]
     return ["primitives.cu", "common.cu", "rows.cu",
             "rgb.cu" if "RGB" in macros else "convolution.cu"]
 
@@ -176,6 +188,11 @@ def names() -> str:
     """The names of ACT's, HEAD's and MODE's values."""
     return "".join(f"enum {{ {', '.join(values).upper()} }};\n"
                    for values in (ACTIVATIONS, HEADS, MODES))
+
+
+def weights_first(macros: dict[str, int | str]) -> bool:
+    """Whether a product's second operand lies as [columns][sum], as weights on the ways back."""
+    return bool(macros.get("BACK") or "RGB_BACK" in macros)
 
 
 def product_columns(macros: dict[str, int]) -> int:
@@ -190,7 +207,7 @@ def build(macros: dict[str, int]) -> bytes:
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
     """
-    source = names() + _products(product_columns(macros), bool(macros.get("BACK")))
+    source = names() + _products(product_columns(macros), weights_first(macros))
     source += "".join((FOLDER / name).read_text() for name in sources(macros))
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"hopper.cu", 0, [], []))
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17",

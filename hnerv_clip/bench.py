@@ -44,6 +44,7 @@ from hnerv_clip.evaluate import decoders, measure_decoding, set_precision
 from hnerv_clip.model import Plan, build_model, plan_model
 from hnerv_clip.patches import make_grid
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.profiling import profile_step
 from hnerv_clip.runs import (
     RunDir,
     code_version,
@@ -56,7 +57,7 @@ from hnerv_clip.teachers import load_teacher, run_teacher, select_device
 from hnerv_clip.train import epoch_order, train
 from hnerv_clip.video import split_frames
 
-PARTS = ("ceilings", "train", "scaling", "decode", "teacher", "fit")
+PARTS = ("ceilings", "train", "profile", "scaling", "decode", "teacher", "fit")
 DEFAULT_PARTS = PARTS[:-1]  # `fit` takes a whole training
 # (engine, precision) that training is measured with
 GPU_ENGINES = (("auto", "bf16"), ("plain", "tf32"), ("plain", "fp32"))
@@ -376,6 +377,28 @@ def _counted(config: Config, dataset: Dataset) -> dict[str, float]:
             "gb_per_frame": 3 * size_bytes * sum(layer.values for layer in layers) / 1e9}
 
 
+def measure_profile(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The parts of a training step, by the plain engine and on a GPU by the fused one, too."""
+    config = bench.config.replace(embed="", predict_clip=True)
+    if bench.on_gpu:
+        config = config.replace(precision="bf16")
+    dataset = bench.dataset(config)
+    for name in ("plain", "fast") if bench.on_gpu else ("plain",):
+        config = config.replace(engine=name)
+        autocast = set_precision(config.train.precision, bench.device)
+        model = build_model(config.model, frame_hw=dataset.video.frame_hw,
+                            frame_count=len(dataset.video.frames), seed=config.train.seed)
+        model.to(bench.device, memory_format=torch.channels_last)
+        engine = make_engine(config, model, dataset, autocast=autocast)
+        indices = torch.as_tensor(dataset.split.train[:config.train.batch_size],
+                                  device=bench.device)
+        times = profile_step(engine, indices, weight=config.train.clip_loss_weight,
+                             repeats=5 if bench.on_gpu else 1)
+        yield from ({"engine": type(engine).__name__.removesuffix("Engine").lower(),
+                     "precision": resolve_precision(config.train.precision, bench.device),
+                     "part": part, "ms": ms} for part, ms in times.items())
+
+
 def fill_shares(results: dict[str, Any]) -> None:
     """What shares of the best measured ceilings training fills: compute_share, bandwidth_share."""
     best = {(row["precision"], measure): row[f"{measure}_max"]
@@ -549,5 +572,6 @@ def run_record(run: RunDir) -> dict[str, Any]:
 
 
 MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
-    "ceilings": measure_ceilings, "train": measure_train, "scaling": measure_scaling,
-    "decode": measure_decode, "teacher": measure_teacher, "fit": measure_fit}
+    "ceilings": measure_ceilings, "train": measure_train, "profile": measure_profile,
+    "scaling": measure_scaling, "decode": measure_decode, "teacher": measure_teacher,
+    "fit": measure_fit}

@@ -209,7 +209,7 @@ def _write_speed(folder: Path, results: Path) -> None:
     if growth:
         figures["speed_growth"] = plot_growth(growth, {
             name: axis[:2] for name, axis in speed.AXES.items()})
-    if profile := speed.load_optional(results / "profile_h100.json"):
+    if profile := speed.step_profile(results):
         figures["speed_profile"] = plot_profile(profile["rows"], device=profile["device"])
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

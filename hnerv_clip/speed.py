@@ -101,7 +101,7 @@ def speed_pages(results: Path) -> dict[str, str]:
         "speed_decode": decoding_markdown(benches, reference),
         "speed_teacher": teacher_markdown(benches),
         "speed_ceilings": ceilings_markdown(benches),
-        "speed_profile": profile_markdown(load_optional(results / "profile_h100.json")),
+        "speed_profile": profile_markdown(step_profile(results)),
         "speed_growth": growth_markdown(benches),
         "speed_tried": tried_markdown(load_optional(results / "tried.json")),
     }
@@ -242,16 +242,33 @@ def ceilings_markdown(benches: list[Bench]) -> str:
     return _table(["device", "what", "precision", "measured"], lines) + "\n"
 
 
+def step_profile(results: Path) -> dict[str, Any] | None:
+    """The parts of a step by the plain and the fused engine on a GPU, where they were measured.
+
+    Returns:
+        device, and rows: part, before_ms (plain), after_ms (fused).
+    """
+    for bench, rows in part_rows(load_benches(results), "profile"):
+        times = {(row["engine"], row["part"]): row["ms"] for row in rows}
+        if {"plain", "fused"} <= {engine for engine, _ in times}:
+            return {"device": f"{bench['device']}, before by the plain engine in bf16, now by the "
+                              f"fused one, commit {commit_words(bench['made']['profile'])}",
+                    "rows": [{"part": part, "before_ms": times.get(("plain", part), 0.0),
+                              "after_ms": times.get(("fused", part), 0.0)}
+                             for part in dict.fromkeys(part for _, part in times)]}
+    return load_optional(results / "profile_h100.json")
+
+
 def profile_markdown(profile: dict[str, Any] | None) -> str:
-    """Where a step's time went before the engine was optimised, and where it goes now."""
+    """Where a step's time goes, plainly and by the fused engine."""
     if not profile:
         return "*The parts of a step were not measured yet.*\n"
     lines = [[row["part"], f"{row['before_ms']:.2f}", f"{row['after_ms']:.2f}"]
              for row in profile["rows"]]
     lines.append(["**sum**", *(f"**{sum(row[when] for row in profile['rows']):.2f}**"
                                for when in ("before_ms", "after_ms"))])
-    return "\n\n".join([_figure("speed_profile", "Where a step's time went and goes"),
-                        _table(["part", "before (ms)", "after (ms)"], lines),
+    return "\n\n".join([_figure("speed_profile", "Where a step's time goes, part by part"),
+                        _table(["part", "before (ms)", "now (ms)"], lines),
                         f"{profile['device']}."]) + "\n"
 
 

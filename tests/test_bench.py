@@ -64,6 +64,7 @@ def test_every_part_measures(small_config, cache_dir, small_dataset, tmp_path, m
         assert 0 < row["compute_share"] < 1
     assert {row["axis"] for row in parts["scaling"]} == {
         "resolution", "modelsize", "batch_size", "patches", "frames"}
+    assert all(row["ms"] > 0 and row["engine"] == "plain" for row in parts["profile"])
     assert {row["mode"] for row in parts["decode"]} == {
         "RGB", "RGB and embeddings", "embeddings only"}
     assert results["made"]["train"]["settings"] == config.params()

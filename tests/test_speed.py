@@ -113,6 +113,24 @@ def test_pages_stand_with_files_and_without(tmp_path):
         pages["speed_decode"]
 
 
+def test_a_profile_pairs_the_engines(tmp_path):
+    def rows(engine, **parts):
+        return [{"engine": engine, "precision": "bf16", "part": part, "ms": ms}
+                for part, ms in parts.items()]
+
+    bench = gpu()
+    bench["parts"]["profile"] = rows("plain", encoder=1.5)
+    bench["made"]["profile"] = MADE
+    (tmp_path / "bench_a.json").write_text(json.dumps(bench))
+    assert speed.step_profile(tmp_path) is None  # one engine alone
+    bench["parts"]["profile"] += rows("fused", encoder=0.5, sums=0.25)
+    (tmp_path / "bench_a.json").write_text(json.dumps(bench))
+    profile = speed.step_profile(tmp_path)
+    assert profile["rows"] == [{"part": "encoder", "before_ms": 1.5, "after_ms": 0.5},
+                               {"part": "sums", "before_ms": 0.0, "after_ms": 0.25}]
+    assert profile["device"].endswith("by the fused one, commit 0123456789ab")
+
+
 def test_figures_show_every_device_and_part():
     devices = {name: gpu()["parts"]["scaling"] for name in ("one", "two")}
     figure = plot_growth(devices, {name: axis[:2] for name, axis in speed.AXES.items()})

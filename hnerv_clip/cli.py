@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
                   "for train")
     bench = add("bench", _bench, "measure how fast it is on this machine; settings as for train")
     bench.add_argument("--parts", nargs="+", metavar="PART", help=
-                       "any of ceilings train scaling decode teacher fit (all but fit)")
+                       "any of ceilings train profile scaling decode teacher fit (all but fit)")
     bench.add_argument("--out", default="output/bench.json", help="JSON file that collects parts")
     bench.add_argument("--outf", default="output/bench/fit", help="new run folder, for fit")
     study = add("study", _study, "train and measure the runs of the whole study; settings as for "

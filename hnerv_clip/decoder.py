@@ -50,7 +50,7 @@ class Decoder:
             compile_all(lambda: self._run(*wish), self.network.device)
             self._run(*wish)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as in `engine`
                 self.vectors[wish] = self._run(*wish)
             self.graphs[wish] = graph
         if self.network.cuda:

@@ -47,6 +47,19 @@ def test_an_evaluation_by_the_engine_is_the_plain_models(tiny, changes):  # noqa
             assert (got[name] - expected[name]).abs().max() < 1e-4
 
 
+@pytest.mark.gpu
+def test_an_evaluation_in_bfloat16_is_near_the_plain_models(small_config, small_dataset):
+    engine = build(FusedEngine, small_config, small_dataset, device="cuda",
+                   autocast=torch.bfloat16)
+    for step in range(40):
+        engine.step(torch.arange(2, device="cuda") + step % 10, count=2, lr=5e-3, weight=0.5)
+    got = evaluate_model(engine.model, small_dataset, engine=engine)
+    engine.sync()
+    expected = evaluate_model(engine.model, small_dataset)
+    assert abs(got.psnr_db.mean() - expected.psnr_db.mean()) < 0.01
+    assert (got.clip_similarity - expected.clip_similarity).abs().max() < 0.01
+
+
 def test_the_optimizers_state_serves_both_engines(tiny):  # noqa: F811
     """Two steps by one engine, a third by the other that took over its state: all the same."""
     config, dataset = tiny

@@ -1,5 +1,6 @@
 """Shared by all tests: a small real dataset, prepared once."""
 
+import contextlib
 import os
 
 import matplotlib
@@ -8,6 +9,17 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # our kernels then run on the CPU; read at their import
+    with contextlib.suppress(ImportError):  # made for Linux
+        from triton.runtime import interpreter
+
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def with_index(tensor, *scope):
+            """Triton 3.6's arrays of one value are no index for NumPy 2.4."""
+            patch_tensor(tensor, *scope)
+            tensor.__index__ = lambda self: self.handle.data.item()
+
+        interpreter._patch_lang_tensor = with_index
 
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import prepare_dataset

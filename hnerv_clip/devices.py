@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 
 import torch
 
@@ -22,5 +24,23 @@ def synchronise(device: torch.device) -> None:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """What `auto` stands for: tf32 on a GPU, fp32 on a CPU."""
-    return precision if precision != "auto" else "tf32" if device.type == "cuda" else "fp32"
+    """What is computed in: `auto` stands for tf32 on a GPU, and a CPU has fp32 in its place."""
+    return precision.replace("auto", "tf32") if device.type == "cuda" else \
+        precision.replace("auto", "fp32").replace("tf32", "fp32")
+
+
+def no_kernels(device: torch.device) -> str | None:
+    """Why this machine cannot build and run our kernels, or None where it can."""
+    if device.type != "cuda":
+        return f"it needs a GPU, not {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "its kernels are started through a C compiler, and there is none (install gcc)"
+    return None
+
+
+def no_bfloat16(device: torch.device) -> str | None:
+    """Why this GPU does not compute in bfloat16, or None where it does."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    return f"{torch.cuda.get_device_name(device)} has no bfloat16" if old else None

@@ -7,8 +7,6 @@ in any precision and for every setting of the model. Both replay a step as one C
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 import warnings
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset
+from hnerv_clip.devices import no_bfloat16, no_kernels
 from hnerv_clip.evaluate import frame_times, psnr
 from hnerv_clip.losses import ClipObjective, pixel_loss
 from hnerv_clip.model import HNeRV
@@ -425,6 +424,9 @@ def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: tor
     wish, half = config.train.engine, autocast == torch.bfloat16
     device = next(model.parameters()).device
     if wish == "plain" or wish == "auto" and (device.type != "cuda" or not half):
+        if wish == "auto" and half and config.train.device == "auto":
+            warnings.warn("no GPU here: training by the plain engine on the CPU, which is far "
+                          "slower", stacklevel=2)
         return PlainEngine(config, model, dataset, autocast=autocast)
     engine, reason = _fast_engine(config, model, dataset, autocast=autocast)
     if dist.is_initialized():  # one rank in another engine would wait for the others for ever
@@ -461,14 +463,8 @@ def _fast_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: to
 
 def _no_fast_engine(device: torch.device, half: bool) -> str | None:
     """Why this machine cannot run a fast engine, or None where it can."""
-    if device.type != "cuda":
-        return f"it needs a GPU, not {device}"
-    if fused is None:
-        return "Triton is not installed (pip install triton)"
-    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
-        return "its kernels are started through a C compiler, and there is none (install gcc)"
-    if half and torch.cuda.get_device_capability(device)[0] < 8:
-        return f"{torch.cuda.get_device_name(device)} has no bfloat16"
+    if reason := no_kernels(device) or (no_bfloat16(device) if half else None):
+        return reason
     if not half and dist.is_initialized():
         return "several ranks need precision='bf16'"
     return None

@@ -25,7 +25,7 @@ from torch import Tensor
 from hnerv_clip.codec import decode_video, encode_video
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset, load_dataset
-from hnerv_clip.devices import synchronise
+from hnerv_clip.devices import no_bfloat16, no_kernels, synchronise
 from hnerv_clip.losses import MS_SSIM_MIN_SIDE
 from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.runs import RunDir
@@ -367,9 +367,9 @@ def evaluate_run(run: Run) -> pd.DataFrame:
 
 
 def decoders(model: HNeRV) -> tuple[str, ...]:
-    """How frames can be decoded here: plain, and fused on a GPU whose kernels know the model."""
-    cuda = next(model.parameters()).device.type == "cuda"
-    known = cuda and fused is not None and fused.unsupported(model) is None
+    """How frames can be decoded here: plain, and fused where a GPU runs our kernels."""
+    device = next(model.parameters()).device
+    known = not (no_kernels(device) or no_bfloat16(device) or fused.unsupported(model))
     return ("plain", "fused") if known else ("plain",)
 
 

@@ -254,7 +254,7 @@ def test_the_fast_engine_is_refused_without_a_gpu(small_config, small_dataset):
 
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(engine.shutil, "which", lambda name: None)
+    monkeypatch.setattr("hnerv_clip.devices.shutil.which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     assert "install gcc" in engine._no_fast_engine(torch.device("cuda"), True)
     monkeypatch.setenv("CC", "/usr/bin/cc")

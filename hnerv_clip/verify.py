@@ -385,9 +385,10 @@ def comparison_table(comparisons: pd.DataFrame) -> pd.DataFrame:
         "split": row.split, "over": name_of(row.over),
         "difference": f"{row.difference:.3f}" + (
             f" [{row.low:.3f}, {row.high:.3f}]" if np.isfinite(row.low) else ""),
-        "effect size": f"{row.effect_size:.2f}", "better on": f"{row.share_better:.0%} of frames",
-        "frames": row.frames,
-        "as independent ones": f"{row.independent:.0f}" if np.isfinite(row.independent) else "",
+        "effect size": f"{row.effect_size:.2f}", "frames": row.frames,
+        "better": f"{row.share_better:.0%}",
+        "independent frames": f"{max(row.independent, 1):.0f}" if np.isfinite(row.independent)
+        else "",
         "p (Holm)": p_words(row.p_holm).removeprefix("p ").removeprefix("= ")
         if np.isfinite(row.p_holm) else "too few frames"} for row in comparisons.itertuples()])
 

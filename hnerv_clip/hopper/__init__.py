@@ -8,11 +8,13 @@ lie in units of 8, see `layout.Conv.units`. Elsewhere, and for small images, `ke
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton.runtime.cache import get_cache_manager
 
 from hnerv_clip.kernels import ACTIVATIONS
 from hnerv_clip.tiles import H100_SHARED_BYTES, ceil_to
@@ -202,17 +204,21 @@ def product_columns(macros: dict[str, int]) -> int:
 
 
 def build(macros: dict[str, int]) -> bytes:
-    """Machine code of the source for those macros.
+    """Machine code of the source for those macros, kept on disk beside Triton's.
 
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
     """
-    source = names() + _products(product_columns(macros), weights_first(macros))
+    defined = macros | {"SHARED": shared_bytes(macros)}
+    source = "".join(f"#define {name} {value}\n" for name, value in defined.items())
+    source += names() + _products(product_columns(macros), weights_first(macros))
     source += "".join((FOLDER / name).read_text() for name in sources(macros))
+    kept = get_cache_manager(hashlib.sha256(
+        repr((nvrtc.nvrtcVersion()[1:], source)).encode()).hexdigest())
+    if found := kept.get_file("hopper.cubin"):
+        return Path(found).read_bytes()
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"hopper.cu", 0, [], []))
-    options = [b"--gpu-architecture=sm_90a", b"--std=c++17",
-               *(f"-D{name}={value}".encode() for name, value in macros.items()),
-               f"-DSHARED={shared_bytes(macros)}".encode()]
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
     status, = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
@@ -220,6 +226,7 @@ def build(macros: dict[str, int]) -> bytes:
         raise RuntimeError(f"the CUDA source does not compile: {log.decode().rstrip(chr(0))}")
     code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     _check(nvrtc.nvrtcGetCUBIN(program, code))
+    kept.put(code, "hopper.cubin")
     return code
 
 

@@ -1,0 +1,45 @@
+"""What a machine lacks is said, and what needs it gives way."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hnerv_clip import devices, evaluate
+from hnerv_clip.engine import PlainEngine, make_engine
+from hnerv_clip.model import build_model
+
+
+def model_of(config):
+    return build_model(config.model, frame_hw=(80, 160), frame_count=12)
+
+
+@pytest.mark.parametrize("lack, capability, compiler", [
+    ("Tesla T4 has no bfloat16", (7, 5), "/usr/bin/gcc"), ("install gcc", (9, 0), None)])
+def test_decoding_is_plain_where_kernels_cannot_run(small_config, monkeypatch, lack, capability,
+                                                    compiler):
+    model = model_of(small_config)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=gpu)]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: compiler)
+    assert lack in (devices.no_kernels(gpu) or devices.no_bfloat16(gpu))
+    assert evaluate.decoders(model) == ("plain",)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(devices.shutil, "which", lambda name: "/usr/bin/gcc")
+    assert evaluate.decoders(model) == ("plain", "fused")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_missing_gpu_is_said_once(small_config, small_dataset):
+    config = small_config.replace(device="auto", precision="bf16")
+    with pytest.warns(UserWarning, match="no GPU here") as said:
+        made = make_engine(config, model_of(config), small_dataset, autocast=torch.bfloat16)
+    assert type(made) is PlainEngine and len(said) == 1
+    for quiet in (config.replace(device="cpu"), config.replace(engine="plain")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make_engine(quiet, model_of(quiet), small_dataset, autocast=torch.bfloat16)

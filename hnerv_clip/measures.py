@@ -320,7 +320,7 @@ def score_words(embeddings: np.ndarray, vectors: np.ndarray, *, centre: np.ndarr
         embeddings: [N, P, D] unit vectors of some frames.
         vectors: [K, D], texts in the teacher's text space.
         centre: [D], taken off before a label is given, as in `label_agreement`.
-        top_k: patches that head a ranking; all of them where there are fewer.
+        top_k: patches that head a ranking; where there are no more, all but one of them.
     Raises:
         ValueError: vectors of another size.
     """
@@ -331,7 +331,7 @@ def score_words(embeddings: np.ndarray, vectors: np.ndarray, *, centre: np.ndarr
     # Equal embeddings must tie, whatever the order in which their products were summed
     scores = np.round(embeddings @ vectors.T, 5).transpose(2, 0, 1)  # [K, N, P]
     flat = scores.reshape(len(vectors), -1)
-    top_k = min(top_k, flat.shape[1])
+    top_k = min(top_k, max(1, flat.shape[1] - 1))
     last = -np.partition(-flat, top_k - 1)[:, top_k - 1, None]
     above, tied = flat > last, flat == last  # those that tie for the last places share them
     share = (top_k - above.sum(1, keepdims=True)) / tied.sum(1, keepdims=True)

@@ -95,6 +95,7 @@ class Compilers:
 
 def main() -> None:
     """Compile the lines of the standard input, with a line of answer to each."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever is printed meanwhile is no answer
     for line in sys.stdin:
         try:
             module, name, data, target = json.loads(line)
@@ -103,7 +104,7 @@ def main() -> None:
             answer = ""
         except Exception as error:
             answer = str(error)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,9 @@ class PlainEngine:
         self.optimizer.load_state_dict(state)
         for group, own in zip(self.optimizer.param_groups, settings):
             group.update(own)
+        for parameter, kept in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # in the parameter's memory format, see below
+                kept[name] = torch.empty_like(parameter).copy_(kept[name])
 
     def _reduce_gradients(self) -> None:
         """Sum the ranks' gradients, in one message."""

@@ -82,8 +82,8 @@ class Network:
             self.parameters.allocate(model, self.device, self.dtype)
             self.parameters.load({}, 0)
         self._allocate()
-        # Beside the main stream: weight gradients, which nothing waits for until the optimizer
-        # and at the end, in front of the crowd, the CLIP head's many small kernels
+        # Beside the main stream: three for sums and weight gradients, which the optimizer alone
+        # waits for, and the last, before all others, for the CLIP head's many small kernels
         self.sides = [torch.cuda.Stream(self.device, priority=priority)
                       for priority in (0, 0, 0, -2)] if self.cuda else []
         self.busy: set[torch.cuda.Stream] = set()
@@ -172,7 +172,7 @@ class Network:
             place = torch.arange(inner) * out + torch.arange(out)[:, None]
             self.vectors[f"{name}.{part}.weight"] = parameters.add(f"{name}.{part}.weight", place,
                                                                  inner * out)
-        # In the order of `kernels.block_backward`'s sums
+        # In the order of `encoder_kernels.block_backward`'s sums
         parts = ("norm.weight", "norm.bias", "depthwise.bias", "contract.bias", "scale",
                  "expand.bias")
         row = parameters.add_row([f"{name}.{part}" for part in parts], [C] * 5 + [4 * C])

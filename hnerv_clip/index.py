@@ -61,7 +61,7 @@ class PatchIndex:
         query, asked = check_query(query, self.dim), top_k
         while True:
             found = self._nearest(query, asked)
-            kept = found[_apart(found, apart)]
+            kept = found[np.array(_apart(found, apart), bool)]
             if len(kept) >= top_k or len(found) < asked:
                 kept = kept.head(top_k).reset_index(drop=True)
                 kept.insert(0, "rank", np.arange(1, len(kept) + 1))

@@ -1,4 +1,6 @@
-"""Triton kernels of the fused training step, and nothing else; `fused` puts them together.
+"""Triton kernels of the decoder, the RGB head and Adam; `fused` puts them together.
+
+The encoder's are in `encoder_kernels`.
 
 Tensors lie channels-last: [B, H, W, C], written [N, C] where N = B·H·W. Activations are bfloat16
 (float32 in Triton's interpreter, which has no bfloat16 products), sums and weight gradients

@@ -333,12 +333,12 @@ class HNeRV(nn.Module):
                      for cells, length in zip(self.plan.output_hw, self.frame_hw, strict=True)]
         positions[0] = positions[0][rows]
         for stage in self.clip_stages:
-            rows, cols = (self._axis(positions[axis], axis, stage) for axis in (0, 1))
+            ys, xs = (self._axis(positions[axis], axis, stage) for axis in (0, 1))
             if self.config.clip_pool:
-                found = _weigh_rows(stages[stage], rows)
-                found = torch.matmul(cols.to(found.dtype), found).permute(0, 3, 1, 2)
+                found = _weigh_rows(stages[stage], ys)
+                found = torch.matmul(xs.to(found.dtype), found).permute(0, 3, 1, 2)
             else:
-                found = stages[stage][:, :, rows[:, None], cols]
+                found = stages[stage][:, :, ys[:, None], xs]
             picked.append(found[:, :self.plan.widths[stage]].float())
         return self._clip_vectors(torch.cat(picked, dim=1))
 

@@ -46,9 +46,11 @@ class Marks:
         """The part lasts as long as this context; then the one around it goes on."""
         self.open.append(part)
         self.at(part)
-        yield
-        self.open.pop()
-        self.at(self.open[-1])
+        try:
+            yield
+        finally:
+            self.open.pop()
+            self.at(self.open[-1])
 
     def watch(self, owner: Any, **parts: str) -> None:
         """Let calls of methods be parts: method=part."""

@@ -18,6 +18,7 @@ from hnerv_clip.patches import PatchGrid
 
 MAP_VALUES = 2 ** 26  # of a dense embedding map at once: 256 MiB
 
+
 def parse_queries(queries) -> list[str]:
     """Queries from "hare; wood rabbit" or a list of texts, in order.
 

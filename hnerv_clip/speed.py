@@ -44,7 +44,8 @@ def read_decoding(path: str | Path, config: Config, *, batch_size: int) -> tuple
     """
     bench = _read_bench(path, "decode")
     measured, own = bench["made"]["decode"]["settings"], config.params()
-    network = [field.name for field in fields(config.model)] + ["crop_list", "resize_list"]
+    network = [field.name for field in fields(config.model)] + [
+        "data_path", "crop_list", "resize_list", "patch_grid", "patch_size", "patch_stride"]
     for name in network:
         if own[name] != measured.get(name):
             raise ValueError(f"{path} measured another network: {name}={measured.get(name)!r}, the "

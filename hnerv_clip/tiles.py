@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -58,12 +59,12 @@ def build_all(jobs: list[tuple], cores: int) -> None:
     known = get_cache_manager(_fingerprint(jobs))  # an entry of Triton's own cache
     apart = cores >= 4 and len(jobs) >= 8 and not known.has_file("compiled")
     lines = describe(jobs) if apart else [None] * len(jobs)
-    device, compilers = driver.active.get_current_device(), Compilers()
+    device, compilers, failed = driver.active.get_current_device(), Compilers(), []
 
     def build(job: tuple, line: str | None) -> None:
         kernel, grid, values, settings = job
-        if line:
-            compilers.compile(line)
+        if line and (error := compilers.compile(line)):
+            failed.append(error)
         with torch.cuda.device(device):
             kernel.warmup(*values, grid=grid, **settings)._init_handles()  # that it fits, too
 
@@ -72,12 +73,17 @@ def build_all(jobs: list[tuple], cores: int) -> None:
             list(pool.map(build, jobs, lines))
     finally:
         compilers.close()
-    known.put(b"", "compiled")
+    if failed:
+        warnings.warn(f"{len(failed)} kernels were not compiled in processes ({failed[0]}); slower "
+                      "threads compiled them", stacklevel=2)
+    else:
+        known.put(b"", "compiled")
 
 
 def _fingerprint(jobs: list[tuple]) -> str:
     """Of what is compiled, by what."""
-    words = [triton.__version__, torch.version.cuda, *sorted(_compiled_as(*job) for job in jobs),
+    words = [triton.__version__, torch.version.cuda, str(driver.active.get_current_target()),
+             *sorted(_compiled_as(*job) for job in jobs),
              *sorted({getattr(job[0], "cache_key", "") for job in jobs})]
     return hashlib.sha256(repr(words).encode()).hexdigest()
 

@@ -46,6 +46,7 @@ from hnerv_clip.runs import RunDir, RunError, commit_words, make_provenance, wri
 from hnerv_clip.teachers import select_device
 from hnerv_clip.video import load_video, split_frames
 
+ROOM_TO_WARM_UP = 16 * 2**30  # free bytes of a GPU, for an evaluation beside the engine
 LATEST, BEST = "model_latest.pth", "model_best.pth"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -200,7 +201,8 @@ class _Loop:
                                  frame_count=len(dataset.video.frames), seed=config.train.seed)
         self.model.to(self.device, memory_format=torch.channels_last)
         with ThreadPoolExecutor(1) as beside:  # while kernels compile
-            if self.device.type == "cuda" and autocast == torch.bfloat16:
+            if self.device.type == "cuda" and autocast == torch.bfloat16 and \
+                    torch.cuda.mem_get_info(self.device)[0] > ROOM_TO_WARM_UP:
                 beside.submit(warm_up, copy.deepcopy(self.model).eval(), dataset)
             self.engine = make_engine(config, self.model, dataset, autocast=autocast)
         # The video stays on the device as uint8
@@ -400,9 +402,9 @@ class _Loop:
             store_video(self.model, self.dataset, video, config=self.config)
         content = _from_rank0(video.read_bytes() if self.rank == 0 else None)
         with tempfile.TemporaryDirectory() as folder:  # a shared disk may show the file late
-            copy = Path(folder) / video.name
-            copy.write_bytes(content)
-            stored, rate_bpp = evaluate_stored(copy, self.dataset, device=self.device, share=share)
+            own = Path(folder) / video.name
+            own.write_bytes(content)
+            stored, rate_bpp = evaluate_stored(own, self.dataset, device=self.device, share=share)
         stored = _gather(stored)
         self.stored_time_s = time.perf_counter() - started
         if self.rank:

@@ -496,8 +496,8 @@ def _study_table(measures, comparisons, place):
     own = measures[(measures.condition == "learned") & measures.measure.isin(STUDY_MEASURES)]
     rows = []
     for key, group in own.groupby(place, sort=False, dropna=False):
-        row = dict(zip(place, key)) | {"seeds": group.seeds.iloc[0]}
-        for found in group.itertuples():
+        row = dict(zip(place, key)) | {"seeds": group.seeds.max()}
+        for found in group[group.seeds == row["seeds"]].itertuples():  # measured in all of them
             row |= {found.measure: found.mean, f"{found.measure}_sd": found.sd,
                     f"{found.measure}_low": found.low, f"{found.measure}_high": found.high}
         mine = (comparisons[place] == list(key)).all(axis=1) & ~comparisons.over.isin(CONTROLS)

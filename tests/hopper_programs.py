@@ -22,6 +22,7 @@ class Program:
     def __init__(self, macros: dict[str, int | str], folder: Path, *, old: str = "", new: str = ""):
         """Text of the sources can be replaced, to see that a mistake is found."""
         self.macros = macros
+        folder = Path(tempfile.mkdtemp(dir=folder))  # a library is loaded once from each place
         columns = hopper.product_columns(macros)
         text = hopper.names() + "".join((hopper.FOLDER / name).read_text()
                                         for name in hopper.sources(macros)
@@ -70,7 +71,7 @@ class Launcher:
         def launch(*values: Tensor | float | int | None, **macros: int | str) -> None:
             key = tuple(macros.items())
             if key not in self.programs:
-                self.programs[key] = Program(macros, Path(tempfile.mkdtemp(dir=self.folder)))
+                self.programs[key] = Program(macros, self.folder)
             read, written = HALVES[hopper.sources(macros)[-1]]
             values = list(values)
             results = {i: values[i] for i in written if values[i] is not None}

@@ -66,7 +66,8 @@ def build(kind, config, dataset, *, device="cpu", autocast=torch.float32):
         for name, parameter in model.named_parameters():
             if name.endswith(".scale"):
                 parameter.fill_(0.3)
-    return kind(config, model.to(device), dataset, autocast=autocast)
+    return kind(config, model.to(device, memory_format=torch.channels_last), dataset,
+                autocast=autocast)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -10,11 +10,9 @@ from test_engine import build, tiny  # noqa: F401  (a fixture)
 from hnerv_clip.engine import FusedEngine, PlainEngine, make_engine
 from hnerv_clip.model import build_model
 from hnerv_clip.profiling import (
-    BACK,
     CLIP,
     DECODER,
     ENCODER,
-    OPTIMIZER,
     PARTS,
     PREFIX,
     REST,
@@ -83,7 +81,6 @@ def test_a_plain_step_has_every_part_and_stays_the_same(small_config, small_data
     assert isinstance(engine, PlainEngine)
     times = profile_step(engine, indices, weight=0.5, repeats=1)
     assert set(times) == {part for part in PARTS if clip_head or part != CLIP}
-    assert times[BACK] > times[OPTIMIZER]  # 5×5 convolutions, and a few thousand values
 
 
 def test_a_fused_step_has_every_part(tiny):  # noqa: F811

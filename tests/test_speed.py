@@ -170,6 +170,7 @@ def test_speeds_of_another_machine_are_read_for_the_same_network(bench_file):
         [8 * 2000, 8 / (1 / 1000 + 1 / 10), 80])
     assert costs["min"].tolist() == pytest.approx([8 * 1000, 8 / (1 / 500 + 1 / 5), 40])
     for change, message in [({"modelsize": 3}, "another network: modelsize=1.5, the run has 3.0"),
+                            ({"patch_grid": "8_16"}, "another network: patch_grid="),
                             ({"resize_list": "320_640"}, "another network: resize_list=''")]:
         with pytest.raises(ValueError, match=message):
             speed.read_decoding(bench_file, config.replace(**change), batch_size=4)

@@ -152,7 +152,6 @@ def _blocks(macros: dict[str, int]) -> int:
     return -(-rows * macros["XC"] // 8 // macros["BLOCK"])
 
 
-
 def _products(columns: int, weights_first: bool) -> str:
     """The macros WGMMA and WGMMA_REGISTERS(d, a, b, add): d[columns / 2] += a·b, or = a·b.
 

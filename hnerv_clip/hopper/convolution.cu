@@ -11,12 +11,8 @@ static_assert(STAGES * (STAGE_BYTES + 16) + WARPS * 8 * ROW == SHARED, "hopper.s
 
 #ifdef ACT
 __device__ inline float activate(float x) {
-  if (ACT == GELU) {  // as kernels.normal
-    float t = __fdividef(1.f, 1.f + 0.2316418882663604f * fabsf(x));
-    float tail = 0.5f * __expf(-0.5f * x * x) * t * (0.254829592f + t * (-0.284496736f + t * (
-        1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    return x * (x > 0 ? 1.f - tail : tail);
-  }
+  float bell;
+  if (ACT == GELU) return x * normal(x, bell);
   if (ACT == RELU) return fmaxf(x, 0.f);
   return ACT == SIN ? sinf(x) : __fdividef(x, 1.f + __expf(-x));
 }

@@ -13,12 +13,10 @@ constexpr int PRE_BYTES = BM / SW * CO * 2, STAGE_BYTES = PRE_BYTES + LINES * 16
 static_assert(STAGES * (STAGE_BYTES + 16) + 16 * K * WP == SHARED, "hopper.shared_bytes");
 
 __device__ inline float slope(float x) {
-  if (ACT == GELU) {  // as kernels.normal
-    const float t = __fdividef(1.f, 1.f + 0.2316418882663604f * fabsf(x));
-    const float bell = __expf(-0.5f * x * x);
-    const float tail = 0.5f * bell * t * (0.254829592f + t * (-0.284496736f + t * (
-        1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    return (x > 0 ? 1.f - tail : tail) + x * bell * 0.3989422804014327f;
+  if (ACT == GELU) {
+    float bell;
+    const float share = normal(x, bell);
+    return share + x * bell * 0.3989422804014327f;
   }
   if (ACT == RELU) return x > 0 ? 1.f : 0.f;
   if (ACT == SIN) return cosf(x);

@@ -277,7 +277,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from hnerv_clip.verify_runs import join_runs, study_words, verify_folders
+    from hnerv_clip.verify.pool import join_runs, study_words
+    from hnerv_clip.verify.run import verify_folders
 
     verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
                               seed=args.seed, near=args.near, labels=args.labels, force=args.force)

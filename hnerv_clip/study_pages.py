@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from hnerv_clip.runs import commit_words
-from hnerv_clip.statistics import pool_intervals
 from hnerv_clip.study import ENCODINGS, REMEDIES
 from hnerv_clip.study_table import read_study
-from hnerv_clip.verify import LIMITS
+from hnerv_clip.verify.scores import LIMITS
+from hnerv_clip.verify.time_series import pool_intervals
 
 KINDS = {"hybrid": "hybrid", "xyt": "place and time", "pe": "time alone"}
 PARTS = {"train": "training frames", "held_out": "held-out frames"}

@@ -194,7 +194,7 @@ def _make_run(name: str, config: Config, options: dict[str, Any]) -> None:
     from hnerv_clip.evaluate import load_run
     from hnerv_clip.study_table import measure_run
     from hnerv_clip.train import train
-    from hnerv_clip.verify_runs import verify_run, write_verification
+    from hnerv_clip.verify.run import verify_run, write_verification
 
     run_dir = options["folder"] / name
     train(config, run_dir, cache_dir=options["cache_dir"], progress=False)
@@ -219,9 +219,9 @@ def prepare_study(configs: Iterable[Config], *, base: Config, cache_dir: str | P
         ConfigError: see `check_run` and `prepare_dataset`.
     """
     from hnerv_clip.dataset import prepare_dataset
-    from hnerv_clip.positions import place_grids
     from hnerv_clip.teachers import teacher_embeddings
     from hnerv_clip.train import check_run
+    from hnerv_clip.verify.positions import place_grids
 
     wanted: dict[tuple, tuple[Config, bool]] = {}
     for config in configs:

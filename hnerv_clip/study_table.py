@@ -52,7 +52,7 @@ def measure_run(run, *, grid: str, cache_dir: str | Path) -> pd.DataFrame:
     """
     from hnerv_clip.evaluate import sources_of
     from hnerv_clip.patches import make_grid
-    from hnerv_clip.positions import ask_places
+    from hnerv_clip.verify.positions import ask_places
 
     taught = make_grid(run.config.replace(patch_grid=grid).teacher, run.dataset.video.frame_hw)
     split, found = run.dataset.split, []
@@ -71,7 +71,6 @@ def measure_run(run, *, grid: str, cache_dir: str | Path) -> pd.DataFrame:
 def _measures(name: str, place, frames: np.ndarray, train: np.ndarray, known: np.ndarray
               ) -> dict[str, float]:
     """The columns of `measure_run` for a `positions.Place` on some frames."""
-    from hnerv_clip.controls import interpolate_teacher, nearest_training_frame
     from hnerv_clip.measures import (
         centred_cosine,
         cosine,
@@ -80,7 +79,8 @@ def _measures(name: str, place, frames: np.ndarray, train: np.ndarray, known: np
         skill,
         unit,
     )
-    from hnerv_clip.statistics import MIN_FRAMES, mean_interval, smooth_interval
+    from hnerv_clip.verify.baselines import interpolate_teacher, nearest_training_frame
+    from hnerv_clip.verify.time_series import MIN_FRAMES, mean_interval, smooth_interval
 
     own, right = place.network[frames], place.teacher[frames]
     raw, constant = cosine(own, right).mean(1), cosine(unit(known), right).mean(1)  # [N]

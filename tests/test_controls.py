@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
 
-from hnerv_clip import controls, measures, statistics
+from hnerv_clip import measures
 from hnerv_clip.measures import debiased_cka, label_agreement, retrieval_ranks, retrieval_summary
+from hnerv_clip.verify import baselines, side_file, simulation, time_series
 
 
 def unit_vectors(shape, seed=0):
@@ -15,18 +16,18 @@ def unit_vectors(shape, seed=0):
 
 def test_spatial_shuffle_stays_in_the_frame():
     embeddings = np.arange(5 * 4, dtype=np.float32).reshape(5, 4, 1)
-    moved = controls.shuffle_space(embeddings, np.random.default_rng(0))
+    moved = baselines.shuffle_space(embeddings, np.random.default_rng(0))
     assert (moved != embeddings).all()
     np.testing.assert_array_equal(np.sort(moved[..., 0]), embeddings[..., 0])
     with pytest.raises(ValueError, match="at least 2 patches"):
-        controls.shuffle_space(embeddings[:, :1], np.random.default_rng(0))
+        baselines.shuffle_space(embeddings[:, :1], np.random.default_rng(0))
 
 
 def test_interpolation_by_hand():
     # One patch, turning by 10 degrees a frame; frames 0, 1, 4 train.
     angles = np.radians([0, 10, 77, 77, 40])
     teacher = np.stack([np.cos(angles), np.sin(angles)], axis=-1)[:, None].astype(np.float32)
-    found = controls.interpolate_teacher(teacher, [0, 1, 4], [1, 2, 3, 4, 0])[:, 0]
+    found = baselines.interpolate_teacher(teacher, [0, 1, 4], [1, 2, 3, 4, 0])[:, 0]
     between = [teacher[0] * 3 / 4 + teacher[4] / 4, teacher[1] * 2 / 3 + teacher[4] / 3,
                teacher[1] / 3 + teacher[4] * 2 / 3, teacher[1], teacher[1]]
     np.testing.assert_allclose(found, measures.unit(np.array(between))[:, 0], atol=1e-6)
@@ -38,13 +39,13 @@ def test_linear_map_recovers_a_linear_relation():
     weights = rng.standard_normal((12, 4 * 8))
     teacher = measures.unit((inputs.reshape(60, 12) @ weights).reshape(60, 4, 8)).astype("f")
     train = np.arange(60) % 5 != 4
-    found = controls.linear_map(inputs, teacher, np.flatnonzero(train))
+    found = baselines.linear_map(inputs, teacher, np.flatnonzero(train))
     plain = LinearRegression().fit(inputs.reshape(60, -1)[train], teacher.reshape(60, -1)[train])
     expected = measures.unit(plain.predict(inputs.reshape(60, -1)).reshape(60, 4, 8))
     assert measures.cosine(found, expected).min() > 0.99
     assert measures.cosine(found, teacher)[~train].mean() > 0.9
     with pytest.raises(ValueError, match="59 frames for 60"):
-        controls.linear_map(inputs[1:], teacher, [0, 1])
+        baselines.linear_map(inputs[1:], teacher, [0, 1])
 
 
 def slow_embeddings(frames=40, patches=4, dim=48):
@@ -58,9 +59,9 @@ def test_side_file_keeps_its_budget_and_decodes_from_its_bytes_alone():
     embeddings = slow_embeddings()
     quality = []
     for budget in (400, 1000, 4000):
-        stored = controls.write_side_file(embeddings, budget)
+        stored = side_file.write_side_file(embeddings, budget)
         assert stored.size_bytes == len(stored.data) <= budget
-        np.testing.assert_array_equal(controls.read_side_file(stored.data), stored.embeddings)
+        np.testing.assert_array_equal(side_file.read_side_file(stored.data), stored.embeddings)
         quality.append(measures.cosine(stored.embeddings, embeddings).mean())
     assert quality == sorted(quality) and quality[-1] > 0.999
 
@@ -69,16 +70,16 @@ def test_side_file_of_training_frames_answers_for_all():
     embeddings, train = slow_embeddings(), np.flatnonzero(np.arange(40) % 5 != 4)
     hidden = embeddings.copy()
     hidden[4::5] = np.nan  # held-out frames must not be read
-    stored, answers = controls.store_embeddings(hidden, train, 4000)
+    stored, answers = side_file.store_embeddings(hidden, train, 4000)
     np.testing.assert_array_equal(answers[train], stored.embeddings)
     assert measures.cosine(answers, embeddings)[4::5].min() > 0.9
 
 
 def test_side_file_says_what_is_wrong():
     with pytest.raises(ValueError, match="50 bytes does not hold the mean"):
-        controls.write_side_file(slow_embeddings(), 50)
+        side_file.write_side_file(slow_embeddings(), 50)
     with pytest.raises(ValueError, match="not a side file"):
-        controls.read_side_file(b"PK\x03\x04 and so on")
+        side_file.read_side_file(b"PK\x03\x04 and so on")
 
 
 def test_retrieval_by_hand():
@@ -163,11 +164,11 @@ def test_interval_of_cka_covers_it():
     rng = np.random.default_rng(0)
 
     def made(frames):
-        common, own = statistics.autoregression(rng, 2, frames, 3 * 8, 0.5)
+        common, own = simulation.autoregression(rng, 2, frames, 3 * 8, 0.5)
         return [x.reshape(frames, 3, 8) for x in (common, common + 0.7 * own)]
 
     truth = debiased_cka(*(x.reshape(-1, 8) for x in made(20000)))
-    found = [statistics.smooth_interval(*measures.cka_without_frames(*made(60)))
+    found = [time_series.smooth_interval(*measures.cka_without_frames(*made(60)))
              for _ in range(100)]
     assert 0.88 < np.mean([x.low <= truth <= x.high for x in found]) <= 0.99
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from test_verify import slow_video
 
-from hnerv_clip import evaluate, figures, measures, positions, statistics
+from hnerv_clip import evaluate, figures, measures
 from hnerv_clip.config import Config
 from hnerv_clip.patches import PatchGrid, make_grid
 from hnerv_clip.train import train
+from hnerv_clip.verify import positions, time_series
 
 GRID = PatchGrid(frame=(640, 1280), size=(448, 448), tops=(0, 192), lefts=(0, 277, 555, 832))
 
@@ -76,7 +77,7 @@ def test_positions_by_hand():
     table = positions.summarise_positions(scores.assign(source="coordinates"))
     row = table.set_index(["split", "where", "answer"]).loc[("train", "between", "network")]
     series = between[(between.answer == "network") & (between.split == "train")].clip_centred
-    found = statistics.mean_interval(series.to_numpy())
+    found = time_series.mean_interval(series.to_numpy())
     assert (row.clip_centred, row.low, row.high) == pytest.approx(
         (found.mean, found.low, found.high))
     assert (row.frames, row.positions) == (15, 1)

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hnerv_clip import speed, verify_runs
+from hnerv_clip import speed
 from hnerv_clip.config import Config
 from hnerv_clip.figures.speed import plot_growth, plot_profile
+from hnerv_clip.verify import costs
 
 MADE = {"commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.11.0"}, "threads": 8}
 REFERENCE = {"source": "Somewhere", "rows": [
@@ -165,10 +166,10 @@ def test_speeds_of_another_machine_are_read_for_the_same_network(bench_file):
     assert where == "a GPU, measured apart, commit 0123456789ab"
     run = SimpleNamespace(config=config, dataset=SimpleNamespace(grid=range(8),
                                                                  teacher_label=LABEL))
-    costs, said = verify_runs.read_costs(bench_file, run)
-    assert said == where and costs.embeddings_per_s.tolist() == pytest.approx(
+    table, said = costs.read_costs(bench_file, run)
+    assert said == where and table.embeddings_per_s.tolist() == pytest.approx(
         [8 * 2000, 8 / (1 / 1000 + 1 / 10), 80])
-    assert costs["min"].tolist() == pytest.approx([8 * 1000, 8 / (1 / 500 + 1 / 5), 40])
+    assert table["min"].tolist() == pytest.approx([8 * 1000, 8 / (1 / 500 + 1 / 5), 40])
     for change, message in [({"modelsize": 3}, "another network: modelsize=1.5, the run has 3.0"),
                             ({"patch_grid": "8_16"}, "another network: patch_grid="),
                             ({"resize_list": "320_640"}, "another network: resize_list=''")]:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hnerv_clip import statistics
-from hnerv_clip.statistics import (
-    autoregression,
+from hnerv_clip.verify import simulation, time_series
+from hnerv_clip.verify.simulation import autoregression
+from hnerv_clip.verify.time_series import (
     holm,
     mean_interval,
     median_interval,
@@ -50,13 +50,13 @@ def test_shift_test_finds_what_is_aligned_and_bounds_its_p():
 
 @pytest.mark.parametrize("rho", [0, 0.5, 0.9, 0.99])
 def test_shift_test_keeps_its_level_on_autocorrelated_data(rho):
-    found = statistics.simulate_shift_test(datasets=2000, frames=60, rhos=(rho,), effects=(0,))
+    found = simulation.simulate_shift_test(datasets=2000, frames=60, rhos=(rho,), effects=(0,))
     assert found.datasets[0] == 2000
     assert 0.035 <= found.rejected[0] <= 0.06  # of slow series it rejects a little less than 5 %
 
 
 def test_shift_test_has_power():
-    found = statistics.simulate_shift_test(datasets=200, frames=60, rhos=(0, 0.9), effects=(0.3,))
+    found = simulation.simulate_shift_test(datasets=200, frames=60, rhos=(0, 0.9), effects=(0.3,))
     assert found.rejected[0] > 0.99 and found.rejected[1] > 0.9
 
 
@@ -84,45 +84,45 @@ def test_standard_error_is_that_of_resampled_blocks():
     """The closed form against drawing moving blocks, before the small-sample factor."""
     rng = np.random.default_rng(0)
     series = next(one for one in autoregression(rng, 50, 120, 1, 0.6)[..., 0]
-                  if 120 % statistics.block_length(one) == 0 and statistics.block_length(one) > 3)
+                  if 120 % time_series.block_length(one) == 0 and time_series.block_length(one) > 3)
     found = mean_interval(series)
     starts = rng.integers(0, 121 - found.block, (20000, 120 // found.block))
     means = series[starts[..., None] + np.arange(found.block)].mean(axis=(1, 2))
-    rho, share = statistics.cautious_lag_one(series), found.block / 120
-    factor = statistics._inflation(120, rho) / (
-        statistics._inflation(found.block, rho) - share * statistics._inflation(120, rho))
+    rho, share = time_series.cautious_lag_one(series), found.block / 120
+    factor = time_series._inflation(120, rho) / (
+        time_series._inflation(found.block, rho) - share * time_series._inflation(120, rho))
     assert found.standard_error == pytest.approx(means.std() * factor ** 0.5, rel=0.02)
 
 
 def test_inflation_against_the_sum_of_covariances():
     lags = np.abs(np.subtract.outer(np.arange(7), np.arange(7)))
-    assert statistics._inflation(7, 0.6) == pytest.approx((0.6 ** lags).sum() / 7)
-    assert statistics._inflation(7, 0.0) == 1
+    assert time_series._inflation(7, 0.6) == pytest.approx((0.6 ** lags).sum() / 7)
+    assert time_series._inflation(7, 0.0) == 1
 
 
 def test_blocks_grow_with_autocorrelation():
     rng = np.random.default_rng(0)
-    lengths = [np.mean([statistics.block_length(one[:, 0])
+    lengths = [np.mean([time_series.block_length(one[:, 0])
                         for one in autoregression(rng, 50, 200, 1, rho)])
                for rho in (0, 0.5, 0.9)]
     assert lengths[0] < 3 < lengths[1] < 10 < lengths[2]
-    estimates = [statistics.lag_one(one[:, 0]) for one in autoregression(rng, 500, 40, 1, 0.7)]
+    estimates = [time_series.lag_one(one[:, 0]) for one in autoregression(rng, 500, 40, 1, 0.7)]
     assert np.mean(estimates) == pytest.approx(0.7, abs=0.03)
 
 
 def test_intervals_cover_and_tests_keep_their_level():
-    found = statistics.simulate_interval(datasets=2000, frames=(26, 53, 106),
+    found = simulation.simulate_interval(datasets=2000, frames=(26, 53, 106),
                                          rhos=(0, 0.5, 0.8))
     assert set(found.datasets) == {2000} and (found.covered > 0.9).all()
     assert (found.rejected <= 0.06 + 2 * 0.005).all()  # 5 % ± 1, and two standard errors
     # A slower series needs more frames: the page must not promise more than this.
-    slow = statistics.simulate_interval(datasets=2000, frames=(13, 53), rhos=(0.9,)).rejected
+    slow = simulation.simulate_interval(datasets=2000, frames=(13, 53), rhos=(0.9,)).rejected
     assert 0.07 < slow[0] < 0.15 and slow[1] < 0.07
 
 
 def test_the_cautious_estimate_is_what_keeps_the_level(monkeypatch):
-    monkeypatch.setattr(statistics, "cautious_lag_one", statistics.lag_one)
-    plain = statistics.simulate_interval(datasets=2000, frames=(26,), rhos=(0.8, 0.9))
+    monkeypatch.setattr(time_series, "cautious_lag_one", time_series.lag_one)
+    plain = simulation.simulate_interval(datasets=2000, frames=(26,), rhos=(0.8, 0.9))
     assert (plain.rejected > 0.07).all()
 
 
@@ -130,7 +130,7 @@ def test_found_is_the_power_of_the_moved_series():
     rng = np.random.default_rng(0)
     series = autoregression(rng, 200, 26, 1, 0.5)[..., 0]
     by_hand = np.mean([mean_interval(one + 0.5).p <= 0.05 for one in series])
-    found = statistics.simulate_interval(datasets=200, frames=(26,), rhos=(0.5,), seed=0)
+    found = simulation.simulate_interval(datasets=200, frames=(26,), rhos=(0.5,), seed=0)
     assert found.found[0] == pytest.approx(by_hand)
 
 

@@ -19,7 +19,7 @@ from hnerv_clip.study_runner import run_study
 from hnerv_clip.study_table import StudyError
 from hnerv_clip.teachers import load_teacher
 from hnerv_clip.train import check_run
-from hnerv_clip.verify_runs import read_verification
+from hnerv_clip.verify.run import read_verification
 
 FULL = study_base("full", {"teacher": "efficientnet-lite0", "clip_dim": 1280})
 

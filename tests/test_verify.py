@@ -5,7 +5,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from hnerv_clip import controls, measures, statistics, verify
+from hnerv_clip import measures
+from hnerv_clip.verify import baselines, simulation, time_series, verdict
+from hnerv_clip.verify import report as verify_report
+from hnerv_clip.verify import scores as verify_scores
 
 
 def unit_vectors(shape, seed=0):
@@ -16,7 +19,7 @@ def unit_vectors(shape, seed=0):
 def slow_video(frames=60, patches=4, dim=32, seed=0, rho=0.5):
     """Teacher embeddings with a common part, a part per position and one that comes and goes."""
     rng = np.random.default_rng(seed)
-    moving = statistics.autoregression(rng, 1, frames, patches * dim, rho)[0]
+    moving = simulation.autoregression(rng, 1, frames, patches * dim, rho)[0]
     moving = moving.reshape(frames, patches, dim)
     vectors = moving + rng.standard_normal((patches, dim)) + 2 * rng.standard_normal(dim)
     return measures.unit(vectors).astype(np.float32)
@@ -26,7 +29,7 @@ HELD_OUT = np.arange(60) % 5 == 4
 
 
 def study(predicted, teacher, **options):
-    return verify.verify_embeddings(predicted, teacher, ~HELD_OUT, HELD_OUT, **options)
+    return verify_scores.verify_embeddings(predicted, teacher, ~HELD_OUT, HELD_OUT, **options)
 
 
 def mean_of(result, split, condition, column="clip_centred_mean"):
@@ -62,14 +65,14 @@ def test_skill_by_hand():
 
 def test_nearest_training_frame_is_another_one_and_the_earlier_of_two():
     train = np.array([0, 1, 2, 3, 5, 6])
-    near = controls.nearest_training_frame(np.array([0, 2, 4, 5, 9]), train)
+    near = baselines.nearest_training_frame(np.array([0, 2, 4, 5, 9]), train)
     assert near.tolist() == [1, 1, 3, 6, 6]
 
 
 def test_shuffles_move_everything_and_differ():
     embeddings = np.arange(7 * 3, dtype=np.float32).reshape(7, 3, 1)
-    pairs = controls.shuffle_pairs(embeddings, np.random.default_rng(0))
-    time = controls.shuffle_time(embeddings, np.random.default_rng(0))
+    pairs = baselines.shuffle_pairs(embeddings, np.random.default_rng(0))
+    time = baselines.shuffle_time(embeddings, np.random.default_rng(0))
     for moved in (pairs, time):
         assert sorted(moved.ravel()) == sorted(embeddings.ravel())
         assert (moved != embeddings).all()
@@ -96,11 +99,11 @@ def test_baselines_see_training_frames_only():
     teacher = slow_video()
     changed = teacher.copy()
     changed[HELD_OUT] = unit_vectors(changed[HELD_OUT].shape, seed=5)
-    for name, answer in controls.conditions(
+    for name, answer in baselines.conditions(
             teacher, changed, np.flatnonzero(~HELD_OUT), np.flatnonzero(HELD_OUT),
             np.random.default_rng(0)).items():
-        if name not in ("learned", *verify.CONTROLS):
-            same = controls.conditions(teacher, teacher, np.flatnonzero(~HELD_OUT),
+        if name not in ("learned", *verdict.CONTROLS):
+            same = baselines.conditions(teacher, teacher, np.flatnonzero(~HELD_OUT),
                                      np.flatnonzero(HELD_OUT), np.random.default_rng(0))[name]
             np.testing.assert_array_equal(answer, same)
 
@@ -148,7 +151,7 @@ def test_same_seed_same_numbers():
 
 def test_report_names_what_was_measured():
     result = study(slow_video(seed=2), slow_video(), source="encoder", teacher_label="A (not CLIP)")
-    text = verify.report_text(result)
+    text = verify_report.report_text(result)
     for words in ("Teacher: A (not CLIP)", "the model sees the frame", "Learned (Your Model)",
                   "no prediction", "IMPROVEMENT ANALYSIS"):
         assert words in text
@@ -156,10 +159,10 @@ def test_report_names_what_was_measured():
 
 def test_no_held_out_frames_gives_no_verdict():
     teacher = slow_video()
-    result = verify.verify_embeddings(teacher, teacher, np.arange(60), [])
+    result = verify_scores.verify_embeddings(teacher, teacher, np.arange(60), [])
     assert result.verdict["learned"] is None and "no frame was held out" in result.verdict["honest"]
     assert set(result.table.split) == {"train"}
-    assert "No verdict" in verify.report_text(result)
+    assert "No verdict" in verify_report.report_text(result)
 
 
 def bad_inputs():
@@ -191,7 +194,7 @@ def test_bad_arrays_are_refused(_, predicted, teacher, message):
 ])
 def test_bad_frames_are_refused(train, held_out, message):
     with pytest.raises(ValueError, match=message):
-        verify.verify_embeddings(slow_video(), slow_video(), train, held_out)
+        verify_scores.verify_embeddings(slow_video(), slow_video(), train, held_out)
 
 
 def test_unknown_source_is_refused():
@@ -206,7 +209,7 @@ def test_figures_name_the_teacher_and_the_source():
         figure = plot(result.scores, "A (not CLIP)", result.source)
         words = " ".join(text.get_text() for text in figure.texts)
         assert "A (not CLIP)" in words and "interpolated" in words
-    only_train = verify.verify_embeddings(slow_video(), slow_video(), np.arange(60), [])
+    only_train = verify_scores.verify_embeddings(slow_video(), slow_video(), np.arange(60), [])
     figures.plot_conditions(only_train.scores, "A")
     figures.plot_similarity_over_time(only_train.scores, "A")
 
@@ -241,17 +244,18 @@ def test_comparisons_agree_with_their_parts():
     frames = result.scores[result.scores.split == "train"].pivot_table(
         index="frame", columns="condition", values="clip_centred")
     series = (frames.learned - frames.position).to_numpy()
-    found = statistics.mean_interval(series)
+    found = time_series.mean_interval(series)
     assert (row.difference, row.low, row.p) == pytest.approx((series.mean(), found.low, found.p))
     assert row.effect_size == pytest.approx(series.mean() / series.std(ddof=1))
     family = result.comparisons[result.comparisons.split == "train"]
-    np.testing.assert_allclose(family.p_holm, statistics.holm(family.p))
-    words = verify.comparison_table(result.comparisons).set_index(["split", "over"])
+    np.testing.assert_allclose(family.p_holm, time_series.holm(family.p))
+    words = verify_report.comparison_table(result.comparisons).set_index(["split", "over"])
     cells = words.loc["train", "Mean per Position"]
     assert cells.difference == f"{row.difference:.3f} [{row.low:.3f}, {row.high:.3f}]"
     assert cells["effect size"] == f"{row.effect_size:.2f}" and cells.frames == 48
-    few = verify.verify_embeddings(teacher, teacher, np.arange(50), np.arange(50, 55)).comparisons
-    words = verify.comparison_table(few[few.split == "held_out"])
+    few = verify_scores.verify_embeddings(
+        teacher, teacher, np.arange(50), np.arange(50, 55)).comparisons
+    words = verify_report.comparison_table(few[few.split == "held_out"])
     assert set(words["p (Holm)"]) == {"too few frames"} and "[" not in words.difference[0]
 
 
@@ -263,18 +267,18 @@ def test_measures_carry_the_intervals_of_their_series():
     frames = np.flatnonzero(~HELD_OUT)
     ranks = measures.retrieval_ranks(predicted[frames], teacher, frames)
     hits = (ranks["rank"].to_numpy().reshape(48, 4) <= 1).mean(1)
-    expected = {"r1": statistics.mean_interval(hits), "median_rank": statistics.median_interval(
+    expected = {"r1": time_series.mean_interval(hits), "median_rank": time_series.median_interval(
         ranks["rank"].to_numpy().reshape(48, 4)),
-        "cka": statistics.smooth_interval(*measures.cka_without_frames(
+        "cka": time_series.smooth_interval(*measures.cka_without_frames(
             predicted[frames], teacher[frames]))}
     for measure, found in expected.items():
         row = rows.loc[("learned", measure)]
         assert (row.value, row.low, row.high) == pytest.approx((found.mean, found.low, found.high))
-    constant = controls.conditions(predicted, teacher, frames, frames,
+    constant = baselines.conditions(predicted, teacher, frames, frames,
                                    np.random.default_rng(0))["mean"]
     away, reference = (1 - measures.cosine(x, teacher[frames]).mean(1)
                        for x in (predicted[frames], constant))
-    found = statistics.smooth_interval(1 - away.sum() / reference.sum(), 1 - (
+    found = time_series.smooth_interval(1 - away.sum() / reference.sum(), 1 - (
         away.sum() - away) / (reference.sum() - reference))
     row = rows.loc[("learned", "skill")]
     assert (row.value, row.low, row.high) == pytest.approx((found.mean, found.low, found.high))
@@ -295,7 +299,7 @@ def test_words_are_ranked_and_given_as_scipy_and_labels_say():
                         for k in range(3)])
 
     everything = np.arange(len(frames))
-    found = statistics.smooth_interval(correlation(everything), np.array(
+    found = time_series.smooth_interval(correlation(everything), np.array(
         [correlation(np.delete(everything, i)) for i in everything]))
     row = rows.loc["held_out", "learned", "text_rank"]
     assert (row.value, row.low, row.high) == pytest.approx(
@@ -337,22 +341,23 @@ def test_no_interval_where_frames_agree_or_are_few():
     assert rows.value["train", "learned", "r1"] == 1
     assert np.isnan(rows.low["train", "learned", "r1"])
     assert np.isnan(rows.value["train", "mean", "cka"])  # a constant has no structure
-    few = verify.verify_embeddings(teacher, teacher, np.arange(50), np.arange(50, 55)).measures
+    few = verify_scores.verify_embeddings(
+        teacher, teacher, np.arange(50), np.arange(50, 55)).measures
     held_out = few[few.split == "held_out"]
     assert held_out.low.isna().all() and held_out[held_out.measure != "cka"].value.notna().all()
-    table = verify.measure_table(result.measures, ("clip_centred", "r1"))
+    table = verify_report.measure_table(result.measures, ("clip_centred", "r1"))
     assert list(table) == ["split", "condition", "centred cosine", "R@1"]
     assert table["R@1"][0] == "1" and "[" in table["centred cosine"][5]
 
 
 def test_few_held_out_frames_give_differences_and_say_so():
     teacher = slow_video()
-    result = verify.verify_embeddings(teacher, teacher, np.arange(50), np.arange(50, 55))
+    result = verify_scores.verify_embeddings(teacher, teacher, np.arange(50), np.arange(50, 55))
     held_out = result.comparisons[result.comparisons.split == "held_out"]
     assert held_out.p.isna().all() and held_out.difference.notna().all()
     assert result.verdict["learned"] is None and result.verdict["beaten"] == []
     assert "NOT PROVEN" in result.verdict["honest"] and "too few" in result.verdict["honest"]
-    assert "too few frames for a test" in verify.report_text(result)
+    assert "too few frames for a test" in verify_report.report_text(result)
 
 
 def test_aligned_and_shifted_predictions_are_told_apart():
@@ -379,5 +384,5 @@ def test_study_figures_draw_every_table():
                                      "A (not CLIP)")]
     for figure in drawn:
         assert any("A (not CLIP)" in text.get_text() for text in figure.texts)
-    figures.plot_simulations(statistics.simulate_shift_test(datasets=20, frames=20),
-                             statistics.simulate_interval(datasets=20))
+    figures.plot_simulations(simulation.simulate_shift_test(datasets=20, frames=20),
+                             simulation.simulate_interval(datasets=20))

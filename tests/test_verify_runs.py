@@ -10,19 +10,14 @@ import pandas as pd
 import pytest
 from test_verify import HELD_OUT, slow_video, unit_vectors
 
-from hnerv_clip import (
-    controls,
-    evaluate,
-    figures,
-    measures,
-    positions,
-    statistics,
-    verify,
-    verify_runs,
-)
+from hnerv_clip import evaluate, figures, measures
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.runs import RunDir, RunError
 from hnerv_clip.train import train
+from hnerv_clip.verify import costs, positions, side_file, time_series, verdict
+from hnerv_clip.verify import pool as verify_pool
+from hnerv_clip.verify import run as verifying
+from hnerv_clip.verify import scores as verify_scores
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +29,13 @@ def small_run(small_config, small_dataset, cache_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studies(small_run):
-    return verify_runs.verify_run(small_run)
+    return verifying.verify_run(small_run)
 
 
 def test_a_run_is_verified_against_all_baselines(small_run, studies):
     assert list(studies) == ["encoder", "interpolated"]
     study = studies["interpolated"]
-    wanted = {*verify.CONDITIONS, "Untrained Head", "Linear Map", "Side File"}
+    wanted = {*verdict.CONDITIONS, "Untrained Head", "Linear Map", "Side File"}
     conditions = study.table.groupby("split").condition.agg(set)
     assert conditions["train"] == wanted
     assert conditions["held_out"] == wanted | {"Teacher on Decoded Frame"}
@@ -48,15 +43,15 @@ def test_a_run_is_verified_against_all_baselines(small_run, studies):
     np.testing.assert_allclose(study.predicted, own, atol=1e-6)
     # Held-out frames are all that did not train, skipped ones too.
     split = small_run.dataset.split
-    assert verify_runs.held_out_frames(small_run).tolist() == split.val.tolist()
+    assert verifying.held_out_frames(small_run).tolist() == split.val.tolist()
     skipping = dataclasses.replace(split, train=split.train[1:])
     cut = dataclasses.replace(small_run, dataset=dataclasses.replace(
         small_run.dataset, split=skipping))
-    assert verify_runs.held_out_frames(cut)[0] == split.train[0]
+    assert verifying.held_out_frames(cut)[0] == split.train[0]
 
 
 def test_untrained_head_is_the_only_difference(small_run):
-    untrained = verify_runs._untrained_head(small_run, seed=1)
+    untrained = verifying._untrained_head(small_run, seed=1)
     own, other = small_run.model.state_dict(), untrained.state_dict()
     differ = {name for name in own if not own[name].equal(other[name])}
     assert differ and all(name.startswith("clip_head") for name in differ)
@@ -64,23 +59,23 @@ def test_untrained_head_is_the_only_difference(small_run):
 
 def test_files_are_written_whole_and_known_by_their_checkpoint(small_run, studies, monkeypatch):
     folder = small_run.run_dir.path
-    paths = verify_runs.write_verification(small_run, studies)
+    paths = verifying.write_verification(small_run, studies)
     assert {path.name for path in paths} == {f"verification.{x}" for x in ("csv", "json", "txt")}
     assert not list(folder.glob(".verification*"))
     table = pd.read_csv(paths[0])
     assert set(table.source) == set(studies) and set(table.kind) == {"hybrid"}
     text = paths[1].read_text()
     assert text.count("CLIP LEARNING VERIFICATION RESULTS") == 2 and "not CLIP" in text
-    assert verify_runs.find_verified(folder.parent) == [folder]
-    assert verify_runs.is_verified(folder) and not verify_runs.is_verified(folder, seed=1)
-    assert not verify_runs.is_verified(folder, labels="hare; barn")
-    monkeypatch.setattr(verify_runs, "checkpoint_digest", lambda folder: "other")
-    assert not verify_runs.is_verified(folder)
+    assert verifying.find_verified(folder.parent) == [folder]
+    assert verifying.is_verified(folder) and not verifying.is_verified(folder, seed=1)
+    assert not verifying.is_verified(folder, labels="hare; barn")
+    monkeypatch.setattr(verifying, "checkpoint_digest", lambda folder: "other")
+    assert not verifying.is_verified(folder)
 
 
 def test_labels_are_kept_with_what_they_gave(small_run, studies):
     labels = "hare; barn; valley"
-    found = verify_runs.verify_run(small_run, labels=labels)
+    found = verifying.verify_run(small_run, labels=labels)
     words = ["text_rank", "text_top20", "label_top1"]
     for source, study in found.items():
         rows = study.measures.set_index(["split", "condition", "measure"]).value
@@ -88,18 +83,18 @@ def test_labels_are_kept_with_what_they_gave(small_run, studies):
         assert rows["held_out", "Teacher on Decoded Frame"][words].between(-1, 1).all()
         rest = study.measures[~study.measures.measure.isin(words)].reset_index(drop=True)
         pd.testing.assert_frame_equal(rest, studies[source].measures)
-    verify_runs.write_verification(small_run, found, labels=labels)
+    verifying.write_verification(small_run, found, labels=labels)
     folder = small_run.run_dir.path
-    assert verify_runs.is_verified(folder, labels=["hare", "barn", "valley"])
-    assert verify_runs.is_verified(folder) and not verify_runs.is_verified(folder, labels="hare")
-    joined = verify_runs.join_runs([folder])
-    assert "same label" in verify_runs.study_words(joined)
-    assert verify_runs.alignment_words(joined)["largest p"].str.contains("of .* shifts").all()
+    assert verifying.is_verified(folder, labels=["hare", "barn", "valley"])
+    assert verifying.is_verified(folder) and not verifying.is_verified(folder, labels="hare")
+    joined = verify_pool.join_runs([folder])
+    assert "same label" in verify_pool.study_words(joined)
+    assert verify_pool.alignment_words(joined)["largest p"].str.contains("of .* shifts").all()
     for bad, error, message in [("hare; hare", ValueError, "twice"),
                                 ("hare; ; barn", ValueError, "empty"),
                                 ("hare; quux", ConfigError, "quux")]:
         with pytest.raises(error, match=message):
-            verify_runs.verify_run(small_run, labels=bad)
+            verifying.verify_run(small_run, labels=bad)
 
 
 def test_a_run_without_head_is_refused(small_config, small_run):
@@ -107,7 +102,7 @@ def test_a_run_without_head_is_refused(small_config, small_run):
     model = evaluate.build_model(config.model, frame_hw=small_run.model.frame_hw,
                                  frame_count=small_run.model.frame_count)
     blind = dataclasses.replace(small_run, config=config, model=model.eval())
-    for ask in (verify_runs.verify_run, positions.position_scores):  # as search does
+    for ask in (verifying.verify_run, positions.position_scores):  # as search does
         with pytest.raises(ConfigError, match="no CLIP head"):
             ask(blind)
 
@@ -119,11 +114,11 @@ def made_run(folder, *, video="bunny", seed=0, offset=None, **params):
     teacher = slow_video(seed=sum(map(ord, video)))
     noise = unit_vectors(teacher.shape, seed=100 + seed)
     predicted = measures.unit(teacher + (0.8 if offset is None else offset) * noise)
-    study = verify.verify_embeddings(predicted, teacher, ~HELD_OUT, HELD_OUT,
+    study = verify_scores.verify_embeddings(predicted, teacher, ~HELD_OUT, HELD_OUT,
                                      source="coordinates", teacher_label="A (not CLIP)")
     run = SimpleNamespace(run_dir=RunDir(folder), config=config, dataset=SimpleNamespace(
         video=SimpleNamespace(name=video), teacher_name="a"))
-    verify_runs.write_verification(run, {"coordinates": study})
+    verifying.write_verification(run, {"coordinates": study})
     return study
 
 
@@ -132,8 +127,8 @@ def test_seeds_are_joined(tmp_path):
         tmp_path / f"{video}{embed[:2]}{seed}", video=video, embed=embed, seed=seed)
         for video in ("bunny", "bikes") for embed in ("pe_1.25_80", "xyt_1.25_80")
         for seed in range(3)}
-    assert len(verify_runs.find_verified(tmp_path, "b*xy?")) == 6
-    study = verify_runs.join_runs(verify_runs.find_verified(tmp_path))
+    assert len(verifying.find_verified(tmp_path, "b*xy?")) == 6
+    study = verify_pool.join_runs(verifying.find_verified(tmp_path))
     assert len(study.runs) == 12 and len(study.table) == 2 * 2 * 2
     assert set(study.runs.epochs) == {300} and set(study.table.seeds) == {3}
     assert study.teacher_label == "A (not CLIP)"
@@ -141,24 +136,24 @@ def test_seeds_are_joined(tmp_path):
     own = [made["bunny", "xyt_1.25_80", seed] for seed in range(3)]
     found = pd.DataFrame([one.measures.set_index(["split", "condition", "measure"]).loc[
         ("held_out", "learned", "clip_centred")] for one in own])
-    pooled = statistics.pool_intervals(found.value, found.standard_error, found.freedom)
+    pooled = time_series.pool_intervals(found.value, found.standard_error, found.freedom)
     assert row.clip_centred == pytest.approx(found.value.mean())
     assert row.clip_centred_sd == pytest.approx(found.value.std())
     assert (row.clip_centred_low, row.clip_centred_high) == pytest.approx((pooled.low, pooled.high))
     held_out = study.comparisons[study.comparisons.split == "held_out"]
-    np.testing.assert_allclose(held_out.p_holm, statistics.holm(held_out.p))
+    np.testing.assert_allclose(held_out.p_holm, time_series.holm(held_out.p))
     beaten = held_out[(held_out.video == "bunny") & (held_out.kind == "xyt")
-                      & (held_out.outcome == "beaten") & ~held_out.over.isin(verify.CONTROLS)]
+                      & (held_out.outcome == "beaten") & ~held_out.over.isin(verdict.CONTROLS)]
     assert "constant mean (p" in row.beaten and row.beaten.count("(p") == len(beaten) > 0
     # A prediction that is mostly noise beats no one, and the table says so.
     for seed in range(3):
         made_run(tmp_path / f"noise{seed}", video="noise", embed="pe_1.25_80", seed=seed,
                  offset=9)
-    noise = verify_runs.join_runs(tmp_path / f"noise{seed}" for seed in range(3)).table
+    noise = verify_pool.join_runs(tmp_path / f"noise{seed}" for seed in range(3)).table
     assert noise.not_beaten.str.contains("mean per position").all()
     assert not noise.beaten.str.contains("mean per position").any()
 
-    words = verify_runs.study_words(study)
+    words = verify_pool.study_words(study)
     assert words["centred cosine"].str.fullmatch(r"[\d.]+ ± [\d.e-]+ \[[\d.]+, [\d.]+\]").all()
     figure = figures.plot_study(study)
     assert any("A (not CLIP)" in text.get_text() and "a dot a seed (3" in text.get_text()
@@ -167,7 +162,7 @@ def test_seeds_are_joined(tmp_path):
 
 def test_one_seed_is_joined_too(tmp_path):
     study = made_run(tmp_path / "a", embed="pe_1.25_80")
-    table = verify_runs.join_runs([tmp_path / "a"]).table
+    table = verify_pool.join_runs([tmp_path / "a"]).table
     own = study.measures.set_index(["split", "condition", "measure"]).loc[
         ("held_out", "learned", "clip_centred")]
     row = table[table.split == "held_out"].iloc[0]
@@ -181,33 +176,33 @@ def test_what_does_not_belong_together_is_not_joined(tmp_path):
     made_run(tmp_path / "c", embed="pe_1.25_80", seed=0, lr=3e-3)
     a, b, c = (tmp_path / name for name in "abc")
     with pytest.raises(ValueError, match="differ in lr.*name it in `by`"):
-        verify_runs.join_runs([a, b])
+        verify_pool.join_runs([a, b])
     with pytest.raises(ValueError, match="same seed"):
-        verify_runs.join_runs([a, c])
-    by_rate = verify_runs.join_runs([a, b, c], by=("lr",))
+        verify_pool.join_runs([a, c])
+    by_rate = verify_pool.join_runs([a, b, c], by=("lr",))
     assert by_rate.table.lr.nunique() == 3
     labels = [label.get_text() for label in figures.plot_study(by_rate).axes[0].get_yticklabels()]
     assert labels == [f"pe {rate} coordinates" for rate in (0.001, 0.002, 0.003)]
     with pytest.raises(ValueError, match="no run of the study has skipped frames"):
         figures.plot_study(by_rate, split="skipped")
     with pytest.raises(ValueError, match="'colour' is no parameter"):
-        verify_runs.join_runs([a], by=("colour",))
+        verify_pool.join_runs([a], by=("colour",))
     for folder, labels in ((a, ["hare", "barn"]), (b, ["hare", "hay"])):
         path = folder / "verification.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": labels}))
-    verify_runs.join_runs([a, b], by=("lr",))  # other settings may have other labels
+    verify_pool.join_runs([a, b], by=("lr",))  # other settings may have other labels
     shutil.copytree(a, tmp_path / "d")
     path = tmp_path / "d" / "verification.json"
     path.write_text(json.dumps(json.loads(path.read_text())
                                | {"seed": 5, "labels": ["hay", "barn"]}))
     with pytest.raises(ValueError, match="different labels.*'barn'.*'hay'"):
-        verify_runs.join_runs([a, tmp_path / "d"])
+        verify_pool.join_runs([a, tmp_path / "d"])
     with pytest.raises(ValueError, match="no run to join"):
-        verify_runs.join_runs([])
+        verify_pool.join_runs([])
     with pytest.raises(RunError, match="no run named"):
-        verify_runs.find_verified(tmp_path / "nothing")
+        verifying.find_verified(tmp_path / "nothing")
     with pytest.raises(RunError, match="holds no verification.json"):
-        verify_runs.join_runs([tmp_path])
+        verify_pool.join_runs([tmp_path])
     path = b / "verification.json"
     content = json.loads(path.read_text())
     for change, error, message in [
@@ -215,16 +210,16 @@ def test_what_does_not_belong_together_is_not_joined(tmp_path):
             ({"format": 0}, RunError, "format 0"), (None, RunError, "damaged")]:
         path.write_text("{" if change is None else json.dumps(content | change))
         with pytest.raises(error, match=message):
-            verify_runs.join_runs([a, b], by=("lr",))
+            verify_pool.join_runs([a, b], by=("lr",))
     content["sources"]["coordinates"]["measures"][0]["value"] = None
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="raw cosine of learned has no value"):
-        verify_runs.join_runs([b])
+        verify_pool.join_runs([b])
 
 
 def test_costs_are_medians_with_their_spread(small_run, monkeypatch):
     from hnerv_clip.teachers import load_teacher
-    table = verify_runs.measure_costs(small_run, load_teacher(small_run.config.teacher, "cpu"),
+    table = costs.measure_costs(small_run, load_teacher(small_run.config.teacher, "cpu"),
                                       frames=2, repeats=3).set_index("way")
     assert (table["min"] <= table.embeddings_per_s).all() and set(table.n) == {3}
     assert (table.embeddings_per_s <= table["max"]).all()
@@ -234,24 +229,24 @@ def test_costs_are_medians_with_their_spread(small_run, monkeypatch):
 
 
 def test_side_file_has_the_heads_bytes(small_run):
-    size = verify_runs.head_bytes(small_run)
+    size = verifying.head_bytes(small_run)
     assert size == small_run.model.part_sizes()["clip_head"]  # 8 bits a weight
-    stored, _ = controls.store_embeddings(small_run.dataset.embeddings.numpy(),
+    stored, _ = side_file.store_embeddings(small_run.dataset.embeddings.numpy(),
                                           small_run.dataset.split.train, size)
     assert stored.size_bytes <= size
 
 
 def test_folders_are_verified_once_and_failures_are_named(tmp_path, small_run, studies, cache_dir,
                                                          monkeypatch):
-    verify_runs.write_verification(small_run, studies)
+    verifying.write_verification(small_run, studies)
     made_run(tmp_path / "brought", embed="pe_1.25_80")  # its checkpoint stayed elsewhere
-    monkeypatch.setattr(verify_runs, "verify_run", lambda *a, **o: pytest.fail("verified again"))
+    monkeypatch.setattr(verifying, "verify_run", lambda *a, **o: pytest.fail("verified again"))
     folders = [small_run.run_dir.path, tmp_path / "brought"]
-    assert verify_runs.verify_folders(folders, cache_dir=cache_dir) == folders
+    assert verifying.verify_folders(folders, cache_dir=cache_dir) == folders
     asked = []
-    monkeypatch.setattr(verify_runs, "verify_run",
+    monkeypatch.setattr(verifying, "verify_run",
                         lambda run, **options: asked.append(run.run_dir.path) or studies)
     with pytest.raises(RunError, match="nothing: .*holds no run"):
-        verify_runs.verify_folders([tmp_path / "nothing", folders[0]], cache_dir=cache_dir,
+        verifying.verify_folders([tmp_path / "nothing", folders[0]], cache_dir=cache_dir,
                                    force=True)
     assert asked == [folders[0]]  # one that fails keeps no other from being verified

@@ -10,8 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hnerv_clip.figures.style import PALETTE, caption, new_figure
-from hnerv_clip.verify import SOURCES, name_of, p_words
-from hnerv_clip.verify_runs import Study
+from hnerv_clip.verify.pool import Study
+from hnerv_clip.verify.scores import SOURCES
+from hnerv_clip.verify.verdict import name_of, p_words
 
 MEASURES = {"clip_similarity": "raw cosine", "clip_centred": "cosine, training mean taken off"}
 SPLIT_NAMES = {"train": "training", "held_out": "held-out"}

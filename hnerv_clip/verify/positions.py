@@ -19,8 +19,8 @@ import torch
 from hnerv_clip.evaluate import Run, predict_embeddings, sources_of
 from hnerv_clip.measures import centred_cosine, check_pair, cosine, unit
 from hnerv_clip.patches import PatchGrid
-from hnerv_clip.statistics import MIN_FRAMES, mean_interval
 from hnerv_clip.teachers import teacher_embeddings
+from hnerv_clip.verify.time_series import MIN_FRAMES, mean_interval
 
 ANYWHERE = (4, 8)  # rows and columns of cells
 ANSWERS = ("network", "own_places", "teacher_places")

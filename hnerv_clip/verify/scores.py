@@ -4,58 +4,47 @@ Pure functions on arrays: predicted p and teacher g, unit vectors [T, P, D]. A r
 because the embeddings of one video share most of their direction; so beside it (`clip_similarity`)
 every condition is measured after the mean of the training frames' teacher embeddings is taken off
 (`clip_centred`), and stands beside what needs no learning (`controls`). No model and no teacher is
-touched here: trained runs are put to it by `verify_runs`.
+touched here: trained runs are put to it by `run`.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from hnerv_clip.controls import conditions
 from hnerv_clip.measures import (
     centred_cosine,
     check_pair,
     cka_without_frames,
     cosine,
     debiased_cka,
-    gap_band,
     retrieval_ranks,
     retrieval_summary,
     score_words,
-    similarity_band,
     skill,
     word_agreement,
 )
-from hnerv_clip.statistics import (
+from hnerv_clip.verify.baselines import conditions
+from hnerv_clip.verify.time_series import (
     MIN_FRAMES,
     Interval,
     ShiftTest,
-    holm,
     mean_interval,
     median_interval,
     shift_test,
     smooth_interval,
 )
+from hnerv_clip.verify.verdict import (
+    CONDITIONS,
+    compare,
+    improvement_table,
+    judge,
+    summarise_scores,
+)
 
-# Condition → how a table names it. The first four are the user's, the fifth is a control like them;
-# the others need no learning. More baselines can be given by name to `verify_embeddings`.
-CONDITIONS = {
-    "learned": "Learned (Your Model)",
-    "random": "Random Embeddings",
-    "shuffled": "Shuffled Pairing",
-    "temporal": "Temporal Shuffle",
-    "spatial": "Spatial Shuffle",
-    "mean": "Constant Mean",
-    "position": "Mean per Position",
-    "neighbour": "Nearest Training Frame",
-    "between": "Between Training Frames",
-}
-CONTROLS = ("random", "shuffled", "temporal", "spatial")
 SPLIT_LABELS = {"train": "training frames", "held_out": "held-out frames"}
 # Measures of `Verification.measures` → how a table names them.
 MEASURES = {
@@ -122,11 +111,6 @@ class Verification:
             {"split": split, "observed": test.observed, "null_mean": test.null.mean(),
              "null_std": test.null.std(ddof=1), "effect": test.effect, "p": test.p,
              "shifts": test.shifts} for split, test in self.shift_tests.items()])
-
-
-def name_of(condition: str) -> str:
-    """A condition as a table names it; one that the caller added is its own name."""
-    return CONDITIONS.get(condition, condition)
 
 
 def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed: int = 0,
@@ -308,199 +292,3 @@ def _cka_row(answer, target):
     if not np.isfinite(without).all():
         return _measured("cka", value, np.zeros(len(target)), None)
     return _measured("cka", value, without, lambda: smooth_interval(value, without))
-
-
-def measure_table(measures: pd.DataFrame, names=tuple(MEASURES)) -> pd.DataFrame:
-    """Measures for reading: a row per split and condition, cells "value [low, high]"."""
-    names = [name for name in names if name in set(measures.measure)]
-    chosen = measures[measures.measure.isin(names)]
-    cells = chosen.assign(cell=[
-        "" if np.isnan(row.value) else f"{row.value:.3g}" if np.isnan(row.low) else
-        f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in chosen.itertuples()])
-    table = cells.pivot_table(index=["split", "condition"], columns="measure", values="cell",
-                              aggfunc="first", sort=False)[names]
-    return table.rename(columns=MEASURES, index=name_of).rename_axis(columns=None).reset_index()
-
-
-def summarise_scores(scores: pd.DataFrame) -> pd.DataFrame:
-    """Mean and sample standard deviation over (frame, patch) for each split and condition."""
-    table = scores.groupby(["split", "condition"], sort=False).agg(
-        clip_similarity_mean=("clip_similarity", "mean"),
-        clip_similarity_std=("clip_similarity", "std"), clip_centred_mean=("clip_centred", "mean"),
-        clip_centred_std=("clip_centred", "std"), n=("frame", "size"))
-    return table.reset_index()
-
-
-def improvement_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Learned minus every other condition, a row per split and condition."""
-    rows = []
-    for split, part in table.groupby("split", sort=False):
-        part = part.set_index("condition")
-        for other in part.index.drop("learned"):
-            raw = part.clip_similarity_mean["learned"] - part.clip_similarity_mean[other]
-            rows.append({
-                "split": split, "over": other, "clip_similarity": raw,
-                "clip_centred": part.clip_centred_mean["learned"] - part.clip_centred_mean[other],
-                "clear": bool(raw > 2 * part.clip_similarity_std[other]),
-            })
-    return pd.DataFrame(rows)
-
-
-def compare(scores: pd.DataFrame, *, measure: str = "clip_centred", level: float = 0.95
-            ) -> pd.DataFrame:
-    """Learned against every other condition, frame by frame, with intervals and tests.
-
-    The unit is the frame: patches of one frame overlap, so their mean counts once. The interval
-    and the one-sided p-value allow for autocorrelation (`statistics.mean_interval`): circular
-    shifts, which test whether a prediction is aligned in time (`shift_tests`), leave the mean of a
-    difference as it is, so they cannot test that. Holm's correction is over all comparisons of a
-    split.
-
-    Args:
-        scores: `Verification.scores`.
-    Returns:
-        split, over, difference, low, high, effect_size (mean over standard deviation of the
-        per-frame differences), share_better (of the frames), standard_error and freedom of
-        Student's t, block, frames, independent (how many independent frames would give the same
-        standard error), p, p_holm. With fewer than 8 frames
-        there are differences, and no interval or p.
-    """
-    rows = []
-    for split, part in scores.groupby("split", sort=False):
-        series = part.pivot_table(index="frame", columns="condition", values=measure, sort=False)
-        others = [name for name in part.condition.unique() if name != "learned"]
-        family = [{"split": split, "over": other,
-                   **_difference((series["learned"] - series[other]).sort_index(), level)}
-                  for other in others]
-        tested = [row for row in family if np.isfinite(row["p"])]
-        for row, p in zip(tested, holm([row["p"] for row in tested])):
-            row["p_holm"] = p
-        rows += family
-    return pd.DataFrame(rows)
-
-
-def comparison_table(comparisons: pd.DataFrame) -> pd.DataFrame:
-    """`compare` for reading: differences, intervals, effect sizes, p after Holm's correction."""
-    return pd.DataFrame([{
-        "split": row.split, "over": name_of(row.over),
-        "difference": f"{row.difference:.3f}" + (
-            f" [{row.low:.3f}, {row.high:.3f}]" if np.isfinite(row.low) else ""),
-        "effect size": f"{row.effect_size:.2f}", "frames": row.frames,
-        "better": f"{row.share_better:.0%}",
-        "independent frames": f"{max(row.independent, 1):.0f}" if np.isfinite(row.independent)
-        else "",
-        "p (Holm)": p_words(row.p_holm).removeprefix("p ").removeprefix("= ")
-        if np.isfinite(row.p_holm) else "too few frames"} for row in comparisons.itertuples()])
-
-
-def _difference(series, level):
-    spread = series.std()
-    row = {"difference": series.mean(), "low": np.nan, "high": np.nan,
-           "effect_size": series.mean() / spread if spread > 1e-12 else 0.0,
-           "share_better": (series > 1e-9).mean(), "standard_error": np.nan, "freedom": np.nan,
-           "block": np.nan, "frames": len(series),
-           "independent": np.nan, "p": np.nan, "p_holm": np.nan}
-    if len(series) >= MIN_FRAMES:
-        found = mean_interval(series.to_numpy(), level=level)
-        alike = (spread / found.standard_error) ** 2 if found.standard_error > 1e-12 else np.nan
-        row |= {"low": found.low, "high": found.high, "block": found.block, "p": found.p,
-                "standard_error": found.standard_error, "freedom": found.freedom,
-                "independent": min(alike, len(series))}
-    return row
-
-
-def judge(table: pd.DataFrame, comparisons: pd.DataFrame, source: str = "") -> dict:
-    """The user's verdict by raw cosine, and beside it the honest one by held-out skill.
-
-    The user's: the band of the mean raw cosine, and that of the gap between training and held-out
-    frames. The
-    honest one sorts the baselines by the centred cosine on held-out frames: `beaten` (at 5 % after
-    Holm's correction), `unproven` (the network is above, but that may be chance), `not_beaten` (it
-    is not above). `learned` is True when all are beaten, False when one is not, else None.
-    """
-    mean = table.set_index(["split", "condition"])
-    splits = list(dict.fromkeys(table.split))
-    verdict = {f"clip_similarity_{split}": float(mean.clip_similarity_mean[split, "learned"])
-               for split in splits}
-    overall = np.average([mean.clip_similarity_mean[split, "learned"] for split in splits],
-                         weights=[mean.n[split, "learned"] for split in splits])
-    verdict |= {"clip_similarity_all": float(overall), "quality": similarity_band(overall)[0],
-                "quality_meaning": similarity_band(overall)[1]}
-    for split in splits:
-        verdict[f"skill_{split}"] = float(skill(mean.clip_similarity_mean[split, "learned"],
-                                                mean.clip_similarity_mean[split, "mean"]))
-        verdict[f"clip_centred_{split}"] = float(mean.clip_centred_mean[split, "learned"])
-    if "held_out" not in splits:
-        return verdict | {"beaten": [], "unproven": [], "not_beaten": [], "learned": None,
-                          "honest": "No verdict: no frame was held out, and training frames only "
-                                    "show what was memorised. Use data_split=\"4_5_5\"."}
-    gap = verdict["clip_similarity_train"] - verdict["clip_similarity_held_out"]
-    rows = comparisons[(comparisons.split == "held_out") & ~comparisons.over.isin(CONTROLS)]
-    sure, above = rows.p_holm < 0.05, rows.difference > 1e-9
-    sorted_out = {"beaten": list(rows.over[sure]), "unproven": list(rows.over[above & ~sure]),
-                  "not_beaten": list(rows.over[~above & ~sure])}
-    learned = False if sorted_out["not_beaten"] else None if sorted_out["unproven"] else True
-    return verdict | sorted_out | {
-        "gap": float(gap), "gap_band": gap_band(gap)[0], "gap_meaning": gap_band(gap)[1],
-        "learned": learned, "honest": _honest_words(sorted_out, source, rows)}
-
-
-def _honest_words(sorted_out, source, rows):
-    def named(kind):
-        return ", ".join(name_of(condition).lower() for condition in sorted_out[kind])
-
-    # With the encoder, the model sees the held-out frame: recognising it is not predicting it.
-    what = "Held-out skill" + (" (frame seen, no prediction)" if source == "encoder" else "")
-    beaten, unproven, below = (named(kind) for kind in ("beaten", "unproven", "not_beaten"))
-    answer = "YES" if not unproven and not below else \
-        "IN PART" if beaten and below else "NO" if below else "NOT PROVEN"
-    words = f"{what}: {answer}."
-    words += f" Centred cosine beats {beaten}." if beaten else ""
-    words += f" It is no better than {below}." if below else ""
-    if unproven:
-        frames, alike = int(rows.frames.iloc[0]), rows.independent.min()
-        words += f" It is above {unproven}, but that may be chance: {frames} held-out frames "
-        words += f"tell as much as {max(1, round(alike))} independent ones." \
-            if np.isfinite(alike) else f"are too few for a test, which needs {MIN_FRAMES}."
-    return words
-
-
-def report_text(verification: Verification) -> str:
-    """The verification as the plain table of the project's description."""
-    wide, thin = "=" * 78, "-" * 78
-    verdict = verification.verdict
-    lines = [wide, "CLIP LEARNING VERIFICATION RESULTS", wide]
-    lines += [f"Teacher: {verification.teacher_label}"] if verification.teacher_label else []
-    lines += [f"Source: {SOURCES[verification.source]}"] if verification.source else []
-    for split, part in verification.table.groupby("split", sort=False):
-        lines += ["", f"{SPLIT_LABELS[split].capitalize()} (n = {part.n.iloc[0]} embeddings)", "",
-                  f"{'Condition':<34}{'Mean':>10}{'Std':>10}{'Centred':>12}{'Std':>10}", thin]
-        lines += [f"{name_of(row.condition):<34}{row.clip_similarity_mean:>10.4f}"
-                  f"{row.clip_similarity_std:>10.4f}{row.clip_centred_mean:>12.4f}{row.clip_centred_std:>10.4f}"
-                  for row in part.itertuples()]
-        lines += [thin]
-    lines += ["", "IMPROVEMENT ANALYSIS", "raw and centred difference; 95 % interval of the "
-              "centred one; p after Holm's correction"]
-    rows = verification.improvements.merge(verification.comparisons, on=["split", "over"])
-    for row in rows.itertuples():
-        tested = f"[{row.low:7.4f}, {row.high:7.4f}]  {p_words(row.p_holm)}" \
-            if np.isfinite(row.p_holm) else "too few frames for a test"
-        mark = "✓" if row.p_holm < 0.05 else "✗"
-        lines += [f"{row.split:<9}over {name_of(row.over).lower():<26}{row.clip_similarity:>8.4f}"
-                  f"{row.clip_centred:>9.4f}  {mark} {tested}"]
-    for row in verification.alignment.itertuples():
-        lines += [f"{row.split:<9}in time: correlation {row.observed:.3f} with what changes, "
-                  f"{p_words(row.p)} of {row.shifts} shifts"]
-    lines += ["", f"Overall Quality: {verdict['quality'].upper()} by raw cosine "
-                  f"({verdict['clip_similarity_all']:.4f}: {verdict['quality_meaning']})"]
-    if "gap" in verdict:
-        lines += [f"Train-validation gap: {verdict['gap']:.4f}, {verdict['gap_band'].lower()} "
-                  f"({verdict['gap_meaning']})",
-                  f"Skill against the constant: {verdict['skill_train']:.4f} on training, "
-                  f"{verdict['skill_held_out']:.4f} on held-out frames"]
-    return "\n".join(lines + [*textwrap.wrap(verdict["honest"], 78), wide, ""])
-
-
-def p_words(p: float) -> str:
-    """A p-value as a text gives it: "p = 0.023", "p < 0.0001"."""
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"

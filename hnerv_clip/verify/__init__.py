@@ -1,0 +1,1 @@
+"""Is what a CLIP head learnt real? Baselines, tests, a verdict, and its report."""

@@ -1,0 +1,266 @@
+"""A trained run is verified, and the answer kept in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from hnerv_clip.config import embed_kind
+from hnerv_clip.evaluate import (
+    BATCH,
+    Run,
+    check_head,
+    decode_frames,
+    embed_frames,
+    interpolate_embeddings,
+    load_run,
+    sources_of,
+)
+from hnerv_clip.measures import check_embeddings
+from hnerv_clip.model import HNeRV, build_model
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json
+from hnerv_clip.search import encode_queries, parse_queries
+from hnerv_clip.teachers import Teacher, load_teacher, run_teacher
+from hnerv_clip.verify.baselines import linear_map
+from hnerv_clip.verify.report import report_text
+from hnerv_clip.verify.scores import Verification, verify_embeddings
+from hnerv_clip.verify.side_file import store_embeddings
+
+FORMAT = 2  # of verification.json
+TABLES = ("table", "improvements", "comparisons", "alignment", "measures")
+
+
+def held_out_frames(run: Run) -> np.ndarray:
+    """Every frame that did not train."""
+    return np.setdiff1d(np.arange(len(run.dataset.video.frames)), run.dataset.split.train)
+
+
+def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near: int = 2,
+               labels: str | Iterable[str] = "") -> dict[str, Verification]:
+    """Verify a run in every way in which its embeddings come about.
+
+    Beside the baselines of `verify_embeddings`, the prediction meets an untrained head on the
+    trained network, a linear map of the per-frame embedding, a side file of as many bytes as the
+    head takes, and on held-out frames the teacher run on the decoded frame.
+
+    Args:
+        teacher: the run's, loaded if it is not given.
+        seed: of the random embeddings, the shuffles and the untrained head.
+        near: see `verify_embeddings`.
+        labels: texts to rank and to label patches by, see `search.parse_queries`; none by default.
+    Returns:
+        {source: its Verification}, the prediction last; see `evaluate.sources_of`.
+    Raises:
+        ConfigError: the run has no CLIP head, its teacher's weights are not there, or the teacher
+            does not know a label.
+        ValueError: as `verify_embeddings` and `search.encode_queries`.
+    """
+    check_head(run.model)
+    model, dataset = run.model, run.dataset
+    reference = check_embeddings(dataset.embeddings, "teacher")
+    train, held_out = dataset.split.train, held_out_frames(run)
+    teacher = teacher or load_teacher(run.config.teacher, _device(model))
+    texts = encode_queries(parse_queries(labels), teacher) if labels else None
+    untrained, (_, side_file) = _untrained_head(run, seed + 1), store_embeddings(
+        reference, train, head_bytes(run))
+    studies = {}
+    for source, (per_frame, predicted, by_untrained) in _ask_heads(run, untrained).items():
+        others = {"Untrained Head": by_untrained,
+                  "Linear Map": linear_map(per_frame, reference, train), "Side File": side_file}
+        if len(held_out):
+            decoded = decode_frames(model, dataset, held_out.tolist(), source=source)
+            others["Teacher on Decoded Frame"] = held_out, run_teacher(
+                teacher, decoded, dataset.grid, progress=False)
+        studies[source] = verify_embeddings(
+            predicted, reference, train, held_out, seed=seed, source=source, others=others,
+            teacher_label=dataset.teacher_label, near=near, texts=texts)
+    return studies
+
+
+@torch.inference_mode()
+def _ask_heads(run: Run, untrained: HNeRV) -> dict[str, tuple[np.ndarray, ...]]:
+    """{source: (per-frame embeddings, the run's answers, the untrained head's)}, [T, …] each.
+
+    The decoder runs once for both heads, and only where an embedding differs from another source's.
+    """
+    model, dataset, found = run.model, run.dataset, {}
+    centres = dataset.grid.centres.to(_device(model))
+    frames, embeddings = np.arange(model.frame_count), embed_frames(model, dataset)
+    answers = [torch.zeros(dataset.embeddings.shape) for _ in range(2)]
+    for source in sources_of(model):
+        if source == "interpolated":  # training frames keep their own embedding
+            frames = held_out_frames(run)
+            embeddings = interpolate_embeddings(embeddings, dataset.split.train)
+        answers = [answer.clone() for answer in answers]
+        for start in range(0, len(frames), BATCH):
+            part = frames[start:start + BATCH]
+            stages = model.stages(embeddings[part], last=model.clip_stages[-1])
+            for answer, network in zip(answers, (model, untrained)):
+                answer[part] = network.clip_at(stages, centres).float().cpu()
+        found[source] = (embeddings.cpu().numpy(), *(answer.numpy() for answer in answers))
+    return found
+
+
+def head_bytes(run: Run) -> int:
+    """Bytes of the CLIP head at the width in which a run stores its weights."""
+    return run.model.part_sizes()["clip_head"] * run.config.train.quant_model_bit // 8
+
+
+def _untrained_head(run: Run, seed: int) -> HNeRV:
+    """The trained network with a head as it was before training."""
+    model = build_model(run.config.model, frame_hw=run.model.frame_hw,
+                        frame_count=run.model.frame_count, seed=seed)
+    body = {name: value for name, value in run.model.state_dict().items()
+            if not name.startswith("clip_head")}
+    model.load_state_dict(body, strict=False)
+    return model.to(_device(run.model)).eval()
+
+
+def _device(model: HNeRV) -> torch.device:
+    return next(model.parameters()).device
+
+
+def write_verification(run: Run, studies: dict[str, Verification], *,
+                       labels: str | Iterable[str] = "") -> list[Path]:
+    """Keep what `verify_run` found in the run's folder, each file whole or not at all.
+
+    `verification.csv`: a row per source, split, condition and measure. `verification.json`: every
+    table, the verdicts, and what was verified. `verification.txt`: the reports.
+
+    Args:
+        labels: those that `verify_run` was given.
+    Returns:
+        The three paths.
+    """
+    folder, first = run.run_dir.path, next(iter(studies.values()))
+    facts = {"video": run.dataset.video.name, "kind": embed_kind(run.config.model.embed),
+             "seed": run.config.train.seed}
+    long = pd.concat([study.measures.assign(source=source, **facts)
+                      for source, study in studies.items()], ignore_index=True)
+    commit, dirty = code_version()
+    content = {
+        "format": FORMAT, **facts, "teacher": run.dataset.teacher_name,
+        "teacher_label": first.teacher_label, "shuffle_seed": first.seed, "near": first.near,
+        "labels": parse_queries(labels) if labels else [],
+        "checkpoint": checkpoint_digest(folder), "commit": commit, "dirty": dirty,
+        "params": run.config.params(),
+        "sources": {source: {"verdict": study.verdict,
+                             **{name: _records(getattr(study, name)) for name in TABLES}}
+                    for source, study in studies.items()}}
+    paths = [folder / f"verification.{ending}" for ending in ("csv", "txt", "json")]
+    order = [*facts, "source", *first.measures.columns]
+    write_atomic(paths[0], lambda file: file.write(long[order].to_csv(index=False).encode()))
+    text = "\n".join(report_text(study) for study in studies.values())
+    write_atomic(paths[1], lambda file: file.write(text.encode()))
+    write_json(paths[2], content)  # last: where it stands, the others do
+    return paths
+
+
+def _records(table):
+    rows = table.astype(object)
+    return [{name: value.item() if isinstance(value, np.generic) else value
+             for name, value in row.items()}
+            for row in rows.where(rows.notna(), None).to_dict("records")]
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 of a run's best checkpoint, which a verification belongs to; "" without one."""
+    path = resolve_path(folder) / "model_best.pth"
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_verification(folder) -> dict:
+    """The content of a run's verification.json.
+
+    Raises:
+        RunError: none there, damaged, or of another format.
+    """
+    path = resolve_path(folder) / "verification.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content["format"]
+    except FileNotFoundError:
+        raise RunError(f"{folder} holds no verification.json: run `hnerv-clip verify {folder}`"
+                       ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}): remove it and verify again") from error
+    if found != FORMAT:
+        raise RunError(f"{path} has format {found}, this version reads {FORMAT}: verify again")
+    return content
+
+
+def is_verified(folder, *, seed: int = 0, near: int = 2, labels: str | Iterable[str] = ""
+                ) -> bool:
+    """Whether a run's verification is there, of its checkpoint as it is, made in the same way.
+
+    Without labels, one with any will do.
+    """
+    try:
+        content = read_verification(folder)
+    except RunError:
+        return False
+    digest = checkpoint_digest(folder)
+    return (content["shuffle_seed"], content["near"]) == (seed, near) \
+        and (not labels or content.get("labels", []) == parse_queries(labels)) \
+        and digest in ("", content["checkpoint"])
+
+
+def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
+                   device: str = "auto", seed: int = 0, near: int = 2,
+                   labels: str | Iterable[str] = "", force: bool = False) -> list[Path]:
+    """Verify runs one after the other, and keep the answers in their folders.
+
+    A run whose verification is there, of the same checkpoint, seed, near and labels, is left as it
+    is; so is one with these whose checkpoint is not here any more. The teacher is loaded once for
+    runs that share it.
+
+    Returns:
+        The folders, as `Path`s.
+    Raises:
+        RunError: some could not be verified, after all others were; the message says which and why.
+    """
+    folders, failed, teachers = [RunDir(folder).path for folder in folders], {}, {}
+    for folder in tqdm(folders, desc="verify", unit="run", disable=len(folders) < 2):
+        if not force and is_verified(folder, seed=seed, near=near, labels=labels):
+            continue
+        try:
+            run = load_run(folder, cache_dir=cache_dir, device=device)
+            name = run.dataset.teacher_name
+            if name not in teachers:
+                teachers[name] = load_teacher(run.config.teacher, device)
+            write_verification(run, verify_run(
+                run, teacher=teachers[name], seed=seed, near=near, labels=labels), labels=labels)
+        except (RunError, ValueError) as error:
+            failed[folder] = error
+    if failed:
+        raise RunError("; ".join(f"{folder}: {error}" for folder, error in failed.items()))
+    return folders
+
+
+def find_verified(folder, names: str = "*") -> list[Path]:
+    """Run folders with a verification below a folder, in order of their names.
+
+    Args:
+        names: a pattern of the run folders' names, such as "*_base_s*".
+    Raises:
+        RunError: none there.
+    """
+    folder = resolve_path(folder)
+    found = sorted(path.parent for path in folder.rglob("verification.json")
+                   if fnmatch(path.parent.name, names))
+    if not found:
+        raise RunError(f"no run named {names!r} below {folder} holds a verification.json: run "
+                       "`hnerv-clip verify RUN …` first, or correct the folder or the names")
+    return found

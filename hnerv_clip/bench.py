@@ -38,7 +38,7 @@ from hnerv_clip.config import (
     embed_kind,
 )
 from hnerv_clip.dataset import Dataset, load_dataset, prepare_dataset
-from hnerv_clip.devices import resolve_precision, synchronise
+from hnerv_clip.devices import resolve_precision, select_device, synchronise
 from hnerv_clip.engine import make_engine
 from hnerv_clip.evaluate import decoders, measure_decoding, set_precision
 from hnerv_clip.model import Plan, build_model, plan_model
@@ -53,7 +53,7 @@ from hnerv_clip.runs import (
     process_start,
     write_json,
 )
-from hnerv_clip.teachers import load_teacher, run_teacher, select_device
+from hnerv_clip.teachers import load_teacher, run_teacher
 from hnerv_clip.train import epoch_order, train
 from hnerv_clip.video import split_frames
 

@@ -24,6 +24,7 @@ import nbformat
 
 from hnerv_clip import pages
 from hnerv_clip.config import Config, param_names, profile_params
+from hnerv_clip.devices import select_device
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import (
     RunDir,
@@ -33,7 +34,6 @@ from hnerv_clip.runs import (
     package_versions,
     write_json,
 )
-from hnerv_clip.teachers import select_device
 
 # Values of notebook parameters that are not settings of a run, where a profile differs from the
 # defaults in the notebooks, which are the quick profile's.

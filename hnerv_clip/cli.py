@@ -306,8 +306,8 @@ def _index(args: argparse.Namespace) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     from hnerv_clip.evaluate import load_run, predict_embeddings, sources_of
-    from hnerv_clip.search import encode_queries, parse_queries, rank_patches
-    from hnerv_clip.teachers import load_teacher
+    from hnerv_clip.search import rank_patches
+    from hnerv_clip.teachers import encode_queries, load_teacher, parse_queries
 
     queries = parse_queries([query for words in args.queries for query in parse_queries(words)])
     if (resolve_path(args.outf) / "videos.json").is_file():
@@ -327,8 +327,7 @@ def _search(args: argparse.Namespace) -> None:
 
 def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
     from hnerv_clip.index import load_index
-    from hnerv_clip.search import encode_queries
-    from hnerv_clip.teachers import load_teacher
+    from hnerv_clip.teachers import encode_queries, load_teacher
 
     index = load_index(args.outf)
     teacher = load_teacher(index.teacher_config(), args.device)

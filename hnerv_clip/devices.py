@@ -8,6 +8,24 @@ import shutil
 
 import torch
 
+from hnerv_clip.config import ConfigError
+
+
+def select_device(device: str | torch.device) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ConfigError: a device that this machine lacks.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={str(device)!r} can't be used here "
+                          f"({str(error).splitlines()[0]}); use device='auto' or 'cpu'") from error
+
 
 def visible_gpus() -> list[str]:
     """The GPUs of this process as CUDA_VISIBLE_DEVICES names them, by number or identifier."""

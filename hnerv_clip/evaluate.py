@@ -25,11 +25,10 @@ from torch import Tensor
 from hnerv_clip.codec import decode_video, encode_video
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset, load_dataset
-from hnerv_clip.devices import no_bfloat16, no_kernels, synchronise
+from hnerv_clip.devices import no_bfloat16, no_kernels, select_device, synchronise
 from hnerv_clip.losses import MS_SSIM_MIN_SIDE
 from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.runs import RunDir
-from hnerv_clip.teachers import select_device
 
 try:
     from hnerv_clip import fused

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from hnerv_clip.config import Config, ConfigError, VideoConfig
 from hnerv_clip.dataset import Dataset, load_dataset
-from hnerv_clip.devices import resolve_precision, synchronise
+from hnerv_clip.devices import resolve_precision, select_device, synchronise
 from hnerv_clip.engine import COLUMNS, FusedEngine, make_engine
 from hnerv_clip.evaluate import (
     evaluate_model,
@@ -43,7 +43,6 @@ from hnerv_clip.losses import PIXEL_LOSSES, check_ms_ssim_size, clip_weight, lea
 from hnerv_clip.model import build_model, plan_model
 from hnerv_clip.patches import make_grid
 from hnerv_clip.runs import RunDir, RunError, commit_words, make_provenance, write_json
-from hnerv_clip.teachers import select_device
 from hnerv_clip.video import load_video, split_frames
 
 ROOM_TO_WARM_UP = 16 * 2**30  # free bytes of a GPU, for an evaluation beside the engine

@@ -2,15 +2,16 @@ import pytest
 import torch
 
 from hnerv_clip import dataset as dataset_module
-from hnerv_clip import figures, measures, teachers
+from hnerv_clip import figures, measures
 from hnerv_clip.config import ConfigError, TeacherConfig
 from hnerv_clip.dataset import load_dataset, prepare_dataset
 from hnerv_clip.patches import cut_patches, make_grid
+from hnerv_clip.teachers import cache
 
 
 def test_prepared_then_loaded_without_a_teacher(small_config, small_dataset, cache_dir,
                                                 monkeypatch):
-    monkeypatch.setattr(teachers, "load_teacher", lambda *a: pytest.fail("loaded a teacher"))
+    monkeypatch.setattr(cache, "load_teacher", lambda *a: pytest.fail("loaded a teacher"))
     for loaded in (load_dataset(small_config, cache_dir),
                    prepare_dataset(small_config, cache_dir, progress=False)):
         assert torch.equal(loaded.embeddings, small_dataset.embeddings)
@@ -33,7 +34,7 @@ def test_missing_embeddings_point_to_the_notebook(small_config, tmp_path):
 
 
 def test_pixel_only_runs_need_no_embeddings(small_config, cache_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers, "load_teacher", lambda *a: pytest.fail("loaded a teacher"))
+    monkeypatch.setattr(cache, "load_teacher", lambda *a: pytest.fail("loaded a teacher"))
     pixels = small_config.replace(predict_clip=False, clip_dim=7)
     for prepare in (prepare_dataset, load_dataset):
         assert prepare(pixels, tmp_path).embeddings is None
@@ -65,7 +66,7 @@ def test_clip_weights_that_cannot_be_are_refused_before_any_work(
 
 
 def test_bad_patches_are_refused_before_the_teacher_runs(small_config, cache_dir, monkeypatch):
-    monkeypatch.setattr(teachers, "load_teacher", lambda *a: pytest.fail("loaded a teacher"))
+    monkeypatch.setattr(cache, "load_teacher", lambda *a: pytest.fail("loaded a teacher"))
     with pytest.raises(ConfigError, match="patch_size=56"):
         prepare_dataset(small_config.replace(patch_size=100), cache_dir)
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from hnerv_clip import measures, search
+from hnerv_clip import measures, search, teachers
 from hnerv_clip.model import build_model
 from hnerv_clip.patches import PatchGrid
 
@@ -86,8 +86,8 @@ def test_a_score_map_is_that_of_the_dense_map_at_any_stride(
 
 
 def test_queries_are_parsed():
-    assert search.parse_queries(" hare; wood rabbit;") == ["hare", "wood rabbit"]
-    assert search.parse_queries(["hare"]) == ["hare"]
+    assert teachers.parse_queries(" hare; wood rabbit;") == ["hare", "wood rabbit"]
+    assert teachers.parse_queries(["hare"]) == ["hare"]
 
 
 @pytest.mark.parametrize("queries, message", [
@@ -95,7 +95,7 @@ def test_queries_are_parsed():
     ([None], "empty")])
 def test_bad_queries_are_refused(queries, message):
     with pytest.raises(ValueError, match=message):
-        search.parse_queries(queries)
+        teachers.parse_queries(queries)
 
 
 @pytest.mark.parametrize("query, options, message", [
@@ -208,17 +208,17 @@ class Words:
 
 def test_only_clip_gets_prompts():
     clip, names = Words(True), Words(False)
-    found = search.encode_queries("hare; fox", clip, templates=("a {}", "one {} here"))
+    found = teachers.encode_queries("hare; fox", clip, templates=("a {}", "one {} here"))
     assert clip.heard == ["a hare", "a fox", "one hare here", "one fox here"]
     assert found[0] == pytest.approx([np.cos(0.095), np.sin(0.095)])  # the mean of 6 and 13
-    search.encode_queries("hare; fox", names)
+    teachers.encode_queries("hare; fox", names)
     assert names.heard == ["hare", "fox"]
     with pytest.raises(ValueError, match="no {} for the query"):
-        search.encode_queries("hare", clip, templates=("a photo",))
+        teachers.encode_queries("hare", clip, templates=("a photo",))
     # To this teacher, words of one length are the same: a label set with a duplicate
     for teacher in (clip, names):
         with pytest.raises(ValueError, match="'fox' and 'cat' are the same to Words; name one"):
-            search.encode_queries("hare; fox; cat", teacher)
+            teachers.encode_queries("hare; fox; cat", teacher)
 
 
 def test_map_keeps_neighbours_together():

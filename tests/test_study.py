@@ -13,11 +13,10 @@ from hnerv_clip import cli, study, study_runner, study_table
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.evaluate import load_run, predict_embeddings
 from hnerv_clip.runs import RunDir, load_checkpoint
-from hnerv_clip.search import encode_queries, parse_queries
 from hnerv_clip.study import study_base, study_configs
 from hnerv_clip.study_runner import run_study
 from hnerv_clip.study_table import StudyError
-from hnerv_clip.teachers import load_teacher
+from hnerv_clip.teachers import encode_queries, load_teacher, parse_queries
 from hnerv_clip.train import check_run
 from hnerv_clip.verify.run import read_verification
 

@@ -11,21 +11,23 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from hnerv_clip import clip_weights, teachers
 from hnerv_clip.config import Config, ConfigError, TeacherConfig
-from hnerv_clip.imagenet import imagenet_classes
 from hnerv_clip.measures import mean_energy
 from hnerv_clip.patches import cut_patches, make_grid
 from hnerv_clip.teachers import (
+    cache,
     cache_path,
     cached_embeddings,
+    clip_weights,
     describe_teacher,
+    efficientnet,
     load_teacher,
     preprocess,
     run_teacher,
     teacher_dim,
     teacher_embeddings,
 )
+from hnerv_clip.teachers.imagenet import imagenet_classes
 
 BUNDLED = TeacherConfig(teacher="efficientnet-lite0")
 TINY = {"embed_dim": 24, "quick_gelu": True,
@@ -176,10 +178,10 @@ def test_unknown_class_name_suggests_others(text, hint):
 
 def test_weights_in_another_order_are_refused():
     weights = {"a": torch.zeros(2), "b": torch.zeros(3)}
-    renamed = teachers._by_position(weights, {"x": torch.ones(2), "y": torch.ones(3)})
+    renamed = efficientnet._by_position(weights, {"x": torch.ones(2), "y": torch.ones(3)})
     assert {name: len(tensor) for name, tensor in renamed.items()} == {"x": 2, "y": 3}
     swapped = {"x": torch.ones(3), "y": torch.ones(2)}
-    assert "timm" in error(teachers._by_position, weights, swapped)
+    assert "timm" in error(efficientnet._by_position, weights, swapped)
 
 
 # CLIP, for real: small, randomly initialised, saved and loaded again.
@@ -350,7 +352,7 @@ def test_cache_returns_what_was_computed(tiny_clip, tiny_video, tmp_path, monkey
                                progress=False)
     assert first.shape == (12, 8, 24)
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
-    monkeypatch.setattr(teachers, "load_teacher", lambda *a: pytest.fail("ran again"))
+    monkeypatch.setattr(cache, "load_teacher", lambda *a: pytest.fail("ran again"))
     again = teacher_embeddings(*tiny_video, config, cache_dir=tmp_path, progress=False)
     assert torch.equal(first, again)
     assert torch.equal(first, cached_embeddings(*tiny_video, config, tmp_path))
@@ -420,7 +422,7 @@ def test_cache_key_covers_all_that_embeddings_depend_on(tiny_clip, tiny_video, t
         cache_path(video, grid, tiny_file(tmp_path), tmp_path),  # same name, other weights
         cache_path(video, grid, tiny_dir(tiny_clip), tmp_path),
     ]
-    monkeypatch.setattr(teachers, "PREPROCESS_VERSION", 2)
+    monkeypatch.setattr(cache, "PREPROCESS_VERSION", 2)
     paths.append(cache_path(video, grid, BUNDLED, tmp_path))
     assert len(set(paths)) == len(paths)
 
@@ -432,7 +434,7 @@ def test_a_damaged_cache_file_says_so_and_is_written_anew(tiny_clip, tiny_video,
     path = cache_path(*tiny_video, config, tmp_path)
     content = bytearray(path.read_bytes())
     if damage == "other tensor":
-        teachers._write_cache(path, first[:5], {})
+        cache._write_cache(path, first[:5], {})
     else:
         content[-3] ^= 1
         path.write_bytes({"truncated": content[:-50], "empty": b"", "bit flip": content}[damage])
@@ -449,7 +451,7 @@ def test_many_writers_and_readers_never_see_half_a_file(tiny_clip, tiny_video, t
 
     def write():
         while not stop.is_set():
-            teachers._write_cache(path, embeddings, {})
+            cache._write_cache(path, embeddings, {})
 
     writers = [threading.Thread(target=write) for _ in range(3)]
     for writer in writers:
@@ -467,7 +469,7 @@ def test_many_writers_and_readers_never_see_half_a_file(tiny_clip, tiny_video, t
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(cache.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        teachers._write_cache(tmp_path / "x.safetensors", torch.ones(1, 1, 1), {})
+        cache._write_cache(tmp_path / "x.safetensors", torch.ones(1, 1, 1), {})
     assert list(tmp_path.iterdir()) == []

@@ -28,8 +28,13 @@ from hnerv_clip.measures import check_embeddings
 from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json
-from hnerv_clip.search import encode_queries, parse_queries
-from hnerv_clip.teachers import Teacher, load_teacher, run_teacher
+from hnerv_clip.teachers import (
+    Teacher,
+    encode_queries,
+    load_teacher,
+    parse_queries,
+    run_teacher,
+)
 from hnerv_clip.verify.baselines import linear_map
 from hnerv_clip.verify.report import report_text
 from hnerv_clip.verify.scores import Verification, verify_embeddings
@@ -56,13 +61,13 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
         teacher: the run's, loaded if it is not given.
         seed: of the random embeddings, the shuffles and the untrained head.
         near: see `verify_embeddings`.
-        labels: texts to rank and to label patches by, see `search.parse_queries`; none by default.
+        labels: texts to rank and label patches by, see `teachers.parse_queries`; none by default.
     Returns:
         {source: its Verification}, the prediction last; see `evaluate.sources_of`.
     Raises:
         ConfigError: the run has no CLIP head, its teacher's weights are not there, or the teacher
             does not know a label.
-        ValueError: as `verify_embeddings` and `search.encode_queries`.
+        ValueError: as `verify_embeddings` and `teachers.encode_queries`.
     """
     check_head(run.model)
     model, dataset = run.model, run.dataset

@@ -1,0 +1,62 @@
+"""The teacher that the project is about: CLIP, through open_clip."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hnerv_clip.config import ConfigError, TeacherConfig
+from hnerv_clip.teachers.base import describe_teacher, preprocess, teacher_dim
+from hnerv_clip.teachers.clip_weights import find_source
+
+
+class ClipTeacher:
+    """CLIP by open_clip: a tag, a checkpoint file, or `local-dir:FOLDER`.
+
+    With a tag, weights in the local cache are used without asking the network. With `local-dir:`
+    the architecture is the folder's own, and `clip_model` is not read.
+    """
+
+    is_clip = True
+
+    def __init__(self, config: TeacherConfig, device: torch.device) -> None:
+        import open_clip  # takes seconds to import, and only this teacher needs it
+
+        self.name, self.label, _ = describe_teacher(config)
+        self.dim = teacher_dim(config)
+        self.device, self.in_bf16 = device, config.teacher_precision == "bf16"
+        source = find_source(config)
+        try:
+            model = open_clip.create_model(
+                source.model, pretrained=source.weights, device=device, require_pretrained=True,
+                weights_only=True, force_preprocess_cfg=source.preprocess)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # a file that is not these weights fails in many ways
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ConfigError(
+                f"the weights {source.origin} do not load into {source.model} ({reason}). Give "
+                "clip_model the architecture that they were saved from, and a plain state dict "
+                "(.pt, .bin or .safetensors; TorchScript archives must be re-saved)") from error
+        self.model = model.eval()
+        self.tokenizer = open_clip.get_tokenizer(source.model)
+        cfg = model.visual.preprocess_cfg
+        size = cfg["size"]
+        self.image_size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        self.preprocess_cfg = {name: cfg[name]
+                               for name in ("mean", "std", "interpolation", "resize_mode")}
+
+    @torch.no_grad()
+    def encode_patches(self, patches: Tensor) -> Tensor:
+        """See `Teacher`."""
+        pixels = preprocess(patches.to(self.device), self.image_size, **self.preprocess_cfg)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16):
+            features = self.model.encode_image(pixels)
+        return normalize(features.float(), dim=1)
+
+    @torch.no_grad()
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """See `Teacher`."""
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        return normalize(self.model.encode_text(tokens).float(), dim=1)

@@ -260,8 +260,8 @@ def _study(args: argparse.Namespace) -> None:
 
 
 def _scale(args: argparse.Namespace) -> None:
+    from hnerv_clip.book.scaling_pages import scaling_markdown
     from hnerv_clip.scaling import SETTINGS, measure_scaling
-    from hnerv_clip.scaling_pages import scaling_markdown
 
     measured = measure_scaling(
         Config.from_params(**{**SETTINGS, **args.settings}), args.outf, gpus=args.gpus,
@@ -344,8 +344,7 @@ def _show_found(title: str, found) -> None:
 
 
 def _pages(args: argparse.Namespace) -> None:
-    from hnerv_clip import pages
-    from hnerv_clip.book import repository_root
+    from hnerv_clip.book import pages, repository_root
 
     root = repository_root()
     if args.fidelity:
@@ -353,7 +352,7 @@ def _pages(args: argparse.Namespace) -> None:
     if args.quick:
         pages.collect_quick(root / "book" / "results", resolve_path(args.quick))
     if args.scaling:
-        from hnerv_clip.scaling_pages import collect_scaling
+        from hnerv_clip.book.scaling_pages import collect_scaling
 
         collect_scaling(root / "book" / "results", resolve_path(args.scaling))
     pages.refresh(root)

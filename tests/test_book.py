@@ -8,8 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from hnerv_clip import book, pages
-from hnerv_clip.book import BookError
+from hnerv_clip.book import BookError, build, pages
 from hnerv_clip.config import Config, ConfigError, profile_params
 from hnerv_clip.runs import RunDir, RunError
 
@@ -59,13 +58,13 @@ def repo(tmp_path, monkeypatch):
 
 
 def plan(repo, only=(), **overrides):
-    notebooks = book.list_notebooks(repo, only)
-    others = [n for n in book.list_notebooks(repo) if n not in notebooks]
-    return book.plan_parameters(notebooks, profile="quick", overrides=overrides, others=others)
+    notebooks = build.list_notebooks(repo, only)
+    others = [n for n in build.list_notebooks(repo) if n not in notebooks]
+    return build.plan_parameters(notebooks, profile="quick", overrides=overrides, others=others)
 
 
 def test_parameters_are_read_from_the_tagged_cell(repo):
-    assert book.declared_parameters(repo / "notebooks" / "01_first.ipynb") == {
+    assert build.declared_parameters(repo / "notebooks" / "01_first.ipynb") == {
         "outf": "output/quick/main", "epochs": QUICK["epochs"], "lr": QUICK["lr"],
         "predict_clip": True, "queries": ["hare", "wood"]}
 
@@ -73,7 +72,7 @@ def test_parameters_are_read_from_the_tagged_cell(repo):
 def test_a_default_that_is_computed_is_refused(repo):
     path = write_notebook(repo / "notebooks" / "03_third.ipynb", "epochs = 2 * 3 * len('a')")
     with pytest.raises(BookError, match="03_third.*plain value"):
-        book.declared_parameters(path)
+        build.declared_parameters(path)
 
 
 def test_only_declared_and_changed_parameters_are_injected(repo):
@@ -85,7 +84,7 @@ def test_only_declared_and_changed_parameters_are_injected(repo):
 
 
 def test_the_full_profile_injects_what_differs_from_quick(repo):
-    first, second = book.plan_parameters(book.list_notebooks(repo), profile="full", overrides={})
+    first, second = build.plan_parameters(build.list_notebooks(repo), profile="full", overrides={})
     assert first == {"outf": "output/full/main"} | {
         name: FULL[name] for name in ("epochs", "lr") if FULL[name] != QUICK[name]}
     assert second == {"outf": "output/full/main"}
@@ -118,29 +117,29 @@ def test_a_value_of_the_wrong_type_is_refused(repo, name, value):
 
 def test_a_bad_request_is_refused_before_any_work(repo, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="epochs=0"):
-        book.make_book(overrides={"epochs": "0"})
+        build.make_book(overrides={"epochs": "0"})
     with pytest.raises(ConfigError, match="profile='large'"):
-        book.make_book("large")
+        build.make_book("large")
     with pytest.raises(BookError, match="repository itself"):
-        book.make_book(overrides={"outf": "main"})
+        build.make_book(overrides={"outf": "main"})
     begun = RunDir.create(repo / "output" / "quick" / "main", Config.from_params(epochs=2))
     (begun.path / "metrics.csv").touch()
     with pytest.raises(RunError, match="epochs: 2 there"):
-        book.make_book()
+        build.make_book()
     assert not (repo / "ran").exists() and not (repo / "output/quick/executed").exists()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BookError, match="_toc.yml.*checkout"):
-        book.make_book()
+        build.make_book()
 
 
 def test_a_book_from_notebooks_to_published_pages(repo, capsys):
     committed = {p: p.read_bytes() for p in (repo / "book").rglob("*") if p.is_file()}
     (repo / "book" / "index.md").write_text("# Small\n\n[broken](nowhere.md)\n")
     with pytest.raises(BookError, match="index.md:3: WARNING.*nowhere.md"):
-        book.make_book(overrides={"epochs": "3"})
+        build.make_book(overrides={"epochs": "3"})
     (repo / "book" / "index.md").write_bytes(committed[repo / "book" / "index.md"])
 
-    html = book.make_book(overrides={"epochs": "3"}, only=["01"])  # 02 is there from before
+    html = build.make_book(overrides={"epochs": "3"}, only=["01"])  # 02 is there from before
     assert html == repo / "output" / "quick" / "html" / "index.html"
     assert "[1/1] 01_first  (epochs=3)" in capsys.readouterr().out
     assert (repo / "ran").read_text() == "x"
@@ -163,16 +162,16 @@ def test_a_book_from_notebooks_to_published_pages(repo, capsys):
                              built.read_text())
         assert not scripts, f"{built.name} needs the network"
 
-    book.publish(repo, repo / "output/quick/site")
+    build.publish(repo, repo / "output/quick/site")
     for name in ("01_first", "02_second"):
         assert (repo / f"book/{name}.ipynb").read_bytes() == \
             (repo / f"output/quick/site/book/{name}.ipynb").read_bytes()
 
 
 def test_a_whole_book_notes_what_it_took(repo, monkeypatch):
-    monkeypatch.setattr(book, "render", lambda site, html: html.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(build, "render", lambda site, html: html.mkdir(parents=True, exist_ok=True))
     monkeypatch.setattr("hnerv_clip.train.check_run", lambda config: None)
-    book.make_book(say=lambda text: None)
+    build.make_book(say=lambda text: None)
     cost = json.loads((repo / "output/quick/book.json").read_text())
     assert cost["wall_s"] > 0 and cost["peak_memory_bytes"] > 2**20 and cost["device"]
 
@@ -181,9 +180,9 @@ def test_a_page_too_large_to_commit_is_not_published(repo, monkeypatch):
     site = repo / "output" / "quick" / "site"
     (site / "book").mkdir(parents=True)
     write_notebook(site / "book" / "01_first.ipynb", "a = 1")
-    monkeypatch.setattr(book, "PAGE_LIMIT_BYTES", 100)
+    monkeypatch.setattr(build, "PAGE_LIMIT_BYTES", 100)
     with pytest.raises(BookError, match="01_first.ipynb.*nothing was published"):
-        book.publish(repo, site)
+        build.publish(repo, site)
     assert (repo / "book" / "01_first.ipynb").read_text() == pages.placeholder("01_first")
 
 
@@ -192,7 +191,7 @@ def test_a_failing_cell_is_named_and_the_partial_copy_kept(repo):
                             "b = a / 0  # the culprit")
     target = repo / "out" / source.name
     with pytest.raises(BookError) as caught:
-        book.execute(source, target, parameters={"a": 2})
+        build.execute(source, target, parameters={"a": 2})
     assert re.search(r"03_third stopped in cell \[4\] \(b = a / 0.*\n.*ZeroDivisionError: "
                      r"division by zero\n.*03_third.failed.ipynb", str(caught.value))
     assert not target.exists()
@@ -203,7 +202,7 @@ def test_a_kernel_that_dies_is_an_error(repo):
     source = write_notebook(repo / "notebooks" / "03_third.ipynb", "a = 1",
                             "import os\nos._exit(9)")
     with pytest.raises(BookError, match="03_third.*kernel died.*memory"):
-        book.execute(source, repo / "out" / source.name, parameters={})
+        build.execute(source, repo / "out" / source.name, parameters={})
 
 
 def test_pages_are_cleaned():
@@ -212,10 +211,10 @@ def test_pages_are_cleaned():
     cell.outputs = [
         new("stream", name="stderr", text="10%|# | 1/9"),
         new("stream", name="stdout", text="a\r\nb\rc\n/home/me/repo/x /home/me/other\n"),
-        new("display_data", data={book.WIDGET: {"model_id": "1"}, "text/plain": "bar"}),
+        new("display_data", data={build.WIDGET: {"model_id": "1"}, "text/plain": "bar"}),
         new("execute_result", data={"text/html": "<a>/home/me/repo</a>", "image/png": "aGk="})]
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {"x": "/home"}})
-    page = book.clean_page(notebook, {"/home/me/repo": ".", "/home/me": "~"})
+    page = build.clean_page(notebook, {"/home/me/repo": ".", "/home/me": "~"})
     assert [o.output_type for o in page.cells[0].outputs] == ["stream", "execute_result"]
     assert page.cells[0].outputs[0].text == "a\r\nc\n./x ~/other\n"
     assert page.cells[0].outputs[1].data == {"text/html": "<a>.</a>", "image/png": "aGk="}
@@ -242,7 +241,7 @@ def test_readme_and_book_show_what_was_measured(tmp_path):
 
 def test_published_pages_are_there():
     names = re.findall(r"book/(\d\d_\w+)", (ROOT / "_toc.yml").read_text())
-    assert names == [p.stem for p in book.list_notebooks(ROOT)]
+    assert names == [p.stem for p in build.list_notebooks(ROOT)]
     for name in names:
         page = (ROOT / "book" / f"{name}.ipynb").read_text()
         published = "code" in [cell["cell_type"] for cell in json.loads(page)["cells"]]

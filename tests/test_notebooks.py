@@ -7,11 +7,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from hnerv_clip import book
+from hnerv_clip.book import build
 from hnerv_clip.config import param_names, profile_params
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = book.list_notebooks(ROOT)
+NOTEBOOKS = build.list_notebooks(ROOT)
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 TINY = dict(resize_list="84_168", fc_hw="1_2", frame_stride="11", frame_limit="10",
             modelsize="0.05", enc_dim="16_8", epochs="4", pixel_loss_warmup_epochs="1",
@@ -60,20 +60,20 @@ def test_each_parameter_is_a_scalar_with_a_comment(path):
     for line in cell.source.splitlines():
         if line.strip() and not line.startswith("#"):
             assert re.match(r"\w+ = .+  # \S", line), line
-    for name, value in book.declared_parameters(path).items():
+    for name, value in build.declared_parameters(path).items():
         assert isinstance(value, (str, int, float, bool)), name
 
 
 @every_notebook
 def test_defaults_are_the_quick_profile(path):
     quick = profile_params("quick") | {"outf": "output/quick/main", "cache_dir": "output/cache"}
-    declared = book.declared_parameters(path)
+    declared = build.declared_parameters(path)
     assert {name: value for name, value in declared.items() if name in quick} == {
         name: quick[name] for name in declared if name in quick}
 
 
 def test_a_run_can_be_set_up_entirely_from_its_notebook():
-    declared = book.declared_parameters(book.list_notebooks(ROOT, ["02"])[0])
+    declared = build.declared_parameters(build.list_notebooks(ROOT, ["02"])[0])
     assert [name for name in param_names() if name not in declared] == []
 
 
@@ -84,7 +84,7 @@ def test_all_notebooks_make_a_book(tmp_path, monkeypatch, cache_dir):
     committed = {p: p.read_bytes() for p in (ROOT / "book").glob("*") if p.is_file()}
     study = tmp_path / "study"
     overrides = TINY | {"outf": str(study / "main"), "cache_dir": str(cache_dir)}
-    html = book.make_book(overrides=overrides)
+    html = build.make_book(overrides=overrides)
     assert html.exists()
     for path in NOTEBOOKS:
         text = (study / "site" / "book" / path.name).read_text()

@@ -10,6 +10,7 @@ from conftest import SMALL
 from test_launch import CONFIG
 
 from hnerv_clip import cli
+from hnerv_clip.book.scaling_pages import collect_scaling, scaling_markdown, write_scaling
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.figures.scaling import plot_scaling
 from hnerv_clip.runs import RunDir, RunError, write_json
@@ -23,7 +24,6 @@ from hnerv_clip.scaling import (
     time_to_reach,
     whole_run,
 )
-from hnerv_clip.scaling_pages import collect_scaling, scaling_markdown, write_scaling
 from hnerv_clip.study import study_base
 from hnerv_clip.teachers import describe_teacher
 
@@ -128,7 +128,7 @@ def test_a_whole_run_becomes_a_page(outf, cache_dir, tmp_path):
 
 
 def test_one_gpu_stands_beside_the_whole_run_where_it_was_trained(tmp_path):
-    from hnerv_clip.scaling_pages import _one_gpu_text
+    from hnerv_clip.book.scaling_pages import _one_gpu_text
 
     config = whole_run(study_base("full", {}), 300)
     row = {"video": "bunny", "variant": "base", "seed": 0, "embed": "", "epochs": 300,

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hnerv_clip import speed
+from hnerv_clip import bench_results
+from hnerv_clip.book import speed
 from hnerv_clip.config import Config
 from hnerv_clip.figures.speed import plot_growth, plot_profile
 from hnerv_clip.verify import costs
@@ -109,7 +110,8 @@ def test_pages_stand_with_files_and_without(tmp_path):
     assert "| fusing | 0.60 | no | slow | H |" in pages["speed_tried"]  # nothing was measured
     assert "`seed0` | 300 | 0 | on | **58** | 3.0 | 1.5 | 9.0 | 40.0 | 4.0 | 1.2 | 0.5 | 1.7 | " \
         "35.50 | 3.00 |" in pages["speed_fit"] and "clock: 5.2 s from" in pages["speed_fit"]
-    assert [b["device"] for b in speed.load_benches(tmp_path)] == ["NVIDIA Something", "x, 2 cores"]
+    assert [bench["device"] for bench in bench_results.load_benches(tmp_path)] == [
+        "NVIDIA Something", "x, 2 cores"]
     assert "Embeddings take 2.0% (fused, 4 at once) and -1.0% (plain, 4 at once)" in \
         pages["speed_decode"]
 
@@ -160,7 +162,7 @@ def bench_file(tmp_path):
 
 def test_speeds_of_another_machine_are_read_for_the_same_network(bench_file):
     config = Config.from_params()
-    table, where = speed.read_decoding(bench_file, config, batch_size=4)
+    table, where = bench_results.read_decoding(bench_file, config, batch_size=4)
     assert table["mode"].tolist() == ["RGB", "embeddings only"]
     assert table.frames_per_s.tolist() == [1000, 2000]  # of the fused decoder
     assert where == "a GPU, measured apart, commit 0123456789ab"
@@ -174,10 +176,10 @@ def test_speeds_of_another_machine_are_read_for_the_same_network(bench_file):
                             ({"patch_grid": "8_16"}, "another network: patch_grid="),
                             ({"resize_list": "320_640"}, "another network: resize_list=''")]:
         with pytest.raises(ValueError, match=message):
-            speed.read_decoding(bench_file, config.replace(**change), batch_size=4)
+            bench_results.read_decoding(bench_file, config.replace(**change), batch_size=4)
     with pytest.raises(ValueError, match=r"no decoding of 3 frames at once; use one of \[4\]"):
-        speed.read_decoding(bench_file, config, batch_size=3)
+        bench_results.read_decoding(bench_file, config, batch_size=3)
     with pytest.raises(ValueError, match="no speed of CLIP; there are A"):
-        speed.read_teacher_rates(bench_file, "CLIP")
+        bench_results.read_teacher_rates(bench_file, "CLIP")
     with pytest.raises(ValueError, match="does not exist; give a file of hnerv-clip bench"):
-        speed.read_teacher_rates(bench_file.with_name("none.json"), LABEL)
+        bench_results.read_teacher_rates(bench_file.with_name("none.json"), LABEL)

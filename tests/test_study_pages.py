@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip import study_pages
+from hnerv_clip.book import study_pages
+from hnerv_clip.book.study_pages import Estimate, estimate, paired, undominated
 from hnerv_clip.study import ENCODINGS, REMEDIES
-from hnerv_clip.study_pages import Estimate, estimate, paired, undominated
 
 KINDS = ("hybrid", "xyt", "pe")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from hnerv_clip.bench_results import read_decoding, read_teacher_rates
 from hnerv_clip.evaluate import BATCH, Run, measure_decoding
-from hnerv_clip.speed import read_decoding, read_teacher_rates
 from hnerv_clip.teachers import Teacher, run_teacher
 
 
@@ -36,7 +36,7 @@ def read_costs(path: str | Path, run: Run) -> tuple[pd.DataFrame, str]:
     """`measure_costs` on another machine, from a bench file, and in words where and when.
 
     Raises:
-        ValueError: see `speed.read_decoding` and `speed.read_teacher_rates`.
+        ValueError: see `bench_results.read_decoding` and `read_teacher_rates`.
     """
     decoding, where = read_decoding(path, run.config, batch_size=BATCH)
     patches = len(run.dataset.grid)

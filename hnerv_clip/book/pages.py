@@ -10,7 +10,8 @@ from typing import Any
 import nbformat
 import pandas as pd
 
-from hnerv_clip import speed, study_pages
+from hnerv_clip.bench_results import load_benches, part_rows
+from hnerv_clip.book import speed, study_pages
 from hnerv_clip.config import Config, settings_table
 from hnerv_clip.runs import RunDir, RunError, commit_words, write_json
 
@@ -52,7 +53,7 @@ README_BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": lambda book: headline_table(book / "_generated" / "headline.md"),
     "ablations": lambda book: ablations_markdown(pd.read_csv(book / "results" / "ablations.csv")),
     "fidelity": lambda book: fidelity_markdown(_results(book, "fidelity")),
-    "speed": lambda book: speed.training_markdown(speed.load_benches(book / "results"),
+    "speed": lambda book: speed.training_markdown(load_benches(book / "results"),
                                                   _results(book, "reference_speed")),
     "quick": lambda book: quick_markdown(_results(book, "quick")),
     "settings": lambda book: settings_markdown(),
@@ -98,7 +99,7 @@ def _results(book: Path, name: str) -> dict[str, Any]:
 
 def write_from_results(book: Path) -> None:
     """Write what pages include of the settings and of the measurements in `book/results`."""
-    from hnerv_clip.scaling_pages import write_scaling
+    from hnerv_clip.book.scaling_pages import write_scaling
 
     folder = book / "_generated"
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +206,7 @@ def _write_speed(folder: Path, results: Path) -> None:
         (folder / f"{name}.md").write_text(text)
     figures = {}
     growth = {bench["device"]: rows for bench, rows in
-              speed.part_rows(speed.load_benches(results), "scaling")}
+              part_rows(load_benches(results), "scaling")}
     if growth:
         figures["speed_growth"] = plot_growth(growth, {
             name: axis[:2] for name, axis in speed.AXES.items()})

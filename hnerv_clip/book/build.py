@@ -22,7 +22,7 @@ from typing import Any
 
 import nbformat
 
-from hnerv_clip import pages
+from hnerv_clip.book import pages
 from hnerv_clip.config import Config, param_names, profile_params
 from hnerv_clip.devices import select_device
 from hnerv_clip.paths import resolve_path

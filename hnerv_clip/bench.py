@@ -459,7 +459,8 @@ def _time_varied(bench: Bench, config: Config, dataset: Dataset, *, frame_hw: tu
     frames = dataset.video.frames[index[0]][:, :, index[1]][..., index[2]]
     varied = replace(dataset, video=replace(dataset.video, frames=frames.contiguous()),
                      grid=make_grid(config.teacher, frame_hw), mask=None,
-                     split=split_frames(frame_count, config.video.data_split))
+                     split=split_frames(frame_count, config.video.data_split,
+                                        config.video.split_phase))
     varied.embeddings = _random_embeddings(varied, config)
     return {"frame": f"{frame_hw[0]}×{frame_hw[1]}", "pixels": math.prod(frame_hw),
             "modelsize": config.model.modelsize, "patches": len(varied.grid),

@@ -49,6 +49,7 @@ class VideoConfig:
     frame_limit: int = 0  # use the first so many frames after striding; 0 for all
     frame_stride: int = 1  # take every so-manieth frame
     data_split: Split = Split(4, 5, 5)  # X_Y_Z: of every Z frames X train, those from Y validate
+    split_phase: int = 0  # frames by which data_split's blocks shift; 0 to Z-1 for cross-fitting
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,8 @@ def _validate(config: Config) -> None:
                           "use conv_type='convnext pshuffel', the one that HNeRV publishes")
     if model.out_bias not in ("tanh", "sigmoid"):
         _at_least("out_bias", _parse_number("out_bias", model.out_bias), -math.inf)
-    for name, low in [("frame_limit", 0), ("frame_stride", 1), ("patch_size", 0),
+    for name, low in [("frame_limit", 0), ("frame_stride", 1), ("split_phase", 0),
+                      ("patch_size", 0),
                       ("patch_stride", 0), ("lower_width", 1), ("clip_dim", 1), ("epochs", 1),
                       ("batch_size", 1), ("clip_loss_weight", 0), ("pixel_loss_warmup_epochs", 0),
                       ("inpaint_size", 0), ("clip_jitter", 0), ("eval_freq", 1), ("seed", 0),
@@ -355,7 +357,7 @@ def _validate(config: Config) -> None:
     if not math.isfinite(train.clip_loss_weight):
         raise ConfigError(f"clip_loss_weight={train.clip_loss_weight} must be finite")
     parse_lr_type(train.lr_type)
-    check_split(video.data_split)
+    check_split(video.data_split, video.split_phase)
 
 
 def _parse_number(name: str, value: str) -> float:
@@ -376,12 +378,15 @@ def _at_least(name: str, value: float, low: float) -> None:
                           f"the default is {_pack(name, _defaults()[name])!r}")
 
 
-def check_split(split: Split) -> None:
-    """Raise ConfigError unless 1 <= X <= Y <= Z."""
+def check_split(split: Split, phase: int = 0) -> None:
+    """Raise ConfigError unless 1 <= X <= Y <= Z and 0 <= phase < Z."""
     x, y, z = split
     if not 1 <= x <= y <= z:
         raise ConfigError(f"data_split='{x}_{y}_{z}' must satisfy 1 <= X <= Y <= Z, so that at "
                           "least one frame trains; use 4_5_5 for 80/20 or 1_1_1 to train on all")
+    if not 0 <= phase < z:
+        raise ConfigError(f"split_phase={phase} must lie between 0 and Z-1 of data_split="
+                          f"'{x}_{y}_{z}', so at most {z - 1}; later ones repeat these")
 
 
 def parse_lr_type(lr_type: str) -> tuple[float, float, float]:

@@ -97,7 +97,8 @@ def _without_embeddings(config: Config) -> Dataset:
         _check_dim(config, facts.label)
     video = load_video(config.video)
     return Dataset(
-        video=video, split=split_frames(len(video.frames), config.video.data_split),
+        video=video, split=split_frames(len(video.frames), config.video.data_split,
+                                        config.video.split_phase),
         grid=make_grid(config.teacher, video.frame_hw), embeddings=None,
         teacher_name=facts.name, teacher_label=facts.label,
         mask=inpainting_mask(video.frame_hw, config.train.inpaint_size))

@@ -115,7 +115,7 @@ def check_run(config: Config) -> None:
         ConfigError: see `load_video`, `make_grid`, `plan_model` and the MS-SSIM losses.
     """
     frame_hw, frame_count = _video_size(config.video)
-    split_frames(frame_count, config.video.data_split)
+    split_frames(frame_count, config.video.data_split, config.video.split_phase)
     make_grid(config.teacher, frame_hw)
     plan_model(config.model, frame_hw=frame_hw, frame_count=frame_count)
     if "ms_ssim" in PIXEL_LOSSES[config.train.loss]:

@@ -289,7 +289,7 @@ def frames_digest(frames: Tensor) -> str:
     return digest.hexdigest()
 
 
-def split_frames(frame_count: int, split: Split) -> FrameSplit:
+def split_frames(frame_count: int, split: Split, phase: int = 0) -> FrameSplit:
     """Divide frames into training, skipped and validation frames by the rule `X_Y_Z`.
 
     In every block of Z frames the first X train, frames X to Y-1 are skipped, and frames Y to Z-1
@@ -297,16 +297,22 @@ def split_frames(frame_count: int, split: Split) -> FrameSplit:
     where Y = Z and X < Y, frames X to Z-1 validate. The rule applies to the frames that are left
     after stride and limit.
 
+    Args:
+        phase: the blocks start so many frames later, and the frames before them end a block. Runs
+            of phases 0 to Z-1 validate on every frame equally often: cross-fitting (Schick 1986).
     Raises:
-        ConfigError: not 1 <= X <= Y <= Z, or no frames.
+        ConfigError: not 1 <= X <= Y <= Z, not 0 <= phase < Z, no frames, or none that train.
     """
-    check_split(split)
+    check_split(split, phase)
     if frame_count < 1:
         raise ConfigError(f"a video of {frame_count} frames leaves none to train on; raise "
                           "frame_limit, lower frame_stride, or give a longer video")
     first_val = split.train if split.skip_until == split.period else split.skip_until
-    position = np.arange(frame_count) % split.period
+    position = (np.arange(frame_count) - phase) % split.period
     train, val = position < split.train, position >= max(first_val, split.train)
+    if not train.any():
+        raise ConfigError(f"split_phase={phase} leaves no training frame among {frame_count}; "
+                          "use 0, or a longer video")
     labels = np.where(train, "train", np.where(val, "val", "skip")).tolist()
     return FrameSplit(np.flatnonzero(train), np.flatnonzero(val), labels)
 

@@ -287,6 +287,18 @@ def test_split(split, labels):
     assert result.val.tolist() == [i for i, c in enumerate(labels) if c == "v"]
 
 
+def test_phases_hold_every_frame_out_once():
+    splits = [split_frames(132, Split(4, 5, 5), phase) for phase in range(5)]
+    assert sorted(np.concatenate([split.val for split in splits])) == list(range(132))
+    assert [split.val[0] for split in splits] == [4, 0, 1, 2, 3]
+    assert Config.from_params(split_phase=4).video.split_phase == 4
+    for phase in (5, -1):
+        with pytest.raises(ConfigError, match=f"split_phase={phase}"):
+            Config.from_params(split_phase=phase)
+    with pytest.raises(ConfigError, match="no training frame among 1"):
+        split_frames(1, Split(1, 2, 3), 2)
+
+
 def test_split_prints_its_counts():
     assert str(split_frames(132, Split(4, 5, 5))) == \
         "132 frames: 106 train, 26 validate, 0 skipped"

@@ -39,7 +39,7 @@ from hnerv_clip.config import (
 )
 from hnerv_clip.dataset import Dataset, load_dataset, prepare_dataset
 from hnerv_clip.devices import resolve_precision, select_device, synchronise
-from hnerv_clip.engine import make_engine
+from hnerv_clip.engines.select import make_engine
 from hnerv_clip.evaluate import decoders, measure_decoding, set_precision
 from hnerv_clip.model import Plan, build_model, plan_model
 from hnerv_clip.patches import make_grid

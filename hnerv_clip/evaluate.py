@@ -31,13 +31,13 @@ from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.runs import RunDir
 
 try:
-    from hnerv_clip import fused
-    from hnerv_clip.decoder import Decoder
+    from hnerv_clip.engines.fused import network as fused
+    from hnerv_clip.engines.fused.decoding import Decoder
 except ImportError:  # no Triton: it is made for Linux
     fused = None
 
 if TYPE_CHECKING:
-    from hnerv_clip.engine import FusedEngine  # stands above this module
+    from hnerv_clip.engines.fused.engine import FusedEngine  # stands above this module
 
 BATCH = 4  # frames decoded at once
 PASS_S = 2.0  # a pass of `measure_decoding` is shorter, or one batch

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hnerv_clip.devices import synchronise
-from hnerv_clip.engine import FusedEngine, PlainEngine
+from hnerv_clip.engines.plain import PlainEngine
 
 PREFIX = "part of a step: "
 PARTS = ENCODER, DECODER, RGB, CLIP, BACK, ENCODER_BACK, OPTIMIZER, REST = (
@@ -71,7 +71,7 @@ class Marks:
 
 def mark_engine(engine: PlainEngine, marks: Marks) -> None:
     """Mark the parts of an engine's steps; it serves for nothing else afterwards."""
-    if isinstance(engine, FusedEngine):
+    if engine.decodes:
         network = engine.networks[engine.part]
         marks.watch(engine, _embed=ENCODER, _clip_gradients=CLIP, _pixel_gradients=RGB)
         marks.watch(network, decode=DECODER, backward=BACK, _encoder_backward=ENCODER_BACK)
@@ -105,7 +105,7 @@ def profile_step(engine: PlainEngine, indices: Tensor, *, weight: float, repeats
 
     def step() -> None:
         marks.at(REST)
-        if isinstance(engine, FusedEngine):
+        if engine.decodes:
             engine._update((count, count))  # not the graph
         else:
             engine.step(indices, count=count, lr=LR, weight=weight)

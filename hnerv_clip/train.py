@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from hnerv_clip.config import Config, ConfigError, VideoConfig
 from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.devices import resolve_precision, select_device, synchronise
-from hnerv_clip.engine import COLUMNS, FusedEngine, make_engine
+from hnerv_clip.engines.plain import COLUMNS
+from hnerv_clip.engines.select import make_engine
 from hnerv_clip.evaluate import (
     evaluate_model,
     evaluate_stored,
@@ -313,7 +314,7 @@ class _Loop:
     def _evaluate(self, board: SummaryWriter | nullcontext) -> dict[str, float]:
         """Evaluate; keep the best model. Returns the epoch's evaluation columns."""
         started = time.perf_counter()
-        engine = self.engine if isinstance(self.engine, FusedEngine) else None
+        engine = self.engine if self.engine.decodes else None
         table = _gather(evaluate_model(self.model, self.dataset, share=(self.rank, self.world),
                                        engine=engine))
         self.engine.sync()

@@ -1,7 +1,7 @@
 """Compile every kernel of a training step for an H100, without a GPU; `test_engine` runs it.
 
-Triton's by the processes of `compilers`, whose results must then be found on disk. Apart from the
-tests, because they run Triton's interpreter, which allows what no GPU can do.
+Triton's by the processes of `compile_workers`, whose results must then be found on disk. Apart
+from the tests, because they run Triton's interpreter, which allows what no GPU can do.
 """
 
 import os
@@ -18,11 +18,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hnerv_clip import engine, fused, hopper, tiles
-from hnerv_clip.compilers import NamedGPU
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import load_dataset
-from hnerv_clip.decoder import Decoder
+from hnerv_clip.engines.fused import engine, network
+from hnerv_clip.engines.fused.decoding import Decoder
+from hnerv_clip.kernels import hopper, launch
+from hnerv_clip.kernels.compile_workers import NamedGPU
 from hnerv_clip.model import build_model
 
 SETTINGS = dict(data_path="bunny", crop_list="640_1280", frame_limit=4, data_split="1_1_1",
@@ -35,8 +36,8 @@ CONFIGS = ({"resize_list": "80_160", "enc_strds": "5 4 2 2", "dec_strds": "5 4 2
 def main() -> None:
     cache, jobs = tempfile.TemporaryDirectory(), []
     os.environ["TRITON_CACHE_DIR"] = cache.name
-    fused.working_dtype = lambda device: torch.bfloat16
-    engine.compile_all = lambda step, _: jobs.extend(tiles.record(step))
+    network.working_dtype = lambda device: torch.bfloat16
+    engine.compile_all = lambda step, _: jobs.extend(launch.record(step))
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     for changes, on_hopper in ((CONFIGS[0], False), (CONFIGS[1], False), (CONFIGS[1], True)):
         hopper.available = lambda device, known=on_hopper: known
@@ -46,7 +47,7 @@ def main() -> None:
         model = build_model(config.model, frame_hw=dataset.video.frame_hw, frame_count=4)
         engine.FusedEngine(config, model, dataset, autocast=torch.bfloat16)
         decoder = Decoder(model, batch=4, centres=dataset.grid.centres)
-        jobs.extend(tiles.record(lambda own=decoder: own._run(True, True)))
+        jobs.extend(launch.record(lambda own=decoder: own._run(True, True)))
     driver.set_active(NamedGPU(GPUTarget("cuda", 90, 32)))
     torch.cuda.device = nullcontext
     triton.compiler.CompiledKernel._init_handles = lambda self: None
@@ -54,7 +55,7 @@ def main() -> None:
     found = []
     knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append((src.name, cache_hit))
     with suppress(Exception):  # what failed is said below, all of it
-        tiles.build_all(jobs, cores=4)
+        launch.build_all(jobs, cores=4)
     failed = 0
     for kernel, grid, values, settings in jobs:
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hnerv_clip import hopper
+from hnerv_clip.kernels import hopper
 
 EMULATOR = Path(__file__).with_name("hopper_emulator.cc")
 # Which of a source's values are in bfloat16, in its order: those that it reads, and writes

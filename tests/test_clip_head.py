@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hnerv_clip.codec import decode_video
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.engine import PlainEngine
+from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.evaluate import load_run, predict_embeddings, store_video
 from hnerv_clip.losses import TEMPERATURE, ClipObjective, _axis_weights, contrastive_loss
 from hnerv_clip.model import build_model

@@ -10,14 +10,14 @@ import pytest
 
 pytest.importorskip("triton")  # made for Linux; without it training is plain
 
-from hnerv_clip.compilers import Compilers
+from hnerv_clip.kernels.compile_workers import Compilers
 
 
 def test_what_cannot_be_compiled_is_said_and_a_process_that_died_is_not_waited_for():
     compilers = Compilers()
     assert "no_such_module" in compilers.compile('["no_such_module", "x", "{}", ["cuda", 90, 32]]')
     assert "has no attribute 'x'" in compilers.compile(
-        '["hnerv_clip.kernels", "x", "{}", ["cuda", 90, 32]]')  # by the same process
+        '["hnerv_clip.kernels.tiles", "x", "{}", ["cuda", 90, 32]]')  # by the same process
     process, = compilers._all
     process.kill()
     assert compilers.compile("[]") == compilers.compile("[]") == "the process is gone"
@@ -39,7 +39,7 @@ def test_each_thread_has_its_process_and_closing_ends_them():
 
 def test_they_end_when_who_started_them_is_killed():
     script = """
-from hnerv_clip.compilers import Compilers
+from hnerv_clip.kernels.compile_workers import Compilers
 compilers = Compilers()
 compilers.compile("[]")
 print(compilers._all[0].pid, flush=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hnerv_clip import devices, evaluate
-from hnerv_clip.engine import PlainEngine, make_engine
+from hnerv_clip.engines.plain import PlainEngine
+from hnerv_clip.engines.select import make_engine
 from hnerv_clip.model import build_model
 
 

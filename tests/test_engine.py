@@ -17,11 +17,16 @@ pytest.importorskip("triton")  # made for Linux; without it training is plain
 
 from hopper_programs import Launcher
 
-from hnerv_clip import engine, fused, hopper, layout, tiles
 from hnerv_clip.config import ConfigError
-from hnerv_clip.decoder import Decoder
-from hnerv_clip.engine import CompiledEngine, FusedEngine, PlainEngine, make_engine
+from hnerv_clip.engines import select
+from hnerv_clip.engines.compiled import CompiledEngine
+from hnerv_clip.engines.fused import layout, network
+from hnerv_clip.engines.fused.decoding import Decoder
+from hnerv_clip.engines.fused.engine import FusedEngine
+from hnerv_clip.engines.plain import PlainEngine
+from hnerv_clip.engines.select import make_engine
 from hnerv_clip.evaluate import embed_frames
+from hnerv_clip.kernels import hopper, tiles
 from hnerv_clip.model import build_model
 from hnerv_clip.patches import make_grid
 from hnerv_clip.video import split_frames
@@ -77,7 +82,7 @@ def test_fused_gradients_are_the_plain_ones(tiny, variant, monkeypatch):
     config, dataset = tiny
     config = config.replace(**VARIANTS[variant])
     if variant == "loss and boxes":
-        monkeypatch.setattr(fused, "LARGE", 16)
+        monkeypatch.setattr(network, "LARGE", 16)
     plain, own = build(PlainEngine, config, dataset), build(FusedEngine, config, dataset)
     indices = torch.tensor([1, 7])
     step = dict(count=2, lr=1e-3, weight=0.5)
@@ -229,10 +234,10 @@ def test_what_the_kernels_do_not_know_is_named(small_config):
         return build_model(small_config.replace(**settings).model, frame_hw=(80, 160),
                            frame_count=12)
 
-    assert fused.unsupported(model()) is None
-    assert "relu6" in fused.unsupported(model(act="relu6"))
-    assert "norm='bn'" in fused.unsupported(model(norm="bn"))
-    assert "stride of 5" in fused.unsupported(model(dec_strds="2 2 4 5"))
+    assert network.unsupported(model()) is None
+    assert "relu6" in network.unsupported(model(act="relu6"))
+    assert "norm='bn'" in network.unsupported(model(norm="bn"))
+    assert "stride of 5" in network.unsupported(model(dec_strds="2 2 4 5"))
 
 
 def test_block_sizes_fit_the_shared_memory(monkeypatch):
@@ -257,9 +262,9 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("hnerv_clip.devices.shutil.which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    assert "install gcc" in engine._no_fast_engine(torch.device("cuda"), True)
+    assert "install gcc" in select._no_fast_engine(torch.device("cuda"), True)
     monkeypatch.setenv("CC", "/usr/bin/cc")
-    assert engine._no_fast_engine(torch.device("cuda"), True) is None
+    assert select._no_fast_engine(torch.device("cuda"), True) is None
 
 
 @pytest.mark.parametrize("reason", ["old GPU", "no compiler", "no memory"])
@@ -274,11 +279,11 @@ def test_auto_goes_on_plainly_and_says_why(small_config, small_dataset, monkeypa
             RuntimeError("Failed to find C compiler.")
 
     said = {"old GPU": "no bfloat16", "no compiler": "C compiler", "no memory": "memory"}[reason]
-    monkeypatch.setattr(engine, "_no_fast_engine", lambda device, half:
+    monkeypatch.setattr(select, "_no_fast_engine", lambda device, half:
                         said if reason == "old GPU" else None)
-    monkeypatch.setattr(engine.fused, "unsupported", lambda model: None)
-    monkeypatch.setattr(engine, "FusedEngine", fails)
-    monkeypatch.setattr(engine, "PlainEngine", lambda *args, **kwargs: "plain")
+    monkeypatch.setattr(select.fused, "unsupported", lambda model: None)
+    monkeypatch.setattr(select, "FusedEngine", fails)
+    monkeypatch.setattr(select, "PlainEngine", lambda *args, **kwargs: "plain")
     with pytest.warns(UserWarning, match=said):
         assert make_engine(small_config, Model(), small_dataset, autocast=torch.bfloat16) == "plain"
 

@@ -12,7 +12,8 @@ pytest.importorskip("triton")  # made for Linux; without it training is plain
 from test_engine import VARIANTS, build, tiny  # noqa: F401  (a fixture)
 
 from hnerv_clip import train as train_module
-from hnerv_clip.engine import FusedEngine, PlainEngine
+from hnerv_clip.engines.fused.engine import FusedEngine
+from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.evaluate import evaluate_model, warm_up
 from hnerv_clip.video import split_frames
 
@@ -116,7 +117,8 @@ def test_the_fused_engine_does_without_pytorchs_compiler():
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from hnerv_clip import engine, train
+from hnerv_clip import train
+from hnerv_clip.engines.fused import engine
 before = "torch._dynamo" in sys.modules
 optimizer = engine.Moments(torch.nn.Linear(2, 2))
 optimizer.load_state_dict(optimizer.state_dict())

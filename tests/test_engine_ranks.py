@@ -8,7 +8,8 @@ pytest.importorskip("triton")  # made for Linux; without it training is plain
 
 from test_engine import build, tiny  # noqa: F401  (a fixture)
 
-from hnerv_clip.engine import FusedEngine, PlainEngine
+from hnerv_clip.engines.fused.engine import FusedEngine
+from hnerv_clip.engines.plain import PlainEngine
 
 BATCHES = [[0, 1], [2], [3, 4]]  # in the second, the other of two ranks has none
 

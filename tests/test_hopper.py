@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 
 from hopper_programs import Program, to_runs, to_units
 
-from hnerv_clip import hopper, kernels
-from hnerv_clip.tiles import H100_SHARED_BYTES
+from hnerv_clip.kernels import decoder_kernels as kernels
+from hnerv_clip.kernels import hopper
+from hnerv_clip.kernels.tiles import H100_SHARED_BYTES
 
 SHUFFLE = dict(act="gelu", SH=2, SW=2, CG=28, CN=32, EDGE=1, OUT_UNITS=1)
 # The paper's last block, and the RGB head

@@ -19,7 +19,7 @@ import torch
 from hnerv_clip import train as train_module
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import load_dataset
-from hnerv_clip.engine import PlainEngine
+from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.runs import RunDir
 from hnerv_clip.train import LATEST, train
 

@@ -7,7 +7,9 @@ pytest.importorskip("triton")  # made for Linux; without it training is plain
 
 from test_engine import build, tiny  # noqa: F401  (a fixture)
 
-from hnerv_clip.engine import FusedEngine, PlainEngine, make_engine
+from hnerv_clip.engines.fused.engine import FusedEngine
+from hnerv_clip.engines.plain import PlainEngine
+from hnerv_clip.engines.select import make_engine
 from hnerv_clip.model import build_model
 from hnerv_clip.profiling import (
     CLIP,

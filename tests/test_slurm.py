@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from test_launch import CONFIG, calls, make_run, ranked, sum_of_ranks, wait_for_ever, wait_until
 
-from hnerv_clip.engine import PlainEngine
+from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.launch import Job, JobFailed, LaunchError, follow, launch
 from hnerv_clip.runs import RunDir, write_json
 from hnerv_clip.train import train

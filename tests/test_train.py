@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hnerv_clip import train as train_module
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import load_dataset
-from hnerv_clip.engine import PlainEngine
+from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.evaluate import evaluate_model
 from hnerv_clip.model import build_model
 from hnerv_clip.runs import RunDir, RunError

@@ -1,13 +1,13 @@
 """Triton kernels of the encoder: patches, channel norms and ConvNeXt blocks, forward and back.
 
-Tensors lie channels-last, as in `kernels`; here without edges. Partial sums [S, …] are one row for
-each program.
+Tensors lie channels-last, as in `decoder_kernels`; here without edges. Partial sums [S, …] are one
+row for each program.
 """
 
 import triton
 import triton.language as tl
 
-from hnerv_clip.kernels import activate, activate_both
+from hnerv_clip.kernels.decoder_kernels import activate, activate_both
 
 # Compiled once for all sizes of image: these kernels wait for memory, not for a division
 for_any_image = triton.jit(do_not_specialize=["N", "H", "W", "S"])

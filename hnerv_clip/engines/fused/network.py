@@ -14,17 +14,18 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from hnerv_clip import encoder_kernels, hopper, kernels
-from hnerv_clip.layout import Conv, Parameters, pack_convolution, pack_patches
-from hnerv_clip.model import HNeRV
-from hnerv_clip.tiles import (
+from hnerv_clip.engines.fused.layout import Conv, Parameters, pack_convolution, pack_patches
+from hnerv_clip.kernels import decoder_kernels as kernels
+from hnerv_clip.kernels import encoder_kernels, hopper
+from hnerv_clip.kernels.launch import launch
+from hnerv_clip.kernels.tiles import (
     ceil_to,
     gradient_tile,
-    launch,
     power_of_two,
     product_tile,
     program_columns,
 )
+from hnerv_clip.model import HNeRV
 
 BUILD_ERRORS = (triton.TritonError, OSError, RuntimeError, subprocess.CalledProcessError)
 LARGE = 65536  # pixels from which on a layer is bound by memory, not by waiting

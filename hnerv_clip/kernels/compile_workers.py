@@ -39,7 +39,7 @@ class NamedGPU:
 
 
 def describe(jobs: Iterable[tuple]) -> list[str | None]:
-    """What a process needs to know to compile each job of `tiles.record`, as a line of text.
+    """What a process needs to know to compile each job of `launch.record`, as a line of text.
 
     None where there is nothing to do: Triton has it in memory, or it is no kernel of Triton's.
     """
@@ -77,8 +77,8 @@ class Compilers:
         process = getattr(self._own, "process", None)
         if process is None:
             process = self._own.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "hnerv_clip.compilers"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                [sys.executable, "-P", "-m", "hnerv_clip.kernels.compile_workers"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
             self._all.append(process)
         try:

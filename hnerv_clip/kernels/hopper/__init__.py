@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from triton.runtime.cache import get_cache_manager
 
-from hnerv_clip.kernels import ACTIVATIONS
-from hnerv_clip.tiles import H100_SHARED_BYTES, ceil_to
+from hnerv_clip.kernels.decoder_kernels import ACTIVATIONS
+from hnerv_clip.kernels.tiles import H100_SHARED_BYTES, ceil_to
 
 try:
     from cuda.bindings import driver, nvrtc  # come with PyTorch's CUDA builds
@@ -242,7 +242,7 @@ def _check(answer: tuple):
 
 
 class _Convolution:
-    """Launched and compiled as a Triton kernel is, see `tiles.launch`.
+    """Launched and compiled as a Triton kernel is, see `launch.launch`.
 
     Values: as the source's `convolve` has them, None for those that are not there.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hnerv_clip.fused import Network
+from hnerv_clip.engines.fused.network import Network
+from hnerv_clip.kernels.launch import compile_all
 from hnerv_clip.model import HNeRV
-from hnerv_clip.tiles import compile_all
 
 
 class Decoder:

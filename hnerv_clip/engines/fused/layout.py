@@ -8,8 +8,10 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from hnerv_clip import hopper, kernels
-from hnerv_clip.tiles import ceil_to, launch
+from hnerv_clip.kernels import decoder_kernels as kernels
+from hnerv_clip.kernels import hopper
+from hnerv_clip.kernels.launch import launch
+from hnerv_clip.kernels.tiles import ceil_to
 
 LARGE_IMAGE = 32768  # pixels from which on a convolution keeps a Hopper GPU busy
 

@@ -1,0 +1,255 @@
+"""The training step on our own kernels, see `network`."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hnerv_clip.config import Config
+from hnerv_clip.dataset import Dataset
+from hnerv_clip.engines.fused.decoding import Decoder
+from hnerv_clip.engines.fused.network import Network
+from hnerv_clip.engines.plain import COLUMNS, PlainEngine
+from hnerv_clip.evaluate import frame_times, psnr
+from hnerv_clip.kernels.launch import compile_all
+from hnerv_clip.losses import pixel_loss
+from hnerv_clip.model import HNeRV
+
+
+class Moments:
+    """The state of Adam where a kernel takes the step; saved and loaded as PyTorch's Adam does.
+
+    Without that class itself, which imports PyTorch's compiler: seconds.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parameters = list(model.parameters())
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.param_groups = [{"params": self.parameters}]
+
+    def state_dict(self) -> dict:
+        numbers = {p: i for i, p in enumerate(self.parameters)}
+        return {"state": {numbers[p]: kept for p, kept in self.state.items()},
+                "param_groups": [{"params": list(numbers.values()), "fused": True,
+                                  "capturable": True}]}  # so that Adam takes the step as a tensor
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state = {self.parameters[i]: {name: value.to(self.parameters[i])
+                                           for name, value in kept.items()}
+                      for i, kept in state["state"].items()}
+
+
+class FusedEngine(PlainEngine):
+    """The same step in bfloat16 on our own kernels, replayed as a CUDA graph; see `network`.
+
+    Several ranks add their gradients inside the graph. The model and the optimizer lag behind
+    until `sync`.
+    """
+
+    decodes = True
+
+    def __init__(self, config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype):
+        super().__init__(config, model, dataset, autocast=autocast)
+        size = config.train.batch_size
+        self.networks = {size: Network(model, batch=size)}
+        self.parameters = self.networks[size].parameters
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self.sums: dict[tuple[int, int], Tensor] = {}
+        self.indices: dict[tuple[int, int], Tensor] = {}
+        if model.kind != "hybrid":
+            times = frame_times(torch.arange(model.frame_count, device=self.device),
+                                model.frame_count)
+            self.positions = model.positions(times).to(
+                self.parameters.small.dtype)  # [T, h, w, 2·levels]
+        self.centres, self.decoder = None, None
+        if config.model.predict_clip:
+            self.centres = dataset.grid.centres
+            self._prepare_clip()
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self._compile((size, size * ranks))
+
+    def _compile(self, key: tuple[int, int]) -> None:
+        """Compile what steps of (own frames, frames of all ranks) launch."""
+        start = time.perf_counter()
+        network, (size, count) = self.networks[key[0]], key
+        indices = torch.zeros(size, dtype=torch.int64, device=self.device)
+        compile_all(lambda: (self._gradients(network, indices, count),
+                             self.parameters.update(self.lr), network.colour("pred")), self.device)
+        self.compile_s += time.perf_counter() - start
+
+    def _prepare_clip(self) -> None:
+        """Share the head's memory, and note the cells that it looks at, where they are fixed."""
+        self.head: list[tuple[nn.Parameter, slice]] = []
+        for name, parameter in self.model.named_parameters():
+            if name.startswith("clip_head."):
+                start = int(self.parameters.places[name].flatten()[0])
+                self.head.append((parameter, slice(start, start + parameter.numel())))
+                parameter.data = self.parameters.param[self.head[-1][1]].view(parameter.shape)
+        blocks = self.config.model.num_blks[1]
+        self.clip_layers = [stage * blocks for stage in self.model.clip_stages]
+        self.cells = None
+        if not self.config.model.clip_pool and not self.config.train.clip_jitter:
+            # Only these cells are given to the head, one beside the other
+            self.cells = self.clip.places
+            row = torch.zeros_like(self.cells[0][0])
+            self.clip.places = [(row, torch.arange(len(row), device=self.device))] * len(self.cells)
+
+    def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
+        self.lr.fill_(lr)
+        self.weight.fill_(weight)
+        key = (len(indices), count)
+        if len(indices) and len(indices) not in self.networks:
+            self.networks[len(indices)] = Network(self.model, self.parameters,
+                                                  batch=len(indices))
+            self._compile(key)
+        if key not in self.indices:  # the first step as it comes, the second is captured
+            self.indices[key], self.graphs[key] = indices.clone(), None
+            return self._update(key)
+        self.indices[key].copy_(indices)
+        if self.device.type != "cuda":  # Triton's interpreter, in tests
+            return self._update(key)
+        if self.graphs[key] is None:
+            graph, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device, priority=-1)
+            # Other threads, NCCL's among them, may ask the GPU meanwhile
+            with torch.cuda.graph(graph, stream=main, capture_error_mode="thread_local"):
+                self.sums[key] = self._update(key)
+            self.graphs[key] = graph
+        self.graphs[key].replay()
+        return self.sums[key]
+
+    def _make_optimizer(self) -> Moments:
+        return Moments(self.model)
+
+    @torch.no_grad()
+    def embed_frames(self) -> Tensor:
+        """The embedding of every frame [T, C, h, w], as a step computes it."""
+        network, size = self.networks[self.part], self.part
+        stem, parts = network.convs[0], []
+        for indices in torch.arange(self.model.frame_count, device=self.device).split(size):
+            rows = self._embed(network, _filled(indices, size))
+            cells = rows.view(size, stem.H, stem.W, stem.CI)[:len(indices)]
+            parts.append(cells.permute(0, 3, 1, 2).to(torch.float32, copy=True))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode_frames(self, embeddings: Tensor, *, clip: bool) -> tuple[Tensor, Tensor | None]:
+        """Frames float32 [B, 3, H, W], and with `clip` unit vectors [B, P, D], as a step does.
+
+        Args:
+            embeddings: [B, C, h, w].
+        """
+        size, found = self.part, []
+        if self.decoder is None:
+            self.decoder = Decoder(self.model, batch=size, network=self.networks[size],
+                                   centres=self.centres)
+        for part in embeddings.split(size):
+            frames, vectors = self.decoder(_filled(part, size), clip=clip)
+            found.append((frames[:len(part)].clone(),
+                          vectors[:len(part)].clone() if clip else None))
+        frames, vectors = zip(*found)
+        return torch.cat(frames), torch.cat(vectors) if clip else None
+
+    def sync(self) -> None:
+        moments = self.parameters.store()
+        for name, parameter in self.model.named_parameters():
+            mean, square = moments[name]
+            self.optimizer.state[parameter] = {
+                "step": self.parameters.count.clone(), "exp_avg": mean, "exp_avg_sq": square}
+
+    def load_optimizer(self, state: dict) -> None:
+        super().load_optimizer(state)
+        kept = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
+        self.parameters.load({n: (s["exp_avg"], s["exp_avg_sq"]) for n, s in kept.items()},
+                             float(next(iter(kept.values()))["step"]))
+
+    def _update(self, key: tuple[int, int]) -> Tensor:
+        size, count = key
+        if size:
+            columns = self._gradients(self.networks[size], self.indices[key], count)
+        else:
+            self.parameters.grad.zero_()
+            columns = torch.zeros(len(COLUMNS), 1, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(self.parameters.grad)
+        self.parameters.count.add_(1)
+        self.parameters.update(self.lr)
+        return columns.sum(1)
+
+    def _gradients(self, network: Network, indices: Tensor, count: int) -> Tensor:
+        """Forward and back for frames [B]: `COLUMNS` of them, [4, B]."""
+        embedding = self._embed(network, indices)
+        network.decode(embedding)
+        extra, picked, places = {}, {}, {}
+        with network.aside(-1):
+            if self.config.model.predict_clip:
+                clip, term = self._clip_gradients(network, indices, count, extra, picked, places)
+        pixel, psnr_db = self._pixel_gradients(network, indices, count)
+        network.backward(embedding, extra=extra, picked=picked, places=places)
+        if not self.config.model.predict_clip:
+            clip = term = torch.zeros_like(pixel)
+        return torch.stack([pixel, clip, pixel + self.weight * term, psnr_db])
+
+    def _embed(self, network: Network, indices: Tensor) -> Tensor:
+        """The embeddings of frames [B], in the network's rows [N, C]."""
+        if self.model.kind == "hybrid":
+            return network.encode(network.frame_patches(self.frames, indices, self.mask))
+        positions = network.take(self.positions[indices].flatten(0, 2))
+        return network.encode(positions) if self.model.kind == "xyt" else positions
+
+    def _pixel_gradients(self, network: Network, indices: Tensor, count: int
+                         ) -> tuple[Tensor, Tensor]:
+        """Pixel loss and PSNR of frames, both [B]; leaves the gradient in `network.drgb`."""
+        height, width = self.model.frame_hw
+        values = 3 * height * width
+        if self.config.train.loss == "L2" and self.mask is None:
+            network.colour("l2", video=self.frames, indices=indices, scale=1 / (values * count))
+            error = network.error.sum(1) / values
+            return error, -10 * torch.log10(error)
+        network.colour("pred")
+        frames = self.frames[indices].float() / 255
+        pred = network.pred.detach().requires_grad_()
+        with torch.enable_grad():
+            pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask)
+            gradient, = torch.autograd.grad(pixel.sum() / count, pred)
+        pred = pred.detach()
+        bias = self.config.model.out_bias
+        slope = 2 * pred * (1 - pred) if bias == "tanh" else \
+            pred * (1 - pred) if bias == "sigmoid" else 1
+        network.set_colour_gradient(gradient * slope)
+        return pixel.detach(), psnr(pred, frames)
+
+    def _clip_gradients(self, network: Network, indices: Tensor, count: int,
+                        extra: dict[int, Tensor], picked: dict[int, Tensor],
+                        places: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """The CLIP head's losses [B], its gradients, and those of the features that it read."""
+        stages: list[Tensor | None] = [None] * (max(self.model.clip_stages) + 1)
+        for i, (stage, layer) in enumerate(zip(self.model.clip_stages, self.clip_layers)):
+            if self.cells is None:
+                features = network.picture(layer)
+            else:
+                rows, cols = self.cells[i]
+                places[layer] = rows * self.model.stage_hw(stage)[1] + cols
+                features = network.pick(layer, rows, cols)[:, :self.model.plan.widths[stage], None]
+                features = features.float()  # [B, C, 1, P]
+            stages[stage] = features.detach().requires_grad_()
+        read = [stages[stage] for stage in self.model.clip_stages]
+        with torch.enable_grad():
+            clip, term = self.clip(stages, indices, self.lr)
+            gradients = torch.autograd.grad((self.weight * term).sum() / count,
+                                            [*read, *(p for p, _ in self.head)])
+        for (_, place), gradient in zip(self.head, gradients[len(read):]):
+            self.parameters.grad[place] = gradient.flatten()
+        for layer, gradient in zip(self.clip_layers, gradients):
+            if self.cells is not None:
+                picked[layer] = gradient[:, :, 0].transpose(1, 2).contiguous()
+            else:
+                extra[layer] = gradient.permute(0, 2, 3, 1).contiguous()
+        return clip.detach(), term.detach()
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """Rows, the last one repeated until there are so many."""
+    return torch.cat([rows, rows[-1:].expand(count - len(rows), *rows.shape[1:])])

@@ -1,0 +1,123 @@
+"""What one training step computes: its definition, in eager PyTorch, on any device."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hnerv_clip.config import Config
+from hnerv_clip.dataset import Dataset
+from hnerv_clip.evaluate import frame_times, psnr
+from hnerv_clip.losses import ClipObjective, pixel_loss
+from hnerv_clip.model import HNeRV
+
+# What a step measures of each frame
+COLUMNS = ("pixel_loss", "clip_loss", "total_loss", "psnr_db")
+
+
+class PlainEngine:
+    """Eager steps; the model, its optimizer and the video live on one device."""
+
+    decodes = False  # whether it gives embeddings and frames itself, see `FusedEngine`
+
+    def __init__(self, config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype):
+        self.config, self.model, self.autocast = config, model, autocast
+        self.device = next(model.parameters()).device
+        self.frames = dataset.video.frames.to(self.device)  # uint8 [T, 3, H, W]
+        self.mask = None if dataset.mask is None else dataset.mask.to(self.device)
+        if config.model.predict_clip:
+            self.clip = ClipObjective(config, model, targets=dataset.embeddings,
+                                      centres=dataset.grid.centres, train=dataset.split.train)
+        self.lr = torch.tensor(config.train.lr, device=self.device)
+        self.weight = torch.tensor(0.0, device=self.device)
+        self.optimizer = self._make_optimizer()
+        self.compile_s = 0.0  # spent on compilation so far
+        self.part = config.train.batch_size  # frames worked on at once
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True,
+                                capturable=self.device.type == "cuda")
+
+    def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
+        """One update.
+
+        Args:
+            indices: int64 [B] frames of this rank, on the device; may be empty on some ranks.
+            count: frames of all ranks together; gradients are their mean.
+            lr: learning rate.
+            weight: λ of the cosine term; at 0 the CLIP head is measured, and its gradient is 0.
+        Returns:
+            [4] sums of `COLUMNS` over this rank's frames.
+        """
+        self.lr.fill_(lr)
+        self.weight.fill_(weight)
+        while True:
+            try:
+                sums = self._backward(indices, count)
+                break
+            except torch.cuda.OutOfMemoryError:
+                # Half the frames at a time: the same sums, unless a batch norm looks at them
+                if self.part == 1 or self.config.model.norm == "bn":
+                    raise
+            self.part = -(-self.part // 2)
+            torch.cuda.empty_cache()
+            warnings.warn(f"the GPU's memory holds no {2 * self.part} frames of a step at once: "
+                          f"{self.part} at a time, which gives the same result", stacklevel=2)
+        if dist.is_initialized():
+            self._reduce_gradients()
+        self.optimizer.step()
+        return sums
+
+    def _backward(self, indices: Tensor, count: int) -> Tensor:
+        """Gradients of frames, and the sums [4] of their `COLUMNS`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(len(COLUMNS), device=self.device)
+        for part in indices.split(self.part) if len(indices) else ():
+            columns = self.frame_losses(part)
+            (columns[2].sum() / count).backward()
+            sums += columns.detach().sum(1)
+        return sums
+
+    def frame_losses(self, indices: Tensor) -> Tensor:
+        """`COLUMNS` of frames [B]: [4, B]."""
+        frames = (self.frames[indices].float() / 255).contiguous(memory_format=torch.channels_last)
+        seen = frames if self.mask is None else frames * self.mask
+        with torch.autocast(self.device.type, self.autocast,
+                            enabled=self.autocast != torch.float32):
+            stages = self.model.stages(self.model.embed(
+                seen, frame_times(indices, self.model.frame_count)))
+            pred = self.model.rgb(stages[-1])
+        pred = pred.float()
+        pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask)
+        clip, total = torch.zeros_like(pixel), pixel
+        if self.config.model.predict_clip:
+            clip, term = self.clip(stages, indices, self.lr)  # 1 − cosine, and what is minimised
+            total = pixel + self.weight * term
+        return torch.stack([pixel, clip, total, psnr(pred.detach(), frames)])
+
+    def sync(self) -> None:
+        """Bring the model and the optimizer up to date, before they are read or saved."""
+
+    def load_optimizer(self, state: dict) -> None:
+        """Take over the moments of a saved optimizer, whichever engine saved it."""
+        settings = [{k: v for k, v in group.items() if k != "params"}
+                    for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)
+        for parameter, kept in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # in the parameter's memory format, see below
+                kept[name] = torch.empty_like(parameter).copy_(kept[name])
+
+    def _reduce_gradients(self) -> None:
+        """Sum the ranks' gradients, in one message."""
+        parameters = list(self.model.parameters())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        # Back into tensors of the parameters' memory format: fused Adam reads them in step
+        for parameter, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads])):
+            parameter.grad = grad.copy_(part.view_as(grad))

@@ -1,0 +1,81 @@
+"""The engine that a configuration asks for, on the device at hand."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.dataset import Dataset
+from hnerv_clip.devices import no_bfloat16, no_kernels
+from hnerv_clip.engines.compiled import CompiledEngine
+from hnerv_clip.engines.plain import PlainEngine
+from hnerv_clip.model import HNeRV
+
+try:
+    from hnerv_clip.engines.fused import network as fused
+    from hnerv_clip.engines.fused.engine import FusedEngine
+except ImportError:  # no Triton: it is made for Linux
+    fused = None
+
+
+def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype
+                ) -> PlainEngine:
+    """The engine that `engine` asks for.
+
+    `auto` takes the fused one for bfloat16 on a GPU, or on one rank the compiled one for a model
+    that the kernels do not know; elsewhere the plain one, with a warning where a fast one was to be
+    expected and cannot be had. `fast` insists: fused in bfloat16 likewise, else compiled.
+
+    Raises:
+        ConfigError: engine=fast where it cannot be had; the message says why.
+    """
+    wish, half = config.train.engine, autocast == torch.bfloat16
+    device = next(model.parameters()).device
+    if wish == "plain" or wish == "auto" and (device.type != "cuda" or not half):
+        if wish == "auto" and half and config.train.device == "auto":
+            warnings.warn("no GPU here: training by the plain engine on the CPU, which is far "
+                          "slower", stacklevel=2)
+        return PlainEngine(config, model, dataset, autocast=autocast)
+    engine, reason = _fast_engine(config, model, dataset, autocast=autocast)
+    if dist.is_initialized():  # one rank in another engine would wait for the others for ever
+        failed = torch.tensor(float(engine is None), device=device)
+        dist.all_reduce(failed)
+        if failed and engine:
+            engine, reason = None, f"{int(failed)} other ranks cannot have it, see their output"
+    if engine:
+        return engine
+    if wish == "fast":
+        raise ConfigError(f"engine='fast' cannot be had: {reason}; use engine='auto' or 'plain'")
+    warnings.warn(f"training by the plain engine, several times slower: {reason}", stacklevel=2)
+    return PlainEngine(config, model, dataset, autocast=autocast)
+
+
+def _fast_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype
+                 ) -> tuple[PlainEngine | None, str]:
+    """The fastest engine for a model in a precision, or None and why there is none."""
+    half, device = autocast == torch.bfloat16, next(model.parameters()).device
+    if reason := _no_fast_engine(device, half):
+        return None, reason
+    missing = fused.unsupported(model) if half else None
+    if missing and dist.is_initialized():
+        return None, f"several ranks need the fused kernels, which do not know {missing}"
+    kind = FusedEngine if half and not missing else CompiledEngine
+    try:
+        return kind(config, model, dataset, autocast=autocast), ""
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None, "the GPU's memory is too small for its buffers"
+    except fused.BUILD_ERRORS as error:
+        return None, f"its kernels do not build here ({str(error).strip().splitlines()[0]})"
+
+
+def _no_fast_engine(device: torch.device, half: bool) -> str | None:
+    """Why this machine cannot run a fast engine, or None where it can."""
+    if reason := no_kernels(device) or (no_bfloat16(device) if half else None):
+        return reason
+    if not half and dist.is_initialized():
+        return "several ranks need precision='bf16'"
+    return None

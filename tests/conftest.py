@@ -1,7 +1,11 @@
-"""Shared by all tests: a small real dataset, prepared once."""
+"""Shared by all tests: a small real dataset, prepared once, and small trained runs, trained once.
+
+With pytest-xdist (`-n 2`) all workers share them, too.
+"""
 
 import contextlib
 import os
+import shutil
 
 import matplotlib
 import pytest
@@ -23,6 +27,7 @@ if not torch.cuda.is_available():
 
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import prepare_dataset
+from hnerv_clip.runs import hold
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # several test processes on few cores run faster so
@@ -51,12 +56,55 @@ def small_config() -> Config:
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory):
-    """A cache of teacher embeddings that all tests share."""
-    return tmp_path_factory.mktemp("cache")
+def shared_dir(tmp_path_factory):
+    """A folder of this test session; all workers' together under pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def small_dataset(small_config, cache_dir):
+def cache_dir(shared_dir):
+    """A cache of teacher embeddings that all tests share."""
+    return shared_dir / "cache"
+
+
+@pytest.fixture(scope="session")
+def small_dataset(small_config, cache_dir, shared_dir):
     """12 frames of 80×160 with 8 patches each, and the bundled teacher's embeddings."""
-    return prepare_dataset(small_config, cache_dir, device="cpu", progress=False)
+    with hold(shared_dir / "small_dataset.lock", wait=True):  # the teacher runs in one worker
+        return prepare_dataset(small_config, cache_dir, device="cpu", progress=False)
+
+
+@pytest.fixture(scope="session")
+def trained_run(small_config, small_dataset, cache_dir, shared_dir):
+    """The folder of a finished run of `small_config`, with the CLIP head. To read only:
+    a test that changes it takes `trained_copy`."""
+    return _train_once(small_config, shared_dir / "trained_run", cache_dir)
+
+
+@pytest.fixture(scope="session")
+def pixel_run(small_config, small_dataset, cache_dir, shared_dir):
+    """The folder of a finished run without the CLIP head, likewise to read only."""
+    return _train_once(small_config.replace(predict_clip=False, epochs=2),
+                       shared_dir / "pixel_run", cache_dir)
+
+
+@pytest.fixture
+def trained_copy(trained_run, tmp_path):
+    """A copy of `trained_run` that a test may change."""
+    return shutil.copytree(trained_run, tmp_path / "main")
+
+
+@pytest.fixture
+def pixel_copy(pixel_run, tmp_path):
+    """A copy of `pixel_run` that a test may change."""
+    return shutil.copytree(pixel_run, tmp_path / "pixels")
+
+
+def _train_once(config: Config, folder, cache_dir):
+    from hnerv_clip.train import train
+
+    with hold(folder.with_suffix(".lock"), wait=True):  # the next worker finds it finished
+        return train(config, folder, cache_dir=cache_dir, progress=False).run_dir

@@ -256,12 +256,9 @@ def test_readme_blocks_are_filled_and_missed():
         pages.fill_blocks(text, {"y": "new"})
 
 
-def test_results_are_collected_from_run_folders(small_config, small_dataset, cache_dir, tmp_path):
+def test_results_are_collected_from_run_folders(trained_run, tmp_path):
     """`fidelity.json` keeps its reference, `quick.json` needs a book that was made whole."""
-    from hnerv_clip.train import train
-
-    run = RunDir(train(small_config, tmp_path / "main", cache_dir=cache_dir,
-                       progress=False).run_dir)
+    run = RunDir(shutil.copytree(trained_run, tmp_path / "main"))
     shutil.copy(ROOT / "book" / "results" / "fidelity.json", tmp_path)
     before = json.loads((tmp_path / "fidelity.json").read_text())
     for _ in range(2):  # the second time in its own place
@@ -288,14 +285,11 @@ def test_results_are_collected_from_run_folders(small_config, small_dataset, cac
     assert f"{summary['eval_psnr_val_interpolated']:.2f} dB" in text
 
 
-def test_the_headline_comes_from_the_run(small_config, small_dataset, cache_dir, tmp_path):
+def test_the_headline_comes_from_the_run(trained_run, cache_dir, tmp_path):
     import av
     import pandas as pd
 
-    from hnerv_clip.train import train
-
-    run = RunDir(train(small_config, tmp_path / "main", cache_dir=cache_dir,
-                       progress=False).run_dir)
+    run = RunDir(trained_run)
     text = pages.headline(run, tmp_path / "headline.mp4", cache_dir=cache_dir)
     table = pd.read_csv(run.path / "evaluation.csv")
     seen = table[(table.variant == "trained") & (table.split == "train")]

@@ -18,14 +18,11 @@ from hnerv_clip.evaluate import (
     sources_of,
     summarise,
 )
-from hnerv_clip.train import train
 
 
 @pytest.fixture(scope="module")
-def run(small_config, small_dataset, cache_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "main"
-    train(small_config, folder, cache_dir=cache_dir, progress=False)
-    return load_run(folder, cache_dir=cache_dir, device="cpu")
+def run(trained_run, cache_dir):
+    return load_run(trained_run, cache_dir=cache_dir, device="cpu")
 
 
 def test_interpolation_by_hand():

@@ -7,7 +7,6 @@ from test_verify import slow_video
 from hnerv_clip import evaluate, figures, measures
 from hnerv_clip.config import Config
 from hnerv_clip.patches import PatchGrid, make_grid
-from hnerv_clip.train import train
 from hnerv_clip.verify import positions, time_series
 
 GRID = PatchGrid(frame=(640, 1280), size=(448, 448), tops=(0, 192), lefts=(0, 277, 555, 832))
@@ -85,9 +84,8 @@ def test_positions_by_hand():
     assert np.isnan(short.low) and short.frames == 5
 
 
-def test_a_run_is_asked_between_its_patches(small_config, small_dataset, cache_dir, tmp_path):
-    train(small_config, tmp_path / "main", cache_dir=cache_dir, progress=False)
-    run = evaluate.load_run(tmp_path / "main", cache_dir=cache_dir)
+def test_a_run_is_asked_between_its_patches(trained_run, cache_dir):
+    run = evaluate.load_run(trained_run, cache_dir=cache_dir)
     scores = positions.position_scores(run, cache_dir=cache_dir, device="cpu", progress=False)
     assert set(scores.source) == {"interpolated"} and len(scores) == 3 * 12 * (21 + 32)
     own = evaluate.predict_embeddings(run.model, run.dataset, source="interpolated")

@@ -31,9 +31,8 @@ class Interrupted(Exception):
 
 
 @pytest.fixture(scope="module")
-def finished(small_config, small_dataset, cache_dir, tmp_path_factory):
-    return train(small_config, tmp_path_factory.mktemp("runs") / "main", cache_dir=cache_dir,
-                 progress=False)
+def finished(trained_run, small_config, cache_dir):
+    return train(small_config, trained_run, cache_dir=cache_dir, progress=False)
 
 
 def weights(run_dir, name="model_latest.pth"):

@@ -13,7 +13,6 @@ from test_verify import HELD_OUT, slow_video, unit_vectors
 from hnerv_clip import evaluate, figures, measures
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.runs import RunDir, RunError
-from hnerv_clip.train import train
 from hnerv_clip.verify import costs, positions, side_file, time_series, verdict
 from hnerv_clip.verify import pool as verify_pool
 from hnerv_clip.verify import run as verifying
@@ -21,9 +20,8 @@ from hnerv_clip.verify import scores as verify_scores
 
 
 @pytest.fixture(scope="module")
-def small_run(small_config, small_dataset, cache_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "main"
-    train(small_config, folder, cache_dir=cache_dir)
+def small_run(trained_run, cache_dir, tmp_path_factory):
+    folder = shutil.copytree(trained_run, tmp_path_factory.mktemp("runs") / "main")
     return evaluate.load_run(folder, cache_dir=cache_dir)
 
 

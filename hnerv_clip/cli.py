@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from hnerv_clip.config import PROFILES, Config, ConfigError, param_names, settings_table
+from hnerv_clip.files import check_writable, explain
 from hnerv_clip.paths import resolve_path
 
 SHORT = {"b": "batch_size", "batchSize": "batch_size", "e": "epochs", "d": "distributed"}
@@ -40,13 +41,27 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `hnerv-clip settings | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, RuntimeError) as error:
-        ours = isinstance(error, ValueError) or type(error).__module__.startswith("hnerv_clip")
-        if not ours:  # from PyTorch, where the traceback says more
+    except (ValueError, RuntimeError, OSError, MemoryError, ImportError) as error:
+        message = error_message(error)
+        if message is None:  # from PyTorch, where the traceback says more
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
+
+
+def error_message(error: Exception) -> str | None:
+    """What a user is told of an error in place of a traceback; None where that says more."""
+    if isinstance(error, OSError):
+        return explain(error)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in (
+            "can't allocate memory", "not enough memory", "out of memory")):
+        return (f"memory ran out ({' '.join(str(error).split())[:200]}); lower batch_size, "
+                "resize_list, frame_limit or modelsize")
+    if isinstance(error, ImportError):  # of a package that is optional here
+        return str(error) if "pip install" in str(error) else None
+    ours = isinstance(error, ValueError) or type(error).__module__.startswith("hnerv_clip")
+    return str(error) if ours else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -200,8 +215,11 @@ def _train(args: argparse.Namespace) -> None:
 
     from hnerv_clip.dataset import prepare_dataset
     from hnerv_clip.launch import follow, launch
+    from hnerv_clip.runs import RunDir
     from hnerv_clip.train import check_run
 
+    RunDir.check(args.outf, args.config)  # before the teacher runs
+    check_writable(resolve_path(args.cache_dir))
     check_run(args.config)
     prepare_dataset(args.config, args.cache_dir, device=args.config.train.device)
     jobs = launch(args.config, args.outf, cache_dir=args.cache_dir,
@@ -224,6 +242,7 @@ def _prepare(args: argparse.Namespace) -> None:
     from hnerv_clip.dataset import prepare_dataset
     from hnerv_clip.train import check_run
 
+    check_writable(resolve_path(args.cache_dir))
     check_run(args.config)
     dataset = prepare_dataset(args.config, args.cache_dir, device=args.config.train.device)
     print(dataset.facts().to_string(header=False))
@@ -232,6 +251,8 @@ def _prepare(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from hnerv_clip.bench import DEFAULT_PARTS, bench
 
+    for path in (resolve_path(args.out).parent, resolve_path(args.outf)):
+        check_writable(path)
     bench(args.config, parts=args.parts or list(DEFAULT_PARTS), out=args.out, outf=args.outf,
           cache_dir=args.cache_dir)
 
@@ -244,6 +265,9 @@ def _study(args: argparse.Namespace) -> None:
     if args.list:
         print(study.show_plan(configs, base))
         return
+    for folder in (resolve_path(args.outf), *(resolve_path(path).parent for path in (
+            args.csv, args.pack) if path)):
+        check_writable(folder)
     states = study_runner.run_study(
         configs, args.outf, base=base, cache_dir=args.cache_dir, workers=args.workers,
         minutes=args.minutes, with_verify=args.verify)
@@ -263,6 +287,7 @@ def _scale(args: argparse.Namespace) -> None:
     from hnerv_clip.book.scaling_pages import scaling_markdown
     from hnerv_clip.scaling import SETTINGS, measure_scaling
 
+    check_writable(resolve_path(args.outf))
     measured = measure_scaling(
         Config.from_params(**{**SETTINGS, **args.settings}), args.outf, gpus=args.gpus,
         parts=args.parts, correctness_epochs=args.correctness_epochs,

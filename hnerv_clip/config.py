@@ -329,10 +329,14 @@ def _validate(config: Config) -> None:
                       ("inpaint_size", 0), ("clip_jitter", 0), ("eval_freq", 1), ("seed", 0),
                       ("checkpoint_s", 0)]:
         _at_least(name, config.params()[name], low)
+    for name, value in config.params().items():
+        if isinstance(value, int):
+            _at_most(name, value, 2**42 if name == "seed" else 2**31 - 1)  # seed · 10⁶ fits a word
     for name in ("crop_list", "resize_list", "patch_grid", "enc_strds", "dec_strds", "fc_hw",
                  "num_blks"):
         for value in _unpack(name, config.params()[name]) or ():
             _at_least(name, value, 1)
+            _at_most(name, value, 2**31 - 1)
     if not 1 <= model.ks[1] <= model.ks[2] or model.ks[1] % 2 == 0 or model.ks[2] % 2 == 0:
         raise ConfigError(f"ks='{_pack('ks', model.ks)}' must hold odd decoder kernels, the first "
                           "no larger than the last, after its unused first value; use 0_1_5")
@@ -375,6 +379,12 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 def _at_least(name: str, value: float, low: float) -> None:
     if not value >= low:
         raise ConfigError(f"{name}={value} must be at least {low}; "
+                          f"the default is {_pack(name, _defaults()[name])!r}")
+
+
+def _at_most(name: str, value: float, high: float) -> None:
+    if value > high:
+        raise ConfigError(f"{name}={value} must be at most {high}; "
                           f"the default is {_pack(name, _defaults()[name])!r}")
 
 

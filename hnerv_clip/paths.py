@@ -14,8 +14,16 @@ def resolve_path(path: str | Path) -> Path:
     that holds both `pyproject.toml` and `_toc.yml`, so that a notebook in `notebooks/` and its
     executed copy in `book/` mean the same file. Outside a repository it starts at the current
     folder.
+
+    Raises:
+        ValueError: a null character, or the home of a user that there is not.
     """
-    path = Path(path).expanduser()
+    if "\0" in str(path):
+        raise ValueError(f"path {str(path)!r} holds a null character; write it without")
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise ValueError(f"path {str(path)!r}: {error}; write the path without ~") from None
     if path.is_absolute():
         return path
     here = Path.cwd()

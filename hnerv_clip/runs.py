@@ -13,8 +13,8 @@ import platform
 import subprocess
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,20 @@ import pandas as pd
 import psutil
 import torch
 
-from hnerv_clip.config import Config
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.files import (
+    RunError,
+    check_keys,
+    check_writable,
+    explain,
+    file_digest,
+    open_own,
+    read_json,
+    read_table,
+    remove_stale,
+    write_atomic,
+    write_json,
+)
 from hnerv_clip.paths import resolve_path, tell_apart
 
 try:
@@ -33,47 +46,23 @@ except ImportError:  # not on this system
 PACKAGES = ("hnerv-clip", "torch", "torchvision", "numpy", "open_clip_torch", "timm", "av",
             "pytorch-msssim")
 
-
+LATEST, BEST = "model_latest.pth", "model_best.pth"  # to resume from; of the highest PSNR
 # Files of which a run that has begun has at least one
-STARTED = ("model_latest.pth", "model_best.pth", "metrics.csv", "summary.json", "job.json")
-
+STARTED = (LATEST, BEST, "metrics.csv", "summary.json", "job.json")
+# What a checkpoint must hold to go on from, beside its weights
+RESUMABLE = {"optimizer": dict, "batch": int, "losses": torch.Tensor, "history": list,
+             "best_psnr_db": (int, float), "train_time_s": (int, float), "world_size": int}
+# What provenance.json must hold
+PROVENANCE = {"commit": str, "dirty": (bool, type(None)), "device": str, "world_size": int,
+              "versions": dict, "python": str, "seed": int, "data": str, "data_digest": str,
+              "teacher": (str, type(None)), "started": str}
 
 NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # some cluster disks
 SILENT_S = 900  # a process of another machine that wrote nothing for so long is taken for dead
 
 
-class RunError(RuntimeError):
-    """A run directory or checkpoint can't be used as asked; the message says the fix."""
-
-
 class Held(RuntimeError):
     """Another process holds a lock; the message names it."""
-
-
-def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that at any moment either the old or the new content is there, whole.
-
-    Raises:
-        RunError: the disk is full or read-only; what stood there before is intact.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error}. What stood there before is intact; free "
-                       "space or make the folder writable, then run again to resume") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 @contextmanager
@@ -81,14 +70,16 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock file for this process.
 
     By flock, which the system releases when the process dies. Where the disk has none, by a file
-    beside it that only one process can make; what a dead process left is taken over.
+    beside it that only one process can make; what a dead process left is taken over. (The package
+    filelock does the second for ENOSYS alone, which NFS and Lustre do not answer with, and neither
+    names the holder nor takes over what a dead machine left.)
 
     Args:
         wait: for the process that holds it, instead of raising.
     Raises:
         Held: another process holds it.
     """
-    with open(path, "a+") as file:
+    with open_own(path, "a+") as file:
         if _flock(file, wait=wait):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
@@ -140,7 +131,7 @@ def _make_exclusive(path: Path, content: str) -> bool:
             return False
         aside.unlink()
     try:
-        with open(path, "x") as file:
+        with open(path, "x", encoding="utf-8") as file:
             file.write(content)
     except FileExistsError:
         return False
@@ -150,10 +141,10 @@ def _make_exclusive(path: Path, content: str) -> bool:
 def _read_holder(path: Path) -> dict[str, Any] | None:
     """Who made an exclusive file: pid, start, host; empty where it does not say, None without."""
     try:
-        return json.loads(path.read_text())
+        return read_json(path, keys={"pid": int, "host": str, "start": (int, float)}, fix="")
     except FileNotFoundError:
         return None
-    except ValueError:
+    except RunError:
         return {}
 
 
@@ -176,6 +167,8 @@ def silent_s(folder: Path) -> float:
 
 def process_start(pid: int) -> float | None:
     """When a process began, which tells it from a later one of the same id; None if it ended."""
+    if not 0 < pid < 2**31:
+        return None
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -185,8 +178,8 @@ def process_start(pid: int) -> float | None:
 
 def is_alive(process: dict[str, Any]) -> bool:
     """Whether the process with this pid and start runs on this machine."""
-    start = process_start(process["pid"])
-    return start is not None and abs(start - process["start"]) < 2  # the clock may be adjusted
+    start, then = process_start(process["pid"]), process["start"]
+    return None not in (start, then) and abs(start - then) < 2  # the clock may be adjusted
 
 
 class RunDir:
@@ -204,27 +197,31 @@ class RunDir:
         Raises:
             RunError: the folder holds another configuration, or other files.
         """
+        run = cls.check(path, config)
+        if not (run.path / "config.json").exists() or config.diff(run.config()):
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_json(run.path / "config.json", config.params())
+        return run
+
+    @classmethod
+    def check(cls, path: str | Path, config: Config) -> RunDir:
+        """Raise what would stop `create`, and leave nothing behind; ask before long work.
+
+        Raises:
+            RunError: the folder holds another configuration or other files, or can't be written.
+        """
         run = cls(path)
+        check_writable(run.path)
         if (run.path / "config.json").exists():
             differences = config.diff(run.config())
-            begun = any((run.path / name).exists() for name in STARTED)
-            if differences and not begun:
-                write_json(run.path / "config.json", config.params())
-            elif differences:
+            if differences and any((run.path / name).exists() for name in STARTED):
                 listed = "; ".join(f"{name}: {old!r} there, {new!r} asked"
                                    for name, (new, old) in differences.items())
                 raise RunError(f"{run.path} holds a run of another configuration ({listed}). "
                                "Choose another outf, or remove that folder")
-            return run
-        if run.path.exists() and any(p for p in run.path.iterdir() if not p.name.startswith(".")):
+        elif run.path.exists() and any(not p.name.startswith(".") for p in run.path.iterdir()):
             raise RunError(f"{run.path} is not empty and holds no config.json, so it is no run of "
                            "this project. Choose another outf")
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot make the run folder {run.path}: {error}. "
-                           "Choose a writable outf") from error
-        write_json(run.path / "config.json", config.params())
         return run
 
     def config(self) -> Config:
@@ -234,13 +231,14 @@ class RunDir:
             RunError: there is no run here, or its config.json is damaged.
         """
         file = self.path / "config.json"
+        fix = "put the run's own file back, or train in another outf"
         try:
-            return Config.from_params(**json.loads(file.read_text()))
-        except FileNotFoundError:
+            return Config.from_params(**read_json(file, fix=fix))
+        except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.path} holds no run (no config.json); train one first with "
                            "02_train or `hnerv-clip train`, or correct outf") from None
-        except ValueError as error:
-            raise RunError(f"{file} is damaged: {error}") from error
+        except ConfigError as error:
+            raise RunError(f"{file} is damaged: {error}; {fix}") from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -255,8 +253,9 @@ class RunDir:
             except Held as held:
                 raise RunError(f"{self.path} is being trained by another process ({held}); wait "
                                "for it, or stop it first") from None
-            for half_written in self.path.glob(".model_*.tmp"):  # by a process that was killed
-                half_written.unlink(missing_ok=True)
+            for checkpoint in self.path.glob(".model_*.tmp"):  # only the holder writes those
+                checkpoint.unlink(missing_ok=True)
+            remove_stale(self.path)
             yield
 
     @property
@@ -270,11 +269,13 @@ class RunDir:
 
     def provenance(self) -> dict[str, Any]:
         """What was run, on what; see `make_provenance`."""
-        return self._read_json("provenance.json")
+        return self._read_json("provenance.json", PROVENANCE)
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def _read_json(self, name: str, keys: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            return json.loads((self.path / name).read_text())
+            lost = " and ".join(dict.fromkeys([name, "summary.json"][:1 + self.finished]))
+            return read_json(self.path / name, keys=keys, fix=f"remove {lost} and train again with "
+                             "the same parameters and outf: the run's checkpoints are kept")
         except FileNotFoundError:
             raise RunError(f"{self.path} has no {name}: the run is not finished; train it to its "
                            "end with the same parameters and outf") from None
@@ -283,23 +284,44 @@ class RunDir:
         """Write tensors and plain values to `name`, atomically."""
         write_atomic(self.path / name, lambda file: torch.save(state, file))
 
-    def load_checkpoint(self, name: str = "model_best.pth") -> dict[str, Any]:
+    def load_checkpoint(self, name: str = BEST) -> dict[str, Any]:
         """Read and check a checkpoint of this run, onto the CPU.
 
         Raises:
             RunError: missing, truncated, altered, or of another configuration.
         """
-        state = load_checkpoint(self.path / name)
-        differences = self.config().diff(Config.from_params(**state["config"]))
+        path, fix = self.path / name, self.checkpoint_fix(name)
+        state = load_checkpoint(path, fix=fix)
+        if name == LATEST:
+            check_keys(state, RESUMABLE, path, fix=fix)
+        try:
+            differences = self.config().diff(Config.from_params(**state["config"]))
+        except ConfigError as error:
+            raise RunError(f"{path} is damaged: {error}; {fix}") from error
         if differences:
-            raise RunError(f"{self.path / name} belongs to another configuration (differs in "
-                           f"{', '.join(differences)}); put the run's own file back, or remove it")
+            raise RunError(f"{path} belongs to another configuration (differs in "
+                           f"{', '.join(differences)}); put the run's own file back, or {fix}")
         return state
+
+    def checkpoint_fix(self, name: str) -> str:
+        """What to do about a checkpoint of this run that is lost or damaged."""
+        lost = [name] * (self.path / name).exists() + ["summary.json"] * self.finished
+        remove = f"remove {' and '.join(lost)} from {self.path} and " if lost else ""
+        goes_on = (f"goes on from {LATEST} and chooses its best model anew"
+                   if name != LATEST and (self.path / LATEST).exists() else
+                   "starts at its first epoch")
+        return f"{remove}train again with the same parameters and outf: the run {goes_on}"
+
+    def checkpoint_digest(self, name: str = BEST) -> str:
+        """SHA-256 of a checkpoint, to which other files can be bound; empty without one."""
+        path = self.path / name
+        return file_digest(path) if path.is_file() else ""
 
     def metrics(self) -> pd.DataFrame:
         """A row per epoch; evaluation columns are empty between evaluations."""
         try:
-            return pd.read_csv(self.path / "metrics.csv")
+            return read_table(self.path / "metrics.csv", ["epoch"], fix="train the run again with "
+                              "the same parameters and outf: the next epoch writes it anew")
         except FileNotFoundError:
             raise RunError(f"{self.path} has no metrics.csv yet: no epoch is complete") from None
 
@@ -309,32 +331,62 @@ class RunDir:
 
     def log(self, message: str) -> None:
         """Append a line with the time to rank0.txt."""
-        with open(self.path / "rank0.txt", "a") as file:
+        with open_own(self.path / "rank0.txt", "a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, fix: str = "correct the path, or train the run again"
+                    ) -> dict[str, Any]:
     """Read a checkpoint file; nothing in it is executed.
 
+    Args:
+        fix: what to do about a bad one, which the error says.
     Raises:
-        RunError: missing, truncated, altered, or not a checkpoint of this project.
+        RunError: missing, truncated, altered, not a checkpoint of this project, or with weights
+            that are NaN or infinite.
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
-            damaged = archive.testzip()
-        if damaged:
-            raise RunError(f"{path} is damaged at {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        file = open(path, "rb")
     except FileNotFoundError:
-        raise RunError(f"{path} does not exist; train the run first, or correct the path") from None
-    except Exception as error:  # a damaged zip or pickle raises nearly anything
-        raise RunError(f"{path} is not a readable checkpoint ({error}). It is truncated, altered "
-                       "or foreign; remove it, and training starts at its first epoch"
-                       ) from error
+        raise RunError(f"{path} does not exist: {fix}") from None
+    except OSError as error:
+        raise RunError(f"cannot read {explain(error)}") from error
+    with file:
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch itself does not compare the checksums
+                damaged = archive.testzip()
+            if damaged:
+                raise RunError(f"it is damaged at {damaged}")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged zip or pickle raises nearly anything
+            raise RunError(f"{path} is not a readable checkpoint ({error}): truncated, altered or "
+                           f"foreign; {fix}") from error
     if not isinstance(state, dict) or not {"config", "model", "epoch"} <= state.keys():
-        raise RunError(f"{path} is no checkpoint of HNeRV-CLIP: it lacks config, model or epoch")
+        raise RunError(f"{path} is no checkpoint of HNeRV-CLIP: it lacks config, model or epoch; "
+                       f"{fix}")
+    check_keys(state, {"config": dict, "model": dict, "epoch": int}, path, fix=fix)
+    for name, tensor in state["model"].items():
+        if not isinstance(tensor, torch.Tensor):
+            raise RunError(f"{path} is damaged: its {name} is no tensor; {fix}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RunError(f"{path} is damaged: its {name} holds NaN or infinity; {fix}")
     return state
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, *, fix: str) -> None:
+    """Put a checkpoint's weights into a model, or say that the file `path` holds others.
+
+    Raises:
+        RunError: weights are missing, too many or of other shapes; the model may be half loaded.
+    """
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        found = " ".join(str(error).split())
+        raise RunError(f"{path} holds the weights of another network ({found[:300]}); {fix}"
+                       ) from error
 
 
 def make_provenance(config: Config, *, device: torch.device, data_digest: str, teacher: str | None,
@@ -397,7 +449,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()

@@ -86,7 +86,7 @@ def test_a_thousand_damaged_checkpoints_are_refused_or_load_equal(tmp_path):
         try:
             loaded = load_checkpoint(path)
         except RunError as error:
-            assert "remove it" in str(error) or "lacks config" in str(error)
+            assert "train the run again" in str(error)
             continue
         equal += 1  # padding, or a time of the archive
         assert torch.equal(loaded["model"]["w"], state["model"]["w"])

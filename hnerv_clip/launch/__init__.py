@@ -95,9 +95,11 @@ def launch(
         for config in named.values():
             check_run(config)
     folders = {name: outf if single else outf / name for name in named}
+    for name, config in named.items():  # every folder is checked before any is touched
+        RunDir.check(folders[name], config)
     jobs = [Job(name, RunDir.create(folders[name], config).path, config=config,
                 task=Task(config.params(), str(folders[name]), str(resolve_path(cache_dir)), run))
-            for name, config in named.items()]  # every folder is checked before any is touched
+            for name, config in named.items()]
     with hold(outf / ".launch", wait=True):  # one launcher at a time looks and submits
         while any(job.why == ENDING for job in jobs):  # whether it is to start again shows soon
             time.sleep(0.5)

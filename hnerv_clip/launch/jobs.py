@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -20,13 +19,22 @@ from submitit.core.utils import JobPaths
 from tqdm.auto import tqdm
 
 from hnerv_clip.config import Config
+from hnerv_clip.files import RunError, check_keys, read_json, write_json
 from hnerv_clip.launch import local, slurm
 from hnerv_clip.launch.errors import JobFailed
 from hnerv_clip.launch.ranks import Task, write_outcome
-from hnerv_clip.runs import RunDir, process_start, write_json
+from hnerv_clip.runs import RunDir, process_start
 
 SETTLE_S = 15  # a shared file system may show a file that late
 ENDING = "ending"  # gone or failed, but perhaps not to its last file yet
+# What job.json must hold besides, by cluster
+RECORDS: dict[str, dict[str, Any]] = {
+    "inline": {"pid": int, "pid_start": (int, float, type(None))},
+    "local": {"pid": int, "pid_start": (int, float, type(None)), "job_id": str, "folder": str},
+    "slurm": {"job_id": str, "folder": str, "slurm_cluster": str},
+}
+FIX = ("make sure that no job trains this run, remove that file, and launch the run again: it goes "
+       "on from its last checkpoint")
 
 
 def follow(jobs: Sequence[Job], *, poll_s: float = 2.0) -> pd.DataFrame:
@@ -94,13 +102,27 @@ class Job:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What job.json says: cluster, job_id, host and pid, folder; empty before submission."""
-        return _read_json(self.run_dir / "job.json")
+        """What job.json says: cluster, job_id, host and pid, folder; empty before submission.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        path = self.run_dir / "job.json"
+        record = _read_json(path, {"cluster": str, "token": str, "host": str})
+        if record:
+            if record["cluster"] not in RECORDS:
+                raise RunError(f"{path} is damaged: its cluster is {record['cluster'][:40]!r}; "
+                               f"{FIX}")
+            check_keys(record, RECORDS[record["cluster"]], path, fix=FIX)
+            if record.get("job_id") == "":  # found by its name then
+                check_keys(record, {"job_name": str, "array_index": (int, type(None))}, path,
+                           fix=FIX)
+        return record
 
     @property
     def epoch(self) -> int:
         """Epochs trained so far."""
-        return int(float(self._last_metrics().get("epoch") or 0))
+        return int(self._last_metrics().get("epoch", 0))
 
     @property
     def log_path(self) -> Path | None:
@@ -119,7 +141,7 @@ class Job:
 
     def figures(self) -> str:
         """How well it goes, from the last row of metrics.csv: PSNR, and the CLIP cosine."""
-        last = {name: float(text) for name, text in self._last_metrics().items() if text}
+        last = self._last_metrics()
         shown = [f"{last['psnr_db']:.2f} dB"] if "psnr_db" in last else []
         shown += [f"cos {1 - last['clip_loss']:.3f}"] if "clip_loss" in last else []
         return " ".join(shown)
@@ -150,13 +172,14 @@ class Job:
         elif record.get("cluster") == "local" and local.alive(record):
             os.killpg(record["pid"], signal.SIGKILL)
 
-    def _last_metrics(self) -> dict[str, str]:
+    def _last_metrics(self) -> dict[str, float]:
         try:
-            with open(self.run_dir / "metrics.csv") as file:
-                header, *rows = file.read().splitlines()
-        except (FileNotFoundError, ValueError):
+            text = (self.run_dir / "metrics.csv").read_text(encoding="utf-8")
+            header, *rows = text.splitlines()
+            last = zip(header.split(","), rows[-1].split(",")) if rows else ()
+            return {name: float(text) for name, text in last if text}
+        except (OSError, ValueError):  # none yet, or damaged: the next epoch writes it anew
             return {}
-        return dict(zip(header.split(","), rows[-1].split(","))) if rows else {}
 
     def _look(self) -> tuple[str, str]:
         """(state, why)."""
@@ -169,7 +192,7 @@ class Job:
         record = self.record
         if not record:
             return "new", ""
-        outcome = _read_json(self.run_dir / "outcome.json")
+        outcome = _read_json(self.run_dir / "outcome.json", {"token": str, "error": str})
         if outcome.get("token") == record["token"]:
             ending = record["cluster"] == "local" and local.alive(record)
             return ("running", ENDING) if ending else ("failed", outcome["error"])
@@ -213,8 +236,8 @@ class Job:
         return token
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return read_json(path, keys=keys, fix=FIX)
     except FileNotFoundError:
         return {}

@@ -20,7 +20,7 @@ import submitit
 import submitit.helpers
 
 from hnerv_clip.config import Config
-from hnerv_clip.runs import write_json
+from hnerv_clip.files import write_json
 
 START_TIMEOUT = timedelta(minutes=5)  # between the first and the last rank to start
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # dead ranks are seen by `Peers` long before

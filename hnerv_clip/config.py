@@ -1,7 +1,8 @@
 """What a run is: typed, frozen, validated settings, and the two profiles.
 
 Field names are those of the original HNeRV command line. Packed strings such as ``64_16`` are
-parsed here, once; the rest of the library sees tuples and numbers. This module imports no torch.
+parsed here, once; the rest of the library sees tuples and numbers. What depends on the frame's
+size is ``auto`` until that is known, see `Config.resolve`. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,18 @@ import math
 import re
 import sys
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from hnerv_clip.sizes import (
+    MOST_STAGES,
+    choose_patch_grid,
+    choose_patch_size,
+    choose_strides,
+    pad_to,
+)
+
+AUTO = "auto"  # chosen for the frame's size
+Auto = Literal["auto"]
 EMBEDS = ("", "pe", "xyt")
 ACTIVATIONS = ("relu", "leaky", "leaky01", "relu6", "gelu", "sin", "swish", "softplus", "hardswish")
 NORMS = ("none", "bn", "in")
@@ -44,7 +55,7 @@ class VideoConfig:
     """Which frames a run sees."""
 
     data_path: str = "bunny"  # bunny, bikes, carphone, a video file, or a folder of images
-    crop_list: tuple[int, int] | None = (640, 1280)  # centre crop, height_width; "" keeps all
+    crop_list: tuple[int, int] | None = None  # centre crop, height_width; auto: whole, but bunny
     resize_list: tuple[int, int] | None = None  # antialiased resize after the crop; "" for none
     frame_limit: int = 0  # use the first so many frames after striding; 0 for all
     frame_stride: int = 1  # take every so-manieth frame
@@ -60,8 +71,8 @@ class TeacherConfig:
     clip_model: str = "ViT-B-32-quickgelu"  # open_clip architecture
     clip_pretrained: str = "openai"  # open_clip tag, a checkpoint file, or local-dir:FOLDER
     teacher_precision: str = "fp32"  # fp32, or for CLIP bf16: faster, cosine to fp32 above 0.999
-    patch_grid: tuple[int, int] | None = (2, 4)  # rows_columns, evenly from edge to edge
-    patch_size: int = 0  # pixels; 0 means 448 at height 640 and in proportion
+    patch_grid: tuple[int, int] | Auto | None = AUTO  # rows_columns, evenly from edge to edge
+    patch_size: int = 0  # pixels; 0 means 448 where the shorter side is 640, and in proportion
     patch_stride: int = 0  # pixels; used when patch_grid is "", 0 means half the patch
 
 
@@ -70,10 +81,11 @@ class ModelConfig:
     """The network. The width is solved from `modelsize`."""
 
     embed: str = ""  # "" hybrid, pe_BASE_LEVELS (time), xyt_BASE_LEVELS (coordinates)
-    enc_strds: tuple[int, ...] = (5, 4, 4, 2, 2)  # encoder strides
+    enc_strds: tuple[int, ...] | Auto = AUTO  # encoder strides; auto: for the frame's size
     enc_dim: tuple[int, float] = (64, 16)  # encoder width, embedding channels (<1: share of size)
-    dec_strds: tuple[int, ...] = (5, 4, 4, 2, 2)  # decoder upsampling factors
-    fc_hw: tuple[int, int] = (2, 4)  # base resolution of coordinate embeddings
+    dec_strds: tuple[int, ...] | Auto = AUTO  # decoder upsampling factors; auto: as enc_strds
+    fc_hw: tuple[int, int] | Auto = AUTO  # base resolution of coordinate embeddings
+    pad_list: tuple[int, int] | Auto | None = AUTO  # frame with repeated edges, as the strides ask
     ks: tuple[int, int, int] = (0, 1, 5)  # kernel sizes: unused, first and largest decoder kernel
     num_blks: tuple[int, int] = (1, 1)  # ConvNeXt blocks and decoder blocks per stage
     reduce: float = 1.2  # width divisor per stage; -1 means the square root of the stride
@@ -121,17 +133,25 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    # Names that were left to `auto`: `replace` chooses them anew
+    chosen: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     @classmethod
-    def from_params(cls, **params: Any) -> Config:
+    def from_params(cls, *, preset: str = AUTO, **params: Any) -> Config:
         """Parse flat parameters, as typed on a command line or set in a notebook.
 
+        What is `auto` is chosen here where crop_list or resize_list tell the frame's size.
+
         Args:
+            preset: a row of `PRESETS`: `paper` for the values of HNeRV's paper, where `params` name
+                no others.
             params: any of `param_names()`; packed strings or typed values. A name that is left
                 out keeps its default.
         Raises:
             ConfigError: an unknown name, or a value that breaks a rule.
         """
+        _one_of("preset", preset, tuple(PRESETS))
+        params = {**PRESETS[preset], **params}
         unknown = sorted(set(params) - set(param_names()))
         if unknown:
             near = difflib.get_close_matches(unknown[0], param_names(), n=1)
@@ -140,13 +160,28 @@ class Config:
                 f"unknown parameter {', '.join(map(repr, unknown))}.{hint} "
                 f"Known ones: {', '.join(param_names())}"
             )
+        chosen = frozenset(name for name in _AUTO if params.get(name, AUTO) in (AUTO, (AUTO,)))
+        if "crop_list" in chosen:
+            bunny = params.get("data_path", VideoConfig.data_path) == "bunny"
+            params["crop_list"] = PRESETS["paper"]["crop_list"] if bunny else ""
         groups = {}
-        for group in fields(cls):
-            group_type = _GROUPS[group.name]
+        for group, group_type in _GROUPS.items():
             own = {f.name: _parse(f.name, params[f.name]) for f in fields(group_type)
                    if f.name in params}
-            groups[group.name] = group_type(**own)
-        config = cls(**groups)
+            groups[group] = group_type(**own)
+        config = cls(**groups, chosen=chosen)
+        _validate(config)
+        frame_hw = config.video.resize_list or config.video.crop_list
+        return config.resolve(frame_hw) if frame_hw else config
+
+    def resolve(self, frame_hw: tuple[int, int]) -> Config:
+        """What is `auto`, chosen for frames of height and width `frame_hw`; the rest as it is."""
+        if self.teacher.patch_grid != AUTO and AUTO not in dataclasses.astuple(self.model):
+            return self
+        config = dataclasses.replace(
+            self, teacher=dataclasses.replace(
+                self.teacher, patch_grid=resolve_patch_grid(self.teacher, frame_hw)),
+            model=resolve_model(self.model, frame_hw))
         _validate(config)
         return config
 
@@ -156,14 +191,48 @@ class Config:
                 for group, group_type in _GROUPS.items() for f in fields(group_type)}
 
     def replace(self, **params: Any) -> Config:
-        """A copy with some flat parameters changed."""
-        return Config.from_params(**{**self.params(), **params})
+        """A copy with some flat parameters changed; those left to `auto` are chosen anew."""
+        left = dict.fromkeys(self.chosen, AUTO)
+        return Config.from_params(**{**self.params(), **left, **params})
 
     def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """Parameters that differ and that change a result, as {name: (own, other's)}."""
+        """Parameters that differ and that change a result, as {name: (own, other's)}.
+
+        What is still `auto` on one side differs from nothing.
+        """
         own, others = self.params(), other.params()
         return {name: (own[name], others[name]) for name in own
-                if own[name] != others[name] and name not in RUNTIME_PARAMS}
+                if own[name] != others[name] and name not in RUNTIME_PARAMS
+                and not (name in _AUTO and AUTO in (own[name], others[name]))}
+
+
+def resolve_patch_grid(teacher: TeacherConfig, frame_hw: tuple[int, int]
+                       ) -> tuple[int, int] | None:
+    """(rows, columns) of patches of frames of height and width `frame_hw`; None for a sweep."""
+    if teacher.patch_grid != AUTO:
+        return teacher.patch_grid
+    return choose_patch_grid(frame_hw, teacher.patch_size or choose_patch_size(frame_hw))
+
+
+def resolve_model(model: ModelConfig, frame_hw: tuple[int, int]) -> ModelConfig:
+    """What of strides, base resolution and padding is `auto`, for frames of `frame_hw` (H, W).
+
+    A coordinate model whose `fc_hw` is given is not padded, but resized to the frame.
+    """
+    given = [strides for strides in (model.enc_strds, model.dec_strds) if strides != AUTO]
+    strides = given[0] if given else choose_strides(frame_hw)
+    enc_strds = strides if model.enc_strds == AUTO else model.enc_strds
+    dec_strds = strides if model.dec_strds == AUTO else model.dec_strds
+    hybrid = embed_kind(model.embed) == "hybrid"
+    product = math.prod(enc_strds if hybrid else dec_strds)
+    padded, pad_list = pad_to(frame_hw, product), model.pad_list
+    if pad_list == AUTO:
+        pads = (hybrid or model.fc_hw == AUTO) and padded != tuple(frame_hw)
+        pad_list = padded if pads else None
+    up = math.prod(dec_strds)
+    fc_hw = tuple(-(-side // up) for side in frame_hw) if model.fc_hw == AUTO else model.fc_hw
+    return dataclasses.replace(model, enc_strds=enc_strds, dec_strds=dec_strds, fc_hw=fc_hw,
+                               pad_list=pad_list)
 
 
 _GROUPS = {"video": VideoConfig, "teacher": TeacherConfig, "model": ModelConfig,
@@ -184,6 +253,7 @@ _PACKED: dict[str, tuple[int | None, type, str]] = {
     "crop_list": (2, int, "640_1280"),
     "resize_list": (2, int, "320_640"),
     "data_split": (3, int, "4_5_5"),
+    "pad_list": (2, int, "672_1280"),
     "patch_grid": (2, int, "2_4"),
     "enc_strds": (None, int, "5 4 4 2 2"),
     "dec_strds": (None, int, "5 4 4 2 2"),
@@ -193,7 +263,8 @@ _PACKED: dict[str, tuple[int | None, type, str]] = {
     "num_blks": (2, int, "1_1"),
     "conv_type": (2, str, "convnext pshuffel"),
 }
-_OPTIONAL = {"crop_list", "resize_list", "patch_grid"}
+_OPTIONAL = {"crop_list", "resize_list", "pad_list", "patch_grid"}
+_AUTO = ("crop_list", "patch_grid", "enc_strds", "dec_strds", "fc_hw", "pad_list")
 
 
 def _parse(name: str, value: Any) -> Any:
@@ -223,6 +294,8 @@ def _to_bool(value: Any) -> bool:
 
 def _unpack(name: str, value: Any) -> tuple | None:
     count, kind, example = _PACKED[name]
+    if value == AUTO and name in _AUTO:
+        return AUTO
     if value is None or value in ("", "-1", -1):
         if name in _OPTIONAL:
             return None
@@ -287,7 +360,7 @@ def clip_stages(model: ModelConfig) -> tuple[int, ...]:
     Raises:
         ConfigError: no such stage, or one named twice.
     """
-    last = len(model.dec_strds)
+    last = MOST_STAGES if model.dec_strds == AUTO else len(model.dec_strds)
     if model.clip_stage in ("last", "all"):
         return (last,) if model.clip_stage == "last" else tuple(range(last + 1))
     parts = model.clip_stage.replace("_", " ").split()
@@ -332,9 +405,10 @@ def _validate(config: Config) -> None:
     for name, value in config.params().items():
         if isinstance(value, int):
             _at_most(name, value, 2**42 if name == "seed" else 2**31 - 1)  # seed · 10⁶ fits a word
-    for name in ("crop_list", "resize_list", "patch_grid", "enc_strds", "dec_strds", "fc_hw",
-                 "num_blks"):
-        for value in _unpack(name, config.params()[name]) or ():
+    for name in ("crop_list", "resize_list", "pad_list", "patch_grid", "enc_strds", "dec_strds",
+                 "fc_hw", "num_blks"):
+        values = _unpack(name, config.params()[name])
+        for value in () if values in (None, AUTO) else values:
             _at_least(name, value, 1)
             _at_most(name, value, 2**31 - 1)
     if not 1 <= model.ks[1] <= model.ks[2] or model.ks[1] % 2 == 0 or model.ks[2] % 2 == 0:
@@ -412,6 +486,13 @@ def parse_lr_type(lr_type: str) -> tuple[float, float, float]:
                       "0 <= SHARE < 1, POWER > 0 and 0 <= START <= 1; use cosine_0.1_1_0.1")
 
 
+# What takes the place of defaults. `paper`: HNeRV's setting for Big Buck Bunny, 640×1280
+PRESETS: dict[str, dict[str, Any]] = {
+    AUTO: {},
+    "paper": {"crop_list": "640_1280", "enc_strds": "5 4 4 2 2", "dec_strds": "5 4 4 2 2",
+              "fc_hw": "2_4", "pad_list": "", "patch_grid": "2_4"},
+}
+
 # Values that differ from the defaults above, which are the paper's. `quick` fits two CPU cores and
 # minutes, and names the bundled teacher, which is not CLIP, because a fresh machine has no CLIP
 # weights. `full` is for a GPU, by the fused engine.
@@ -454,5 +535,6 @@ def settings_table() -> list[tuple[str, str, str, str]]:
     """
     comments = dict(re.findall(r"^    (\w+): [^\n]*?  # ([^\n]*)$",
                                inspect.getsource(sys.modules[__name__]), re.M))
-    return [(f.name, str(_pack(f.name, f.default)), group, comments[f.name])
+    return [(f.name, AUTO if f.name in _AUTO else str(_pack(f.name, f.default)), group,
+             comments[f.name])
             for group, group_type in _GROUPS.items() for f in dataclasses.fields(group_type)]

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hnerv_clip.config import ConfigError, ModelConfig, clip_stages, embed_kind
+from hnerv_clip.config import ConfigError, ModelConfig, clip_stages, embed_kind, resolve_model
 from hnerv_clip.patches import axis_cells, axis_shares, check_positions
+from hnerv_clip.sizes import choose_strides
 
 ACTIVATIONS = {
     "relu": nn.ReLU, "leaky": nn.LeakyReLU, "leaky01": lambda: nn.LeakyReLU(0.1),
@@ -142,6 +143,12 @@ class Stem(nn.Module):
         return x.reshape(b, -1, fc_h * h, fc_w * w)
 
 
+def pad_edges(frames: Tensor, padded_hw: tuple[int, int]) -> Tensor:
+    """[B, C, H, W] with the last row and column repeated up to height and width `padded_hw`."""
+    below, right = padded_hw[0] - frames.shape[2], padded_hw[1] - frames.shape[3]
+    return F.pad(frames, (0, right, 0, below), mode="replicate") if below or right else frames
+
+
 def sinusoids(position: Tensor, *, base: float, levels: int) -> Tensor:
     """sin and cos of π·baseⁱ·position for i < levels (NeRV, arXiv 2110.13903, equation 1).
 
@@ -165,6 +172,7 @@ class HNeRV(nn.Module):
 
     def __init__(self, config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: int):
         super().__init__()
+        config = resolve_model(config, frame_hw)
         self.config, self.frame_hw, self.frame_count = config, frame_hw, frame_count
         self.kind = embed_kind(config.embed)
         self.plan = plan = plan_model(config, frame_hw=frame_hw, frame_count=frame_count)
@@ -189,11 +197,10 @@ class HNeRV(nn.Module):
             width = sum(plan.widths[i] for i in self.clip_stages)
             self.clip_head = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(),
                                            nn.Conv2d(2 * width, config.clip_dim, 1))
-        if plan.output_hw != frame_hw:
+        if plan.output_hw != plan.padded_hw:  # only without padding
             warnings.warn(
                 f"the decoder gives {_size(plan.output_hw)} and is resized bilinearly to the frame "
-                f"{_size(frame_hw)}; choose fc_hw and dec_strds whose product is the frame to "
-                "avoid this", stacklevel=2)
+                f"{_size(frame_hw)}; leave fc_hw to auto to avoid this", stacklevel=2)
 
     def embed(self, frames: Tensor | None, times: Tensor) -> Tensor:
         """The embedding of each frame, from the frame (hybrid) or from its time alone.
@@ -205,7 +212,7 @@ class HNeRV(nn.Module):
             [B, C, h, w].
         """
         if self.kind == "hybrid":
-            return self.encoder(frames)
+            return self.encoder(pad_edges(frames, self.plan.padded_hw))
         positions = self.positions(times).permute(0, 3, 1, 2)
         return positions if self.kind == "pe" else self.coordinate_encoder(positions)
 
@@ -265,7 +272,9 @@ class HNeRV(nn.Module):
         out_bias = self.config.out_bias
         x = torch.tanh(x) * 0.5 + 0.5 if out_bias == "tanh" else \
             torch.sigmoid(x) if out_bias == "sigmoid" else x + float(out_bias)
-        if x.shape[-2:] != self.frame_hw:
+        if self.plan.pads:
+            x = x[..., :self.frame_hw[0], :self.frame_hw[1]]
+        elif x.shape[-2:] != self.frame_hw:
             x = F.interpolate(x, size=self.frame_hw, mode="bilinear", align_corners=False)
         return x
 
@@ -330,7 +339,7 @@ class HNeRV(nn.Module):
         device, picked = stages[0].device, []
         positions = [(torch.arange(stride // 2, cells, stride, device=device) + 0.5)
                      * (length / cells)
-                     for cells, length in zip(self.plan.output_hw, self.frame_hw, strict=True)]
+                     for cells, length in zip(self.plan.shown_hw, self.frame_hw, strict=True)]
         positions[0] = positions[0][rows]
         for stage in self.clip_stages:
             ys, xs = (self._axis(positions[axis], axis, stage) for axis in (0, 1))
@@ -344,10 +353,11 @@ class HNeRV(nn.Module):
 
     def _axis(self, positions: Tensor, axis: int, stage: int) -> Tensor:
         """Cells or shares of a stage's rows (axis 0) or columns (1) at positions in pixels."""
-        length, cells = self.frame_hw[axis], self.stage_hw(stage)[axis]
+        length, cells = self.plan.padded_hw[axis], self.stage_hw(stage)[axis]
         if not self.config.clip_pool:
             return axis_cells(positions, length, cells)
-        return axis_shares(positions, self.config.clip_pool * self.frame_hw[0], length, cells)
+        return axis_shares(positions, self.config.clip_pool * self.frame_hw[0], length, cells,
+                           frame=self.frame_hw[axis])
 
     def stage_hw(self, stage: int) -> tuple[int, int]:
         """Rows and columns of a stage's output; stage 0 is the stem."""
@@ -399,9 +409,21 @@ class Plan:
     unfold: tuple[int, int]  # (fc_h, fc_w) that the stem unfolds its channels over
     embed_channels: int
     embed_values: int  # stored embedding values of all frames together; 0 for coordinates
+    frame_hw: tuple[int, int]
+    padded_hw: tuple[int, int]  # of the frame with its edges repeated below and to the right
     output_hw: tuple[int, int]  # of the decoder
     base: float  # of the sinusoidal encoding
     levels: int
+
+    @property
+    def pads(self) -> bool:
+        """Whether the decoder's output holds more than the frame, below and to the right."""
+        return self.padded_hw != self.frame_hw
+
+    @property
+    def shown_hw(self) -> tuple[int, int]:
+        """Rows and columns of the decoder's output that show the frame, without the padding."""
+        return self.frame_hw if self.pads else self.output_hw
 
 
 def plan_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: int) -> Plan:
@@ -411,23 +433,24 @@ def plan_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: i
     encoder's, a deviation that keeps its size honest); biases and heads are left out.
 
     Raises:
-        ConfigError: the encoder's strides do not divide the frame, or `modelsize` is too small.
+        ConfigError: the encoder's strides do not divide the padded frame or pad it far too much,
+            or `modelsize` is too small.
     """
-    kind = embed_kind(config.embed)
+    config, kind = resolve_model(config, frame_hw), embed_kind(config.embed)
     up = math.prod(config.dec_strds)
+    padded_hw = _check_padding(config, frame_hw)
     values, extra, base, levels, unfold = 0, 0, 0.0, 0, (1, 1)
     if kind == "hybrid":
         down = math.prod(config.enc_strds)
-        if frame_hw[0] % down or frame_hw[1] % down:
-            near = [max(1, round(s / down)) * down for s in frame_hw]
+        if padded_hw[0] % down or padded_hw[1] % down:
             raise ConfigError(
-                f"the frame {_size(frame_hw)} is not divisible by the product {down} of "
-                f"enc_strds='{' '.join(map(str, config.enc_strds))}'; use "
-                f"resize_list='{near[0]}_{near[1]}', a crop_list of such a size, or other strides")
+                f"the {'padded ' if config.pad_list else ''}frame {_size(padded_hw)} is not "
+                f"divisible by the product {down} of enc_strds="
+                f"'{' '.join(map(str, config.enc_strds))}'; use pad_list='auto'")
         if down < up:
             raise ConfigError(f"the product {up} of dec_strds is above the product {down} of "
                               "enc_strds; make them equal")
-        h, w = frame_hw[0] // down, frame_hw[1] // down
+        h, w = padded_hw[0] // down, padded_hw[1] // down
         unfold = (down // up, down // up)
         share = config.enc_dim[1]
         channels = int(share if share >= 1 else
@@ -466,7 +489,23 @@ def plan_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: i
     for reduction in reductions:
         widths.append(int(max(round(widths[-1] / reduction), config.lower_width)))
     return Plan(widths=widths, kernels=kernels, unfold=unfold, embed_channels=channels,
-                embed_values=values, output_hw=out_hw, base=base, levels=levels)
+                embed_values=values, base=base, levels=levels, frame_hw=tuple(frame_hw),
+                padded_hw=padded_hw, output_hw=out_hw)
+
+
+def _check_padding(config: ModelConfig, frame_hw: tuple[int, int]) -> tuple[int, int]:
+    """The padded frame's (H, W)."""
+    padded = config.pad_list or tuple(frame_hw)
+    if any(p < side for p, side in zip(padded, frame_hw)):
+        raise ConfigError(f"pad_list {_size(padded)} is smaller than the frame {_size(frame_hw)}; "
+                          "use pad_list='auto'")
+    if math.prod(padded) > 2 * math.prod(frame_hw) and \
+            config.enc_strds != choose_strides(frame_hw):
+        raise ConfigError(
+            f"enc_strds='{' '.join(map(str, config.enc_strds))}' pads the frame {_size(frame_hw)} "
+            f"to {_size(padded)}, more than twice as large; leave enc_strds and dec_strds to auto, "
+            "or give smaller ones, or a larger resize_list")
+    return padded
 
 
 def build_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: int, seed: int = 0

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hnerv_clip.config import ConfigError, TeacherConfig
-
-# The design: 448 pixels at height 640, and in proportion at other heights.
-PATCH_SIZE, AT_HEIGHT = 448, 640
+from hnerv_clip.config import ConfigError, TeacherConfig, resolve_patch_grid
+from hnerv_clip.sizes import choose_patch_size
 
 
 @dataclass(frozen=True)
@@ -62,24 +60,24 @@ def make_grid(config: TeacherConfig, frame_hw: tuple[int, int]) -> PatchGrid:
     """The patch grid of a frame.
 
     `patch_grid` (rows, columns) places patches evenly from edge to edge: at 640×1280, patches of
-    448 at tops 0, 192 and lefts 0, 277, 555, 832. Without it the patch sweeps by `patch_stride`,
-    and a last row or column flush with the edge is added where the sweep leaves a rest, so that
-    the whole frame is covered.
+    448 at tops 0, 192 and lefts 0, 277, 555, 832; `auto` takes as many as the frame's shape asks
+    for, 4×2 where it is upright. Without it the patch sweeps by `patch_stride`, and a last row or
+    column flush with the edge is added where the sweep leaves a rest, so that the whole frame is
+    covered.
 
     Raises:
         ConfigError: a patch larger than the frame, or a stride that leaves gaps.
     """
     height, width = frame_hw
-    size = config.patch_size or round(height * PATCH_SIZE / AT_HEIGHT)
-    if size > height or size > width or size < 1:
-        fitting = max(1, round(min(height, width) * PATCH_SIZE / AT_HEIGHT))
-        given = f"patch_size={config.patch_size}" if config.patch_size else \
-            f"the patch, {PATCH_SIZE}/{AT_HEIGHT} of the height, that is {size},"
-        raise ConfigError(f"{given} is not between 1 and the shorter side of the frame "
-                          f"{height}×{width}: use patch_size={fitting}")
-    if config.patch_grid is not None:
+    size = config.patch_size or choose_patch_size(frame_hw)
+    if not 1 <= size <= min(frame_hw):
+        raise ConfigError(f"patch_size={config.patch_size} is not between 1 and the shorter side "
+                          f"of the frame {height}×{width}: use "
+                          f"patch_size={choose_patch_size(frame_hw)}, or 0")
+    counts = resolve_patch_grid(config, frame_hw)
+    if counts is not None:
         tops, lefts = (_spread(length - size, count)
-                       for length, count in zip(frame_hw, config.patch_grid, strict=True))
+                       for length, count in zip(frame_hw, counts, strict=True))
     else:
         stride = config.patch_stride or max(1, size // 2)
         if not 1 <= stride <= size:
@@ -142,17 +140,21 @@ def axis_cells(positions: Tensor, length: int, cells: int) -> Tensor:
     return (positions * cells / length).floor().long().clamp(0, cells - 1)
 
 
-def axis_shares(positions: Tensor, side: float, length: int, cells: int) -> Tensor:
+def axis_shares(positions: Tensor, side: float, length: int, cells: int, *,
+                frame: int | None = None) -> Tensor:
     """How much of each cell of one axis lies within `side` pixels around each position.
 
     Args:
         positions: [...] float, in frame pixels along the axis.
+        length: pixels that the cells span.
+        frame: those of them that belong to the frame, the first; all by default.
     Returns:
         [..., cells] float32 that sums to 1; what reaches beyond the frame is left out.
     """
     scale = cells / length
-    low = ((positions - side / 2) * scale).clamp(0, cells)[..., None]
-    high = ((positions + side / 2) * scale).clamp(0, cells)[..., None]
+    end = cells if frame in (None, length) else frame * scale
+    low = ((positions - side / 2) * scale).clamp(0, end)[..., None]
+    high = ((positions + side / 2) * scale).clamp(0, end)[..., None]
     start = torch.arange(cells, device=positions.device)
     inside = (torch.minimum(high, start + 1) - torch.maximum(low, start)).clamp(min=0)
     return inside / inside.sum(-1, keepdim=True)

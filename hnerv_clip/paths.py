@@ -10,10 +10,9 @@ from pathlib import Path
 def resolve_path(path: str | Path) -> Path:
     """An absolute path.
 
-    A relative path starts at the repository root, the nearest folder at or above the current one
-    that holds both `pyproject.toml` and `_toc.yml`, so that a notebook in `notebooks/` and its
-    executed copy in `book/` mean the same file. Outside a repository it starts at the current
-    folder.
+    A relative path starts at the current folder. In `notebooks/` and `book/` of a checkout, which
+    hold a notebook and its executed copy, it starts at the folder above, so that both mean the same
+    file as the command line there.
 
     Raises:
         ValueError: a null character, or the home of a user that there is not.
@@ -27,9 +26,18 @@ def resolve_path(path: str | Path) -> Path:
     if path.is_absolute():
         return path
     here = Path.cwd()
-    roots = [folder for folder in (here, *here.parents)
-             if (folder / "pyproject.toml").is_file() and (folder / "_toc.yml").is_file()]
-    return (roots[0] if roots else here) / path
+    inside = here.name in ("notebooks", "book") and _is_checkout(here.parent)
+    return (here.parent if inside else here) / path
+
+
+def find_checkout() -> Path:
+    """The nearest folder at or above the current one that is a checkout; else the current one."""
+    here = Path.cwd()
+    return next(filter(_is_checkout, (here, *here.parents)), here)
+
+
+def _is_checkout(folder: Path) -> bool:
+    return (folder / "pyproject.toml").is_file() and (folder / "_toc.yml").is_file()
 
 
 def tell_apart(paths: Iterable[str | Path]) -> list[str]:

@@ -271,7 +271,7 @@ def score_map(model: HNeRV, stages: list[torch.Tensor], vectors, *, stride: int 
     dim, frames = model.config.clip_dim, len(stages[0])
     _check_stride(stride, model.frame_hw)
     queries = torch.from_numpy(np.stack([check_query(vector, dim) for vector in vectors]))
-    rows, cols = (len(range(stride // 2, cells, stride)) for cells in model.plan.output_hw)
+    rows, cols = (len(range(stride // 2, cells, stride)) for cells in model.plan.shown_hw)
     at_once = max(1, MAP_VALUES // (frames * cols * dim))
     with torch.inference_mode():
         strips = [torch.einsum("bdyx,kd->bkyx", model.clip_map(

@@ -1,6 +1,8 @@
 """The network against the paper's figures, and its fast ways against its slow ones."""
 
+import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ PAPER = Config.from_params()  # 640×1280, 1.5 M, as in HNeRV's table for Bunny
 def small_model(**params):
     config = Config.from_params(**{
         "enc_strds": "5 4 2", "dec_strds": "5 4 2", "enc_dim": "16_8", "modelsize": 0.05,
-        "clip_dim": 32, **params})
+        "clip_dim": 32, "fc_hw": "2_4", **params})
     return build_model(config.model, frame_hw=(80, 160), frame_count=10)
 
 
@@ -183,8 +185,46 @@ def test_output_of_another_size_is_resized_with_one_warning():
     assert model(None, inputs()[1])[0].shape == (2, 3, 80, 160)
 
 
+def test_a_padded_model_is_the_padded_frames_model_cut_to_the_frame():
+    config = Config.from_params(
+        data_path="clip.mp4", enc_strds="5 4 2", dec_strds="5 4 2", enc_dim="16_8", modelsize=0.05,
+        clip_dim=32, clip_stage="all", clip_pool=0.3).model
+    model = build_model(config, frame_hw=(75, 149), frame_count=10)
+    assert (model.plan.padded_hw, model.plan.shown_hw) == ((80, 160), (75, 149))
+    whole = build_model(config, frame_hw=(80, 160), frame_count=10)
+    frames, times = inputs()
+    frames = frames[..., :75, :149]
+    padded = F.pad(frames, (0, 11, 0, 5), mode="replicate")
+    centres = torch.tensor([[30.0, 60.0], [75.0, 149.0]])
+    pred, vectors = model(frames, times, centres)
+    expected, all_vectors = whole(padded, times, centres)
+    assert torch.equal(pred, expected[..., :75, :149])
+    # Both average over 0.3 frame heights; the frame's, not the padded one's, and no repeated edge
+    assert not torch.allclose(vectors[:, 1], all_vectors[:, 1])
+    model.config = dataclasses.replace(model.config, clip_pool=0.0)
+    whole.config = dataclasses.replace(whole.config, clip_pool=0.0)
+    stages = model.stages(model.embed(frames, times))
+    assert torch.equal(model.clip_at(stages, centres), whole.clip_at(stages, centres))
+    dense = model.clip_map(stages)
+    assert dense.shape == (2, 32, 75, 149)
+    cell = torch.tensor([[30.5, 60.5]])
+    assert torch.allclose(dense[..., 30, 60], model.clip_at(stages, cell)[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("embed", ["pe_1.25_80", "xyt_1.25_80"])
+def test_coordinate_models_of_any_size_are_padded_not_resized(embed):
+    config = Config.from_params(data_path="clip.mp4", embed=embed, modelsize=0.2).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = build_model(config, frame_hw=(33, 75), frame_count=10)
+    assert model.plan.output_hw == model.plan.padded_hw != (33, 75)
+    assert model(None, torch.zeros(1).double())[0].shape == (1, 3, 33, 75)
+
+
 @pytest.mark.parametrize("params, fix", [
-    ({"enc_strds": "7 4 2"}, "resize_list="),
+    ({"enc_strds": "7 4 2"}, "larger resize_list"),
+    ({"enc_strds": "7 4 2", "pad_list": ""}, "pad_list='auto'"),
+    ({"pad_list": "80_120"}, "smaller than the frame 80×160"),
     ({"modelsize": 0.0001}, "at least"),
     ({"enc_dim": "16_0.000001"}, "enc_dim"),
     ({"dec_strds": "5 4 4"}, "make them equal"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hnerv_clip.config import ConfigError, TeacherConfig
-from hnerv_clip.patches import cut_patches, feature_index, make_grid
+from hnerv_clip.patches import axis_shares, cut_patches, feature_index, make_grid
 
 
 def test_settled_geometry():
@@ -46,12 +46,24 @@ def test_sweep_ends_flush_with_the_edge():
     assert make_grid(sweep, (448, 448)).boxes.tolist() == [[0, 0, 448, 448]]
 
 
+def test_an_upright_frame_has_the_grid_turned():
+    grid, turned = (make_grid(TeacherConfig(), hw) for hw in [(640, 1280), (1280, 640)])
+    assert turned.size == grid.size and (turned.tops, turned.lefts) == (grid.lefts, grid.tops)
+
+
+@pytest.mark.parametrize("hw, counts", [
+    ((1080, 1920), (2, 4)), ((480, 640), (2, 3)), ((322, 182), (4, 2)), ((500, 500), (2, 2)),
+    ((1, 1), (1, 1)), ((3, 5), (2, 4)), ((1, 9), (1, 9))])
+def test_patches_of_any_shape_cover_the_frame(hw, counts):
+    grid = make_grid(TeacherConfig(), hw)
+    assert (grid.rows, grid.cols) == counts and grid.coverage().min() >= 1
+
+
 def test_one_row_lies_in_the_middle():
     assert make_grid(TeacherConfig(patch_grid=(1, 4)), (640, 1280)).tops == (96,)
 
 
 @pytest.mark.parametrize("config, hw, fix", [
-    (TeacherConfig(), (1280, 640), "patch_size=448"),  # upright: 0.7 of the height is too wide
     (TeacherConfig(patch_size=448), (272, 640), "patch_size=190"),
     (TeacherConfig(patch_size=700), (640, 1280), "patch_size=448"),
     (TeacherConfig(patch_grid=None, patch_stride=500), (640, 1280), "patch_stride=224"),
@@ -60,6 +72,13 @@ def test_one_row_lies_in_the_middle():
 def test_bad_geometry_names_the_fix(config, hw, fix):
     with pytest.raises(ConfigError, match=fix):
         make_grid(config, hw)
+
+
+def test_shares_leave_out_what_lies_beyond_the_frame():
+    positions = torch.tensor([2.0, 9.0])
+    shares = axis_shares(positions, 4, 16, 8, frame=11)  # cells of 2 pixels, the last 2.5 are edge
+    assert torch.allclose(shares, torch.tensor([[.5, .5, 0, 0, 0, 0, 0, 0],
+                                                [0, 0, 0, .25, .5, .25, 0, 0]]))
 
 
 def test_feature_index():

@@ -414,7 +414,7 @@ def test_a_wrong_setting_does_not_occupy_the_folder(small_config, cache_dir, tmp
 
 def test_what_would_stop_a_run_is_said_before_it(small_config):
     for params, words in [({"modelsize": 1e-4}, "at least"), ({"loss": "Fusion10"}, "161 pixels"),
-                          ({"enc_strds": "7 4 2"}, "not divisible"),
+                          ({"enc_strds": "7 7 4"}, "pads the frame"),
                           ({"patch_size": 500}, "patch_size")]:
         with pytest.raises(ConfigError, match=words):
             check_run(small_config.replace(**params))

@@ -8,6 +8,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from hnerv_clip.config import Config, ConfigError, Split, VideoConfig
+from hnerv_clip.paths import find_checkout
 from hnerv_clip.video import (
     NAMED_VIDEOS,
     find_source,
@@ -162,13 +163,18 @@ def test_digest_sees_every_pixel_and_the_shape():
     assert frames_digest(frames) == frames_digest(strided)
 
 
-def test_relative_path_starts_at_the_repository(tmp_path, monkeypatch):
+def test_relative_path_starts_at_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "_toc.yml").touch()
     save_images(tmp_path / "data", [(8, 8)])
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    assert load_video(VideoConfig("data", **WHOLE)).frames.shape == (1, 3, 8, 8)
+    save_images(tmp_path / "other", [(16, 8)])
+    (tmp_path / "other" / "data").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "other" / "data" / "1.png")
+    for folder, size in [("", 8), ("other", 4), ("notebooks", 8), ("book", 8)]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)  # a notebook and its copy in book mean the same file
+        assert load_video(VideoConfig("data", **WHOLE)).frames.shape == (1, 3, size, size)
+        assert find_checkout() == tmp_path
 
 
 # Bad input: the message names the value and the fix.
@@ -254,7 +260,7 @@ def test_crop_larger_than_the_frame(name, fix):
 
 def test_crop_of_an_upright_video(tmp_path):
     folder = save_images(tmp_path / "upright", [(1280, 720)])
-    message = error(VideoConfig(str(folder)))
+    message = error(VideoConfig(str(folder), crop_list=(640, 1280)))
     assert 'crop_list="640_704"' in message
 
 

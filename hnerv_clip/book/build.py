@@ -25,7 +25,7 @@ import nbformat
 from hnerv_clip.book import pages
 from hnerv_clip.config import Config, param_names, profile_params
 from hnerv_clip.devices import select_device
-from hnerv_clip.paths import resolve_path
+from hnerv_clip.paths import find_checkout, resolve_path
 from hnerv_clip.runs import (
     RunDir,
     code_version,
@@ -61,7 +61,7 @@ def repository_root() -> Path:
     Raises:
         BookError: there is none.
     """
-    root = resolve_path(".")
+    root = find_checkout()
     for name in ("_toc.yml", "_config.yml", "notebooks", "book"):
         if not (root / name).exists():
             raise BookError(f"{root} has no {name}: run hnerv-clip book inside a checkout of the "

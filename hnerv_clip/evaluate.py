@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
-from hnerv_clip.codec import decode_video, encode_video
+from hnerv_clip.codec.about import describe_dataset
+from hnerv_clip.codec.video import decode_video, encode_video
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.devices import no_bfloat16, no_kernels, select_device, synchronise
@@ -287,7 +288,8 @@ def store_video(model: HNeRV, dataset: Dataset, path: Path, *, config: Config) -
     """Write the video that a model stores, and return the file's size_bytes."""
     with torch.inference_mode():
         embeddings = embed_frames(model, dataset) if model.kind == "hybrid" else None
-    return encode_video(model, embeddings, path, config=config)
+    return encode_video(model, embeddings, path, config=config,
+                        about=describe_dataset(dataset, config))
 
 
 def evaluate_stored(path: Path, dataset: Dataset, *, device: torch.device,

@@ -1,0 +1,32 @@
+"""What a header tells a reader, without reading more. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+import math
+
+from hnerv_clip.codec.container import Header
+
+
+def header_facts(header: Header) -> dict[str, str]:
+    """Names and values, in order, of what a reader wants to know of a stored video."""
+    video, teacher, times = header.meta["video"], header.meta["teacher"], header.times()
+    (height, width), padded = header.size, header.padded
+    values = sum(math.prod(entry[1]) for entry in header.meta["tensors"])
+    if header.meta["embeddings"]:
+        values += math.prod(header.meta["embeddings"][0][1])
+    pixels = header.frame_count * height * width
+    fps = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 25.0
+    facts = {
+        "video": video["name"] or "(no name)",
+        "frames": str(header.frame_count),
+        "size": f"{width} × {height}" + (
+            "" if padded == header.size else f" (decoded as {padded[1]} × {padded[0]})"),
+        "duration": f"{times[-1] - times[0] + 1 / fps:.3f} s at {fps:.4g} frames a second",
+        "file": f"{header.size_bytes:,} bytes, {8 * header.size_bytes / pixels:.4f} bits a pixel",
+        "network": f"{values:,} values, {8 * header.size_bytes / max(values, 1):.2f} bits each",
+        "search": teacher["label"] or teacher["settings"]["teacher"]
+        if header.config.model.predict_clip else "no head for embeddings",
+    }
+    if teacher["weights"]:
+        facts["teacher's weights"] = teacher["weights"]
+    return facts | {"format": f"version {header.version}, {header.meta['writer']}"}

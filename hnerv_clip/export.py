@@ -1,0 +1,92 @@
+"""A stored video's decoder and head as ONNX, for players without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hnerv_clip.config import ConfigError
+from hnerv_clip.model import HNeRV
+from hnerv_clip.player import StoredVideo
+
+OPSET = 17
+TOLERANCE = 1e-3  # of pictures in [0, 1] and of embeddings, beyond which an export is refused
+
+
+class ExportError(RuntimeError):
+    """The exported network does not compute what the stored one does."""
+
+
+class _Decoder(nn.Module):
+    """Per-frame embeddings and positions to pictures, and to embeddings where there is a head."""
+
+    def __init__(self, model: HNeRV):
+        super().__init__()
+        self.model = model
+
+    def forward(self, embedding: Tensor, centres: Tensor | None = None):
+        stages = self.model.stages(embedding)
+        pictures = self.model.rgb(stages[-1]).clamp(0, 1)
+        if centres is None:
+            return pictures
+        return pictures, self.model.clip_at_places(stages, self.model.clip_places(centres))
+
+
+def export_onnx(path: str | Path, out: str | Path) -> dict[str, float]:
+    """Write the network of a stored video as ONNX, and compare it with PyTorch.
+
+    Inputs: `embedding` [B, C, h, w] of frames, and with a head `centres` [P, 2] (y, x) in pixels of
+    what the network decodes. Outputs: `frames` [B, 3, H, W] in [0, 1], and `embeddings` [B, P, D].
+    The metadata hold the stored video's header, and the per-frame embeddings are written beside,
+    as OUT.npy.
+
+    Returns:
+        The largest absolute difference of each output, over two frames and two positions.
+    Raises:
+        ConfigError: onnx or onnxruntime is not installed.
+        ExportError: the two differ.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError:
+        raise ConfigError('export needs onnx and onnxruntime: pip install "hnerv-clip[export]"'
+                          ) from None
+    video = StoredVideo(path, device="cpu")
+    model = video.stored.load()
+    module = _Decoder(model).eval()
+    given = {"embedding": video._embeddings(range(len(video))).float()}
+    height, width = video.header.padded
+    if video.has_head:
+        given["centres"] = torch.tensor([[height / 2, width / 2], [height / 3, width / 4]])
+    outputs = ["frames", "embeddings"][:len(given)]
+    example = (given["embedding"][:1], *list(given.values())[1:])
+    free = {"embedding": {0: "B"}, "centres": {0: "P"}, "frames": {0: "B"},
+            "embeddings": {0: "B", 1: "P"}}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        torch.onnx.export(module, example, str(out), input_names=list(given), opset_version=OPSET,
+                          output_names=outputs, dynamo=False,
+                          dynamic_axes={n: free[n] for n in (*given, *outputs)})
+    exported = onnx.load(str(out))
+    onnx.helper.set_model_props(exported, {"hnerv_clip": json.dumps(video.header.meta)})
+    onnx.checker.check_model(exported)
+    onnx.save(exported, str(out))
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    two = {name: value[:2] for name, value in given.items()}
+    found = session.run(None, {name: value.numpy() for name, value in two.items()})
+    with torch.no_grad():
+        wanted = module(*two.values())
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    difference = {name: float((torch.from_numpy(a) - b).abs().max())
+                  for name, a, b in zip(outputs, found, wanted)}
+    if max(difference.values()) > TOLERANCE:
+        raise ExportError(f"the exported network differs from PyTorch's by {difference}, more than "
+                          f"{TOLERANCE}: onnxruntime {onnxruntime.__version__} computes it wrongly")
+    np.save(f"{out}.npy", given["embedding"].numpy())
+    return difference

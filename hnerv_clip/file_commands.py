@@ -1,0 +1,194 @@
+"""Commands on a stored video alone: info, decode, search, embed, export; and encode, which makes it.
+
+`add_commands` puts them on the command line; nothing heavy is imported before one runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from hnerv_clip.config import ConfigError
+
+
+class FileCommandError(RuntimeError):
+    """A command on a stored video cannot do what was asked; the message says the fix."""
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Add the commands; `add(name, function, help)` returns a parser.
+
+    Returns:
+        The parser of `encode`, which takes settings like `train`.
+    """
+    info = add("info", _info, "what is in a stored video")
+    decode = add("decode", _decode, "write a stored video as a film or as pictures")
+    embed = add("embed", _embed, "the embedding of a box of a stored video, as a JSON list")
+    export = add("export", _export, "write decoder and head as ONNX, checked against PyTorch")
+    for sub in (info, decode, embed, export):
+        sub.add_argument("file", metavar="FILE", help="stored video, NAME.hnerv")
+    decode.add_argument("out", metavar="OUT", help="NAME.mp4, NAME.mkv, or a folder for PNG files")
+    decode.add_argument("--frames", default="", metavar="A:B", help="frames A to B−1 only")
+    decode.add_argument("--crf", type=int, default=16, help="x264's quality, lower is better (16)")
+    embed.add_argument("--box", required=True, metavar="X0,Y0,X1,Y1", help="pixels of the picture")
+    embed.add_argument("--time", type=float, required=True, metavar="S", help="seconds")
+    export.add_argument("out", metavar="OUT", help="NAME.onnx")
+    for sub in (decode, export):
+        sub.add_argument("--force", action="store_true", help="replace what is there")
+    for sub in (decode, embed):
+        sub.add_argument("--device", default="auto")
+    encode = add("encode", _encode, "fit any video and store it in one file; takes settings as "
+                                    "train does")
+    encode.add_argument("video", metavar="VIDEO", help="video file, folder of pictures, or a name "
+                                                       "such as bunny")
+    encode.add_argument("file", metavar="FILE", help="stored video to write, NAME.hnerv")
+    encode.add_argument("--work", help="run folder; the same command goes on from there "
+                                       "(output/encode/NAME)")
+    encode.add_argument("--force", action="store_true", help="replace what is there")
+    return encode
+
+
+def _info(args: argparse.Namespace) -> None:
+    from hnerv_clip.codec.container import MAGIC_1, FileError, read_header
+    from hnerv_clip.codec.facts import header_facts
+
+    try:
+        with open(args.file, "rb") as file:
+            old = file.read(8) == MAGIC_1
+    except OSError as error:
+        raise FileError(f"cannot read {args.file}: {error}") from error
+    if old:
+        from hnerv_clip.codec.version1 import read_header
+    facts = header_facts(read_header(args.file))
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _decode(args: argparse.Namespace) -> None:
+    from hnerv_clip import open as open_video
+    from hnerv_clip.film import write_film, write_pictures
+
+    out = Path(args.out)
+    _check_free(out, args.force)
+    video = open_video(args.file, device=args.device)
+    chosen = parse_frames(args.frames, len(video))
+    write = write_film if out.suffix.lower() in (".mp4", ".mkv", ".mov") else write_pictures
+    if out.suffix and write is write_pictures:
+        raise FileCommandError(f"{out} is neither a film (.mp4, .mkv, .mov) nor a folder: name one")
+    options = {"crf": args.crf} if write is write_film else {}
+    replace_when_done(out, lambda path: write(path, video, chosen, **options))
+    print(f"{out}: {len(chosen)} frames")
+
+
+def _embed(args: argparse.Namespace) -> None:
+    import json
+
+    from hnerv_clip import open as open_video
+
+    try:
+        box = tuple(float(value) for value in args.box.split(","))
+    except ValueError:
+        box = ()
+    if len(box) != 4:
+        raise ConfigError(f"--box {args.box} is not x0,y0,x1,y1; write for example 0,0,448,448")
+    video = open_video(args.file, device=args.device)
+    print(json.dumps([round(float(v), 7) for v in video.embed(box, args.time)]))
+
+
+def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int, device: str,
+                weights: str | None = None) -> None:
+    """Print what answers some texts best, for `hnerv-clip search FILE TEXT …`."""
+    from hnerv_clip import open as open_video
+
+    video = open_video(path, device=device)
+    label = video.header.meta["teacher"]["label"] or video.header.config.teacher.teacher
+    for query in queries:
+        found = video.search(query, top_k, apart=apart, weights=weights)
+        print(f"{query}  ({label})")
+        print(found.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from hnerv_clip.export import export_onnx
+
+    out = Path(args.out)
+    _check_free(out, args.force)
+    difference = {}
+    replace_when_done(out, lambda path: difference.update(export_onnx(args.file, path)))
+    words = ", ".join(f"{name} {value:.2g}" for name, value in difference.items())
+    print(f"{out}: largest difference to PyTorch {words}")
+
+
+def _encode(args: argparse.Namespace) -> None:
+    from hnerv_clip.dataset import prepare_dataset
+    from hnerv_clip.paths import resolve_path
+    from hnerv_clip.train import check_run, train
+
+    out = Path(args.file)
+    _check_free(out, args.force)
+    if out.suffix != ".hnerv":
+        raise FileCommandError(f"{out} should end in .hnerv, so that it is known for what it is")
+    config = args.config.replace(data_path=args.video)
+    check_run(config)
+    work = resolve_path(args.work or f"output/encode/{out.stem}")
+    prepare_dataset(config, args.cache_dir, device=config.train.device)
+    result = train(config, work, cache_dir=args.cache_dir)
+    replace_when_done(out, lambda path: shutil.copyfile(result.run_dir / "video.hnerv", path))
+    args.file = str(out)
+    _info(args)
+
+
+def parse_frames(words: str, count: int) -> range:
+    """`10:20` as a range of frames, as Python slices; all for nothing.
+
+    Raises:
+        ConfigError: not two numbers, or no frame among them.
+    """
+    try:
+        first, _, last = words.partition(":") if words else ("", ":", "")
+        if words and ":" not in words:
+            last = str(int(first) + 1)
+        chosen = range(count)[slice(int(first) if first else None, int(last) if last else None)]
+    except ValueError:
+        raise ConfigError(f"--frames {words} is not A:B; write for example 0:25") from None
+    if not chosen:
+        raise ConfigError(f"--frames {words} names no frame of {count}; write for example "
+                          f"0:{min(25, count)}")
+    return chosen
+
+
+def replace_when_done(out: Path, write: Callable[[Path], object]) -> None:
+    """Write a file or folder beside its place, and move it there when it is whole.
+
+    Raises:
+        FileCommandError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.stem}-"))
+    except OSError as error:
+        raise FileCommandError(f"cannot write beside {out}: {error}; choose a writable folder"
+                               ) from error
+    try:
+        made = folder / out.name
+        write(made)
+        if out.is_dir():
+            shutil.rmtree(out)
+        os.replace(made, out)
+    except OSError as error:
+        raise FileCommandError(f"cannot write {out}: {error}; free space, or choose another place"
+                               ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise FileCommandError(f"{out} exists; choose another name, or add --force to replace it")
+    if out.is_dir() and any(file.suffix != ".png" for file in out.iterdir()):
+        raise FileCommandError(f"the folder {out} holds other files than PNG: choose another name")

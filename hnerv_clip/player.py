@@ -1,0 +1,277 @@
+"""A stored video as an object: frames, embeddings and searches, from the file alone.
+
+    video = hnerv_clip.open("video.hnerv")
+    video[10:20], video.embed((0, 0, 448, 448), time_s=1.5), video.search("hare")
+"""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import html
+import io
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from hnerv_clip.codec.facts import header_facts
+from hnerv_clip.codec.video import open_network
+from hnerv_clip.config import ConfigError
+from hnerv_clip.patches import PatchGrid, make_grid
+
+BATCH = {"cpu": 2, "cuda": 16}  # frames decoded at once
+EMBED_BATCH = 16  # frames of which embeddings are computed at once
+SHARED = ("coordinate_encoder.", "decoder.")
+
+
+class StoredVideo(Sequence):
+    """A video read from its file; made by `hnerv_clip.open`.
+
+    Only the header is read at first; pictures and embeddings read the parts that they need.
+    """
+
+    def __init__(self, path: str | Path, *, device: str = "auto"):
+        self.path = Path(path)
+        self.stored = open_network(self.path)
+        self.header = self.stored.header
+        self.device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self._teachers: dict[str | None, object] = {}
+
+    # Facts
+
+    def __len__(self) -> int:
+        return self.header.frame_count
+
+    @cached_property
+    def times_s(self) -> np.ndarray:
+        """float64 [T]: when each frame is shown."""
+        return np.array(self.header.times())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the pictures."""
+        return self.header.size
+
+    @property
+    def fps(self) -> float:
+        """Frames a second, in the mean."""
+        return mean_fps(self.header.times())
+
+    @property
+    def name(self) -> str:
+        """The video's name."""
+        return self.header.meta["video"]["name"] or self.path.stem
+
+    @property
+    def has_head(self) -> bool:
+        """Whether embeddings can be asked for."""
+        return self.header.config.model.predict_clip
+
+    def facts(self) -> dict[str, str]:
+        """What a reader wants to know, by name."""
+        return header_facts(self.header)
+
+    # Pictures
+
+    def __getitem__(self, index):
+        """Frames as they are shown: uint8 [H, W, 3] for a number, [n, H, W, 3] for a slice."""
+        if isinstance(index, slice):
+            chosen = range(*index.indices(len(self)))
+            frames = np.empty((len(chosen), *self.size, 3), np.uint8)
+            for i, frame in enumerate(self.frames(chosen)):
+                frames[i] = frame
+            return frames
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"frame {index} of a video of {len(self)} frames")
+        return next(iter(self.frames([int(index) % len(self)])))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.frames(range(len(self)))
+
+    def frames(self, chosen: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield some frames in turn: uint8 [H, W, 3]."""
+        for batch in self.batches(chosen):
+            yield from batch.permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.inference_mode()
+    def batches(self, chosen: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield some frames in batches on the device: uint8 [B, 3, H, W]."""
+        model = self._model((*SHARED, "rgb_head."))
+        (top, left), (height, width) = self.header.offset, self.size
+        at_once = BATCH[self.device.type]
+        for start in range(0, len(chosen), at_once):
+            embeddings = self._embeddings(chosen[start:start + at_once])
+            pictures = model.rgb(model.features(embeddings)).float()
+            pictures = pictures[..., top:top + height, left:left + width]
+            yield (pictures * 255).round_().clamp_(0, 255).byte()
+
+    def _model(self, prefixes: tuple[str, ...]):
+        model = self.stored.load(prefixes)
+        own = [module for name, module in model.named_children()
+               if any(prefix.startswith(name) for prefix in prefixes)]
+        for module in own:
+            module.to(self.device, memory_format=torch.channels_last)
+        return model
+
+    def _embeddings(self, chosen: Sequence[int]) -> torch.Tensor:
+        """[n, C, h, w] per-frame embeddings on the device."""
+        chosen = list(chosen)
+        if not self.stored.chunk:
+            times = torch.tensor(chosen, dtype=torch.float64, device=self.device) / len(self)
+            return self._model(SHARED).embed(None, times)
+        low, high = min(chosen), max(chosen) + 1
+        if high - low <= 4 * len(chosen) + 8:
+            found = self.stored.embeddings(low, high)[[i - low for i in chosen]]
+        else:
+            found = torch.cat([self.stored.embeddings(i, i + 1) for i in chosen])
+        return found.to(self.device)
+
+    # Embeddings
+
+    def frame_at(self, time_s: float) -> int:
+        """The frame that is shown at a time.
+
+        Raises:
+            ValueError: a time outside the video.
+        """
+        last = self.times_s[-1] + (self.times_s[-1] - self.times_s[-2] if len(self) > 1 else 1.0)
+        if not self.times_s[0] <= time_s <= last:
+            raise ValueError(f"time {time_s} s is outside the video, which is shown from "
+                             f"{self.times_s[0]:g} to {last:g} s")
+        return max(bisect.bisect_right(self.times_s, time_s + 1e-9) - 1, 0)
+
+    def embed(self, box: tuple[float, float, float, float], time_s: float) -> np.ndarray:
+        """The embedding of a box of the picture at a time.
+
+        The head answers for the box's centre, as a patch of the size that it was trained on.
+
+        Args:
+            box: (x0, y0, x1, y1) in pixels, x to the right and y down.
+            time_s: seconds; the frame shown then.
+        Returns:
+            float32 [D], unit length, in the teacher's space.
+        Raises:
+            ValueError: a box or a time outside the video.
+            ConfigError: a file without a head.
+        """
+        x0, y0, x1, y1 = map(float, box)
+        height, width = self.size
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(f"box {tuple(box)} is no x0,y0,x1,y1 within the picture of "
+                             f"{width}×{height} (x0 < x1 ≤ {width}, y0 < y1 ≤ {height})")
+        top, left = self.header.offset
+        centre = torch.tensor([[top + (y0 + y1) / 2, left + (x0 + x1) / 2]])
+        return self._clip_at([self.frame_at(time_s)], centre)[0, 0].numpy()
+
+    @cached_property
+    def grid(self) -> PatchGrid:
+        """The patches that `search` ranks."""
+        return make_grid(self.header.config.teacher, self.header.padded)
+
+    def boxes(self) -> np.ndarray:
+        """float64 [P, 4]: x0, y0, x1, y1 of the patches, cut to the picture."""
+        top, left = self.header.offset
+        height, width = self.size
+        y0, x0, h, w = self.grid.boxes.double().numpy().T
+        boxes = np.stack([x0 - left, y0 - top, x0 + w - left, y0 + h - top], axis=1)
+        return boxes.clip(0, [width, height, width, height])
+
+    @cached_property
+    def patch_embeddings(self) -> np.ndarray:
+        """float32 [T, P, D], unit length: what the head says of every patch."""
+        return self._clip_at(range(len(self)), self.grid.centres).numpy()
+
+    @torch.inference_mode()
+    def _clip_at(self, chosen: Sequence[int], centres: torch.Tensor) -> torch.Tensor:
+        from hnerv_clip.windows import clip_at
+
+        if not self.has_head:
+            raise ConfigError(f"{self.path} holds no head for embeddings; encode the video with "
+                              "predict_clip=True")
+        model = self._model((*SHARED, "clip_head."))
+        centres = centres.to(self.device)
+        return torch.cat([clip_at(model, self._embeddings(chosen[i:i + EMBED_BATCH]), centres).cpu()
+                          for i in range(0, len(chosen), EMBED_BATCH)])
+
+    def search(self, text: str, top_k: int = 5, *, apart: int = 4, weights: str | None = None
+               ) -> pd.DataFrame:
+        """The patches that answer a text best.
+
+        Args:
+            text: anything for CLIP; names of ImageNet classes for the bundled teacher.
+            top_k: so many at most.
+            apart: frames between two hits of one patch; 0 allows neighbours.
+            weights: the teacher's weights, a file or `local-dir:FOLDER`; by default those that
+                the file names.
+        Returns:
+            rank, frame, time_s, x0, y0, x1, y1 (pixels), score (cosine).
+        Raises:
+            ValueError: an empty text, or weights that are not those of the file.
+            ConfigError: no head, or no weights.
+        """
+        from hnerv_clip.search import encode_queries, rank_patches
+
+        vector = encode_queries([text], self.teacher(weights))[0]
+        found = rank_patches(vector, self.patch_embeddings, top_k, apart=apart)
+        corners = self.boxes()[found.patch]
+        return pd.DataFrame({
+            "rank": found["rank"], "frame": found.frame, "time_s": self.times_s[found.frame],
+            **dict(zip(("x0", "y0", "x1", "y1"), corners.T)), "score": found.score})
+
+    def teacher(self, weights: str | None = None):
+        """The teacher in whose space the embeddings are, loaded once.
+
+        Raises:
+            ValueError: its weights are not those that the file was made with.
+            ConfigError: they are not on this machine.
+        """
+        if weights not in self._teachers:
+            from hnerv_clip.codec.about import weights_digest
+            from hnerv_clip.teachers import load_teacher
+
+            config = self.header.config
+            if weights is not None:
+                config = config.replace(clip_pretrained=weights)
+            teacher = load_teacher(config.teacher, self.device)
+            wanted, found = self.header.meta["teacher"]["weights"], weights_digest(config.teacher)
+            if wanted and found and wanted != found:
+                raise ValueError(f"{self.path} was made with the teacher "
+                                 f"{self.header.meta['teacher']['name']} ({wanted}), but the "
+                                 f"weights here are others ({found}): give those weights")
+            self._teachers[weights] = teacher
+        return self._teachers[weights]
+
+    # Notebooks
+
+    def _repr_html_(self, *, thumbnails: int = 6, width: int = 160) -> str:
+        """A strip of frames and the facts."""
+        from PIL import Image
+
+        strip = []
+        for i in np.linspace(0, len(self) - 1, min(thumbnails, len(self))).astype(int):
+            image = Image.fromarray(self[int(i)])
+            image = image.resize((width, max(1, round(width * image.height / image.width))))
+            file = io.BytesIO()
+            image.save(file, "JPEG", quality=80)
+            data = base64.b64encode(file.getvalue()).decode()
+            words = f"frame {i} at {self.times_s[i]:.2f} s"
+            strip.append(f'<img src="data:image/jpeg;base64,{data}" alt="{words}" title="{words}">')
+        rows = "".join(f"<tr><th style=\"text-align:left\">{html.escape(name)}</th>"
+                       f"<td style=\"text-align:left\">{html.escape(value)}</td></tr>"
+                       for name, value in self.facts().items())
+        return f"<div>{''.join(strip)}</div><table>{rows}</table>"
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        return f"<StoredVideo {self.name!r}: {len(self)} frames of {width}×{height}>"
+
+
+def mean_fps(times: Sequence[float]) -> float:
+    """Frames a second, in the mean; 25 for a single frame."""
+    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 25.0
+

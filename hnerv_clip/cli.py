@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from hnerv_clip.config import PROFILES, Config, ConfigError, param_names, settings_table
+from hnerv_clip.file_commands import add_commands, search_file
 from hnerv_clip.files import check_writable, explain
 from hnerv_clip.paths import resolve_path
 
@@ -122,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--correctness_epochs", type=int, default=4)
     scale.add_argument("--sweep_epochs", type=int, default=0, help="0 for a third of epochs")
     scale.add_argument("--run_epochs", type=int, default=300, help="of the whole run")
-    for sub in (train, prepare, bench, study, scale):
+    encode = add_commands(add)
+    for sub in (train, prepare, bench, study, scale, encode):
         sub.add_argument("--cache_dir", default="output/cache")
         sub.set_defaults(takes_settings=True)
 
@@ -136,13 +138,16 @@ def _parser() -> argparse.ArgumentParser:
         if name == "index":
             sub.add_argument("folder", help="folder of the index, for example output/index")
         sub.add_argument("outf", nargs="+" if name in ("verify", "index") else None, help=
-                         "run folder" + (", or that of an index" if name == "search" else ""))
+                         "run folder" + (", that of an index, or a stored video NAME.hnerv"
+                                         if name == "search" else ""))
         sub.add_argument("--cache_dir", default="output/cache")
         sub.add_argument("--device", default="auto")
         if name == "search":
             sub.add_argument("queries", nargs="+", help="texts; ImageNet class names for a run "
                                                         "with the bundled teacher")
             sub.add_argument("--top_k", type=int, default=5)
+            sub.add_argument("--weights", help="of a stored video's teacher: a file, or "
+                                               "local-dir:FOLDER")
             sub.add_argument("--apart", type=int, default=4, help=
                              "frames between two hits of one position (4); 0 allows neighbours")
         if name == "verify":
@@ -335,6 +340,9 @@ def _search(args: argparse.Namespace) -> None:
     from hnerv_clip.teachers import encode_queries, load_teacher, parse_queries
 
     queries = parse_queries([query for words in args.queries for query in parse_queries(words)])
+    if resolve_path(args.outf).is_file():
+        return search_file(resolve_path(args.outf), queries, top_k=args.top_k, apart=args.apart,
+                           device=args.device, weights=args.weights)
     if (resolve_path(args.outf) / "videos.json").is_file():
         return _search_index(args, queries)
     run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hnerv_clip.config import ConfigError
+from hnerv_clip.paths import resolve_path
 
 
 class FileCommandError(RuntimeError):
@@ -56,14 +57,15 @@ def _info(args: argparse.Namespace) -> None:
     from hnerv_clip.codec.container import MAGIC_1, FileError, read_header
     from hnerv_clip.codec.facts import header_facts
 
+    path = resolve_path(args.file)
     try:
-        with open(args.file, "rb") as file:
+        with open(path, "rb") as file:
             old = file.read(8) == MAGIC_1
     except OSError as error:
-        raise FileError(f"cannot read {args.file}: {error}") from error
+        raise FileError(f"cannot read {path}: {error}") from error
     if old:
         from hnerv_clip.codec.version1 import read_header
-    facts = header_facts(read_header(args.file))
+    facts = header_facts(read_header(path))
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
@@ -73,9 +75,9 @@ def _decode(args: argparse.Namespace) -> None:
     from hnerv_clip import open as open_video
     from hnerv_clip.film import write_film, write_pictures
 
-    out = Path(args.out)
+    out = resolve_path(args.out)
     _check_free(out, args.force)
-    video = open_video(args.file, device=args.device)
+    video = open_video(resolve_path(args.file), device=args.device)
     chosen = parse_frames(args.frames, len(video))
     write = write_film if out.suffix.lower() in (".mp4", ".mkv", ".mov") else write_pictures
     if out.suffix and write is write_pictures:
@@ -96,7 +98,7 @@ def _embed(args: argparse.Namespace) -> None:
         box = ()
     if len(box) != 4:
         raise ConfigError(f"--box {args.box} is not x0,y0,x1,y1; write for example 0,0,448,448")
-    video = open_video(args.file, device=args.device)
+    video = open_video(resolve_path(args.file), device=args.device)
     print(json.dumps([round(float(v), 7) for v in video.embed(box, args.time)]))
 
 
@@ -116,20 +118,19 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
 def _export(args: argparse.Namespace) -> None:
     from hnerv_clip.export import export_onnx
 
-    out = Path(args.out)
+    out = resolve_path(args.out)
     _check_free(out, args.force)
     difference = {}
-    replace_when_done(out, lambda path: difference.update(export_onnx(args.file, path)))
+    replace_when_done(out, lambda path: difference.update(export_onnx(resolve_path(args.file), path)))
     words = ", ".join(f"{name} {value:.2g}" for name, value in difference.items())
     print(f"{out}: largest difference to PyTorch {words}")
 
 
 def _encode(args: argparse.Namespace) -> None:
     from hnerv_clip.dataset import prepare_dataset
-    from hnerv_clip.paths import resolve_path
     from hnerv_clip.train import check_run, train
 
-    out = Path(args.file)
+    out = resolve_path(args.file)
     _check_free(out, args.force)
     if out.suffix != ".hnerv":
         raise FileCommandError(f"{out} should end in .hnerv, so that it is known for what it is")

@@ -117,6 +117,8 @@ def pad_convolution(weight: Tensor, bias: Tensor, *, in_width: int, multiple: in
     """
     out_width, kernel = weight.shape[0] // group, weight.shape[2]
     more_in, more_out = in_width - weight.shape[1], -out_width % multiple
+    if not more_in and not more_out:
+        return weight, bias
     weight = F.pad(weight.view(out_width, group, -1, kernel, kernel),
                    (0, 0, 0, 0, 0, more_in, 0, 0, 0, more_out))
     return weight.flatten(0, 1), F.pad(bias.view(out_width, group), (0, 0, 0, more_out)).flatten()

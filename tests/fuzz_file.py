@@ -3,7 +3,7 @@
     python tests/fuzz_file.py --count 100000 --seed 1
 
 Half of the files have their checksums made right again, so that what lies behind them is reached.
-Each is read under a memory limit of 2 GB and 2 s; an abort or a hang ends the process, which the
+Each is read under a memory limit of 2 GB and 2 s of the processor; an abort or a hang ends the process, which the
 caller sees.
 """
 
@@ -258,14 +258,14 @@ def fuzz(count: int, *, seed: int) -> Counter:
             for number in range(count):
                 rng = random.Random(seed * 2**32 + number)
                 path.write_bytes(mutate(rng.choice(seeds), rng))
-                signal.setitimer(signal.ITIMER_REAL, TIME_S)  # its signal ends the process
+                signal.setitimer(signal.ITIMER_PROF, TIME_S)  # its signal ends the process
                 try:
                     outcomes[read(path, rng)] += 1
                 except Exception as error:
                     error.add_note(f"file {number} of seed {seed}")
                     raise
                 finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    signal.setitimer(signal.ITIMER_PROF, 0)
     finally:
         video._without_memory = build.__wrapped__
         resource.setrlimit(resource.RLIMIT_AS, before)

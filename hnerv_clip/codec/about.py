@@ -41,10 +41,8 @@ def weights_digest(config: TeacherConfig) -> str:
 def _weights(config: TeacherConfig) -> Path | None:
     from importlib import metadata
 
-    from open_clip.pretrained import get_pretrained_cfg
-
-    from hnerv_clip import clip_weights
-    from hnerv_clip.teachers import BUNDLED_PACKAGE
+    from hnerv_clip.teachers import clip_weights
+    from hnerv_clip.teachers.efficientnet import BUNDLED_PACKAGE
 
     try:
         if config.teacher == BUNDLED:
@@ -53,6 +51,8 @@ def _weights(config: TeacherConfig) -> Path | None:
         if clip_weights.is_file(config.clip_pretrained) or \
                 config.clip_pretrained.startswith(clip_weights.LOCAL_DIR):
             return clip_weights.weights_file(config)
+        from open_clip.pretrained import get_pretrained_cfg  # takes seconds
+
         cached = clip_weights._cached_weights(
             get_pretrained_cfg(config.clip_model, config.clip_pretrained))
         return Path(cached) if cached else None

@@ -1,0 +1,223 @@
+"""A stored video as an object and through the commands: from the file alone."""
+
+import json
+import subprocess
+import sys
+import time
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import hnerv_clip
+from hnerv_clip.cli import main
+from hnerv_clip.codec import FileError, encode_video
+from hnerv_clip.codec.video import About
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.file_commands import parse_frames
+from hnerv_clip.model import build_model
+
+TIMES = [0.0, 0.04, 0.08, 0.16, 0.2, 0.24]  # one frame lasts twice as long
+SIZE, OFFSET = (37, 70), (2, 5)  # within 40 × 80
+
+
+def make_file(path, **changes):
+    config = Config.from_params(**{
+        "teacher": "efficientnet-lite0", "clip_dim": 1280, "enc_strds": "5 4 2",
+        "dec_strds": "5 4 2", "enc_dim": "8_4", "modelsize": 0.02, "patch_size": 20, **changes})
+    model = build_model(config.model, frame_hw=(40, 80), frame_count=6).eval()
+    with torch.no_grad():
+        model.rgb_head.weight.mul_(30)  # pictures that differ
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(6, 4, 1, 2, generator=generator) if model.kind == "hybrid" else None
+    encode_video(model, embeddings, path, config=config,
+                 about=About("<b>clip</b>", TIMES, SIZE, OFFSET, "bundled", "bundled & small"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_file(tmp_path_factory.mktemp("stored") / "v.hnerv")
+
+
+@pytest.fixture(scope="module")
+def video(path):
+    return hnerv_clip.open(path)
+
+
+def test_frames_are_those_of_the_whole_network_cut_to_the_picture(video):
+    from hnerv_clip.codec import decode_video
+
+    model, embeddings = decode_video(video.path)
+    with torch.inference_mode():
+        whole = model.rgb(model.features(embeddings))
+    expected = (whole * 255).round().byte()[..., 2:39, 5:75].permute(0, 2, 3, 1).numpy()
+    assert len(video) == 6 and video.size == SIZE
+    assert np.abs(video[:].astype(int) - expected).max() <= 1
+    np.testing.assert_allclose(video[4], video[:][4], atol=1)  # sums differ with the batch
+    np.testing.assert_array_equal(video[-1], video[5])
+    np.testing.assert_allclose(video[1:6:2], video[:][1:6:2], atol=1)
+    assert video[3:3].shape == (0, *SIZE, 3)
+    assert sum(1 for _ in video) == 6
+    with pytest.raises(IndexError, match="6 frames"):
+        video[6]
+
+
+def test_times_are_those_that_went_in(video):
+    np.testing.assert_allclose(video.times_s, TIMES)
+    assert [video.frame_at(t) for t in (0, 0.039, 0.04, 0.1, 0.159, 0.16, 0.27)] == \
+        [0, 0, 1, 2, 2, 3, 5]
+    with pytest.raises(ValueError, match="outside the video"):
+        video.frame_at(0.5)
+
+
+def test_embedding_of_a_box(video):
+    from hnerv_clip.codec import decode_video
+
+    model, embeddings = decode_video(video.path)
+    centre = torch.tensor([[2 + 15.0, 5 + 35.0]])
+    with torch.inference_mode():
+        expected = model.clip_at(model.stages(embeddings[2:3]), centre)[0, 0].numpy()
+    np.testing.assert_allclose(video.embed((30, 10, 40, 20), 0.1), expected, atol=1e-5)
+    for box in ((30, 10, 20, 20), (-1, 0, 9, 9), (0, 0, 71, 9)):
+        with pytest.raises(ValueError, match="x0 < x1"):
+            video.embed(box, 0)
+
+
+def test_a_frame_reads_only_what_it_needs(path, monkeypatch):
+    from hnerv_clip.codec import video as codec
+
+    read, real = [], codec.read_part
+    monkeypatch.setattr(codec, "read_part", lambda p, part: read.append(part.name) or real(p, part))
+    opened = hnerv_clip.open(path)
+    assert read == []
+    opened[0]
+    assert not any("clip_head" in name for name in read) and "embeddings/0" in read
+    read.clear()
+    opened.embed((0, 0, 20, 20), 0)
+    assert all(name.startswith(("clip_head", "embeddings/")) for name in read)
+
+
+@pytest.mark.parametrize("embed", ["pe_1.25_8", "xyt_1.25_8"])
+def test_networks_of_coordinates_play(tmp_path, embed):
+    video = hnerv_clip.open(make_file(tmp_path / "v.hnerv", embed=embed, fc_hw="1_2"))
+    assert video[2:4].shape == (2, *SIZE, 3)
+    assert np.linalg.norm(video.embed((0, 0, 20, 20), 0.2)) == pytest.approx(1, abs=1e-5)
+
+
+def test_search_ranks_patches_by_the_teachers_text(video):
+    found = video.search("hare", 3, apart=0)
+    assert list(found) == ["rank", "frame", "time_s", "x0", "y0", "x1", "y1", "score"]
+    vector = video.teacher().encode_text(["hare"])[0].numpy()
+    scores = video.patch_embeddings @ vector
+    assert found.score[0] == pytest.approx(scores.max(), abs=1e-5)
+    assert (found.time_s == video.times_s[found.frame]).all()
+    boxes = found[["x0", "y0", "x1", "y1"]].to_numpy()
+    assert (boxes >= 0).all() and (boxes <= [70, 37, 70, 37]).all()
+    start = time.perf_counter()
+    video.search("moped")
+    assert time.perf_counter() - start < 0.5
+
+
+def test_search_refuses_another_teachers_weights(tmp_path):
+    video = hnerv_clip.open(make_file(tmp_path / "v.hnerv"))
+    video.header.meta["teacher"]["weights"] = "sha256:0"
+    with pytest.raises(ValueError, match="was made with"):
+        video.search("hare")
+
+
+def test_a_file_without_a_head_says_so(tmp_path):
+    video = hnerv_clip.open(make_file(tmp_path / "v.hnerv", predict_clip=False))
+    assert video.facts()["search"] == "no head for embeddings"
+    with pytest.raises(ConfigError, match="no head"):
+        video.embed((0, 0, 20, 20), 0)
+
+
+def test_notebook_shows_pictures_and_escaped_facts(video):
+    shown = video._repr_html_()
+    assert shown.count("<img") == 6 and "&lt;b&gt;clip" in shown and "<b>clip" not in shown
+    assert "bundled &amp; small" in shown and "frame 3 at 0.16 s" in shown
+    assert "6 frames of 70×37" in repr(video)
+
+
+# Commands
+
+def test_info_reads_the_header_alone(path, capsys):
+    assert main(["info", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "70 × 37 (decoded as 80 × 40)" in shown and "bits a pixel" in shown
+    code = f"import sys; from hnerv_clip.cli import main; main(['info', {str(path)!r}]); " \
+           "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_decode_writes_a_film_with_the_same_times(path, video, tmp_path, name):
+    out = tmp_path / name
+    assert main(["decode", str(path), str(out), "--crf", "1"]) == 0
+    with av.open(str(out)) as container:
+        frames = list(container.decode(video=0))
+    np.testing.assert_allclose([float(f.pts * f.time_base) for f in frames], TIMES, atol=1e-3)
+    pictures = np.stack([f.to_ndarray(format="rgb24") for f in frames])
+    assert pictures.shape == (6, *SIZE, 3)
+    assert np.abs(pictures.astype(int) - video[:]).mean() < 4
+    assert main(["decode", str(path), str(out)]) == 1  # no silent replacement
+    assert main(["decode", str(path), str(out), "--force", "--frames", "2:4"]) == 0
+    with av.open(str(out)) as container:
+        assert len(list(container.decode(video=0))) == 2
+    assert [p.name for p in tmp_path.iterdir()] == [name]  # nothing half written is left
+
+
+def test_decode_writes_pictures(path, video, tmp_path):
+    from PIL import Image
+
+    assert main(["decode", str(path), str(tmp_path / "frames"), "--frames", "1:3"]) == 0
+    files = sorted((tmp_path / "frames").iterdir())
+    assert [f.name for f in files] == ["00001.png", "00002.png"]
+    assert np.abs(np.array(Image.open(files[1])).astype(int) - video[2]).max() <= 1
+
+
+def test_embed_prints_the_vector(path, video, capsys):
+    assert main(["embed", str(path), "--box", "30,10,40,20", "--time", "0.1"]) == 0
+    np.testing.assert_allclose(json.loads(capsys.readouterr().out),
+                               video.embed((30, 10, 40, 20), 0.1), atol=1e-6)
+    assert main(["embed", str(path), "--box", "30,10", "--time", "0.1"]) == 2
+
+
+def test_search_takes_a_file(path, capsys):
+    assert main(["search", str(path), "hare; moped", "--top_k", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "hare  (bundled & small)" in shown and "moped" in shown and "time_s" in shown
+
+
+def test_commands_refuse_what_is_no_file(tmp_path, capsys):
+    (tmp_path / "no.hnerv").write_bytes(b"HNCLIP\0\2 and nothing")
+    for command in (["info"], ["embed", "--box", "0,0,1,1", "--time", "0"]):
+        assert main([command[0], str(tmp_path / "no.hnerv"), *command[1:]]) == 1
+        assert "encode it again" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "none.hnerv")]) == 1
+    with pytest.raises(FileError, match="cannot read"):
+        hnerv_clip.open(tmp_path / "none.hnerv")
+
+
+def test_ranges_of_frames():
+    assert list(parse_frames("2:4", 10)) == [2, 3] and len(parse_frames("", 10)) == 10
+    assert list(parse_frames("-2:", 10)) == [8, 9] and list(parse_frames("3", 10)) == [3]
+    for words in ("a:b", "5:5", "20:30"):
+        with pytest.raises(ConfigError, match="write for example"):
+            parse_frames(words, 10)
+
+
+def test_export_computes_what_pytorch_does(path, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    from hnerv_clip.export import export_onnx
+
+    difference = export_onnx(path, tmp_path / "d.onnx")
+    assert set(difference) == {"frames", "embeddings"} and max(difference.values()) < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "d.onnx"))
+    embeddings = np.load(tmp_path / "d.onnx.npy")
+    frames, vectors = session.run(None, {
+        "embedding": embeddings, "centres": np.float32([[10, 10], [20, 30], [39, 79]])})
+    assert frames.shape == (6, 3, 40, 80) and vectors.shape == (6, 3, 1280)

@@ -6,7 +6,6 @@ import json
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,14 +22,15 @@ class ExportError(RuntimeError):
 
 
 class _Decoder(nn.Module):
-    """Per-frame embeddings and positions to pictures, and to embeddings where there is a head."""
+    """Frame numbers and positions to pictures, and to embeddings where there is a head."""
 
-    def __init__(self, model: HNeRV):
+    def __init__(self, model: HNeRV, embeddings: Tensor):
         super().__init__()
         self.model = model
+        self.register_buffer("embeddings", embeddings)  # [T, C, h, w]
 
-    def forward(self, embedding: Tensor, centres: Tensor | None = None):
-        stages = self.model.stages(embedding)
+    def forward(self, frame: Tensor, centres: Tensor | None = None):
+        stages = self.model.stages(self.embeddings.index_select(0, frame))
         pictures = self.model.rgb(stages[-1]).clamp(0, 1)
         if centres is None:
             return pictures
@@ -45,13 +45,12 @@ class _Decoder(nn.Module):
 def export_onnx(path: str | Path, out: str | Path) -> dict[str, float]:
     """Write the network of a stored video as ONNX, and compare it with PyTorch.
 
-    Inputs: `embedding` [B, C, h, w] of frames, and with a head `centres` [P, 2] (y, x) in pixels of
-    what the network decodes. Outputs: `frames` [B, 3, H, W] in [0, 1], and `embeddings` [B, P, D].
-    The metadata hold the stored video's header, and the per-frame embeddings are written beside,
-    as OUT.npy.
+    Inputs: `frame` int64 [B], and with a head `centres` [P, 2] (y, x) in pixels of what the network
+    decodes. Outputs: `frames` [B, 3, H, W] in [0, 1], and `embeddings` [B, P, D]. The metadata
+    hold the stored video's header: times, size and place of the picture, the teacher.
 
     Returns:
-        The largest absolute difference of each output, over two frames and two positions.
+        The largest absolute difference of each output, over the first two frames and two positions.
     Raises:
         ConfigError: onnx or onnxruntime is not installed.
         ExportError: the two differ.
@@ -64,14 +63,15 @@ def export_onnx(path: str | Path, out: str | Path) -> dict[str, float]:
                           ) from None
     video = StoredVideo(path, device="cpu")
     model = video.stored.load()
-    module = _Decoder(model).eval()
-    given = {"embedding": video._embeddings(range(len(video))).float()}
+    with torch.no_grad():
+        module = _Decoder(model, video.frame_embeddings(range(len(video))).float()).eval()
+    given = {"frame": torch.arange(len(video))}
     height, width = video.header.padded
     if video.has_head:
         given["centres"] = torch.tensor([[height / 2, width / 2], [height / 3, width / 4]])
     outputs = ["frames", "embeddings"][:len(given)]
-    example = (given["embedding"][:1], *list(given.values())[1:])
-    free = {"embedding": {0: "B"}, "centres": {0: "P"}, "frames": {0: "B"},
+    example = (given["frame"][:1], *list(given.values())[1:])
+    free = {"frame": {0: "B"}, "centres": {0: "P"}, "frames": {0: "B"},
             "embeddings": {0: "B", 1: "P"}}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
@@ -93,5 +93,4 @@ def export_onnx(path: str | Path, out: str | Path) -> dict[str, float]:
     if max(difference.values()) > TOLERANCE:
         raise ExportError(f"the exported network differs from PyTorch's by {difference}, more than "
                           f"{TOLERANCE}: onnxruntime {onnxruntime.__version__} computes it wrongly")
-    np.save(f"{out}.npy", given["embedding"].numpy())
     return difference

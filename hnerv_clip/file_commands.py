@@ -1,4 +1,4 @@
-"""Commands on a stored video alone: info, decode, search, embed, export; and encode, which makes it.
+"""Commands on a stored video alone: info, decode, search, embed, export; and encode to make it.
 
 `add_commands` puts them on the command line; nothing heavy is imported before one runs.
 """
@@ -121,7 +121,8 @@ def _export(args: argparse.Namespace) -> None:
     out = resolve_path(args.out)
     _check_free(out, args.force)
     difference = {}
-    replace_when_done(out, lambda path: difference.update(export_onnx(resolve_path(args.file), path)))
+    replace_when_done(
+        out, lambda path: difference.update(export_onnx(resolve_path(args.file), path)))
     words = ", ".join(f"{name} {value:.2g}" for name, value in difference.items())
     print(f"{out}: largest difference to PyTorch {words}")
 

@@ -105,7 +105,7 @@ class StoredVideo(Sequence):
         (top, left), (height, width) = self.header.offset, self.size
         at_once = BATCH[self.device.type]
         for start in range(0, len(chosen), at_once):
-            embeddings = self._embeddings(chosen[start:start + at_once])
+            embeddings = self.frame_embeddings(chosen[start:start + at_once])
             pictures = model.rgb(model.features(embeddings)).float()
             pictures = pictures[..., top:top + height, left:left + width]
             yield (pictures * 255).round_().clamp_(0, 255).byte()
@@ -118,7 +118,7 @@ class StoredVideo(Sequence):
             module.to(self.device, memory_format=torch.channels_last)
         return model
 
-    def _embeddings(self, chosen: Sequence[int]) -> torch.Tensor:
+    def frame_embeddings(self, chosen: Sequence[int]) -> torch.Tensor:
         """[n, C, h, w] per-frame embeddings on the device."""
         chosen = list(chosen)
         if not self.stored.chunk:
@@ -195,8 +195,9 @@ class StoredVideo(Sequence):
                               "predict_clip=True")
         model = self._model((*SHARED, "clip_head."))
         centres = centres.to(self.device)
-        return torch.cat([clip_at(model, self._embeddings(chosen[i:i + EMBED_BATCH]), centres).cpu()
-                          for i in range(0, len(chosen), EMBED_BATCH)])
+        batches = [chosen[i:i + EMBED_BATCH] for i in range(0, len(chosen), EMBED_BATCH)]
+        return torch.cat([clip_at(model, self.frame_embeddings(batch), centres).cpu()
+                          for batch in batches])
 
     def search(self, text: str, top_k: int = 5, *, apart: int = 4, weights: str | None = None
                ) -> pd.DataFrame:

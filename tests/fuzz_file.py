@@ -3,8 +3,8 @@
     python tests/fuzz_file.py --count 100000 --seed 1
 
 Half of the files have their checksums made right again, so that what lies behind them is reached.
-Each is read under a memory limit of 2 GB and 2 s of the processor; an abort or a hang ends the process, which the
-caller sees.
+Each is read under a memory limit of 2 GB and 2 s of the processor; an abort or a hang ends the
+process, which the caller sees.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ TINY = dict(data_path="bunny", crop_list="640_1280", resize_list="20_40", frame_
 ODD = [0, 1, -1, 2, 3, 7, 51, 255, 256, 65535, 65536, 2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**53,
        2**63, -2**31, -2**63, 10**30, 0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), True,
        False, None, "", "a", "1_2", "5 2 2", "pe_1.25_80", "xyt_1.25_8", "9999999999", "1e400",
-       "nan", "../../etc/passwd", "\x00", "é" * 50, "9" * 400, "[" * 50, [], [1], [[]], {}, {"a": 1},
-       [1, 2, 3, 4], [2**31, 2**31], "in", "bn", "last", "all", "0_1_2", 1e18, 4096]
+       "nan", "../../etc/passwd", "\x00", "é" * 50, "9" * 400, "[" * 50, [], [1], [[]], {},
+       {"a": 1}, [1, 2, 3, 4], [2**31, 2**31], "in", "bn", "last", "all", "0_1_2", 1e18, 4096]
 
 
 def make_seeds() -> list[bytes]:

@@ -1,12 +1,26 @@
 """The stored video: bytes that decode to just what was quantised."""
 
+import hashlib
+import json
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from hnerv_clip.codec import FileError, decode_video, encode_video, quantise
+from hnerv_clip.codec import FileError, decode_video, encode_video, entropy, quantise, read_header
+from hnerv_clip.codec.container import START, expand_times, pack_file, pack_times, read_part
+from hnerv_clip.codec.entropy import pack_arrays
+from hnerv_clip.codec.video import About, StoredNetwork, _time_unit, open_network
+from hnerv_clip.config import Config
 from hnerv_clip.evaluate import embed_frames, evaluate_stored, store_video
 from hnerv_clip.model import build_model
+
+VERSION_1 = Path(__file__).parent / "data" / "version1.hnerv"
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +106,194 @@ def test_damaged_files_are_refused(model, embeddings, small_config, tmp_path):
         decode_video(path)
     with pytest.raises(FileError, match="cannot read"):
         decode_video(tmp_path / "none.hnerv")
+
+
+# Version 2: what is checked, and what is read
+
+TINY = {"enc_strds": "5 2 2", "dec_strds": "5 2 2", "enc_dim": "4_2", "modelsize": 0.002,
+        "lower_width": 3, "teacher": "efficientnet-lite0", "clip_dim": 4}
+
+
+def make_tiny(path, *, frames=20, about=None, steps=None, **changes):
+    config = Config.from_params(**{**TINY, **changes})
+    model = build_model(config.model, frame_hw=(20, 40), frame_count=frames)
+    embeddings = torch.randn(frames, 2, 1, 2, generator=torch.Generator().manual_seed(0))
+    encode_video(model, embeddings, path, config=config, about=about, steps=steps)
+    return model, embeddings
+
+
+def reseal(path, change):
+    """Change a file's header and parts, and make its checksums right again."""
+    data = path.read_bytes()
+    _, size, _, _ = START.unpack_from(data)
+    at = START.size + size
+    meta = json.loads(zlib.decompress(data[START.size:at]))
+    parts = {}
+    for name, length, _ in meta.pop("parts"):
+        parts[name] = data[at:at + length]
+        at += length
+    change(meta, parts)
+    path.write_bytes(pack_file(meta, parts.items()))
+
+
+def test_version_1_stays_readable():
+    model, embeddings = decode_video(VERSION_1)
+    digest = hashlib.sha256()
+    for value in (*model.state_dict().values(), embeddings):
+        digest.update(value.contiguous().numpy())
+    assert digest.hexdigest() == \
+        "83945b1b12187b628be4fddd0ca6ff5696764af75f4987c88fee6177c57e81f4"
+    stored = open_network(VERSION_1)
+    assert stored.header.version == 1 and stored.header.frame_count == 4
+    assert stored.embeddings(1, 3).shape == (2, 2, 1, 2)
+
+
+def test_header_says_what_went_in(tmp_path):
+    times = [0.0, 0.5, 0.75, *np.arange(1, 18) * 1001 / 30000 + 0.75]
+    make_tiny(tmp_path / "v.hnerv", about=About("name", times, (18, 37), (1, 3), "t", "label", "w"),
+              clip_pretrained="/home/someone/weights.pt")
+    header = read_header(tmp_path / "v.hnerv")
+    assert (header.frame_count, header.size, header.padded, header.offset) == \
+        (20, (18, 37), (20, 40), (1, 3))
+    np.testing.assert_allclose(header.times(), times, atol=1e-6)
+    assert "someone" not in str(header.meta)  # no path of this machine
+    teacher = header.meta["teacher"]
+    assert (teacher["name"], teacher["label"], teacher["weights"]) == ("t", "label", "w")
+
+
+@pytest.mark.parametrize("rate", [25, 24, 30000 / 1001, 59.94, 12.5, 1])
+def test_usual_frame_rates_take_few_bytes(rate):
+    times = [i / rate for i in range(2000)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unit = _time_unit(times)
+        packed = pack_times([round(t * unit) for t in times], (1, unit))
+    np.testing.assert_allclose(expand_times(packed), times, atol=1e-3)
+    assert len(packed["steps"]) < 3 or rate == 59.94
+
+
+def test_times_must_rise():
+    with pytest.raises(ValueError, match="do not rise at frame 2"):
+        pack_times([0, 5, 5], (1, 25))
+
+
+def test_some_embeddings_read_some_parts(tmp_path, monkeypatch):
+    from hnerv_clip.codec import video
+
+    _, embeddings = make_tiny(tmp_path / "v.hnerv")
+    expected = quantise(embeddings, bits=6).dequantise()
+    stored, read = StoredNetwork(tmp_path / "v.hnerv"), []
+    real = video.read_part
+    monkeypatch.setattr(video, "read_part",
+                        lambda path, part: read.append(part.name) or real(path, part))
+    assert torch.equal(stored.embeddings(9, 11), expected[9:11])
+    assert read == ["embeddings", "embeddings/8", "histograms"]
+    assert torch.equal(stored.embeddings(7, 17), expected[7:17])
+    assert torch.equal(stored.embeddings(), expected)
+
+
+def test_learned_steps_are_kept(tmp_path):
+    steps = {"decoder.1.conv.weight": 0.031, "embeddings": 0.3}
+    model, embeddings = make_tiny(tmp_path / "v.hnerv", steps=steps)
+    stored, decoded = decode_video(tmp_path / "v.hnerv")
+    weight = model.decoder[1].conv.weight.detach()
+    found = stored.decoder[1].conv.weight.detach()
+    assert (found - weight).abs().max() <= 0.0156 and (decoded - embeddings).abs().max() <= 0.151
+    torch.testing.assert_close(found / 0.031, (found / 0.031).round(), atol=1e-4, rtol=0)
+
+
+def test_classes_pay_where_rows_differ():
+    generator = np.random.default_rng(0)
+    scale = np.exp2(generator.uniform(0, 6, (64, 1, 1)))
+    levels = np.round(generator.laplace(size=(64, 32, 9)) * scale).astype(np.int32)
+    chosen = entropy.choose_classes(levels)
+    assert chosen.flags == entropy.ROWS
+    flat = entropy.Classes(np.full(1, 10, np.int8), np.zeros(1, np.int8))
+    sizes = [len(entropy.encode_levels(levels, c, entropy.count_levels([(levels, c)])))
+             for c in (chosen, flat)]
+    assert sizes[0] < 0.93 * sizes[1]
+    histograms = entropy.count_levels([(levels, chosen)])
+    coded = entropy.encode_levels(levels, chosen, histograms)
+    again = entropy.unpack_histograms(entropy.pack_histograms({"weights": histograms}))
+    np.testing.assert_array_equal(
+        entropy.decode_levels(coded, levels.shape, chosen, again["weights"]), levels)
+
+
+@pytest.mark.parametrize("name, change, match", [
+    ("missing", lambda meta, parts: parts.pop("embeddings/8"), "parts are not"),
+    ("extra", lambda meta, parts: parts.update(more=b"x"), "parts are not"),
+    ("shape", lambda meta, parts: meta["tensors"][0][1].append(1), "the network's is"),
+    ("order", lambda meta, parts: meta["tensors"].reverse(), "tensors are not"),
+    ("frames", lambda meta, parts: meta["video"].update(frames=10**7), "frames"),
+    ("size", lambda meta, parts: meta["video"].update(padded=[2**14, 2**14]), "pixels"),
+    ("picture", lambda meta, parts: meta["video"].update(size=[21, 40]), "does not lie within"),
+    ("network", lambda meta, parts: meta["network"].update(modelsize=900), "values in"),
+    ("strides", lambda meta, parts: meta["network"].update(dec_strds="5 " * 40), "limits"),
+    ("blocks", lambda meta, parts: meta["network"].update(num_blks="1_10000"), "num_blks"),
+    ("levels", lambda meta, parts: meta["network"].update(embed="pe_1.25_1e9"), "levels"),
+    ("setting", lambda meta, parts: meta["network"].update(more=1), "unknown"),
+    ("times", lambda meta, parts: meta["video"]["times"]["steps"][0].__setitem__(1, 3), "times"),
+    ("stream", lambda meta, parts: parts.update(
+        {"embeddings/0": parts["embeddings/0"] + bytes(8)}), "longer"),
+    ("nan", lambda meta, parts: parts.update({"rgb_head.bias": pack_arrays(
+        np.float32([np.nan, 1]), np.int8([0, 0]))}), "finite"),
+    ("bounds", lambda meta, parts: parts.update({"rgb_head.bias": pack_arrays(
+        np.zeros(10**7, np.int8))}), "bounds of"),
+])
+def test_what_a_header_asks_for_is_checked(tmp_path, name, change, match):
+    path = tmp_path / "v.hnerv"
+    make_tiny(path)
+    reseal(path, change)
+    with pytest.raises(FileError, match=match):
+        decode_video(path)
+
+
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path):
+    """A network of zeros takes few bytes, so the number of its values is bounded by them."""
+    config = Config.from_params(**{**TINY, "modelsize": 1.5})
+    model = build_model(config.model, frame_hw=(20, 40), frame_count=20)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    with pytest.raises(ValueError, match="at most"):
+        encode_video(model, torch.zeros(20, 2, 1, 2), tmp_path / "v.hnerv", config=config)
+
+
+def test_every_part_and_the_whole_are_checked(tmp_path):
+    path = tmp_path / "v.hnerv"
+    make_tiny(path)
+    data, header = path.read_bytes(), read_header(path)
+    for part in header.parts.values():
+        damaged = bytearray(data)
+        damaged[part.at + part.size // 2] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(FileError, match=f"digest of its part '{part.name}'"):
+            read_part(path, part)
+        with pytest.raises(FileError, match="digest of the whole"):
+            decode_video(path)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(FileError, match="digest of the whole"):
+        decode_video(path)
+    path.write_bytes(data + b"x")
+    with pytest.raises(FileError, match="bytes, where its header"):
+        decode_video(path)
+
+
+def test_fuzzing_finds_only_the_documented_error():
+    """In a process of its own: an abort or a hang ends it."""
+    fuzz(FUZZED, seed=0)
+
+
+@pytest.mark.slow
+def test_fuzzing_for_minutes():
+    fuzz(20_000, seed=1)
+
+
+FUZZED = 400
+
+
+def fuzz(count, *, seed):
+    script = Path(__file__).parent / "fuzz_file.py"
+    done = subprocess.run([sys.executable, str(script), "--count", str(count), "--seed", str(seed)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'refused'" in done.stdout

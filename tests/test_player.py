@@ -217,7 +217,22 @@ def test_export_computes_what_pytorch_does(path, tmp_path):
     difference = export_onnx(path, tmp_path / "d.onnx")
     assert set(difference) == {"frames", "embeddings"} and max(difference.values()) < 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "d.onnx"))
-    embeddings = np.load(tmp_path / "d.onnx.npy")
     frames, vectors = session.run(None, {
-        "embedding": embeddings, "centres": np.float32([[10, 10], [20, 30], [39, 79]])})
+        "frame": np.arange(6), "centres": np.float32([[10, 10], [20, 30], [39, 79]])})
     assert frames.shape == (6, 3, 40, 80) and vectors.shape == (6, 3, 1280)
+    cut = frames[:, :, 2:39, 5:75].transpose(0, 2, 3, 1) * 255
+    assert np.abs(cut - hnerv_clip.open(path)[:]).max() <= 1.01
+    assert main(["export", str(path), str(tmp_path / "d.onnx")]) == 1  # no silent replacement
+
+
+def test_encode_makes_a_file_of_a_video(tmp_path, capsys):
+    words = ["encode", "bunny", str(tmp_path / "b.hnerv"), "--work", str(tmp_path / "work"),
+             "--cache_dir", str(tmp_path / "cache"), "--predict_clip", "False", "--epochs", "1",
+             "--frame_limit", "5", "--resize_list", "80_160", "--enc_strds", "5 4 2 2",
+             "--dec_strds", "5 4 2 2", "--modelsize", "0.02", "--device", "cpu"]
+    assert main(words) == 0
+    assert "5" in capsys.readouterr().out
+    video = hnerv_clip.open(tmp_path / "b.hnerv")
+    assert video[:].shape == (5, 80, 160, 3) and video.name == "bunny"
+    assert video.fps == pytest.approx(25)
+    assert main(words) == 1 and main([*words, "--force"]) == 0  # at once: the run is finished

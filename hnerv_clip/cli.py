@@ -254,7 +254,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from hnerv_clip.bench import DEFAULT_PARTS, bench
+    from hnerv_clip.bench.harness import DEFAULT_PARTS, bench
 
     for path in (resolve_path(args.out).parent, resolve_path(args.outf)):
         check_writable(path)
@@ -263,20 +263,22 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace) -> None:
-    from hnerv_clip import study, study_runner, study_table
+    from hnerv_clip.study import plan as study_plan
+    from hnerv_clip.study import run as study_run
+    from hnerv_clip.study import table as study_table
 
-    base = study.study_base(args.profile, args.settings)
-    configs = study.study_configs(base, args.only)
+    base = study_plan.study_base(args.profile, args.settings)
+    configs = study_plan.study_configs(base, args.only)
     if args.list:
-        print(study.show_plan(configs, base))
+        print(study_plan.show_plan(configs, base))
         return
     for folder in (resolve_path(args.outf), *(resolve_path(path).parent for path in (
             args.csv, args.pack) if path)):
         check_writable(folder)
-    states = study_runner.run_study(
+    states = study_run.run_study(
         configs, args.outf, base=base, cache_dir=args.cache_dir, workers=args.workers,
         minutes=args.minutes, with_verify=args.verify)
-    print(study_runner.count_states(states))
+    print(study_run.count_states(states))
     if args.csv:
         print(study_table.write_study(args.outf, args.csv).reindex(
             columns=["run", *study_table.SHOWN]).dropna(axis=1, how="all").to_string(
@@ -289,8 +291,8 @@ def _study(args: argparse.Namespace) -> None:
 
 
 def _scale(args: argparse.Namespace) -> None:
+    from hnerv_clip.bench.multi_gpu import SETTINGS, measure_scaling
     from hnerv_clip.book.scaling_pages import scaling_markdown
-    from hnerv_clip.scaling import SETTINGS, measure_scaling
 
     check_writable(resolve_path(args.outf))
     measured = measure_scaling(
@@ -301,7 +303,8 @@ def _scale(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from hnerv_clip.evaluate import evaluate_run, load_run
+    from hnerv_clip.evaluate import evaluate_run
+    from hnerv_clip.inference import load_run
 
     _show_summary(evaluate_run(load_run(args.outf, cache_dir=args.cache_dir, device=args.device)))
 
@@ -325,8 +328,8 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from hnerv_clip.evaluate import load_run
-    from hnerv_clip.index import index_runs
+    from hnerv_clip.inference import load_run
+    from hnerv_clip.search.index import index_runs
 
     index = index_runs(load_run(outf, cache_dir=args.cache_dir, device=args.device)
                        for outf in args.outf)
@@ -335,8 +338,8 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
-    from hnerv_clip.evaluate import load_run, predict_embeddings, sources_of
-    from hnerv_clip.search import rank_patches
+    from hnerv_clip.inference import load_run, predict_embeddings, sources_of
+    from hnerv_clip.search.rank import rank_patches
     from hnerv_clip.teachers import encode_queries, load_teacher, parse_queries
 
     queries = parse_queries([query for words in args.queries for query in parse_queries(words)])
@@ -359,7 +362,7 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
-    from hnerv_clip.index import load_index
+    from hnerv_clip.search.index import load_index
     from hnerv_clip.teachers import encode_queries, load_teacher
 
     index = load_index(args.outf)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.measures import mean_energy
+from hnerv_clip.metrics import mean_energy
 from hnerv_clip.patches import PatchGrid, make_grid
 from hnerv_clip.teachers import (
     cache_path,

@@ -62,3 +62,14 @@ def no_bfloat16(device: torch.device) -> str | None:
     """Why this GPU does not compute in bfloat16, or None where it does."""
     old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
     return f"{torch.cuda.get_device_name(device)} has no bfloat16" if old else None
+
+
+def set_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Choose the arithmetic: switch tf32 on or off, and return the autocast type.
+
+    `auto` is tf32 on a GPU and fp32 on a CPU.
+    """
+    tf32 = device.type == "cuda" and precision in ("auto", "tf32", "bf16")
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    return torch.bfloat16 if precision == "bf16" else torch.float32

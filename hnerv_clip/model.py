@@ -559,3 +559,8 @@ def _weigh_rows(features: Tensor, rows: Tensor) -> Tensor:
 
 def _size(hw: tuple[int, int]) -> str:
     return f"{hw[0]}×{hw[1]}"
+
+
+def frame_times(indices: Tensor, frame_count: int) -> Tensor:
+    """Times of frames, index / T, float64 [B]."""
+    return indices.double() / frame_count

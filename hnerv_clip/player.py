@@ -215,7 +215,7 @@ class StoredVideo(Sequence):
             ValueError: an empty text, or weights that are not those of the file.
             ConfigError: no head, or no weights.
         """
-        from hnerv_clip.search import rank_patches
+        from hnerv_clip.search.rank import rank_patches
         from hnerv_clip.teachers import encode_queries
 
         vector = encode_queries([text], self.teacher(weights))[0]

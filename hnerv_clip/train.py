@@ -27,15 +27,16 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from hnerv_clip.config import Config, ConfigError, VideoConfig
+from hnerv_clip.config import Config, VideoConfig
 from hnerv_clip.dataset import Dataset, load_dataset
-from hnerv_clip.devices import resolve_precision, select_device, synchronise
+from hnerv_clip.devices import resolve_precision, set_precision, synchronise
+from hnerv_clip.distributed import agree, from_rank0, gather_rows, own_device, ranks
 from hnerv_clip.engines.plain import COLUMNS
 from hnerv_clip.engines.select import make_engine
 from hnerv_clip.evaluate import (
     evaluate_model,
     evaluate_stored,
-    set_precision,
+    evaluation_columns,
     store_video,
     summarise,
     warm_up,
@@ -83,11 +84,11 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
         RunError: likewise; or the disk is full or became read-only, the last checkpoint is intact.
         TrainError: the loss became NaN or infinite, or memory ran out.
     """
-    rank, _ = _ranks()
+    rank, _ = ranks()
     run = RunDir.create(run_dir, config) if rank == 0 else RunDir(run_dir)
-    if not _agree(run.finished):
+    if not agree(run.finished):
         with run.lock() if rank == 0 else nullcontext():
-            loop = _Loop(config, run, dataset or load_dataset(config, cache_dir))
+            loop = Trainer(config, run, dataset or load_dataset(config, cache_dir))
             try:
                 loop.fit(progress=progress)
             except torch.cuda.OutOfMemoryError as error:
@@ -130,57 +131,6 @@ def _video_size(config: VideoConfig) -> tuple[tuple[int, int], int]:
     return video.frame_hw, len(video.frames)
 
 
-def _ranks() -> tuple[int, int]:
-    """(rank, ranks) of this process."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _agree(value: float) -> float:
-    """Rank 0's number, on every rank: clocks, and files on a shared disk, differ among them."""
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    number = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.broadcast(number, src=0)
-    return number.item()
-
-
-def _from_rank0(value: Any) -> Any:
-    """Rank 0's object, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _gather(table: pd.DataFrame) -> pd.DataFrame:
-    """On rank 0 the ranks' rows of an evaluation in one rank's order; elsewhere the own ones."""
-    rank, world = _ranks()
-    if world == 1:
-        return table
-    tables = [None] * world if rank == 0 else None
-    dist.gather_object(table, tables, dst=0)
-    if rank:
-        return table
-    whole = pd.concat([part for part in tables if len(part)])
-    return whole.sort_values(["source", "frame"], ignore_index=True)
-
-
-def own_device(device: str) -> torch.device:
-    """Where this process computes: under NCCL its rank's own GPU, whatever `device` names.
-
-    Raises:
-        ConfigError: a device that this machine lacks, or the CPU under NCCL.
-    """
-    if not (dist.is_initialized() and dist.get_backend() == "nccl"):
-        return select_device(device)
-    if torch.device("cuda" if device == "auto" else device).type != "cuda":
-        raise ConfigError(f"device={device!r} does not go with NCCL; use device='auto', or start "
-                          "the ranks with the gloo backend")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def epoch_order(train_frames: np.ndarray, *, seed: int, epoch: int) -> Tensor:
     """The order in which an epoch visits the training frames: int64, the same on every rank."""
     shuffle = torch.randperm(len(train_frames),
@@ -188,13 +138,13 @@ def epoch_order(train_frames: np.ndarray, *, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.asarray(train_frames, dtype=np.int64))[shuffle]
 
 
-class _Loop:
+class Trainer:
     """The state of a training run: model, optimizer, position, history."""
 
     def __init__(self, config: Config, run: RunDir, dataset: Dataset):
         self.born = time.perf_counter()
         self.config, self.run = config, run
-        self.rank, self.world = _ranks()
+        self.rank, self.world = ranks()
         self.device = own_device(config.train.device)
         autocast = set_precision(config.train.precision, self.device)
         self.model = build_model(config.model, frame_hw=dataset.video.frame_hw,
@@ -272,7 +222,7 @@ class _Loop:
             if self._save_is_due():
                 self._save_latest()
         self._stop_clock()
-        self.save_steps = _agree(max(1, round(train.checkpoint_s * (
+        self.save_steps = agree(max(1, round(train.checkpoint_s * (
             self.epoch * self.steps + self.batch) / self.train_time_s)))
 
     def _save_is_due(self) -> bool:
@@ -315,7 +265,7 @@ class _Loop:
         """Evaluate; keep the best model. Returns the epoch's evaluation columns."""
         started = time.perf_counter()
         engine = self.engine if self.engine.decodes else None
-        table = _gather(evaluate_model(self.model, self.dataset, share=(self.rank, self.world),
+        table = gather_rows(evaluate_model(self.model, self.dataset, share=(self.rank, self.world),
                                        engine=engine))
         self.engine.sync()
         self.eval_time_s += time.perf_counter() - started
@@ -391,21 +341,21 @@ class _Loop:
     def _finish(self) -> None:
         """Evaluate the best model as trained and as stored, by the plain model; close the run."""
         started = time.perf_counter()
-        best = _from_rank0(self.run.load_checkpoint(BEST) if self.rank == 0 else None)
+        best = from_rank0(self.run.load_checkpoint(BEST) if self.rank == 0 else None)
         self.model.load_state_dict(best["model"])
         share = (self.rank, self.world)
-        trained = _gather(evaluate_model(self.model, self.dataset, share=share))
+        trained = gather_rows(evaluate_model(self.model, self.dataset, share=share))
         self.eval_time_s += time.perf_counter() - started
         started = time.perf_counter()
         video = self.run.path / "video.hnerv"
         if self.rank == 0:
             store_video(self.model, self.dataset, video, config=self.config)
-        content = _from_rank0(video.read_bytes() if self.rank == 0 else None)
+        content = from_rank0(video.read_bytes() if self.rank == 0 else None)
         with tempfile.TemporaryDirectory() as folder:  # a shared disk may show the file late
             own = Path(folder) / video.name
             own.write_bytes(content)
             stored, rate_bpp = evaluate_stored(own, self.dataset, device=self.device, share=share)
-        stored = _gather(stored)
+        stored = gather_rows(stored)
         self.stored_time_s = time.perf_counter() - started
         if self.rank:
             return
@@ -455,11 +405,11 @@ class _Loop:
     def _resume(self) -> None:
         """Go on from model_latest.pth, where there is one."""
         self.saved_at = time.monotonic()
-        if not _agree((self.run.path / LATEST).exists()):
+        if not agree((self.run.path / LATEST).exists()):
             return
         state = self.run.load_checkpoint(LATEST)
         position = state["epoch"] * self.steps + state["batch"]
-        if position != _agree(position):
+        if position != agree(position):
             raise RunError(f"{self.run.path / LATEST} is not the same file for every rank; is the "
                            "folder shared by all nodes? Launch it again in a minute")
         if state["world_size"] != self.world and state["batch"]:
@@ -483,22 +433,3 @@ class _Loop:
             synchronise(self.device)
             self.train_time_s += time.perf_counter() - self.engine.compile_s - self._clock
             self._clock = None
-
-
-def evaluation_columns(table: pd.DataFrame) -> dict[str, float]:
-    """Means of an evaluation table as flat columns.
-
-    Returns:
-        eval_{psnr,ms_ssim,clip_similarity,clip_centred}_{all,train,val} from the encoder or the
-        coordinates, and eval_…_val_interpolated for held-out frames of a hybrid model. `val` is
-        there where frames validate.
-    """
-    short = {"psnr_db": "psnr", "ms_ssim": "ms_ssim", "clip_similarity": "clip_similarity",
-             "clip_centred": "clip_centred", "psnr_inside_db": "psnr_inside",
-             "psnr_outside_db": "psnr_outside"}
-    own = table[table.source != "interpolated"]
-    parts = {"all": own, "train": own[own.split == "train"], "val": own[own.split == "val"],
-             "val_interpolated": table[(table.source == "interpolated") & (table.split == "val")]}
-    return {f"eval_{name}_{part}": float(rows[measure].mean())
-            for measure, name in short.items() if measure in table
-            for part, rows in parts.items() if len(rows) and rows[measure].notna().any()}

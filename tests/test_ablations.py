@@ -3,9 +3,9 @@
 import pandas as pd
 import pytest
 
-from hnerv_clip.ablations import ablation_answer, ablation_configs
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.figures import plot_ablation, plot_tradeoff
+from hnerv_clip.study.ablations import ablation_answer, ablation_configs
 
 
 def test_each_run_differs_from_the_base_in_one_setting():

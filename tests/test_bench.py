@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hnerv_clip import bench, cli
+from hnerv_clip import cli
+from hnerv_clip.bench import context, flops, harness, measure
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.model import build_model, plan_model
 from hnerv_clip.runs import RunDir
@@ -14,7 +15,7 @@ from hnerv_clip.runs import RunDir
 
 def work(config, frame_hw, frame_count=132, patch_count=8):
     plan = plan_model(config.model, frame_hw=frame_hw, frame_count=frame_count)
-    return {layer.part: layer for layer in bench.count_work(
+    return {layer.part: layer for layer in flops.count_work(
         config.model, plan, frame_hw=frame_hw, patch_count=patch_count)}
 
 
@@ -44,15 +45,15 @@ def test_counted_work_is_that_of_the_modules(small_config, changes):
 
 
 def test_every_part_measures(small_config, cache_dir, small_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "CLIP_MODEL", "ViT-S-32-alt")  # a small one
+    monkeypatch.setattr(measure, "CLIP_MODEL", "ViT-S-32-alt")  # a small one
     config = small_config.replace(fc_hw="1_2", epochs=2, eval_freq=2)
     out = tmp_path / "bench.json"
     said = []
-    results = bench.bench(config, parts=list(bench.PARTS), out=out, cache_dir=cache_dir,
+    results = harness.bench(config, parts=list(harness.PARTS), out=out, cache_dir=cache_dir,
                           outf=tmp_path / "fit", say=said.append)
     assert results == json.loads(out.read_text())
     parts = results["parts"]
-    assert set(parts) == set(bench.PARTS) == set(results["made"])
+    assert set(parts) == set(harness.PARTS) == set(results["made"])
     assert not [row for rows in parts.values() for row in rows if "failed" in row]
     for rows, speed in [("train", "frames_per_s"), ("decode", "frames_per_s"),
                         ("teacher", "patches_per_s"), ("scaling", "frames_per_s")]:
@@ -71,26 +72,26 @@ def test_every_part_measures(small_config, cache_dir, small_dataset, tmp_path, m
     summary = RunDir(tmp_path / "fit").summary()
     fit = parts["fit"][0]
     assert fit["psnr_db"] == summary["eval_psnr_all"] and fit["curve"][-1][0] == 2
-    assert all(fit[name] > 0 for name in (*bench.CLOCKS, "rest_s", "import_s")
+    assert all(fit[name] > 0 for name in (*context.CLOCKS, "rest_s", "import_s")
                if name != "compile_s")
     assert fit["wall_s"] == pytest.approx(
-        fit["rest_s"] + sum(fit[name] for name in bench.CLOCKS))
+        fit["rest_s"] + sum(fit[name] for name in context.CLOCKS))
     assert any("frames_per_s" in text for text in said)
 
 
 def test_parts_of_several_calls_meet_in_one_file(small_config, cache_dir, tmp_path):
     out = tmp_path / "bench.json"
-    first = bench.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir,
+    first = harness.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir,
                         say=lambda text: None)
     kept = {**first["parts"], "decode": [{"mode": "RGB"}]}
     out.write_text(json.dumps({**first, "parts": kept}))
-    again = bench.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir,
+    again = harness.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir,
                         say=lambda text: None)
     assert again["parts"]["decode"] == [{"mode": "RGB"}]
     assert len(again["parts"]["ceilings"]) == len(first["parts"]["ceilings"])
     out.write_text(json.dumps({**again, "device": "a fast one"}))
     with pytest.raises(ConfigError, match="a fast one.*another --out"):
-        bench.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir)
+        harness.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir)
 
 
 def test_shares_follow_the_ceilings_of_the_file():
@@ -99,21 +100,21 @@ def test_shares_follow_the_ceilings_of_the_file():
     results = {"parts": {"train": [dict(row), {"failed": "x"}], "ceilings": [
         {"precision": "bf16", "tflop_per_s": 600.0, "tflop_per_s_max": 728.0},
         {"precision": "", "gb_per_s": 2500.0, "gb_per_s_max": 3000.0}]}}
-    bench.fill_shares(results)
+    measure.fill_shares(results)
     filled = results["parts"]["train"][0]
     assert filled["compute_share"] == pytest.approx(0.25)  # 182 of 728 TFLOP/s
     assert filled["bandwidth_share"] == pytest.approx(0.2)  # 600 of 3000 GB/s
-    bench.fill_shares({"parts": {"train": [filled]}})
+    measure.fill_shares({"parts": {"train": [filled]}})
     assert filled["compute_share"] is None
 
 
 def test_what_is_measured_already_or_unknown_is_refused(small_config, cache_dir, tmp_path):
     with pytest.raises(ConfigError, match="'speed'.*ceilings, train"):
-        bench.bench(small_config, parts=["speed"], out=tmp_path / "bench.json")
+        harness.bench(small_config, parts=["speed"], out=tmp_path / "bench.json")
     (tmp_path / "fit").mkdir()
     (tmp_path / "fit" / "metrics.csv").touch()
     with pytest.raises(ConfigError, match="a new folder"):
-        bench.bench(small_config, parts=["fit"], out=tmp_path / "bench.json",
+        harness.bench(small_config, parts=["fit"], out=tmp_path / "bench.json",
                     cache_dir=cache_dir, outf=tmp_path / "fit")
 
 
@@ -121,9 +122,9 @@ def test_a_setting_that_fails_is_a_row(small_config, small_dataset, cache_dir, m
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(bench, "make_engine", fail)
-    own = bench.Bench(small_config, torch.device("cpu"), 1, 0.0, {"parts": {}}, cache_dir, "")
-    row = bench.time_training(own, small_config, small_dataset)
+    monkeypatch.setattr(measure, "make_engine", fail)
+    own = context.Bench(small_config, torch.device("cpu"), 1, 0.0, {"parts": {}}, cache_dir, "")
+    row = measure.time_training(own, small_config, small_dataset)
     assert row["failed"] == "RuntimeError: out of memory"
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_search import unit_vectors
 
-from hnerv_clip.browse import browse_patches
 from hnerv_clip.patches import PatchGrid
+from hnerv_clip.search.browse import browse_patches
 
 
 def test_a_click_looks_up_the_patch_of_the_chosen_frame():

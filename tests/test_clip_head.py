@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hnerv_clip.codec import decode_video
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.engines.plain import PlainEngine
-from hnerv_clip.evaluate import load_run, predict_embeddings, store_video
+from hnerv_clip.evaluate import store_video
+from hnerv_clip.inference import load_run, predict_embeddings
 from hnerv_clip.losses import TEMPERATURE, ClipObjective, _axis_weights, contrastive_loss
 from hnerv_clip.model import build_model
 from hnerv_clip.patches import axis_shares

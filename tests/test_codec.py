@@ -17,7 +17,8 @@ from hnerv_clip.codec.container import START, expand_times, pack_file, pack_time
 from hnerv_clip.codec.entropy import pack_arrays
 from hnerv_clip.codec.video import About, StoredNetwork, _time_unit, open_network
 from hnerv_clip.config import Config
-from hnerv_clip.evaluate import embed_frames, evaluate_stored, store_video
+from hnerv_clip.evaluate import evaluate_stored, store_video
+from hnerv_clip.inference import embed_frames
 from hnerv_clip.model import build_model
 
 VERSION_1 = Path(__file__).parent / "data" / "version1.hnerv"

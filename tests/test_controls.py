@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
 
-from hnerv_clip import measures
-from hnerv_clip.measures import debiased_cka, label_agreement, retrieval_ranks, retrieval_summary
-from hnerv_clip.verify import baselines, side_file, simulation, time_series
+from hnerv_clip import metrics
+from hnerv_clip.verify import baselines, cka, side_file, simulation, time_series
+from hnerv_clip.verify.cka import debiased_cka
+from hnerv_clip.verify.retrieval import retrieval_ranks, retrieval_summary
+from hnerv_clip.verify.zero_shot import label_agreement
 
 
 def unit_vectors(shape, seed=0):
@@ -30,20 +32,20 @@ def test_interpolation_by_hand():
     found = baselines.interpolate_teacher(teacher, [0, 1, 4], [1, 2, 3, 4, 0])[:, 0]
     between = [teacher[0] * 3 / 4 + teacher[4] / 4, teacher[1] * 2 / 3 + teacher[4] / 3,
                teacher[1] / 3 + teacher[4] * 2 / 3, teacher[1], teacher[1]]
-    np.testing.assert_allclose(found, measures.unit(np.array(between))[:, 0], atol=1e-6)
+    np.testing.assert_allclose(found, metrics.unit(np.array(between))[:, 0], atol=1e-6)
 
 
 def test_linear_map_recovers_a_linear_relation():
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((60, 2, 3, 2))
     weights = rng.standard_normal((12, 4 * 8))
-    teacher = measures.unit((inputs.reshape(60, 12) @ weights).reshape(60, 4, 8)).astype("f")
+    teacher = metrics.unit((inputs.reshape(60, 12) @ weights).reshape(60, 4, 8)).astype("f")
     train = np.arange(60) % 5 != 4
     found = baselines.linear_map(inputs, teacher, np.flatnonzero(train))
     plain = LinearRegression().fit(inputs.reshape(60, -1)[train], teacher.reshape(60, -1)[train])
-    expected = measures.unit(plain.predict(inputs.reshape(60, -1)).reshape(60, 4, 8))
-    assert measures.cosine(found, expected).min() > 0.99
-    assert measures.cosine(found, teacher)[~train].mean() > 0.9
+    expected = metrics.unit(plain.predict(inputs.reshape(60, -1)).reshape(60, 4, 8))
+    assert metrics.cosine(found, expected).min() > 0.99
+    assert metrics.cosine(found, teacher)[~train].mean() > 0.9
     with pytest.raises(ValueError, match="59 frames for 60"):
         baselines.linear_map(inputs[1:], teacher, [0, 1])
 
@@ -52,7 +54,7 @@ def slow_embeddings(frames=40, patches=4, dim=48):
     rng = np.random.default_rng(0)
     path = np.cumsum(rng.standard_normal((frames, patches, 5)) * 0.2, axis=0)
     vectors = path @ rng.standard_normal((5, dim)) + rng.standard_normal(dim)
-    return measures.unit(vectors).astype(np.float32)
+    return metrics.unit(vectors).astype(np.float32)
 
 
 def test_side_file_keeps_its_budget_and_decodes_from_its_bytes_alone():
@@ -62,7 +64,7 @@ def test_side_file_keeps_its_budget_and_decodes_from_its_bytes_alone():
         stored = side_file.write_side_file(embeddings, budget)
         assert stored.size_bytes == len(stored.data) <= budget
         np.testing.assert_array_equal(side_file.read_side_file(stored.data), stored.embeddings)
-        quality.append(measures.cosine(stored.embeddings, embeddings).mean())
+        quality.append(metrics.cosine(stored.embeddings, embeddings).mean())
     assert quality == sorted(quality) and quality[-1] > 0.999
 
 
@@ -72,7 +74,7 @@ def test_side_file_of_training_frames_answers_for_all():
     hidden[4::5] = np.nan  # held-out frames must not be read
     stored, answers = side_file.store_embeddings(hidden, train, 4000)
     np.testing.assert_array_equal(answers[train], stored.embeddings)
-    assert measures.cosine(answers, embeddings)[4::5].min() > 0.9
+    assert metrics.cosine(answers, embeddings)[4::5].min() > 0.9
 
 
 def test_side_file_says_what_is_wrong():
@@ -141,8 +143,8 @@ def test_cka_is_blind_to_rotation_and_unbiased_for_unrelated_sets():
 
 def test_cka_without_frames_equals_leaving_them_out():
     a, b = unit_vectors((9, 3, 6)), unit_vectors((9, 3, 6), seed=1)
-    b = measures.unit(a + b)
-    value, without = measures.cka_without_frames(a, b)
+    b = metrics.unit(a + b)
+    value, without = cka.cka_without_frames(a, b)
     assert value == pytest.approx(debiased_cka(a.reshape(27, 6), b.reshape(27, 6)))
     for frame in range(9):
         left = [np.delete(x, frame, axis=0).reshape(24, 6) for x in (a, b)]
@@ -153,10 +155,10 @@ def test_cka_without_the_only_frame_that_varies_is_undefined():
     a = np.repeat(unit_vectors((1, 3, 6)), 9, axis=0)
     a[:, 1:] = a[:, :1]
     a[4] = unit_vectors((3, 6), seed=2)
-    value, without = measures.cka_without_frames(a, unit_vectors((9, 3, 6), seed=1))
+    value, without = cka.cka_without_frames(a, unit_vectors((9, 3, 6), seed=1))
     assert np.isfinite(value) and np.flatnonzero(np.isnan(without)).tolist() == [4]
     with pytest.raises(ValueError, match="does not vary"):
-        measures.cka_without_frames(np.ones((9, 3, 6)), a)
+        cka.cka_without_frames(np.ones((9, 3, 6)), a)
 
 
 def test_interval_of_cka_covers_it():
@@ -168,7 +170,7 @@ def test_interval_of_cka_covers_it():
         return [x.reshape(frames, 3, 8) for x in (common, common + 0.7 * own)]
 
     truth = debiased_cka(*(x.reshape(-1, 8) for x in made(20000)))
-    found = [time_series.smooth_interval(*measures.cka_without_frames(*made(60)))
+    found = [time_series.smooth_interval(*cka.cka_without_frames(*made(60)))
              for _ in range(100)]
     assert 0.88 < np.mean([x.low <= truth <= x.high for x in found]) <= 0.99
 
@@ -195,23 +197,23 @@ def test_bad_label_sets_are_refused(labels, message):
 
 def test_mean_energy_and_frame_similarity_by_hand():
     embeddings = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])  # 2 frames, 1 patch, orthogonal
-    assert measures.mean_energy(embeddings) == pytest.approx(0.5)
-    np.testing.assert_allclose(measures.frame_similarity(embeddings), np.eye(2))
-    np.testing.assert_allclose(measures.frame_similarity(embeddings, centred=True),
+    assert metrics.mean_energy(embeddings) == pytest.approx(0.5)
+    np.testing.assert_allclose(metrics.frame_similarity(embeddings), np.eye(2))
+    np.testing.assert_allclose(metrics.frame_similarity(embeddings, centred=True),
                                [[1, -1], [-1, 1]])
 
 
 def test_similarity_by_lag_by_hand():
     similarity = np.array([[1.0, 0.5, 0.1, 0.0], [0.5, 1.0, 0.7, 0.2],
                            [0.1, 0.7, 1.0, 0.9], [0.0, 0.2, 0.9, 1.0]])
-    np.testing.assert_allclose(measures.similarity_by_lag(similarity), [1.0, 0.7])
-    assert measures.similarity_by_lag(np.ones((1, 1))).tolist() == [1.0]
+    np.testing.assert_allclose(metrics.similarity_by_lag(similarity), [1.0, 0.7])
+    assert metrics.similarity_by_lag(np.ones((1, 1))).tolist() == [1.0]
 
 
 def test_structure_says_what_a_constant_and_a_neighbour_score(small_dataset):
     embeddings = small_dataset.embeddings.numpy()
-    structure = measures.describe_structure(small_dataset.embeddings)
-    constant = measures.unit(embeddings.mean((0, 1)))
+    structure = metrics.describe_structure(small_dataset.embeddings)
+    constant = metrics.unit(embeddings.mean((0, 1)))
     assert structure.constant_cosine == pytest.approx((embeddings @ constant).mean(), abs=1e-5)
     neighbours = (embeddings[1:] * embeddings[:-1]).sum(-1).mean()
     assert structure.neighbour_cosine == pytest.approx(neighbours, abs=1e-5)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hnerv_clip import dataset as dataset_module
-from hnerv_clip import figures, measures
+from hnerv_clip import figures, metrics
 from hnerv_clip.config import ConfigError, TeacherConfig
 from hnerv_clip.dataset import load_dataset, prepare_dataset
 from hnerv_clip.patches import cut_patches, make_grid
@@ -93,7 +93,7 @@ def test_figures_show_frames_split_and_patches(small_dataset, config):
 
 
 def test_figures_of_the_teacher_name_it(small_dataset):
-    structure = measures.describe_structure(small_dataset.embeddings)
+    structure = metrics.describe_structure(small_dataset.embeddings)
     label = small_dataset.teacher_label
     for figure in (figures.plot_frame_similarity(structure.raw, structure.centred, label),
                    figures.plot_similarity_by_lag(

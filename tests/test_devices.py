@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hnerv_clip import devices, evaluate
+from hnerv_clip import devices
+from hnerv_clip.bench import decoding
 from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.engines.select import make_engine
 from hnerv_clip.model import build_model
@@ -28,10 +29,10 @@ def test_decoding_is_plain_where_kernels_cannot_run(small_config, monkeypatch, l
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(devices.shutil, "which", lambda name: compiler)
     assert lack in (devices.no_kernels(gpu) or devices.no_bfloat16(gpu))
-    assert evaluate.decoders(model) == ("plain",)
+    assert decoding.decoders(model) == ("plain",)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(devices.shutil, "which", lambda name: "/usr/bin/gcc")
-    assert evaluate.decoders(model) == ("plain", "fused")
+    assert decoding.decoders(model) == ("plain", "fused")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

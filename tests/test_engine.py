@@ -25,7 +25,7 @@ from hnerv_clip.engines.fused.decoding import Decoder
 from hnerv_clip.engines.fused.engine import FusedEngine
 from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.engines.select import make_engine
-from hnerv_clip.evaluate import embed_frames
+from hnerv_clip.inference import embed_frames
 from hnerv_clip.kernels import hopper, tiles
 from hnerv_clip.model import build_model
 from hnerv_clip.patches import make_grid

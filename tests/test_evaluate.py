@@ -5,18 +5,16 @@ import pandas as pd
 import pytest
 import torch
 
+from hnerv_clip.bench.decoding import measure_decoding
 from hnerv_clip.config import ConfigError
-from hnerv_clip.evaluate import (
+from hnerv_clip.evaluate import evaluate_model, evaluate_run, summarise
+from hnerv_clip.inference import (
     decode_frames,
-    evaluate_model,
-    evaluate_run,
     frame_embeddings,
     interpolate_embeddings,
     load_run,
-    measure_decoding,
     predict_embeddings,
     sources_of,
-    summarise,
 )
 
 
@@ -111,7 +109,7 @@ def test_a_slow_machine_decodes_one_batch_a_pass(run, monkeypatch):
     monkeypatch.setattr(type(run.model), "stages", lambda model, chunk, **options: (
         decoded.append(len(chunk)), stages(model, chunk, **options))[1])
     for pass_s, batches in ((1e9, 8), (0, 1)):
-        monkeypatch.setattr("hnerv_clip.evaluate.PASS_S", pass_s)
+        monkeypatch.setattr("hnerv_clip.bench.decoding.PASS_S", pass_s)
         decoded.clear()
         speed = measure_decoding(run.model, run.dataset, batch_size=2, repeats=3)
         assert set(decoded) == {2} and len(decoded) == 3 * (2 + 3 * batches)

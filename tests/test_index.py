@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip import measures, search
+from hnerv_clip import metrics
 from hnerv_clip.config import Config
+from hnerv_clip.search import rank as search
 
 pytest.importorskip("faiss")
-from hnerv_clip.index import _sample, build_index, load_index  # noqa: E402
+from hnerv_clip.search.index import _sample, build_index, load_index  # noqa: E402
 
 
 def drifting(videos, frames, patches, dim, seed=0):
@@ -18,7 +19,7 @@ def drifting(videos, frames, patches, dim, seed=0):
     rng = np.random.default_rng(seed)
     steps = 0.15 * rng.standard_normal((videos, frames, patches, dim), dtype=np.float32)
     start = rng.standard_normal((videos, 1, patches, dim), dtype=np.float32)
-    return measures.unit(start + np.cumsum(steps, axis=1))
+    return metrics.unit(start + np.cumsum(steps, axis=1))
 
 
 def test_search_over_videos_of_different_shapes_equals_ranking_each():
@@ -100,7 +101,7 @@ def test_a_million_patches_are_searched_fast_and_well(million, kind, least):
 @pytest.fixture(scope="module")
 def million():
     vectors = drifting(2500, 50, 8, 64)
-    vectors = measures.unit(vectors + vectors[0, 0, 0])  # a part that all share, as CLIP has
+    vectors = metrics.unit(vectors + vectors[0, 0, 0])  # a part that all share, as CLIP has
     videos = {f"v{number}": video for number, video in enumerate(vectors)}
     return vectors, *(build_index(videos, teacher="t", exact=exact) for exact in (None, True))
 
@@ -130,7 +131,7 @@ def test_bad_input_is_refused(tmp_path):
 def test_runs_of_different_teachers_share_no_index(tmp_path, monkeypatch):
     from types import SimpleNamespace as Space
 
-    from hnerv_clip import index
+    from hnerv_clip.search import index
 
     def run(folder, video, teacher="t"):
         return Space(run_dir=Space(path=tmp_path / folder), model=None, dataset=Space(

@@ -8,8 +8,8 @@ from pytorch_msssim import ssim
 
 from hnerv_clip.config import LOSSES, ConfigError
 from hnerv_clip.dataset import inpainting_mask
-from hnerv_clip.evaluate import psnr
 from hnerv_clip.losses import PIXEL_LOSSES, clip_loss, clip_weight, learning_rate, pixel_loss
+from hnerv_clip.metrics import psnr
 
 
 def frames(size=32):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_verify import slow_video
 
-from hnerv_clip import evaluate, figures, measures
+from hnerv_clip import figures, inference, metrics
 from hnerv_clip.config import Config
 from hnerv_clip.patches import PatchGrid, make_grid
 from hnerv_clip.verify import positions, time_series
@@ -40,8 +40,8 @@ def test_places_are_interpolated_by_hand():
     found = positions.interpolate_places(own, taught, wanted)
     left = 0.75 * own[:, 1] + 0.25 * own[:, 4]
     right = 0.75 * own[:, 2] + 0.25 * own[:, 5]
-    np.testing.assert_allclose(found[:, 0], measures.unit(left), atol=1e-6)
-    np.testing.assert_allclose(found[:, 1], measures.unit(0.75 * left + 0.25 * right),
+    np.testing.assert_allclose(found[:, 0], metrics.unit(left), atol=1e-6)
+    np.testing.assert_allclose(found[:, 1], metrics.unit(0.75 * left + 0.25 * right),
                                atol=1e-6)
 
 
@@ -60,12 +60,12 @@ def test_positions_by_hand():
     assert set(between.x) == {12} and set(between.y) == {4}
     for answer, expected in [
             ("network", predicted[:, 1]),
-            ("own_places", measures.unit(predicted[:, 0] + predicted[:, 2])),
-            ("teacher_places", measures.unit(teacher[:, 0] + teacher[:, 2]))]:
+            ("own_places", metrics.unit(predicted[:, 0] + predicted[:, 2])),
+            ("teacher_places", metrics.unit(teacher[:, 0] + teacher[:, 2]))]:
         found = between[between.answer == answer].clip_similarity
         np.testing.assert_allclose(found, (expected * teacher[:, 1]).sum(-1), atol=1e-6)
     centre = teacher[:15][:, [0, 2]].mean((0, 1))
-    expected = measures.centred_cosine(predicted[:, 1], teacher[:, 1], centre)
+    expected = metrics.centred_cosine(predicted[:, 1], teacher[:, 1], centre)
     np.testing.assert_allclose(between[between.answer == "network"].clip_centred, expected,
                                rtol=1e-5)
     means = scores.groupby(["where", "answer"]).clip_similarity.mean()
@@ -85,12 +85,12 @@ def test_positions_by_hand():
 
 
 def test_a_run_is_asked_between_its_patches(trained_run, cache_dir):
-    run = evaluate.load_run(trained_run, cache_dir=cache_dir)
+    run = inference.load_run(trained_run, cache_dir=cache_dir)
     scores = positions.position_scores(run, cache_dir=cache_dir, device="cpu", progress=False)
     assert set(scores.source) == {"interpolated"} and len(scores) == 3 * 12 * (21 + 32)
-    own = evaluate.predict_embeddings(run.model, run.dataset, source="interpolated")
+    own = inference.predict_embeddings(run.model, run.dataset, source="interpolated")
     there = scores[(scores["where"] == "supervised") & (scores.answer == "network")]
-    expected = measures.cosine(own, run.dataset.embeddings)
+    expected = metrics.cosine(own, run.dataset.embeddings)
     np.testing.assert_allclose(there.clip_similarity.to_numpy().reshape(12, 8), expected,
                                atol=2e-5)
     table = positions.summarise_positions(scores)

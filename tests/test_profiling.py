@@ -7,11 +7,7 @@ pytest.importorskip("triton")  # made for Linux; without it training is plain
 
 from test_engine import build, tiny  # noqa: F401  (a fixture)
 
-from hnerv_clip.engines.fused.engine import FusedEngine
-from hnerv_clip.engines.plain import PlainEngine
-from hnerv_clip.engines.select import make_engine
-from hnerv_clip.model import build_model
-from hnerv_clip.profiling import (
+from hnerv_clip.bench.profiling import (
     CLIP,
     DECODER,
     ENCODER,
@@ -23,6 +19,10 @@ from hnerv_clip.profiling import (
     part_times,
     profile_step,
 )
+from hnerv_clip.engines.fused.engine import FusedEngine
+from hnerv_clip.engines.plain import PlainEngine
+from hnerv_clip.engines.select import make_engine
+from hnerv_clip.model import build_model
 
 
 def mark(ts, part):

@@ -10,11 +10,7 @@ from conftest import SMALL
 from test_launch import CONFIG
 
 from hnerv_clip import cli
-from hnerv_clip.book.scaling_pages import collect_scaling, scaling_markdown, write_scaling
-from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.figures.scaling import plot_scaling
-from hnerv_clip.runs import RunDir, RunError, write_json
-from hnerv_clip.scaling import (
+from hnerv_clip.bench.multi_gpu import (
     SETTINGS,
     ScalingError,
     measure_scaling,
@@ -24,7 +20,11 @@ from hnerv_clip.scaling import (
     time_to_reach,
     whole_run,
 )
-from hnerv_clip.study import study_base
+from hnerv_clip.book.scaling_pages import collect_scaling, scaling_markdown, write_scaling
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.figures.scaling import plot_scaling
+from hnerv_clip.runs import RunDir, RunError, write_json
+from hnerv_clip.study.plan import study_base
 from hnerv_clip.teachers import describe_teacher
 
 
@@ -172,8 +172,8 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypa
                 "frames_per_s_p10": speed, "frames_per_s_p90": speed, "psnr_db": 20.0,
                 "wall_s": None, "batch_size": 2, "train_time_s": 1.0}
 
-    monkeypatch.setattr("hnerv_clip.scaling._Scaling.train", train)
-    monkeypatch.setattr("hnerv_clip.scaling.run_figures", figures)
+    monkeypatch.setattr("hnerv_clip.bench.multi_gpu._Scaling.train", train)
+    monkeypatch.setattr("hnerv_clip.bench.multi_gpu.run_figures", figures)
     config = Config.from_params(**SMALL)
     measured = measure_scaling(config, tmp_path, gpus=4, parts=["speed"], cache_dir=cache_dir)
     assert [run["run"] for run in measured["parts"]["speed"]["runs"]] == [

@@ -5,9 +5,11 @@ import pytest
 import scipy.stats
 import torch
 
-from hnerv_clip import measures, search, teachers
+from hnerv_clip import metrics, teachers
 from hnerv_clip.model import build_model
 from hnerv_clip.patches import PatchGrid
+from hnerv_clip.search import maps
+from hnerv_clip.search import rank as search
 
 
 def unit_vectors(shape, seed=0):
@@ -44,7 +46,7 @@ def test_rank_correlation_equals_scipy_with_ties():
     rng = np.random.default_rng(0)
     for _ in range(20):
         a, b = rng.integers(0, 8, 30), rng.integers(0, 8, 30)
-        assert measures.rank_correlation(a, b) == pytest.approx(scipy.stats.spearmanr(a, b)[0])
+        assert metrics.rank_correlation(a, b) == pytest.approx(scipy.stats.spearmanr(a, b)[0])
 
 
 def test_agreement_is_full_with_itself_and_by_chance_with_noise():
@@ -70,19 +72,19 @@ def test_a_score_map_is_that_of_the_dense_map_at_any_stride(
     everywhere = np.einsum("bdyx,kd->bkyx", dense, vectors)
     for stride, rows_at_once in ((1, 7), (8, 3), (80, 1)):
         kept = everywhere[:, :, stride // 2::stride, stride // 2::stride]
-        monkeypatch.setattr(search, "MAP_VALUES", rows_at_once * 2 * kept.shape[3] * 1280)
-        found = search.score_map(model, stages, 3 * vectors, stride=stride)
+        monkeypatch.setattr(maps, "MAP_VALUES", rows_at_once * 2 * kept.shape[3] * 1280)
+        found = maps.score_map(model, stages, 3 * vectors, stride=stride)
         assert found.dtype == np.float32 and found.shape == kept.shape
         np.testing.assert_allclose(found, kept, atol=1e-5)
     for stride in (0, 81):
         with pytest.raises(ValueError, match=f"stride={stride} must lie between 1 and .* 80"):
-            search.score_map(model, stages, vectors, stride=stride)
+            maps.score_map(model, stages, vectors, stride=stride)
     with pytest.raises(ValueError, match=r"\(16,\).*1280 values"):
-        search.score_map(model, stages, np.ones((1, 16)))
+        maps.score_map(model, stages, np.ones((1, 16)))
     with torch.no_grad():
         model.clip_head[2].bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN"):
-        search.score_map(model, stages, vectors)
+        maps.score_map(model, stages, vectors)
 
 
 def test_queries_are_parsed():
@@ -123,14 +125,14 @@ def test_bad_embeddings_and_maps_are_refused():
 
 def test_scores_are_spread_by_hand():
     grid = PatchGrid(frame=(8, 24), size=(8, 8), tops=(0,), lefts=(0, 16))  # centres at 4 and 20
-    found = search.spread_scores([[0.0, 1.0], [2.0, 2.0]], grid, stride=4)
+    found = maps.spread_scores([[0.0, 1.0], [2.0, 2.0]], grid, stride=4)
     assert found.shape == (2, 2, 6)  # columns at 2.5, 6.5 … 22.5
     np.testing.assert_allclose(found[0], [[0, 2.5 / 16, 6.5 / 16, 10.5 / 16, 14.5 / 16, 1]] * 2)
     np.testing.assert_allclose(found[1], 2)
     with pytest.raises(ValueError, match="one for each patch"):
-        search.spread_scores([[0.0, 1.0, 2.0]], grid)
+        maps.spread_scores([[0.0, 1.0, 2.0]], grid)
     with pytest.raises(ValueError, match="stride=0 must lie between 1 and the frame's 8"):
-        search.spread_scores([[0.0, 1.0]], grid, stride=0)
+        maps.spread_scores([[0.0, 1.0]], grid, stride=0)
 
 
 def test_figures_name_query_and_teacher():
@@ -224,15 +226,15 @@ def test_only_clip_gets_prompts():
 def test_map_keeps_neighbours_together():
     rng = np.random.default_rng(0)
     centres = 5 * rng.standard_normal((4, 16))
-    teacher = measures.unit(centres + rng.standard_normal((40, 4, 16))).astype(np.float32)
-    places = search.map_embeddings(teacher, teacher, points=80, perplexity=10)
+    teacher = metrics.unit(centres + rng.standard_normal((40, 4, 16))).astype(np.float32)
+    places = maps.map_embeddings(teacher, teacher, points=80, perplexity=10)
     own = places[places.kind == "teacher"]
     assert len(own) == 80 and set(own.frame) == set(range(0, 40, 2))
     middles = own.groupby("patch")[["x", "y"]].mean().to_numpy()
     nearest = np.linalg.norm(own[["x", "y"]].to_numpy()[:, None] - middles, axis=-1).argmin(1)
     assert (nearest == own.patch).mean() > 0.95
     with pytest.raises(ValueError, match="at least 4 patches"):
-        search.map_embeddings(teacher[:1, :2], teacher[:1, :2])
+        maps.map_embeddings(teacher[:1, :2], teacher[:1, :2])
 
 
 def test_heat_is_blended_where_it_is_high():
@@ -253,7 +255,7 @@ def test_strips_and_map_name_the_teacher():
     embeddings = unit_vectors((8, 2, 16))
     frames = np.zeros((8, 3, 16, 32), np.uint8)
     strips = {"hare": search.score_patches(np.ones(16), embeddings)}
-    places = search.map_embeddings(embeddings, embeddings)
+    places = maps.map_embeddings(embeddings, embeddings)
     boxes = np.array([[0, 0, 12, 12], [4, 20, 12, 12]])
     for figure in (figures.plot_strips(strips, "A (not CLIP)", reference=strips),
                    figures.plot_strips(strips, "A (not CLIP)"),

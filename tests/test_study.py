@@ -9,13 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip import cli, study, study_runner, study_table
+from hnerv_clip import cli
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.evaluate import load_run, predict_embeddings
+from hnerv_clip.inference import load_run, predict_embeddings
 from hnerv_clip.runs import RunDir, load_checkpoint
-from hnerv_clip.study import study_base, study_configs
-from hnerv_clip.study_runner import run_study
-from hnerv_clip.study_table import StudyError
+from hnerv_clip.study import plan as study_plan
+from hnerv_clip.study import run as study_run
+from hnerv_clip.study import table as study_table
+from hnerv_clip.study.plan import study_base, study_configs
+from hnerv_clip.study.run import run_study
+from hnerv_clip.study.table import StudyError
 from hnerv_clip.teachers import encode_queries, load_teacher, parse_queries
 from hnerv_clip.train import check_run
 from hnerv_clip.verify.run import read_verification
@@ -29,17 +32,17 @@ def test_every_run_can_run():
     assert len(set(configs.values())) == len(configs)
     for config in configs.values():
         check_run(config)
-    for video in study.VIDEOS:
-        for kind in study.KINDS:
+    for video in study_plan.VIDEOS:
+        for kind in study_plan.KINDS:
             assert {f"{video}_{kind}_base_s{seed}" for seed in range(3)} <= set(configs)
     weights = {c.train.clip_loss_weight for n, c in configs.items() if "bunny_hybrid_" in n}
-    assert weights == {0.5, *study.LAMBDAS}
+    assert weights == {0.5, *study_plan.LAMBDAS}
 
 
 def test_the_bundled_teacher_knows_the_labels_of_every_video():
     teacher = load_teacher(FULL.teacher, "cpu")
-    assert set(study.LABELS) == set(study.VIDEOS)
-    for labels in study.LABELS.values():
+    assert set(study_plan.LABELS) == set(study_plan.VIDEOS)
+    for labels in study_plan.LABELS.values():
         assert encode_queries(parse_queries(labels), teacher).shape == (8, 1280)
 
 
@@ -91,7 +94,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(done, small_config, c
     assert any("bunny_hybrid_lambda_1_s0 failed" in line and "lower lr" in line for line in said)
     assert "TrainError" in (folder / "bunny_hybrid_lambda_1_s0.error.txt").read_text()
     verified = read_verification(folder / "bunny_hybrid_base_s0")
-    assert verified["labels"] == study.LABELS["bunny"].split("; ")
+    assert verified["labels"] == study_plan.LABELS["bunny"].split("; ")
     again = run_study(configs, folder, base=small_config, cache_dir=cache_dir, minutes=0)
     assert again == states | {"bunny_hybrid_lambda_1_s0": "waiting"}
 
@@ -135,10 +138,10 @@ def _epoch(run_dir):
 
 def test_no_run_is_begun_that_would_not_end_in_time(tmp_path):
     now = time.monotonic()
-    assert study_runner._next_run(["a"], {}, tmp_path, now + 60, []) == "a"
-    assert study_runner._next_run(["a"], {}, tmp_path, now + 60, [10, 20, 90]) == "a"
-    assert study_runner._next_run(["a"], {}, tmp_path, now + 60, [10, 70, 90]) is None
-    assert study_runner._next_run(["a"], {}, tmp_path, now - 1, []) is None
+    assert study_run._next_run(["a"], {}, tmp_path, now + 60, []) == "a"
+    assert study_run._next_run(["a"], {}, tmp_path, now + 60, [10, 20, 90]) == "a"
+    assert study_run._next_run(["a"], {}, tmp_path, now + 60, [10, 70, 90]) is None
+    assert study_run._next_run(["a"], {}, tmp_path, now - 1, []) is None
 
 
 def test_the_table_is_what_the_runs_gave(done, cache_dir, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from hnerv_clip.book import study_pages
 from hnerv_clip.book.study_pages import Estimate, estimate, paired, undominated
-from hnerv_clip.study import ENCODINGS, REMEDIES
+from hnerv_clip.study.plan import ENCODINGS, REMEDIES
 
 KINDS = ("hybrid", "xyt", "pe")
 

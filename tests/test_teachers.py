@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from hnerv_clip.config import Config, ConfigError, TeacherConfig
-from hnerv_clip.measures import mean_energy
+from hnerv_clip.metrics import mean_energy
 from hnerv_clip.patches import cut_patches, make_grid
 from hnerv_clip.teachers import (
     cache,

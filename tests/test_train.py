@@ -16,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hnerv_clip import distributed
 from hnerv_clip import train as train_module
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import load_dataset
@@ -249,7 +250,7 @@ def _evaluate_as_rank(rank, world, port, params, cache_dir, path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
                                          world_size=world)
-    table = train_module._gather(_evaluate(Config.from_params(**params), cache_dir,
+    table = distributed.gather_rows(_evaluate(Config.from_params(**params), cache_dir,
                                            share=(rank, world)))
     if rank == 0:
         table.to_pickle(path)
@@ -278,9 +279,9 @@ def test_under_nccl_a_rank_keeps_to_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     for device in ("auto", "cuda", "cuda:1"):
-        assert train_module.own_device(device) == torch.device("cuda:3")
+        assert distributed.own_device(device) == torch.device("cuda:3")
     with pytest.raises(ConfigError, match="device='cpu' does not go with NCCL"):
-        train_module.own_device("cpu")
+        distributed.own_device("cpu")
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow), 8])
@@ -341,13 +342,13 @@ def test_ranks_share_every_frame_of_an_epoch_and_one_all_reduce_a_step(
 
 def _train_once_all_are_there(barrier, answers, params, run_dir, cache_dir):
     torch.set_num_threads(1)
-    fit = train_module._Loop.fit
+    fit = train_module.Trainer.fit
 
     def fit_slowly(self, **options):
         time.sleep(3)  # the other has time to try
         return fit(self, **options)
 
-    train_module._Loop.fit = fit_slowly
+    train_module.Trainer.fit = fit_slowly
     barrier.wait()
     try:
         train(Config.from_params(**params), run_dir, cache_dir=cache_dir, progress=False)

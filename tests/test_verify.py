@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from hnerv_clip import measures
-from hnerv_clip.verify import baselines, simulation, time_series, verdict
+from hnerv_clip import labels, metrics
+from hnerv_clip.verify import baselines, cka, retrieval, simulation, time_series, verdict, zero_shot
 from hnerv_clip.verify import report as verify_report
 from hnerv_clip.verify import scores as verify_scores
 
@@ -22,7 +22,7 @@ def slow_video(frames=60, patches=4, dim=32, seed=0, rho=0.5):
     moving = simulation.autoregression(rng, 1, frames, patches * dim, rho)[0]
     moving = moving.reshape(frames, patches, dim)
     vectors = moving + rng.standard_normal((patches, dim)) + 2 * rng.standard_normal(dim)
-    return measures.unit(vectors).astype(np.float32)
+    return metrics.unit(vectors).astype(np.float32)
 
 
 HELD_OUT = np.arange(60) % 5 == 4
@@ -37,10 +37,10 @@ def mean_of(result, split, condition, column="clip_centred_mean"):
 
 
 def test_cosine_against_values_by_hand():
-    assert measures.cosine([3, 4], [4, 3]) == pytest.approx(24 / 25)
-    assert measures.cosine([1, 0], [0, 0]) == 0
+    assert metrics.cosine([3, 4], [4, 3]) == pytest.approx(24 / 25)
+    assert metrics.cosine([1, 0], [0, 0]) == 0
     # (2, 1) - (1, 1) = (1, 0) and (2, 2) - (1, 1) = (1, 1): cosine 1 / sqrt(2).
-    assert measures.centred_cosine(np.array([2, 1]), np.array([2, 2]), np.array([1, 1])) \
+    assert metrics.centred_cosine(np.array([2, 1]), np.array([2, 2]), np.array([1, 1])) \
         == pytest.approx(2 ** -0.5)
 
 
@@ -48,19 +48,19 @@ def test_cosine_against_values_by_hand():
     (0.95, "Excellent"), (0.9, "Good"), (0.7, "Good"), (0.69, "Moderate"), (0.4, "Moderate"),
     (0.39, "Poor"), (-0.1, "Poor")])
 def test_similarity_bands_are_the_users(similarity, band):
-    assert measures.similarity_band(similarity)[0] == band
+    assert labels.similarity_band(similarity)[0] == band
 
 
 @pytest.mark.parametrize("gap, band", [
     (0.2, "Large gap"), (0.15, "Medium gap"), (0.05, "Medium gap"), (0.04, "Small gap"),
     (-1, "Small gap")])
 def test_gap_bands_are_the_users(gap, band):
-    assert measures.gap_band(gap)[0] == band
+    assert labels.gap_band(gap)[0] == band
 
 
 def test_skill_by_hand():
-    assert measures.skill(0.95, 0.9) == pytest.approx(0.5)
-    assert measures.skill(0.85, 0.9) == pytest.approx(-0.5)
+    assert metrics.skill(0.95, 0.9) == pytest.approx(0.5)
+    assert metrics.skill(0.85, 0.9) == pytest.approx(-0.5)
 
 
 def test_nearest_training_frame_is_another_one_and_the_earlier_of_two():
@@ -114,7 +114,7 @@ def test_perfect_prediction_passes_and_the_constant_fails():
     assert perfect.verdict["learned"] is True
     assert perfect.verdict["quality"] == "Excellent"
     assert perfect.verdict["skill_held_out"] == pytest.approx(1, abs=1e-5)
-    constant = measures.unit(teacher[~HELD_OUT].mean((0, 1)))
+    constant = metrics.unit(teacher[~HELD_OUT].mean((0, 1)))
     flat = study(np.broadcast_to(constant, teacher.shape), teacher)
     assert flat.verdict["learned"] is False
     assert flat.verdict["skill_held_out"] == pytest.approx(0, abs=1e-5)
@@ -125,7 +125,7 @@ def test_perfect_prediction_passes_and_the_constant_fails():
 
 def test_time_blind_prediction_loses_to_the_neighbouring_frame():
     teacher = slow_video()
-    by_position = np.broadcast_to(measures.unit(teacher[~HELD_OUT].mean(0)), teacher.shape)
+    by_position = np.broadcast_to(metrics.unit(teacher[~HELD_OUT].mean(0)), teacher.shape)
     result = study(by_position, teacher, source="interpolated")
     assert "neighbour" in result.verdict["not_beaten"]
     assert "mean" in result.verdict["beaten"]
@@ -261,22 +261,22 @@ def test_comparisons_agree_with_their_parts():
 
 def test_measures_carry_the_intervals_of_their_series():
     teacher, predicted = slow_video(), slow_video(seed=1)
-    predicted = measures.unit(predicted + teacher)
+    predicted = metrics.unit(predicted + teacher)
     result = study(predicted, teacher)
     rows = result.measures[result.measures.split == "train"].set_index(["condition", "measure"])
     frames = np.flatnonzero(~HELD_OUT)
-    ranks = measures.retrieval_ranks(predicted[frames], teacher, frames)
+    ranks = retrieval.retrieval_ranks(predicted[frames], teacher, frames)
     hits = (ranks["rank"].to_numpy().reshape(48, 4) <= 1).mean(1)
     expected = {"r1": time_series.mean_interval(hits), "median_rank": time_series.median_interval(
         ranks["rank"].to_numpy().reshape(48, 4)),
-        "cka": time_series.smooth_interval(*measures.cka_without_frames(
+        "cka": time_series.smooth_interval(*cka.cka_without_frames(
             predicted[frames], teacher[frames]))}
     for measure, found in expected.items():
         row = rows.loc[("learned", measure)]
         assert (row.value, row.low, row.high) == pytest.approx((found.mean, found.low, found.high))
     constant = baselines.conditions(predicted, teacher, frames, frames,
                                    np.random.default_rng(0))["mean"]
-    away, reference = (1 - measures.cosine(x, teacher[frames]).mean(1)
+    away, reference = (1 - metrics.cosine(x, teacher[frames]).mean(1)
                        for x in (predicted[frames], constant))
     found = time_series.smooth_interval(1 - away.sum() / reference.sum(), 1 - (
         away.sum() - away) / (reference.sum() - reference))
@@ -288,7 +288,7 @@ def test_measures_carry_the_intervals_of_their_series():
 
 def test_words_are_ranked_and_given_as_scipy_and_labels_say():
     teacher, texts = slow_video(), unit_vectors((3, 32), seed=5)
-    predicted = measures.unit(slow_video(seed=1) + teacher)
+    predicted = metrics.unit(slow_video(seed=1) + teacher)
     rows = study(predicted, teacher, texts=texts).measures.set_index(
         ["split", "condition", "measure"])
     frames, centre = np.flatnonzero(HELD_OUT), teacher[~HELD_OUT].mean((0, 1))
@@ -309,7 +309,7 @@ def test_words_are_ranked_and_given_as_scipy_and_labels_say():
     assert row.value == pytest.approx(np.mean([len(np.intersect1d(heads[0][:, k], heads[1][:, k]))
                                                / 20 for k in range(3)]))
     assert row.chance == 20 / 48 and np.isnan(row.low)
-    labels = measures.label_agreement(list("abc"), texts, predicted[frames], teacher[frames],
+    labels = zero_shot.label_agreement(list("abc"), texts, predicted[frames], teacher[frames],
                                       centre=centre)
     row = rows.loc["held_out", "learned", "label_top1"]
     assert (row.value, row.chance) == pytest.approx((labels["agreement"], labels["chance"]))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from test_verify import HELD_OUT, slow_video, unit_vectors
 
-from hnerv_clip import evaluate, figures, measures
+from hnerv_clip import evaluate, figures, inference, metrics
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.runs import RunDir, RunError
 from hnerv_clip.verify import costs, positions, side_file, time_series, verdict
@@ -22,7 +22,7 @@ from hnerv_clip.verify import scores as verify_scores
 @pytest.fixture(scope="module")
 def small_run(trained_run, cache_dir, tmp_path_factory):
     folder = shutil.copytree(trained_run, tmp_path_factory.mktemp("runs") / "main")
-    return evaluate.load_run(folder, cache_dir=cache_dir)
+    return inference.load_run(folder, cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_run_is_verified_against_all_baselines(small_run, studies):
     conditions = study.table.groupby("split").condition.agg(set)
     assert conditions["train"] == wanted
     assert conditions["held_out"] == wanted | {"Teacher on Decoded Frame"}
-    own = evaluate.predict_embeddings(small_run.model, small_run.dataset, source="interpolated")
+    own = inference.predict_embeddings(small_run.model, small_run.dataset, source="interpolated")
     np.testing.assert_allclose(study.predicted, own, atol=1e-6)
     # Held-out frames are all that did not train, skipped ones too.
     split = small_run.dataset.split
@@ -111,7 +111,7 @@ def made_run(folder, *, video="bunny", seed=0, offset=None, **params):
     RunDir.create(folder, config)
     teacher = slow_video(seed=sum(map(ord, video)))
     noise = unit_vectors(teacher.shape, seed=100 + seed)
-    predicted = measures.unit(teacher + (0.8 if offset is None else offset) * noise)
+    predicted = metrics.unit(teacher + (0.8 if offset is None else offset) * noise)
     study = verify_scores.verify_embeddings(predicted, teacher, ~HELD_OUT, HELD_OUT,
                                      source="coordinates", teacher_label="A (not CLIP)")
     run = SimpleNamespace(run_dir=RunDir(folder), config=config, dataset=SimpleNamespace(

@@ -118,7 +118,7 @@ def collect_fidelity(results: Path, run_dirs: list[str | Path]) -> None:
     Raises:
         RunError: a run is not finished.
     """
-    from hnerv_clip.bench import run_record
+    from hnerv_clip.bench.context import run_record
 
     path = results / "fidelity.json"
     measured = json.loads(path.read_text())
@@ -281,7 +281,8 @@ def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
         run: a finished run.
         video: where the moving picture goes: the source above the network's own frames.
     """
-    from hnerv_clip.evaluate import decode_frames, load_run, summarise
+    from hnerv_clip.evaluate import summarise
+    from hnerv_clip.inference import decode_frames, load_run
     from hnerv_clip.video import write_video
 
     loaded = load_run(run.path, cache_dir=cache_dir)
@@ -317,7 +318,7 @@ FRAMES = {"train": "training", "held_out": "held out"}
 
 def result_table(table: pd.DataFrame) -> str:
     """The means of `summarise` as a Markdown table: pictures, their file, and the CLIP head."""
-    from hnerv_clip.evaluate import SOURCE_WORDS
+    from hnerv_clip.labels import SOURCE_WORDS
 
     values = table[table.frames != "all"].set_index(["frames", "source", "variant"])
     columns = {"PSNR (dB)": ("psnr_db", "trained", 2), "from the file": ("psnr_db", "quantised", 2),

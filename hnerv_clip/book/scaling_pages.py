@@ -13,14 +13,14 @@ from typing import Any
 
 import pandas as pd
 
+from hnerv_clip.bench.multi_gpu import PARTS, RUN, run_figures
 from hnerv_clip.book.pages import result_table
 from hnerv_clip.config import Config
 from hnerv_clip.evaluate import summarise
 from hnerv_clip.figures.scaling import plot_scaling
 from hnerv_clip.figures.training import plot_frame_quality, plot_training
 from hnerv_clip.runs import RunDir, RunError, commit_words, write_json
-from hnerv_clip.scaling import PARTS, RUN, run_figures
-from hnerv_clip.study import study_base
+from hnerv_clip.study.plan import study_base
 from hnerv_clip.teachers import describe_teacher
 
 RUN_FILES = ("config.json", "provenance.json", "summary.json", "metrics.csv", "evaluation.csv")

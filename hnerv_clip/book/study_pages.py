@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from hnerv_clip.runs import commit_words
-from hnerv_clip.study import ENCODINGS, REMEDIES
-from hnerv_clip.study_table import read_study
+from hnerv_clip.study.plan import ENCODINGS, REMEDIES
+from hnerv_clip.study.table import read_study
 from hnerv_clip.verify.scores import LIMITS
 from hnerv_clip.verify.time_series import pool_intervals
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
-from hnerv_clip.evaluate import frame_times, psnr
 from hnerv_clip.losses import ClipObjective, pixel_loss
-from hnerv_clip.model import HNeRV
+from hnerv_clip.metrics import psnr
+from hnerv_clip.model import HNeRV, frame_times
 
 # What a step measures of each frame
 COLUMNS = ("pixel_loss", "clip_loss", "total_loss", "psnr_db")

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hnerv_clip.evaluate import SOURCE_WORDS
 from hnerv_clip.figures.style import (
     CYCLE,
     GREY,
@@ -19,6 +18,7 @@ from hnerv_clip.figures.style import (
     new_figure,
     picture_axes,
 )
+from hnerv_clip.labels import SOURCE_WORDS
 
 
 def plot_training(metrics: pd.DataFrame, *, warmup_epochs: int, teacher_label: str) -> Figure:

@@ -88,9 +88,7 @@ def launch(
         raise LaunchError("configs is empty; give a Config or a dict of them")
     named = {outf.name: configs} if single else dict(configs)
     if run is None:
-        from hnerv_clip.train import (
-            check_run,  # imported here, as jobs that only wait need no model
-        )
+        from hnerv_clip.train import check_run
 
         for config in named.values():
             check_run(config)

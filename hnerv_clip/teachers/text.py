@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hnerv_clip.measures import unit
+from hnerv_clip.metrics import unit
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a close-up of a {}.",
              "a picture with a {}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.linear_model import RidgeCV
 
-from hnerv_clip.measures import unit
+from hnerv_clip.metrics import unit
 
 
 def conditions(predicted: np.ndarray, teacher: np.ndarray, train_frames: np.ndarray,

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from hnerv_clip.bench.decoding import measure_decoding
 from hnerv_clip.bench_results import read_decoding, read_teacher_rates
-from hnerv_clip.evaluate import BATCH, Run, measure_decoding
+from hnerv_clip.inference import BATCH, Run
 from hnerv_clip.teachers import Teacher, run_teacher
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from hnerv_clip.evaluate import Run, predict_embeddings, sources_of
-from hnerv_clip.measures import centred_cosine, check_pair, cosine, unit
+from hnerv_clip.inference import Run, predict_embeddings, sources_of
+from hnerv_clip.metrics import centred_cosine, check_pair, cosine, unit
 from hnerv_clip.patches import PatchGrid
 from hnerv_clip.teachers import teacher_embeddings
 from hnerv_clip.verify.time_series import MIN_FRAMES, mean_interval

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hnerv_clip.config import embed_kind
-from hnerv_clip.evaluate import (
+from hnerv_clip.inference import (
     BATCH,
     Run,
     check_head,
@@ -24,7 +24,7 @@ from hnerv_clip.evaluate import (
     load_run,
     sources_of,
 )
-from hnerv_clip.measures import check_embeddings
+from hnerv_clip.metrics import check_embeddings
 from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json

@@ -15,19 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from hnerv_clip.measures import (
-    centred_cosine,
-    check_pair,
-    cka_without_frames,
-    cosine,
-    debiased_cka,
-    retrieval_ranks,
-    retrieval_summary,
-    score_words,
-    skill,
-    word_agreement,
-)
+from hnerv_clip.metrics import centred_cosine, check_pair, cosine, skill
 from hnerv_clip.verify.baselines import conditions
+from hnerv_clip.verify.cka import cka_without_frames, debiased_cka
+from hnerv_clip.verify.retrieval import retrieval_ranks, retrieval_summary
 from hnerv_clip.verify.time_series import (
     MIN_FRAMES,
     Interval,
@@ -44,6 +35,7 @@ from hnerv_clip.verify.verdict import (
     judge,
     summarise_scores,
 )
+from hnerv_clip.verify.zero_shot import score_words, word_agreement
 
 SPLIT_LABELS = {"train": "training frames", "held_out": "held-out frames"}
 # Measures of `Verification.measures` → how a table names them.

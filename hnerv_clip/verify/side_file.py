@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hnerv_clip.measures import check_embeddings, cosine, unit
+from hnerv_clip.metrics import check_embeddings, cosine, unit
 from hnerv_clip.verify.baselines import interpolate_teacher
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from hnerv_clip.measures import gap_band, similarity_band, skill
+from hnerv_clip.labels import gap_band, similarity_band
+from hnerv_clip.metrics import skill
 from hnerv_clip.verify.time_series import MIN_FRAMES, holm, mean_interval
 
 # Condition → how a table names it. The first four are the user's, the fifth is a control like them;

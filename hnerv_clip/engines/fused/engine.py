@@ -13,10 +13,10 @@ from hnerv_clip.dataset import Dataset
 from hnerv_clip.engines.fused.decoding import Decoder
 from hnerv_clip.engines.fused.network import Network
 from hnerv_clip.engines.plain import COLUMNS, PlainEngine
-from hnerv_clip.evaluate import frame_times, psnr
 from hnerv_clip.kernels.launch import compile_all
 from hnerv_clip.losses import pixel_loss
-from hnerv_clip.model import HNeRV
+from hnerv_clip.metrics import psnr
+from hnerv_clip.model import HNeRV, frame_times
 
 
 class Moments:

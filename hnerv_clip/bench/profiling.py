@@ -26,6 +26,7 @@ PARTS = ENCODER, DECODER, RGB, CLIP, BACK, ENCODER_BACK, OPTIMIZER, REST = (
     "encoder, forward", "decoder, forward", "RGB head and loss", "CLIP head, both ways",
     "decoder and RGB head, back", "encoder, back", "optimizer", "the rest")
 
+
 LR = 1e-4  # of the steps that are measured
 
 

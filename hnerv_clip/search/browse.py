@@ -10,9 +10,9 @@ from IPython.display import display
 
 from hnerv_clip.figures.data import plot_patch_grid
 from hnerv_clip.figures.search import plot_ranked_patches
-from hnerv_clip.measures import check_pair
+from hnerv_clip.metrics import check_pair
 from hnerv_clip.patches import PatchGrid
-from hnerv_clip.search import similar_patches
+from hnerv_clip.search.rank import similar_patches
 
 
 def browse_patches(frames, grid: PatchGrid, predicted, teacher, teacher_label: str, *,

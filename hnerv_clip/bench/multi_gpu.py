@@ -24,13 +24,7 @@ from hnerv_clip.config import Config, ConfigError, TrainConfig
 from hnerv_clip.dataset import prepare_dataset
 from hnerv_clip.launch import Job, launch
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.runs import (
-    RunDir,
-    code_version,
-    device_name,
-    package_versions,
-    write_json,
-)
+from hnerv_clip.runs import RunDir, code_version, device_name, package_versions, write_json
 from hnerv_clip.train import LATEST
 
 # What `hnerv-clip scale` trains unless told: the paper's network and the bundled teacher, which is
@@ -178,7 +172,6 @@ class _Scaling:
 
 
 # The parts
-
 def _measure_speed(scaling: _Scaling) -> None:
     figures: dict[str, Any] = {"runs": [], "failed": []}
     for ranks in rank_counts(scaling.gpus):
@@ -310,7 +303,6 @@ PARTS: dict[str, Callable[[_Scaling], None]] = {
 
 
 # What is run, and what is read off a run
-
 def rank_counts(gpus: int) -> list[int]:
     """1, 2, 4, … and `gpus` itself."""
     return [2**k for k in range(gpus.bit_length()) if 2**k < gpus] + [gpus]

@@ -12,7 +12,7 @@ import pandas as pd
 from hnerv_clip.config import RUNTIME_PARAMS, embed_kind
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir
-from hnerv_clip.study import plan_runs
+from hnerv_clip.study.plan import plan_runs
 
 # What is known of a run without its checkpoints
 PACKED = ("config.json", "provenance.json", "summary.json", "study.json", "metrics.csv",
@@ -50,7 +50,7 @@ def measure_run(run, *, grid: str, cache_dir: str | Path) -> pd.DataFrame:
         over_own_places, how much centred cosine asking the head there brings. With 8 frames or
         more, MEASURE_se and MEASURE_freedom of some, see `statistics.mean_interval`.
     """
-    from hnerv_clip.evaluate import sources_of
+    from hnerv_clip.inference import sources_of
     from hnerv_clip.patches import make_grid
     from hnerv_clip.verify.positions import ask_places
 
@@ -71,15 +71,9 @@ def measure_run(run, *, grid: str, cache_dir: str | Path) -> pd.DataFrame:
 def _measures(name: str, place, frames: np.ndarray, train: np.ndarray, known: np.ndarray
               ) -> dict[str, float]:
     """The columns of `measure_run` for a `positions.Place` on some frames."""
-    from hnerv_clip.measures import (
-        centred_cosine,
-        cosine,
-        retrieval_ranks,
-        retrieval_summary,
-        skill,
-        unit,
-    )
+    from hnerv_clip.metrics import centred_cosine, cosine, skill, unit
     from hnerv_clip.verify.baselines import interpolate_teacher, nearest_training_frame
+    from hnerv_clip.verify.retrieval import retrieval_ranks, retrieval_summary
     from hnerv_clip.verify.time_series import MIN_FRAMES, mean_interval, smooth_interval
 
     own, right = place.network[frames], place.teacher[frames]

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from hnerv_clip.config import Config, TeacherConfig
-from hnerv_clip.evaluate import Run, predict_embeddings, sources_of
-from hnerv_clip.measures import check_embeddings
+from hnerv_clip.inference import Run, predict_embeddings, sources_of
+from hnerv_clip.metrics import check_embeddings
 from hnerv_clip.paths import resolve_path, tell_apart
-from hnerv_clip.search import check_query
+from hnerv_clip.search.rank import check_query
 
 EXACT = 100_000  # patches up to which every vector is compared
 PROBED = 8  # beyond, one cell of so many is looked into: texts lie far from all patches

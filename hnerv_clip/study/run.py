@@ -21,7 +21,7 @@ from hnerv_clip.config import Config
 from hnerv_clip.devices import visible_gpus
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, RunError, write_json
-from hnerv_clip.study import LABELS
+from hnerv_clip.study.plan import LABELS
 
 
 @dataclass
@@ -191,8 +191,8 @@ def _work(connection: Connection, options: dict[str, Any]) -> None:
 
 def _make_run(name: str, config: Config, options: dict[str, Any]) -> None:
     """Train one run to its end, and write what was found beside it."""
-    from hnerv_clip.evaluate import load_run
-    from hnerv_clip.study_table import measure_run
+    from hnerv_clip.inference import load_run
+    from hnerv_clip.study.table import measure_run
     from hnerv_clip.train import train
     from hnerv_clip.verify.run import verify_run, write_verification
 

@@ -10,55 +10,34 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import math
-import os
-import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from hnerv_clip.config import (
-    Config,
-    ConfigError,
-    ModelConfig,
-    TeacherConfig,
-    clip_stages,
-    embed_kind,
-)
-from hnerv_clip.dataset import Dataset, load_dataset, prepare_dataset
-from hnerv_clip.devices import resolve_precision, select_device, synchronise
+from hnerv_clip.bench.context import CLOCKS, Bench, random_embeddings, run_record
+from hnerv_clip.bench.decoding import decoders, measure_decoding
+from hnerv_clip.bench.flops import count_work
+from hnerv_clip.bench.profiling import profile_step
+from hnerv_clip.config import Config, ConfigError, TeacherConfig
+from hnerv_clip.dataset import Dataset, prepare_dataset
+from hnerv_clip.devices import resolve_precision, set_precision, synchronise
 from hnerv_clip.engines.select import make_engine
-from hnerv_clip.evaluate import decoders, measure_decoding, set_precision
-from hnerv_clip.model import Plan, build_model, plan_model
+from hnerv_clip.model import build_model, plan_model
 from hnerv_clip.patches import make_grid
-from hnerv_clip.paths import resolve_path
-from hnerv_clip.profiling import profile_step
-from hnerv_clip.runs import (
-    RunDir,
-    code_version,
-    device_name,
-    package_versions,
-    process_start,
-    write_json,
-)
+from hnerv_clip.runs import RunDir
 from hnerv_clip.teachers import load_teacher, run_teacher
 from hnerv_clip.train import epoch_order, train
 from hnerv_clip.video import split_frames
 
-PARTS = ("ceilings", "train", "profile", "scaling", "decode", "teacher", "fit")
-DEFAULT_PARTS = PARTS[:-1]  # `fit` takes a whole training
 # (engine, precision) that training is measured with
 GPU_ENGINES = (("auto", "bf16"), ("plain", "tf32"), ("plain", "fp32"))
 CPU_ENGINES = (("plain", "fp32"), ("plain", "bf16"))
@@ -70,204 +49,9 @@ BATCH_SIZES = (1, 2, 4, 8)
 PATCH_GRIDS = ("1_2", "2_4", "4_8", "8_16")
 FRAME_COUNTS = (0.25, 1, 4)  # of the video's
 CLIP_MODEL = "ViT-B-32-quickgelu"
-# Parts of a whole training's wall clock; what is left is `rest_s`
-CLOCKS = ("data_s", "setup_time_s", "compile_s", "train_time_s", "eval_time_s", "stored_time_s",
-          "checkpoint_time_s")
-
-
-class Layer(NamedTuple):
-    """The work of one part of the network for one frame, forward."""
-
-    part: str
-    macs: int  # multiplications with an addition
-    values: int  # read and written by its matrix products: their inputs and outputs
-
-
-def count_work(config: ModelConfig, plan: Plan, *, frame_hw: tuple[int, int],
-               patch_count: int) -> list[Layer]:
-    """What a frame costs by the plan alone: convolutions and linear layers, widths unpadded.
-
-    Training takes three times as much: forward, gradients of the inputs, gradients of the weights
-    (an upper bound by one layer, since the frame needs no gradient). Element-wise work is left out,
-    as it can be fused away, and so are weights, which are few.
-
-    Args:
-        patch_count: P, positions of the CLIP head.
-    Returns:
-        encoder (hybrid), coordinate_encoder (xyt), decoder, rgb_head, and clip_head where it is on.
-    """
-    def conv(width_in: int, width: int, kernel_area: int, cells: int, scale: int = 1
-             ) -> tuple[int, int]:  # `scale`: input cells of an output cell
-        return width_in * width * kernel_area * cells, (width_in * scale + width) * cells
-
-    def blocks(width: int, cells: int) -> list[tuple[int, int]]:
-        depthwise = (49 * width * cells, 2 * width * cells)
-        return config.num_blks[0] * [depthwise, conv(width, 4 * width, 1, cells),
-                                     conv(4 * width, width, 1, cells)]
-
-    parts: dict[str, list[tuple[int, int]]] = {}
-    kind = embed_kind(config.embed)
-    if kind == "hybrid":
-        parts["encoder"], width_in, (h, w) = [], 3, frame_hw
-        for i, stride in enumerate(config.enc_strds):
-            last = i == len(config.enc_strds) - 1
-            width = plan.embed_channels if last else int(config.enc_dim[0])
-            h, w = h // stride, w // stride
-            parts["encoder"] += [conv(width_in, width, stride**2, h * w, scale=stride**2),
-                                 *blocks(width, h * w)]
-            width_in = width
-    else:
-        h, w = config.fc_hw if kind == "xyt" else (1, 1)
-        if kind == "xyt":
-            parts["coordinate_encoder"] = [
-                conv(2 * plan.levels, plan.embed_channels, 1, h * w),
-                *blocks(plan.embed_channels, h * w)]
-    fc_h, fc_w = plan.unfold
-    decoder = [conv(plan.embed_channels, plan.widths[0] * fc_h * fc_w, 1, h * w)]
-    h, w = h * fc_h, w * fc_w
-    for i, stride in enumerate(config.dec_strds):
-        for block in range(config.num_blks[1]):
-            width_in, s = plan.widths[i + (block > 0)], 1 if block else stride
-            decoder.append(conv(width_in, plan.widths[i + 1] * s**2, plan.kernels[i]**2, h * w))
-            h, w = h * s, w * s
-    parts["decoder"] = decoder
-    width = plan.widths[-1]
-    parts["rgb_head"] = [conv(width, 3, 9, h * w)]
-    if config.predict_clip:
-        width = sum(plan.widths[stage] for stage in clip_stages(config))
-        parts["clip_head"] = [conv(width, 2 * width, 1, patch_count),
-                              conv(2 * width, config.clip_dim, 1, patch_count)]
-    return [Layer(part, *(sum(column) for column in zip(*layers)))
-            for part, layers in parts.items()]
-
-
-@dataclass
-class Bench:
-    """What the parts share."""
-
-    config: Config
-    device: torch.device
-    repeats: int
-    repeat_s: float  # a repeat calls as often as fills this time, once at least
-    results: dict[str, Any]  # what the JSON file holds
-    cache_dir: str | Path
-    outf: str | Path
-    import_s: float = 0.0  # from the process's start to that of the first part
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether there is room and time for the whole programme."""
-        return self.device.type == "cuda"
-
-    def dataset(self, config: Config | None = None) -> Dataset:
-        """The video, with random unit vectors as embeddings."""
-        dataset = self._loaded
-        return replace(dataset, embeddings=_random_embeddings(dataset, config or self.config))
-
-    @cached_property
-    def _loaded(self) -> Dataset:
-        return load_dataset(self.config.replace(predict_clip=False), self.cache_dir)
-
-    def clock(self, call: Callable[[], Any], *, warm_up: int = 1, repeats: int = 0,
-              repeat_s: float = 0.0) -> list[float]:
-        """Seconds of a call, a value for each repeat, the device synchronised around each.
-
-        Args:
-            repeats, repeat_s: at least so many and so long.
-        """
-        once = math.inf
-        for _ in range(warm_up):
-            once = self._seconds(call, 1)
-        calls = max(1, min(2000, round(max(repeat_s, self.repeat_s) / once)))
-        return [self._seconds(call, calls) for _ in range(max(repeats, self.repeats))]
-
-    def _seconds(self, call: Callable[[], Any], calls: int) -> float:
-        synchronise(self.device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        synchronise(self.device)
-        return (time.perf_counter() - start) / calls
-
-
-def bench(config: Config, *, parts: list[str] = DEFAULT_PARTS, out: str | Path,
-          cache_dir: str | Path = "output/cache", outf: str | Path = "output/bench/fit",
-          say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure the parts and write one JSON file, after every row, so that nothing is lost.
-
-    A part replaces its rows of an earlier call; `fit` adds a row for each run folder.
-
-    Args:
-        out: the JSON file; parts measured earlier on the same device stay in it.
-        outf: run folder of `fit`, which must be new.
-    Returns:
-        device, `made` (for each part: commit, dirty, versions, settings, time) and `parts` (rows).
-    Raises:
-        ConfigError: the file holds another device's measurements, or an unknown part.
-    """
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise ConfigError(f"parts={unknown[0]!r} is unknown; use any of {', '.join(PARTS)}")
-    import_s = time.time() - process_start(os.getpid())
-    device, path = select_device(config.train.device), resolve_path(out)
-    results = _open_results(path, device_name(device))
-    gpu = device.type == "cuda"
-    bench = Bench(config, device, repeats=7 if gpu else 2, repeat_s=0.3 if gpu else 0.0,
-                  results=results, cache_dir=cache_dir, outf=outf, import_s=import_s)
-    if "train" in parts and "ceilings" not in [*parts, *results["parts"]]:
-        parts = ["ceilings", *parts]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for part in sorted(parts, key=PARTS.index):
-        started = time.perf_counter()
-        kept = [row for row in results["parts"].get(part, [])
-                if part == "fit" and row["run"] != Path(outf).name]
-        say(f"\n{part} …")
-        results["made"][part] = _provenance(config)
-        results["parts"][part] = kept
-        for row in MEASURES[part](bench):
-            kept.append(row)
-            results["made"][part]["seconds"] = round(time.perf_counter() - started, 1)
-            fill_shares(results)
-            write_json(path, results)
-        say(f"{show_rows(kept)}\n{time.perf_counter() - started:.0f} s")
-    say(f"\n{path}")
-    return results
-
-
-def show_rows(rows: list[dict[str, Any]]) -> str:
-    """Rows as a table of text, empty columns left out."""
-    table = pd.DataFrame(rows).dropna(axis=1, how="all")
-    return table.to_string(index=False, na_rep="", float_format="{:.4g}".format)
-
-
-def _open_results(path: Path, device: str) -> dict[str, Any]:
-    if not path.exists():
-        return {"device": device, "made": {}, "parts": {}}
-    results = json.loads(path.read_text())
-    if results["device"] != device:
-        raise ConfigError(f"{path} holds measurements of {results['device']}, and this is {device}:"
-                          " give another --out")
-    return results
-
-
-def _provenance(config: Config) -> dict[str, Any]:
-    commit, dirty = code_version()
-    return {"commit": commit, "dirty": dirty, "python": platform.python_version(),
-            "versions": package_versions(), "cuda": torch.version.cuda,
-            "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "settings": config.params()}
-
-
-def _random_embeddings(dataset: Dataset, config: Config) -> Tensor | None:
-    if not config.model.predict_clip:
-        return None
-    shape = (len(dataset.video.frames), len(dataset.grid), config.model.clip_dim)
-    return normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
 
 
 # The parts: each yields rows
-
-
 def measure_ceilings(bench: Bench) -> Iterator[dict[str, Any]]:
     """What the device reaches at best: matrix products, and copies within its memory."""
     size = 8192 if bench.on_gpu else 1024
@@ -461,7 +245,7 @@ def _time_varied(bench: Bench, config: Config, dataset: Dataset, *, frame_hw: tu
                      grid=make_grid(config.teacher, frame_hw), mask=None,
                      split=split_frames(frame_count, config.video.data_split,
                                         config.video.split_phase))
-    varied.embeddings = _random_embeddings(varied, config)
+    varied.embeddings = random_embeddings(varied, config)
     return {"frame": f"{frame_hw[0]}×{frame_hw[1]}", "pixels": math.prod(frame_hw),
             "modelsize": config.model.modelsize, "patches": len(varied.grid),
             "frames": frame_count,
@@ -542,37 +326,3 @@ def measure_fit(bench: Bench) -> Iterator[dict[str, Any]]:
     row = {"run": run.path.name, **run_record(run), "import_s": bench.import_s,
            "data_s": data_s, "wall_s": wall_s}
     yield row | {"rest_s": wall_s - sum(row[name] or 0 for name in CLOCKS)}
-
-
-def run_record(run: RunDir) -> dict[str, Any]:
-    """A finished run in one row of plain values, for `book/results`.
-
-    Returns:
-        settings and provenance, the figures of summary.json in short names, and `curve`: (epoch,
-        PSNR over all frames in dB) at each evaluation.
-    Raises:
-        RunError: the run is not finished.
-    """
-    config, facts, summary = run.config(), run.provenance(), run.summary()
-    metrics = run.metrics()
-    measured = metrics[metrics.eval_psnr_all.notna()]
-    return {
-        "seed": facts["seed"], "engine": facts.get("engine", config.train.engine),
-        "precision": facts.get("precision", config.train.precision), "device": facts["device"],
-        "clip_head": config.model.predict_clip, "epochs": config.train.epochs,
-        "commit": facts["commit"], "dirty": facts["dirty"], "versions": facts["versions"],
-        "data_digest": facts["data_digest"], "config": config.params(),
-        "psnr_db": summary["eval_psnr_all"], "ms_ssim": summary.get("eval_ms_ssim_all"),
-        "clip_centred": summary.get("eval_clip_centred_all"),
-        "quantised_psnr_db": summary["quantised_eval_psnr_all"],
-        "rate_bpp": summary["rate_bpp"], "size_bytes": summary["size_bytes"],
-        **{name: summary.get(name) for name in (
-            *CLOCKS[1:], "train_frames_per_s", "peak_memory_bytes")},
-        "curve": [[int(epoch), psnr] for epoch, psnr in
-                  zip(measured.epoch, measured.eval_psnr_all)]}
-
-
-MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
-    "ceilings": measure_ceilings, "train": measure_train, "profile": measure_profile,
-    "scaling": measure_scaling, "decode": measure_decode, "teacher": measure_teacher,
-    "fit": measure_fit}

@@ -2,7 +2,7 @@
 
 They differ from one base: in video, embedding and seed; in the weight and the start of the CLIP
 loss; and in what might make embeddings better on held-out frames, or between the supervised
-positions (`REMEDIES`, `ENCODINGS`). `study_runner` trains and measures them, `study_table` gathers
+positions (`REMEDIES`, `ENCODINGS`). `study.run` trains and measures them, `study.table` gathers
 what they gave.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from typing import Any
 
-from hnerv_clip.ablations import PAPER_EPOCHS
 from hnerv_clip.config import Config, ConfigError, profile_params
+from hnerv_clip.study.ablations import PAPER_EPOCHS
 
 # bikes is smaller: 272×640, of which a crop is divisible by its strides
 VIDEOS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,162 @@
+"""What a trained network gives: per-frame embeddings, frames, CLIP embeddings.
+
+`source`: how a frame's embedding came about. `encoder`: the hybrid model saw the frame itself.
+`interpolated`: from the embeddings of the training frames around it, so it is a prediction.
+`coordinates`: from the time (and place) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.dataset import Dataset, load_dataset
+from hnerv_clip.devices import select_device, set_precision
+from hnerv_clip.model import HNeRV, build_model, frame_times
+from hnerv_clip.runs import RunDir
+
+BATCH = 4  # frames decoded at once
+
+
+@torch.no_grad()  # else what the encoder computed of every frame is kept, gigabytes
+def embed_frames(model: HNeRV, dataset: Dataset, chosen: np.ndarray | None = None) -> Tensor:
+    """The model's embedding of every frame, or of the chosen: [T, C, h, w], on its device.
+
+    The encoder sees frames as in training: with hidden pixels black.
+    """
+    return torch.cat([model.embed(frames if dataset.mask is None else
+                                  frames * dataset.mask.to(frames.device), times)
+                      for _, frames, times in frame_batches(model, dataset, chosen)])
+
+
+def interpolate_embeddings(embeddings: Tensor, train: np.ndarray) -> Tensor:
+    """Replace the embeddings of all but the training frames by what lies between those.
+
+    Args:
+        embeddings: [T, C, h, w]; rows outside `train` are not read.
+        train: rising training frame indices; frames outside their range take the nearest one.
+    Returns:
+        [T, C, h, w].
+    """
+    frames = np.arange(len(embeddings))
+    left, right = training_neighbors(frames, train)
+    gap = np.maximum(right - left, 1)
+    share = torch.tensor(np.clip((frames - left) / gap, 0, 1), dtype=embeddings.dtype,
+                         device=embeddings.device).view(-1, *[1] * (embeddings.ndim - 1))
+    return embeddings[left] * (1 - share) + embeddings[right] * share
+
+
+def training_neighbors(frames: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The training frames at or before, and at or after each frame; the nearest at the ends."""
+    after = np.clip(np.searchsorted(train, frames), 0, len(train) - 1)
+    before = np.clip(np.searchsorted(train, frames, side="right") - 1, 0, len(train) - 1)
+    return train[before], train[after]
+
+
+def sources_of(model: HNeRV) -> tuple[str, ...]:
+    """The ways in which this model's embeddings come about."""
+    return ("encoder", "interpolated") if model.kind == "hybrid" else ("coordinates",)
+
+
+def frame_embeddings(model: HNeRV, dataset: Dataset, source: str,
+                     chosen: np.ndarray | None = None) -> Tensor:
+    """Embeddings [N, C, h, w] of all frames or the chosen, by `source`; see the module's top."""
+    if source not in sources_of(model):
+        raise ConfigError(f"source={source!r} does not suit this {model.kind} model; "
+                          f"use {' or '.join(sources_of(model))}")
+    if source != "interpolated":
+        return embed_frames(model, dataset, chosen)
+    train = dataset.split.train
+    chosen = np.arange(model.frame_count) if chosen is None else np.asarray(chosen)
+    asked = np.unique(training_neighbors(chosen, train))
+    known = embed_frames(model, dataset, asked)
+    whole = known.new_zeros(model.frame_count, *known.shape[1:])
+    whole[asked] = known
+    return interpolate_embeddings(whole, train)[chosen]
+
+
+def check_head(model: HNeRV) -> None:
+    """Raise ConfigError unless the model has a CLIP head."""
+    if not model.config.predict_clip:
+        raise ConfigError("this run has no CLIP head (predict_clip=False), so it predicts no "
+                          "embeddings: train one with predict_clip=True")
+
+
+@torch.inference_mode()
+def predict_embeddings(model: HNeRV, dataset: Dataset, *, source: str | None = None,
+                       centres: Tensor | None = None) -> Tensor:
+    """CLIP embeddings that the model predicts for every patch, without decoding a pixel.
+
+    Args:
+        source: `encoder`, `interpolated` or `coordinates`; the model's first by default.
+        centres: other positions to ask for, [P, 2] (y, x) in frame pixels.
+    Returns:
+        [T, P, D] float32 unit vectors, on the CPU.
+    Raises:
+        ConfigError: the model has no CLIP head.
+    """
+    check_head(model)
+    embeddings = frame_embeddings(model, dataset, source or sources_of(model)[0])
+    centres = (dataset.grid.centres if centres is None else centres).to(embeddings.device)
+    return torch.cat([model.clip_at(model.stages(chunk, last=model.clip_stages[-1]), centres).cpu()
+                      for chunk in embeddings.split(BATCH)])
+
+
+@torch.inference_mode()
+def decode_frames(model: HNeRV, dataset: Dataset, frames: list[int], *, source: str | None = None
+                  ) -> Tensor:
+    """Decoded pictures of some frames: uint8 [len(frames), 3, H, W], on the CPU."""
+    embeddings = frame_embeddings(model, dataset, source or sources_of(model)[0],
+                                  np.asarray(frames, int))
+    return torch.cat([_to_uint8(model.rgb(model.features(chunk))).cpu()
+                      for chunk in embeddings.split(BATCH)])
+
+
+def _to_uint8(frames: Tensor) -> Tensor:
+    return (frames.float() * 255).round().clamp(0, 255).byte()
+
+
+@dataclass
+class Run:
+    """A trained run, loaded."""
+
+    run_dir: RunDir
+    config: Config
+    model: HNeRV  # with its best weights, in eval mode
+    dataset: Dataset
+
+
+def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", device: str = "auto",
+             checkpoint: str = "model_best.pth") -> Run:
+    """Load a run's model and the data that it was trained on; no teacher is loaded.
+
+    Raises:
+        RunError: no run there, or a damaged or foreign checkpoint.
+        ConfigError: the teacher's embeddings are not in `cache_dir`.
+    """
+    run = RunDir(run_dir)
+    config = run.config()
+    state = run.load_checkpoint(checkpoint)
+    dataset = load_dataset(config, cache_dir)
+    target = select_device(device)
+    set_precision(config.train.precision, target)
+    model = build_model(config.model, frame_hw=dataset.video.frame_hw,
+                        frame_count=len(dataset.video.frames))
+    model.load_state_dict(state["model"])
+    return Run(run, config, model.to(target).eval(), dataset)
+
+
+def frame_batches(model: HNeRV, dataset: Dataset, chosen: np.ndarray | None = None
+             ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(indices [B], frames [B, 3, H, W] float in [0, 1], times [B]) over frames, in order."""
+    device = next(model.parameters()).device
+    wanted = torch.arange(model.frame_count) if chosen is None else torch.as_tensor(chosen)
+    for indices in wanted.split(BATCH):
+        frames = dataset.video.frames[indices].to(device).float() / 255
+        yield indices, frames, frame_times(indices.to(device), model.frame_count)

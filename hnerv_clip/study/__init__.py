@@ -1,0 +1,1 @@
+"""Many runs: which, how they are run side by side, and their table."""

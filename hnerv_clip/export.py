@@ -34,12 +34,12 @@ class _Decoder(nn.Module):
         pictures = self.model.rgb(stages[-1]).clamp(0, 1)
         if centres is None:
             return pictures
-        places = self.model.clip_places(centres)
+        places = self.model.clip_head.places(centres)
         if self.model.config.clip_pool:
-            return pictures, self.model.clip_at_places(stages, places)
+            return pictures, self.model.clip_head.at_places(stages, places)
         picked = [stages[i].flatten(2).index_select(2, rows * stages[i].shape[3] + cols)
                   for i, (rows, cols) in zip(self.model.clip_stages, places)]
-        return pictures, self.model.clip_of_cells(picked)
+        return pictures, self.model.clip_head.of_cells(picked)
 
 
 def export_onnx(path: str | Path, out: str | Path) -> dict[str, float]:

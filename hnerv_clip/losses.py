@@ -122,7 +122,7 @@ class ClipObjective:
         self.jitter, self.seed = config.train.clip_jitter, config.train.seed
         self.targets, self.centres = targets.to(device), centres.to(device)
         self.axes = [self.centres[:, axis].unique() for axis in (0, 1)]  # rows' y, columns' x
-        self.places = model.clip_places(self.centres)
+        self.places = model.clip_head.places(self.centres)
         known = self.targets[torch.as_tensor(np.asarray(train), device=device)]  # [T', P, D]
         self.centre = known.mean((0, 1))
         self.contrasts = F.normalize(known.flatten(0, 1) - self.centre, dim=1)  # [T'·P, D]
@@ -144,8 +144,8 @@ class ClipObjective:
             moved = self.centres + self._moves(indices, key)
             moved = torch.stack([moved[..., i].clamp(ends[0], ends[-1])
                                  for i, ends in enumerate(self.axes)], dim=-1)
-            places, target = self.model.clip_places(moved), self._target_at(target, moved)
-        pred = self.model.clip_at_places(stages, places)
+            places, target = self.model.clip_head.places(moved), self._target_at(target, moved)
+        pred = self.model.clip_head.at_places(stages, places)
         cosine = clip_loss(pred, target)
         if self.kind == "cosine":
             return cosine, cosine

@@ -16,153 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hnerv_clip.config import ConfigError, ModelConfig, clip_stages, embed_kind, resolve_model
-from hnerv_clip.patches import axis_cells, axis_shares, check_positions
+from hnerv_clip.heads.clip import ClipHead
+from hnerv_clip.heads.rgb import RgbHead
+from hnerv_clip.layers import Encoder, Stem, UpBlock, sinusoids
 from hnerv_clip.sizes import choose_strides
-
-ACTIVATIONS = {
-    "relu": nn.ReLU, "leaky": nn.LeakyReLU, "leaky01": lambda: nn.LeakyReLU(0.1),
-    "relu6": nn.ReLU6, "gelu": nn.GELU, "sin": lambda: Sine(), "swish": nn.SiLU,
-    "softplus": nn.Softplus, "hardswish": nn.Hardswish,
-}
-NORMS = {"none": lambda width: nn.Identity(), "bn": nn.BatchNorm2d, "in": nn.InstanceNorm2d}
-
-
-class Sine(nn.Module):
-    """sin(x)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sin(x)
-
-
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of [B, C, H, W]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ConvNeXtBlock(nn.Module):
-    """7×7 depthwise convolution and a two-layer perceptron per pixel, residual.
-
-    ConvNeXt (Liu et al. 2022, arXiv 2201.03545), layer scale starting at 1e-6.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.expand = nn.Linear(width, 4 * width)
-        self.contract = nn.Linear(4 * width, width)
-        self.scale = nn.Parameter(torch.full((width,), 1e-6))
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        y = self.depthwise(x).permute(0, 2, 3, 1)  # [B, H, W, C]
-        y = self.contract(F.gelu(self.expand(self.norm(y)))) * self.scale
-        return x + y.permute(0, 3, 1, 2)
-
-
-class Encoder(nn.Module):
-    """ConvNeXt stages: a strided convolution with a channel norm, then residual blocks."""
-
-    def __init__(self, in_channels: int, *, strides: tuple[int, ...], widths: tuple[int, ...],
-                 blocks: int):
-        super().__init__()
-        stages = []
-        for i, (stride, width) in enumerate(zip(strides, widths, strict=True)):
-            conv = nn.Conv2d(in_channels, width, stride, stride)
-            norm = ChannelNorm(in_channels if i else width, eps=1e-6)
-            down = [norm, conv] if i else [conv, norm]
-            stages.append(nn.Sequential(*down, *(ConvNeXtBlock(width) for _ in range(blocks))))
-            in_channels = width
-        self.stages = nn.Sequential(*stages)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stages(x)
-
-
-class UpBlock(nn.Module):
-    """Convolution to s² times the width, pixel shuffle by s, norm, activation."""
-
-    def __init__(self, in_width: int, width: int, *, stride: int, kernel: int, norm: str, act: str):
-        super().__init__()
-        self.conv = nn.Conv2d(in_width, width * stride**2, kernel, padding=(kernel - 1) // 2)
-        self.stride = stride
-        self.norm = NORMS[norm](width)
-        self.act = ACTIVATIONS[act]()
-        self.multiple = 1  # pad the width inside to a multiple of it; see HNeRV.pad_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.conv.weight, self.conv.bias
-        if self.multiple > 1:
-            weight, bias = pad_convolution(weight, bias, in_width=x.shape[1],
-                                           multiple=self.multiple, group=self.stride**2)
-        x = F.conv2d(x, weight, bias, padding=self.conv.padding)
-        return self.act(self.norm(F.pixel_shuffle(x, self.stride)))
-
-
-def pad_convolution(weight: Tensor, bias: Tensor, *, in_width: int, multiple: int, group: int = 1
-                    ) -> tuple[Tensor, Tensor]:
-    """Zeros around a convolution's channels, so that kernels made for round widths run.
-
-    Args:
-        weight, bias: [group·O, I, k, k] and [group·O].
-        in_width: channels of the input, I or more.
-        multiple: O is rounded up to a multiple of it.
-    Returns:
-        [group·O', in_width, k, k] and [group·O'].
-    """
-    out_width, kernel = weight.shape[0] // group, weight.shape[2]
-    more_in, more_out = in_width - weight.shape[1], -out_width % multiple
-    if not more_in and not more_out:
-        return weight, bias
-    weight = F.pad(weight.view(out_width, group, -1, kernel, kernel),
-                   (0, 0, 0, 0, 0, more_in, 0, 0, 0, more_out))
-    return weight.flatten(0, 1), F.pad(bias.view(out_width, group), (0, 0, 0, more_out)).flatten()
-
-
-class Stem(nn.Module):
-    """1×1 convolution from the embedding to the decoder's width, unfolded over (fc_h, fc_w)."""
-
-    def __init__(self, in_channels: int, width: int, *, unfold: tuple[int, int], norm: str,
-                 act: str):
-        super().__init__()
-        self.unfold = unfold
-        out_channels = width * unfold[0] * unfold[1]
-        self.conv = nn.Conv2d(in_channels, out_channels, 1)
-        self.norm = NORMS[norm](out_channels)
-        self.act = ACTIVATIONS[act]()
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, width, fc_h·h, fc_w·w]
-        x = self.act(self.norm(self.conv(x)))
-        if self.unfold == (1, 1):
-            return x
-        (b, _, h, w), (fc_h, fc_w) = x.shape, self.unfold
-        x = x.view(b, -1, fc_h, fc_w, h, w).permute(0, 1, 4, 2, 5, 3)
-        return x.reshape(b, -1, fc_h * h, fc_w * w)
 
 
 def pad_edges(frames: Tensor, padded_hw: tuple[int, int]) -> Tensor:
     """[B, C, H, W] with the last row and column repeated up to height and width `padded_hw`."""
     below, right = padded_hw[0] - frames.shape[2], padded_hw[1] - frames.shape[3]
     return F.pad(frames, (0, right, 0, below), mode="replicate") if below or right else frames
-
-
-def sinusoids(position: Tensor, *, base: float, levels: int) -> Tensor:
-    """sin and cos of π·baseⁱ·position for i < levels (NeRV, arXiv 2110.13903, equation 1).
-
-    Args:
-        position: [...] float64; the highest frequencies need the precision.
-    Returns:
-        [..., 2·levels] float32: all sines, then all cosines.
-    """
-    # Frequencies in float32 and their product with the position in float64, as the authors have it
-    frequencies = (base ** torch.arange(levels, device=position.device) * math.pi).double()
-    angles = position.double()[..., None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
 class HNeRV(nn.Module):
@@ -193,12 +56,15 @@ class HNeRV(nn.Module):
                                       stride=1 if block else stride, kernel=plan.kernels[i],
                                       norm=config.norm, act=config.act))
         self.decoder = nn.Sequential(*layers)
-        self.rgb_head = nn.Conv2d(plan.widths[-1], 3, 3, padding=1)
+        self.rgb_head = RgbHead(plan.widths[-1], out_bias=config.out_bias, frame_hw=frame_hw,
+                                pads=plan.pads)
         if config.predict_clip:
             self.clip_stages = clip_stages(config)
-            width = sum(plan.widths[i] for i in self.clip_stages)
-            self.clip_head = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(),
-                                           nn.Conv2d(2 * width, config.clip_dim, 1))
+            self.clip_head = ClipHead(
+                self.clip_stages, widths=[plan.widths[i] for i in self.clip_stages],
+                stage_hws=[self.stage_hw(i) for i in self.clip_stages], clip_dim=config.clip_dim,
+                clip_pool=config.clip_pool, frame_hw=frame_hw, padded_hw=plan.padded_hw,
+                map_hw=plan.shown_hw)
         if plan.output_hw != plan.padded_hw:  # only without padding
             warnings.warn(
                 f"the decoder gives {_size(plan.output_hw)} and is resized bilinearly to the frame "
@@ -267,108 +133,21 @@ class HNeRV(nn.Module):
 
     def rgb(self, features: Tensor) -> Tensor:
         """[B, n, H', W'] features to frames [B, 3, H, W], in [0, 1] for tanh and sigmoid."""
-        head = self.rgb_head
-        weight, bias = pad_convolution(head.weight, head.bias, in_width=features.shape[1],
-                                       multiple=1)
-        x = F.conv2d(features, weight, bias, padding=1)
-        out_bias = self.config.out_bias
-        x = torch.tanh(x) * 0.5 + 0.5 if out_bias == "tanh" else \
-            torch.sigmoid(x) if out_bias == "sigmoid" else x + float(out_bias)
-        if self.plan.pads:
-            x = x[..., :self.frame_hw[0], :self.frame_hw[1]]
-        elif x.shape[-2:] != self.frame_hw:
-            x = F.interpolate(x, size=self.frame_hw, mode="bilinear", align_corners=False)
-        return x
+        return self.rgb_head(features)
 
     def clip_at(self, stages: list[Tensor], centres: Tensor) -> Tensor:
-        """Embeddings at positions of the frame.
-
-        The head's 1×1 convolutions commute with picking positions: these are the values of the
-        dense map there, and only they are computed.
-
-        Args:
-            stages: what `stages` returned, at least up to the last one that feeds the head.
-            centres: [P, 2], or [B, P, 2] for positions of each frame, (y, x) in frame pixels.
-        Returns:
-            [B, P, D] unit vectors, float32.
-        Raises:
-            ValueError: a position outside the frame.
-        """
-        check_positions(centres, self.frame_hw)
-        return self.clip_at_places(stages, self.clip_places(centres))
-
-    def clip_places(self, centres: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Where `clip_at` looks, for `clip_at_places`: computed once, used in every step.
-
-        Returns:
-            Of each stage that feeds the head, (rows, columns): int64 [..., P] cells, or with
-            `clip_pool` the share of every row and column, [..., P, Hᵢ] and [..., P, Wᵢ].
-        """
-        self._need_clip_head()
-        return [tuple(self._axis(centres[..., axis], axis, stage) for axis in (0, 1))
-                for stage in self.clip_stages]
-
-    def clip_at_places(self, stages: list[Tensor], places: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """`clip_at` for places that `clip_places` found: nothing here waits for the GPU."""
-        picked = []
-        for stage, (rows, cols) in zip(self.clip_stages, places, strict=True):
-            features = stages[stage]
-            if self.config.clip_pool:  # as products: rows, then columns
-                found = _weigh_rows(features, rows)  # [B, P, W, C]
-                found = (found * cols.to(found.dtype)[..., None]).sum(-2).transpose(1, 2)
-            else:  # from channels-last memory: else its gradient would be laid out anew, and slowly
-                frame = slice(None) if rows.ndim == 1 else \
-                    torch.arange(len(rows), device=rows.device)[:, None]
-                found = features.permute(0, 2, 3, 1)[frame, rows, cols].transpose(1, 2)
-            picked.append(found)  # [B, Cᵢ, P]
-        return self.clip_of_cells(picked)
-
-    def clip_of_cells(self, picked: list[Tensor]) -> Tensor:
-        """Embeddings [B, P, D] from what the stages that feed the head have there: [B, Cᵢ, P]."""
-        read = [found[:, :self.plan.widths[stage]].float()
-                for stage, found in zip(self.clip_stages, picked, strict=True)]
-        return self._clip_vectors(torch.cat(read, dim=1)[..., None])[..., 0].transpose(1, 2)
+        """Embeddings [B, P, D] at positions of the frame; see `ClipHead.at`."""
+        return self.need_clip_head().at(stages, centres)
 
     def clip_map(self, stages: list[Tensor], *, stride: int = 1, rows: slice = slice(None)
                  ) -> Tensor:
-        """Embeddings at every so-manieth cell of the last stage: [B, D, ⌈H'/stride⌉, ⌈W'/stride⌉].
-
-        Args:
-            stages: what `stages` returned, at least up to the last one that feeds the head.
-            rows: only these rows of the map.
-        """
-        self._need_clip_head()
-        device, picked = stages[0].device, []
-        positions = [(torch.arange(stride // 2, cells, stride, device=device) + 0.5)
-                     * (length / cells)
-                     for cells, length in zip(self.plan.shown_hw, self.frame_hw, strict=True)]
-        positions[0] = positions[0][rows]
-        for stage in self.clip_stages:
-            ys, xs = (self._axis(positions[axis], axis, stage) for axis in (0, 1))
-            if self.config.clip_pool:
-                found = _weigh_rows(stages[stage], ys)
-                found = torch.matmul(xs.to(found.dtype), found).permute(0, 3, 1, 2)
-            else:
-                found = stages[stage][:, :, ys[:, None], xs]
-            picked.append(found[:, :self.plan.widths[stage]].float())
-        return self._clip_vectors(torch.cat(picked, dim=1))
-
-    def _axis(self, positions: Tensor, axis: int, stage: int) -> Tensor:
-        """Cells or shares of a stage's rows (axis 0) or columns (1) at positions in pixels."""
-        length, cells = self.plan.padded_hw[axis], self.stage_hw(stage)[axis]
-        if not self.config.clip_pool:
-            return axis_cells(positions, length, cells)
-        return axis_shares(positions, self.config.clip_pool * self.frame_hw[0], length, cells,
-                           frame=self.frame_hw[axis])
+        """The dense map of embeddings; see `ClipHead.map`."""
+        return self.need_clip_head().map(stages, stride=stride, rows=rows)
 
     def stage_hw(self, stage: int) -> tuple[int, int]:
         """Rows and columns of a stage's output; stage 0 is the stem."""
         rest = math.prod(self.config.dec_strds[stage:])
         return self.plan.output_hw[0] // rest, self.plan.output_hw[1] // rest
-
-    def _clip_vectors(self, picked: Tensor) -> Tensor:
-        """[B, n, h, w] float32 to unit vectors [B, D, h, w]."""
-        return F.normalize(self.clip_head(picked), dim=1)
 
     def forward(self, frames: Tensor | None, times: Tensor, centres: Tensor | None = None
                 ) -> tuple[Tensor, Tensor | None]:
@@ -396,10 +175,12 @@ class HNeRV(nn.Module):
         """The state that must be kept to show the video: all but the hybrid model's encoder."""
         return {n: t for n, t in self.state_dict().items() if not n.startswith("encoder.")}
 
-    def _need_clip_head(self) -> None:
+    def need_clip_head(self) -> ClipHead:
+        """The CLIP head, or ConfigError where there is none."""
         if not self.config.predict_clip:
             raise ConfigError("this model has no CLIP head (predict_clip=False); "
                               "train with predict_clip=True to predict embeddings")
+        return self.clip_head
 
 
 @dataclass(frozen=True)
@@ -549,12 +330,6 @@ def from_hnerv_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
             name = changed
         renamed[name] = value
     return renamed
-
-
-def _weigh_rows(features: Tensor, rows: Tensor) -> Tensor:
-    """Sums of the rows of [B, C, H, W] by weights [P, H] or [B, P, H]: [B, P, W, C]."""
-    columns = features.permute(0, 2, 3, 1).flatten(2)  # [B, H, W·C], a view in channels-last
-    return torch.matmul(rows.to(features.dtype), columns).unflatten(2, (features.shape[3], -1))
 
 
 def _size(hw: tuple[int, int]) -> str:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hnerv_clip.model import HNeRV, UpBlock
+from hnerv_clip.layers import UpBlock
+from hnerv_clip.model import HNeRV
 from hnerv_clip.patches import axis_cells, check_positions
 
 
@@ -36,7 +37,7 @@ def clip_at(model: HNeRV, embeddings: Tensor, centres: Tensor) -> Tensor:
         cells = [axis_cells(centres[:, i], model.frame_hw[i], model.stage_hw(stage)[i])
                  for i in (0, 1)]
         picked.append(features_at(model, embeddings, stage, *cells))
-    return model.clip_of_cells(picked)
+    return model.clip_head.of_cells(picked)
 
 
 def features_at(model: HNeRV, embeddings: Tensor, stage: int, rows: Tensor, cols: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The network against the paper's figures, and its fast ways against its slow ones."""
 
-import dataclasses
 import math
 import warnings
 
@@ -9,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.model import build_model, from_hnerv_state, sinusoids
+from hnerv_clip.layers import sinusoids
+from hnerv_clip.model import build_model, from_hnerv_state
 
 PAPER = Config.from_params()  # 640×1280, 1.5 M, as in HNeRV's table for Bunny
 
@@ -201,8 +201,7 @@ def test_a_padded_model_is_the_padded_frames_model_cut_to_the_frame():
     assert torch.equal(pred, expected[..., :75, :149])
     # Both average over 0.3 frame heights; the frame's, not the padded one's, and no repeated edge
     assert not torch.allclose(vectors[:, 1], all_vectors[:, 1])
-    model.config = dataclasses.replace(model.config, clip_pool=0.0)
-    whole.config = dataclasses.replace(whole.config, clip_pool=0.0)
+    model.clip_head.clip_pool = whole.clip_head.clip_pool = 0.0
     stages = model.stages(model.embed(frames, times))
     assert torch.equal(model.clip_at(stages, centres), whole.clip_at(stages, centres))
     dense = model.clip_map(stages)

@@ -24,7 +24,7 @@ class Decoder:
         """
         self.model = model
         self.network = network or Network(model, batch=batch, train=False)
-        self.places = None if centres is None else model.clip_places(
+        self.places = None if centres is None else model.clip_head.places(
             centres.to(self.network.device))
         stem = self.network.convs[0]
         self.input = self.network.with_room(batch * stem.H * stem.W, stem.CI)
@@ -74,7 +74,7 @@ class Decoder:
         if self.model.config.clip_pool:
             stages = [self.network.picture(stage * blocks)
                       for stage in range(self.model.clip_stages[-1] + 1)]
-            return self.model.clip_at_places(stages, self.places)
-        return self.model.clip_of_cells([
+            return self.model.clip_head.at_places(stages, self.places)
+        return self.model.clip_head.of_cells([
             self.network.pick(stage * blocks, *place)
             for stage, place in zip(self.model.clip_stages, self.places)])

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pytorch_msssim import ms_ssim, ssim
+from pytorch_msssim import ssim
+from pytorch_msssim.ssim import _ssim as ssim_maps
 from torch import Tensor
 
 from hnerv_clip.config import Config, ConfigError, parse_lr_type
@@ -39,21 +41,51 @@ TEMPERATURE = 0.07  # of the contrastive loss: CLIP's initial value
 MS_SSIM_MIN_SIDE = 161  # five scales of an 11-pixel window
 
 
-def _l2(pred: Tensor, target: Tensor) -> Tensor:
+class SsimConstants(NamedTuple):
+    """What SSIM and MS-SSIM read beside the frames, as Wang et al. give it, on the device.
+
+    A copy from the CPU within a step would stop it until the GPU is done, and cannot be captured in
+    a CUDA graph.
+    """
+
+    window: Tensor  # [3, 1, 1, 11] Gaussian, σ = 1.5
+    scales: Tensor  # [5, 1, 1] exponents of MS-SSIM
+
+
+def ssim_constants(device: torch.device) -> SsimConstants:
+    """Make them; once, before steps are captured."""
+    offsets = torch.arange(11, dtype=torch.float) - 5
+    window = torch.exp(-offsets.square() / (2 * 1.5**2))
+    window = (window / window.sum()).repeat(3, 1, 1, 1)
+    scales = torch.tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333]).view(5, 1, 1)
+    return SsimConstants(window.to(device), scales.to(device))
+
+
+def _l2(pred: Tensor, target: Tensor, _) -> Tensor:
     return (pred - target).square().flatten(1).mean(1)
 
 
-def _l1(pred: Tensor, target: Tensor) -> Tensor:
+def _l1(pred: Tensor, target: Tensor, _) -> Tensor:
     return (pred - target).abs().flatten(1).mean(1)
 
 
-def _ssim(pred: Tensor, target: Tensor) -> Tensor:
-    return 1 - ssim(pred, target, data_range=1, size_average=False)
+def _ssim(pred: Tensor, target: Tensor, constants: SsimConstants) -> Tensor:
+    return 1 - ssim(pred, target, data_range=1, size_average=False, win=constants.window)
 
 
-def _ms_ssim(pred: Tensor, target: Tensor) -> Tensor:
+def _ms_ssim(pred: Tensor, target: Tensor, constants: SsimConstants) -> Tensor:
+    """As `pytorch_msssim.ms_ssim`, whose backward pass asks the GPU for a number and so cannot be
+    captured; and a scale without any contrast has a gradient of 0 here, there it is NaN."""
     check_ms_ssim_size(pred.shape[-2:])
-    return 1 - ms_ssim(pred, target, data_range=1, size_average=False)
+    product = 1.0
+    for scale, exponent in enumerate(constants.scales):
+        whole, contrast = ssim_maps(pred, target, data_range=1, win=constants.window)
+        last = scale == len(constants.scales) - 1
+        product = product * (whole if last else contrast).clamp(min=1e-8) ** exponent  # [B, 3]
+        if not last:
+            padding = [side % 2 for side in pred.shape[2:]]
+            pred, target = (F.avg_pool2d(x, 2, padding=padding) for x in (pred, target))
+    return 1 - product.mean(1)
 
 
 _TERMS = {"l2": _l2, "l1": _l1, "ssim": _ssim, "ms_ssim": _ms_ssim}
@@ -66,8 +98,8 @@ def check_ms_ssim_size(frame_hw: tuple[int, int]) -> None:
                           f"{frame_hw[0]}×{frame_hw[1]}; use a larger resize_list, or loss=Fusion6")
 
 
-def pixel_loss(pred: Tensor, target: Tensor, *, loss: str = "L2", mask: Tensor | None = None
-               ) -> Tensor:
+def pixel_loss(pred: Tensor, target: Tensor, *, loss: str = "L2", mask: Tensor | None = None,
+               constants: SsimConstants | None = None) -> Tensor:
     """Reconstruction loss of each frame.
 
     Args:
@@ -75,6 +107,7 @@ def pixel_loss(pred: Tensor, target: Tensor, *, loss: str = "L2", mask: Tensor |
         loss: a row of `PIXEL_LOSSES`.
         mask: [H, W] of 1 where pixels count and 0 where not; both frames are multiplied by it, as
             HNeRV's inpainting does.
+        constants: `ssim_constants` of the device, made anew by default.
     Returns:
         [B].
     Raises:
@@ -86,7 +119,15 @@ def pixel_loss(pred: Tensor, target: Tensor, *, loss: str = "L2", mask: Tensor |
         raise ValueError(f"loss={loss!r} is unknown; use one of {', '.join(PIXEL_LOSSES)}")
     if mask is not None:
         pred, target = pred * mask, target * mask
-    return sum(weight * _TERMS[term](pred, target) for term, weight in PIXEL_LOSSES[loss].items())
+    if constants is None and needs_ssim(loss):
+        constants = ssim_constants(pred.device)
+    return sum(weight * _TERMS[term](pred, target, constants)
+               for term, weight in PIXEL_LOSSES[loss].items())
+
+
+def needs_ssim(loss: str) -> bool:
+    """Whether SSIM or MS-SSIM is one of a loss's terms."""
+    return bool({"ssim", "ms_ssim"} & set(PIXEL_LOSSES[loss]))
 
 
 def clip_loss(pred: Tensor, target: Tensor) -> Tensor:

@@ -4,11 +4,19 @@ import math
 
 import pytest
 import torch
-from pytorch_msssim import ssim
+from pytorch_msssim import ms_ssim, ssim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hnerv_clip.config import LOSSES, ConfigError
 from hnerv_clip.dataset import inpainting_mask
-from hnerv_clip.losses import PIXEL_LOSSES, clip_loss, clip_weight, learning_rate, pixel_loss
+from hnerv_clip.losses import (
+    PIXEL_LOSSES,
+    clip_loss,
+    clip_weight,
+    learning_rate,
+    pixel_loss,
+    ssim_constants,
+)
 from hnerv_clip.metrics import psnr
 
 
@@ -42,6 +50,42 @@ def test_losses_vanish_on_equal_frames_and_have_gradients(loss):
     a.requires_grad_()
     pixel_loss(a, b, loss=loss).sum().backward()
     assert a.grad.abs().sum() > 0
+
+
+def test_ms_ssim_is_the_librarys():
+    a, b = frames(200)
+    b = a + 0.2 * (b - a)
+    expected = 0.7 * (a - b).abs().mean((1, 2, 3)) + 0.3 * (1 - ms_ssim(a, b, data_range=1,
+                                                                        size_average=False))
+    torch.testing.assert_close(pixel_loss(a, b, loss="Fusion10"), expected)
+
+
+def test_a_flat_picture_has_a_finite_gradient():
+    """Where contrasts disagree a scale of MS-SSIM is cut at 0, and 0 to a power has no slope."""
+    _, target = frames(176)
+    pred = (1 - target).requires_grad_()
+    gradient, = torch.autograd.grad(pixel_loss(pred, target, loss="Fusion10").sum(), pred)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_can_be_captured_in_a_graph(loss):
+    """Forward and back it makes no tensor on the CPU and asks for no value: on a GPU either would
+    stop the step, and a CUDA graph cannot hold it."""
+    seen = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    a, b = frames(176)
+    constants = ssim_constants(a.device)
+    with Record():
+        a.requires_grad_()
+        torch.autograd.grad(pixel_loss(a, b, loss=loss, constants=constants).sum(), a)
+    assert "mean" in seen and not seen & {"_local_scalar_dense", "nonzero", "arange", "lift_fresh",
+                                          "lift_fresh_copy", "_to_copy"}
 
 
 def test_loss_errors():

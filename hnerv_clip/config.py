@@ -121,7 +121,7 @@ class TrainConfig:
     quant_embed_bit: int = 6  # bits of an embedding value, likewise
     seed: int = 0  # of weights and frame order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    precision: str = "auto"  # auto (tf32 on a GPU, fp32 on a CPU), fp32, tf32, bf16
+    precision: str = "auto"  # auto (bf16 on a GPU that has it, fp32 on a CPU), fp32, tf32, bf16
     engine: str = "auto"  # auto (fused for bf16 on a GPU), plain, or fast: fused, else compiled
 
 

@@ -42,9 +42,16 @@ def synchronise(device: torch.device) -> None:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """What is computed in: `auto` stands for tf32 on a GPU, and a CPU has fp32 in its place."""
-    return precision.replace("auto", "tf32") if device.type == "cuda" else \
-        precision.replace("auto", "fp32").replace("tf32", "fp32")
+    """What is computed in.
+
+    `auto` is bf16 on a GPU that has it, tf32 on another, and fp32 on a CPU, which also has fp32 in
+    the place of tf32.
+    """
+    if device.type != "cuda":
+        return "fp32" if precision in ("auto", "tf32") else precision
+    if precision != "auto":
+        return precision
+    return "tf32" if no_bfloat16(device) else "bf16"
 
 
 def no_kernels(device: torch.device) -> str | None:
@@ -67,9 +74,10 @@ def no_bfloat16(device: torch.device) -> str | None:
 def set_precision(precision: str, device: torch.device) -> torch.dtype:
     """Choose the arithmetic: switch tf32 on or off, and return the autocast type.
 
-    `auto` is tf32 on a GPU and fp32 on a CPU.
+    See `resolve_precision` for `auto`.
     """
-    tf32 = device.type == "cuda" and precision in ("auto", "tf32", "bf16")
+    used = resolve_precision(precision, device)
+    tf32 = device.type == "cuda" and used in ("tf32", "bf16")
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.bfloat16 if used == "bf16" else torch.float32

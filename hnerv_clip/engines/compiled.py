@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
-from hnerv_clip.engines.plain import PlainEngine
+from hnerv_clip.engines.plain import PlainEngine, SetupError, explain
 from hnerv_clip.model import HNeRV
 
 
@@ -33,18 +33,29 @@ class CompiledEngine(PlainEngine):
         self.weight.fill_(weight)
         self.indices.copy_(indices)
         if self.graph is None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            if self.warmed_up < self.WARM_UP:
-                self.warmed_up += 1
-                with torch.cuda.stream(self.stream):
-                    self.sums = self._update()
-                torch.cuda.current_stream().wait_stream(self.stream)
-                return self.sums
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.sums = self._update()
-            self.graph = graph
+            try:
+                return self._set_up()
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # a compiler fails in many ways
+                raise SetupError(explain(error)) from error
         self.graph.replay()
+        return self.sums
+
+    def _set_up(self) -> Tensor:
+        """A step before the graph is there."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        if self.warmed_up < self.WARM_UP:
+            with torch.cuda.stream(self.stream):
+                self.sums = self._update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.warmed_up += 1
+            return self.sums
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.sums = self._update()
+        self.graph = graph
+        graph.replay()
         return self.sums
 
     def _update(self) -> Tensor:

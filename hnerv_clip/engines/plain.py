@@ -10,12 +10,22 @@ from torch import Tensor
 
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
-from hnerv_clip.losses import ClipObjective, pixel_loss
+from hnerv_clip.losses import ClipObjective, needs_ssim, pixel_loss, ssim_constants
 from hnerv_clip.metrics import psnr
 from hnerv_clip.model import HNeRV, frame_times
 
 # What a step measures of each frame
 COLUMNS = ("pixel_loss", "clip_loss", "total_loss", "psnr_db")
+
+
+class SetupError(RuntimeError):
+    """A step of a fast engine could not be compiled or captured; nothing of it has been applied."""
+
+
+def explain(error: Exception) -> str:
+    """What failed, in a line."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 class PlainEngine:
@@ -31,6 +41,7 @@ class PlainEngine:
         if config.model.predict_clip:
             self.clip = ClipObjective(config, model, targets=dataset.embeddings,
                                       centres=dataset.grid.centres, train=dataset.split.train)
+        self.ssim = ssim_constants(self.device) if needs_ssim(config.train.loss) else None
         self.lr = torch.tensor(config.train.lr, device=self.device)
         self.weight = torch.tensor(0.0, device=self.device)
         self.optimizer = self._make_optimizer()
@@ -91,7 +102,8 @@ class PlainEngine:
                 seen, frame_times(indices, self.model.frame_count)))
             pred = self.model.rgb(stages[-1])
         pred = pred.float()
-        pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask)
+        pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask,
+                           constants=self.ssim)
         clip, total = torch.zeros_like(pixel), pixel
         if self.config.model.predict_clip:
             clip, term = self.clip(stages, indices, self.lr)  # 1 − cosine, and what is minimised

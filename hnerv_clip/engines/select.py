@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import torch
@@ -11,7 +12,7 @@ from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.devices import no_bfloat16, no_kernels
 from hnerv_clip.engines.compiled import CompiledEngine
-from hnerv_clip.engines.plain import PlainEngine
+from hnerv_clip.engines.plain import PlainEngine, explain
 from hnerv_clip.model import HNeRV
 
 try:
@@ -27,7 +28,8 @@ def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: tor
 
     `auto` takes the fused one for bfloat16 on a GPU, or on one rank the compiled one for a model
     that the kernels do not know; elsewhere the plain one, with a warning where a fast one was to be
-    expected and cannot be had. `fast` insists: fused in bfloat16 likewise, else compiled.
+    expected and cannot be had. `fast` insists: fused in bfloat16 likewise, else compiled. What
+    turns out at the first steps only is for `fall_back`.
 
     Raises:
         ConfigError: engine=fast where it cannot be had; the message says why.
@@ -66,10 +68,36 @@ def _fast_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: to
     try:
         return kind(config, model, dataset, autocast=autocast), ""
     except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None, "the GPU's memory is too small for its buffers"
+        reason = "the GPU's memory is too small for its buffers"
     except fused.BUILD_ERRORS as error:
-        return None, f"its kernels do not build here ({str(error).strip().splitlines()[0]})"
+        reason = f"its kernels do not build here ({explain(error)})"
+    torch.cuda.empty_cache()  # once the exception no longer holds what was made
+    return None, reason
+
+
+def can_fall_back(engine: PlainEngine) -> bool:
+    """Whether the plain engine may take over: with `auto`, and where no other rank has to agree."""
+    return engine.config.train.engine == "auto" and type(engine) is not PlainEngine \
+        and not dist.is_initialized()
+
+
+def fall_back(engine: PlainEngine, dataset: Dataset, reason: str) -> PlainEngine:
+    """The plain engine in the place of a fast one, after a step that raised SetupError or found no
+    memory. Weights and moments are taken over; the fast engine's memory is freed.
+    """
+    warnings.warn(f"going on by the plain engine, several times slower: {reason}", stacklevel=2)
+    engine.sync()
+    state = engine.optimizer.state_dict()
+    config, model, autocast = engine.config, engine.model, engine.autocast
+    compile_s = engine.compile_s
+    vars(engine).clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    plain = PlainEngine(config, model, dataset, autocast=autocast)
+    if state["state"]:
+        plain.load_optimizer(state)
+    plain.compile_s = compile_s
+    return plain
 
 
 def _no_fast_engine(device: torch.device, half: bool) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.engines.fused.decoding import Decoder
-from hnerv_clip.engines.fused.network import Network
-from hnerv_clip.engines.plain import COLUMNS, PlainEngine
+from hnerv_clip.engines.fused.network import BUILD_ERRORS, Network
+from hnerv_clip.engines.plain import COLUMNS, PlainEngine, SetupError, explain
 from hnerv_clip.kernels.launch import compile_all
 from hnerv_clip.losses import pixel_loss
 from hnerv_clip.metrics import psnr
@@ -56,7 +57,7 @@ class FusedEngine(PlainEngine):
         size = config.train.batch_size
         self.networks = {size: Network(model, batch=size)}
         self.parameters = self.networks[size].parameters
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.sums: dict[tuple[int, int], Tensor] = {}
         self.indices: dict[tuple[int, int], Tensor] = {}
         if model.kind != "hybrid":
@@ -101,23 +102,41 @@ class FusedEngine(PlainEngine):
         self.lr.fill_(lr)
         self.weight.fill_(weight)
         key = (len(indices), count)
-        if len(indices) and len(indices) not in self.networks:
-            self.networks[len(indices)] = Network(self.model, self.parameters,
-                                                  batch=len(indices))
+        if key not in self.graphs:
+            try:
+                return self._set_up(key, indices)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except BUILD_ERRORS as error:
+                raise SetupError(explain(error)) from error
+        self.indices[key].copy_(indices)
+        self.graphs[key].replay()
+        return self.sums[key]
+
+    def _set_up(self, key: tuple[int, int], indices: Tensor) -> Tensor:
+        """A step whose graph is not there yet: the first as it comes, the second is captured."""
+        size, _ = key
+        if size and size not in self.networks:
+            self.networks[size] = Network(self.model, self.parameters, batch=size)
             self._compile(key)
-        if key not in self.indices:  # the first step as it comes, the second is captured
-            self.indices[key], self.graphs[key] = indices.clone(), None
+        if key not in self.indices:
+            self.indices[key] = indices.clone()
             return self._update(key)
         self.indices[key].copy_(indices)
         if self.device.type != "cuda":  # Triton's interpreter, in tests
             return self._update(key)
-        if self.graphs[key] is None:
-            graph, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device, priority=-1)
-            # Other threads, NCCL's among them, may ask the GPU meanwhile
-            with torch.cuda.graph(graph, stream=main, capture_error_mode="thread_local"):
+        graph, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device, priority=-1)
+        # Other threads, NCCL's among them, may ask the GPU meanwhile
+        with torch.cuda.graph(graph, stream=main, capture_error_mode="thread_local"):
+            try:
                 self.sums[key] = self._update(key)
-            self.graphs[key] = graph
-        self.graphs[key].replay()
+            except BaseException:  # a side stream left open would be reported in place of the cause
+                with suppress(RuntimeError):
+                    for network in self.networks.values():
+                        network.join()
+                raise
+        self.graphs[key] = graph
+        graph.replay()
         return self.sums[key]
 
     def _make_optimizer(self) -> Moments:
@@ -212,7 +231,8 @@ class FusedEngine(PlainEngine):
         frames = self.frames[indices].float() / 255
         pred = network.pred.detach().requires_grad_()
         with torch.enable_grad():
-            pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask)
+            pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask,
+                               constants=self.ssim)
             gradient, = torch.autograd.grad(pixel.sum() / count, pred)
         pred = pred.detach()
         bias = self.config.model.out_bias

@@ -467,6 +467,8 @@ def provenance_table(*run_dirs: str | Path) -> pd.DataFrame:
             "commit": commit_words(facts),
             "device": facts["device"] + (f" × {facts['world_size']}" if facts["world_size"] > 1
                                          else ""),
+            "computed": f"{facts['precision']} by the {facts['engine']} engine"
+            if {"precision", "engine"} <= facts.keys() else "not noted",
             "versions": ", ".join(f"{n} {v}" for n, v in facts["versions"].items()),
             "python": facts["python"], "seed": facts["seed"],
             "data": f"{facts['data']} (sha256 {facts['data_digest'][:12]})",

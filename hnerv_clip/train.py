@@ -29,10 +29,16 @@ from tqdm.auto import tqdm
 
 from hnerv_clip.config import Config, VideoConfig
 from hnerv_clip.dataset import Dataset, load_dataset
-from hnerv_clip.devices import resolve_precision, set_precision, synchronise
+from hnerv_clip.devices import set_precision, synchronise
 from hnerv_clip.distributed import agree, from_rank0, gather_rows, own_device, ranks
-from hnerv_clip.engines.plain import COLUMNS
-from hnerv_clip.engines.select import make_engine
+from hnerv_clip.engines.plain import COLUMNS, SetupError
+from hnerv_clip.engines.select import (
+    can_fall_back,
+    engine_name,
+    fall_back,
+    make_engine,
+    settle,
+)
 from hnerv_clip.evaluate import (
     evaluate_model,
     evaluate_stored,
@@ -96,6 +102,9 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
                     f"the GPU's memory ran out ({str(error).splitlines()[0]}); lower batch_size="
                     f"{config.train.batch_size}, modelsize or resize_list. The last checkpoint of "
                     f"{run.path} is intact") from error
+            except SetupError as error:
+                raise TrainError(f"the fast engine cannot be set up here ({error}); use engine="
+                                 f"'plain'. The last checkpoint of {run.path} is intact") from error
             except RuntimeError as error:
                 if config.train.engine == "plain" or "C compiler" not in str(error):
                     raise
@@ -146,7 +155,8 @@ class Trainer:
         self.config, self.run = config, run
         self.rank, self.world = ranks()
         self.device = own_device(config.train.device)
-        autocast = set_precision(config.train.precision, self.device)
+        self.choice = settle(config.train, self.device, from_rank0(self._noted()))
+        autocast = set_precision(self.choice.precision, self.device)
         self.model = build_model(config.model, frame_hw=dataset.video.frame_hw,
                                  frame_count=len(dataset.video.frames), seed=config.train.seed)
         self.model.to(self.device, memory_format=torch.channels_last)
@@ -154,7 +164,8 @@ class Trainer:
             if self.device.type == "cuda" and autocast == torch.bfloat16 and \
                     torch.cuda.mem_get_info(self.device)[0] > ROOM_TO_WARM_UP:
                 beside.submit(warm_up, copy.deepcopy(self.model).eval(), dataset)
-            self.engine = make_engine(config, self.model, dataset, autocast=autocast)
+            self.engine = make_engine(config.replace(engine=self.choice.engine), self.model,
+                                      dataset, autocast=autocast)
         # The video stays on the device as uint8
         self.dataset = replace(dataset, video=replace(dataset.video, frames=self.engine.frames))
         self.frames_per_step = config.train.batch_size * self.world
@@ -171,6 +182,15 @@ class Trainer:
         self.written_at = -math.inf  # metrics.csv
         self.unsaved_steps, self.save_steps = 0, math.inf  # ranks save together, so by steps
 
+    def _noted(self) -> dict[str, Any] | None:
+        """On rank 0, what an interrupted run noted of itself; None for a new one."""
+        if self.rank or not (self.run.path / LATEST).exists():
+            return None
+        try:
+            return self.run.provenance()
+        except RunError:  # lost or damaged: it is written anew
+            return {}
+
     def _no_losses(self) -> Tensor:
         return torch.zeros(self.steps, len(COLUMNS), device=self.device)
 
@@ -181,6 +201,8 @@ class Trainer:
         train = self.config.train
         self._resume()
         self._describe()
+        if progress and not self.rank:
+            tqdm.write(self.computed)
         self.setup_time_s = time.perf_counter() - self.born - self.engine.compile_s
         bar = tqdm(total=train.epochs * self.frame_count, unit="frame", desc=self.run.path.name,
                    initial=self.epoch * self.frame_count + self.batch * self.frames_per_step,
@@ -214,7 +236,7 @@ class Trainer:
             indices = batches[self.batch]
             lr = learning_rate((self.epoch + self.batch / self.steps) / train.epochs, lr=train.lr,
                                lr_type=train.lr_type)
-            self.losses[self.batch] = self.engine.step(
+            self.losses[self.batch] = self._step(
                 indices[self.rank::self.world], count=len(indices), lr=lr, weight=weight)
             self.batch += 1
             bar.update(len(indices))
@@ -224,6 +246,21 @@ class Trainer:
         self._stop_clock()
         self.save_steps = agree(max(1, round(train.checkpoint_s * (
             self.epoch * self.steps + self.batch) / self.train_time_s)))
+
+    def _step(self, indices: Tensor, **settings: Any) -> Tensor:
+        """A step of the engine, by the plain one from where `auto` cannot set up its fast one."""
+        try:
+            return self.engine.step(indices, **settings)
+        except (SetupError, torch.cuda.OutOfMemoryError) as error:
+            if not can_fall_back(self.engine):
+                raise
+            self.fallback = str(error).strip().splitlines()[0]
+        self.engine = fall_back(self.engine, self.dataset, self.fallback)
+        if self.rank == 0:
+            facts = self.run.provenance() | {"engine": "plain", "fallback": self.fallback}
+            write_json(self.run.path / "provenance.json", facts)
+            self.run.log(f"goes on by the plain engine: {self.fallback}")
+        return self.engine.step(indices, **settings)
 
     def _save_is_due(self) -> bool:
         if self.world > 1:
@@ -322,6 +359,12 @@ class Trainer:
         name = "Encoder_{:.2f}M_Decoder_{:.2f}M_Total_{:.2f}M".format(*(n / 1e6 for n in shown))
         return SummaryWriter(str(self.run.path / name / "tensorboard"), purge_step=self.epoch + 1)
 
+    @property
+    def computed(self) -> str:
+        """What is computed in, by what, and why."""
+        return f"{self.choice.precision} by the {engine_name(self.engine)} engine " \
+               f"({self.choice.reason})"
+
     def _describe(self) -> None:
         """Write what is about to run, before the first step of this process."""
         if self.rank:
@@ -330,13 +373,13 @@ class Trainer:
             self.config, device=self.device, world_size=self.world,
             data_digest=self.dataset.video.digest,
             teacher=self.dataset.teacher_name if self.config.model.predict_clip else None)
-        facts["engine"] = type(self.engine).__name__.removesuffix("Engine").lower()
-        facts["precision"] = resolve_precision(self.config.train.precision, self.device)
+        facts["engine"], facts["precision"] = engine_name(self.engine), self.choice.precision
         facts["part_sizes"] = self.model.part_sizes()
         facts["resumed_at_epoch"] = self.epoch
         write_json(self.run.path / "provenance.json", facts)
         self.run.log(f"start at epoch {self.epoch}: {facts['device']}, commit "
-                     f"{commit_words(facts)}; {self.dataset.split}; values {facts['part_sizes']}")
+                     f"{commit_words(facts)}; {self.computed}; {self.dataset.split}; "
+                     f"values {facts['part_sizes']}")
 
     def _finish(self) -> None:
         """Evaluate the best model as trained and as stored, by the plain model; close the run."""

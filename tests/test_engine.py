@@ -23,7 +23,7 @@ from hnerv_clip.engines.compiled import CompiledEngine
 from hnerv_clip.engines.fused import layout, network
 from hnerv_clip.engines.fused.decoding import Decoder
 from hnerv_clip.engines.fused.engine import FusedEngine
-from hnerv_clip.engines.plain import PlainEngine
+from hnerv_clip.engines.plain import PlainEngine, SetupError
 from hnerv_clip.engines.select import make_engine
 from hnerv_clip.inference import embed_frames
 from hnerv_clip.kernels import hopper, tiles
@@ -287,6 +287,64 @@ def test_auto_goes_on_plainly_and_says_why(small_config, small_dataset, monkeypa
     monkeypatch.setattr(select, "PlainEngine", lambda *args, **kwargs: "plain")
     with pytest.warns(UserWarning, match=said):
         assert make_engine(small_config, Model(), small_dataset, autocast=torch.bfloat16) == "plain"
+
+
+def test_the_plain_engine_goes_on_where_the_fused_one_cannot(tiny, monkeypatch):
+    """Two fused steps, then two plain ones, are four plain ones."""
+    config, dataset = tiny
+    batches = [torch.tensor([step, step + 1]) for step in range(4)]
+    step = dict(count=2, lr=1e-3, weight=0.5)
+    plain, own = build(PlainEngine, config, dataset), build(FusedEngine, config, dataset)
+    expected = torch.stack([plain.step(batch, **step).clone() for batch in batches])
+    got = [own.step(batch, **step).clone() for batch in batches[:2]]
+    with pytest.raises(SetupError, match="RuntimeError: no such kernel") as caught:
+        monkeypatch.setattr(own.networks[2], "decode", no_kernel)
+        own.step(batches[2], **step)
+    assert select.can_fall_back(own)
+    with pytest.warns(UserWarning, match="plain engine.*no such kernel"):
+        own = select.fall_back(own, dataset, str(caught.value))
+    assert type(own) is PlainEngine and not select.can_fall_back(own)
+    got += [own.step(batch, **step).clone() for batch in batches[2:]]
+    torch.testing.assert_close(torch.stack(got), expected, rtol=1e-3, atol=1e-5)
+    for (name, a), b in zip(plain.model.named_parameters(), own.model.parameters()):
+        assert (a - b).norm() < 0.02 * a.norm() + 1e-3, name
+
+
+def no_kernel(*args, **kwargs):
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [FusedEngine, CompiledEngine])
+def test_what_cannot_be_captured_is_named_and_nothing_of_it_applied(small_config, small_dataset,
+                                                                    monkeypatch, kind):
+    """Not «unjoined work», which is what an open side stream makes of it; then plain steps."""
+    config = small_config.replace(loss="L1")
+    own = build(kind, config, small_dataset, device="cuda", autocast=torch.bfloat16)
+    indices, step = torch.arange(2, device="cuda"), dict(count=2, lr=1e-3, weight=0.5)
+    monkeypatch.setattr(torch.cuda, "graph", broken(torch.cuda.graph, own, monkeypatch))
+    with pytest.raises(SetupError) as caught:
+        for _ in range(6):
+            own.step(indices, **step)
+    assert "unjoined" not in str(caught.value)
+    own.sync()
+    before = {name: value.clone() for name, value in own.model.state_dict().items()}
+    with pytest.warns(UserWarning, match="plain engine"):
+        own = select.fall_back(own, small_dataset, str(caught.value))
+    assert all(torch.equal(value, before[name]) for name, value in own.model.state_dict().items())
+    assert own.step(indices, **step).isfinite().all()
+
+
+def broken(graph, own, monkeypatch):
+    """`torch.cuda.graph`, within which the optimizer's step begins with a copy from the CPU."""
+    def begin(*args, **kwargs):
+        target = own.parameters if isinstance(own, FusedEngine) else own.optimizer
+        name = "update" if isinstance(own, FusedEngine) else "step"
+        real = getattr(target, name)
+        monkeypatch.setattr(target, name, lambda *values: (
+            torch.ones(3).to(own.device), real(*values))[1])
+        return graph(*args, **kwargs)
+    return begin
 
 
 def test_frames_are_worked_on_in_parts_when_memory_runs_out(small_config, small_dataset,

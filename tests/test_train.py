@@ -20,7 +20,7 @@ from hnerv_clip import distributed
 from hnerv_clip import train as train_module
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import load_dataset
-from hnerv_clip.engines.plain import PlainEngine
+from hnerv_clip.engines.plain import PlainEngine, SetupError
 from hnerv_clip.evaluate import evaluate_model
 from hnerv_clip.model import build_model
 from hnerv_clip.runs import RunDir, RunError
@@ -122,6 +122,36 @@ def test_other_ways_to_train(params, small_config, small_dataset, cache_dir, tmp
     assert ("eval_psnr_val" in summary) == ("data_split" not in params)
     assert ("eval_psnr_val_interpolated" in summary) == ("embed" not in params and
                                                          "data_split" not in params)
+
+
+def test_a_fast_engine_that_cannot_be_set_up_gives_way_to_the_plain_one(
+        small_config, small_dataset, cache_dir, tmp_path, monkeypatch):
+    """The same weights; the run says so, to its reader and in its provenance."""
+    config = small_config.replace(epochs=2)
+
+    class Failing(PlainEngine):
+        steps = 0
+
+        def step(self, *args, **kwargs):
+            self.steps += 1
+            if self.steps == 4:
+                raise SetupError("RuntimeError: no such kernel")
+            return super().step(*args, **kwargs)
+
+    train(config, tmp_path / "plain", cache_dir=cache_dir, progress=False, dataset=small_dataset)
+    monkeypatch.setattr(train_module, "make_engine", lambda config, model, dataset, *, autocast:
+                        Failing(config, model, dataset, autocast=autocast))
+    with pytest.warns(UserWarning, match="plain engine.*no such kernel"):
+        train(config, tmp_path / "failing", cache_dir=cache_dir, progress=False,
+              dataset=small_dataset)
+    facts = RunDir(tmp_path / "failing").provenance()
+    assert facts["engine"] == "plain" and "no such kernel" in facts["fallback"]
+    assert facts["precision"] == "fp32"
+    for name, value in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(weights(tmp_path / "failing")[name], value)
+    with pytest.raises(TrainError, match="no such kernel.*engine='plain'"):
+        train(config.replace(engine="fast"), tmp_path / "fast", cache_dir=cache_dir,
+              progress=False, dataset=small_dataset)
 
 
 def test_every_frame_once_an_epoch_whatever_the_batch():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.config import Config, ConfigError, TrainConfig
 from hnerv_clip.dataset import Dataset
-from hnerv_clip.devices import no_bfloat16, no_kernels
+from hnerv_clip.devices import no_bfloat16, no_kernels, resolve_precision
 from hnerv_clip.engines.compiled import CompiledEngine
 from hnerv_clip.engines.plain import PlainEngine, explain
 from hnerv_clip.model import HNeRV
@@ -20,6 +21,46 @@ try:
     from hnerv_clip.engines.fused.engine import FusedEngine
 except ImportError:  # no Triton: it is made for Linux
     fused = None
+
+
+class Choice(NamedTuple):
+    """What `auto` stands for in a run on a device."""
+
+    precision: str  # fp32, tf32 or bf16
+    engine: str  # auto, plain or fast, for `make_engine`
+    reason: str
+
+
+def settle(config: TrainConfig, device: torch.device, before: dict | None = None) -> Choice:
+    """Settle `precision=auto` and `engine=auto`: bf16 where the GPU has it, by the fastest engine.
+
+    Args:
+        before: what an interrupted run noted of itself (its provenance; {} if that is lost), and
+            goes on with on a GPU. Runs that noted nothing are of a time when `auto` was tf32 by
+            the plain engine.
+    """
+    used = resolve_precision(config.precision, device)
+    reason = f"precision={config.precision}, engine={config.engine}"
+    if device.type != "cuda":
+        return Choice(used, config.engine, f"{reason}, no GPU")
+    engine, kept, name = config.engine, used, torch.cuda.get_device_name(device)
+    if before is not None and config.precision == "auto":
+        kept = before.get("precision", "tf32")
+        kept = kept if kept in ("tf32", used) else used  # fp32: it began on a CPU
+    if before is not None and engine == "auto" and "fallback" not in before and \
+            before.get("engine", "plain") == "plain" and before.get("device", name) == name:
+        engine = "plain"
+    if before is not None and (kept, engine) != (used, config.engine):
+        return Choice(kept, engine, f"{reason}, as this run began")
+    if config.precision == "auto":
+        reason += f"; {no_bfloat16(device)}" if used == "tf32" else \
+            f"; {name} computes in bfloat16, several times as fast as in tf32 and within 0.02 dB"
+    return Choice(used, engine, reason)
+
+
+def engine_name(engine: PlainEngine) -> str:
+    """plain, compiled or fused."""
+    return type(engine).__name__.removesuffix("Engine").lower()
 
 
 def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype

@@ -32,8 +32,8 @@ from hnerv_clip.patches import make_grid
 from hnerv_clip.video import split_frames
 
 # Few pixels: Triton's interpreter takes its time
-TINY = dict(resize_list="12_24", patch_size=8, enc_strds="3 2", dec_strds="3 2", fc_hw="2_4",
-            enc_dim="16_16", modelsize=0.012, data_split="1_1_1")
+TINY = dict(resize_list="12_24", patch_size=8, patch_grid="2_4", enc_strds="3 2", dec_strds="3 2",
+            fc_hw="2_4", enc_dim="16_16", modelsize=0.012, data_split="1_1_1")
 VARIANTS = {
     "hybrid": {},
     "xyt": dict(embed="xyt_1.25_8"),

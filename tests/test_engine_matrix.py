@@ -17,8 +17,8 @@ from hnerv_clip.losses import PIXEL_LOSSES
 from hnerv_clip.patches import make_grid
 
 # Large enough for MS-SSIM
-SIZE = dict(resize_list="192_384", enc_strds="3 4 4 4", dec_strds="3 4 4 4", fc_hw="1_2",
-            modelsize=0.1)
+SIZE = dict(resize_list="192_384", patch_grid="2_4", enc_strds="3 4 4 4", dec_strds="3 4 4 4",
+            fc_hw="1_2", modelsize=0.1)
 VARIANTS = {
     "mask": dict(inpaint_size=3),
     "pooling": dict(clip_pool=0.3),

@@ -33,6 +33,7 @@ BUNDLED, BUNDLED_DIM = "efficientnet-lite0", 1280  # the teacher that needs no d
 TEACHERS = ("clip", BUNDLED)
 ENGINES = ("auto", "plain", "fast")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+HEADS = ("original", "field")
 CLIP_LOSSES = ("cosine", "centred", "contrastive")
 RUNTIME_PARAMS = ("device", "checkpoint_s")  # where and how safely, not what
 LOSSES = ("L2", "L1", "SSIM", *(f"Fusion{i}" for i in range(1, 13)))
@@ -99,6 +100,9 @@ class ModelConfig:
     clip_dim: int = 512  # the teacher's: 512 for ViT-B-32, 1280 for efficientnet-lite0
     clip_stage: str = "last"  # what feeds the CLIP head: last, all, or stages as 1_3 (0: the stem)
     clip_pool: float = 0.0  # side of the square it averages, in frame heights; 0 for one pixel
+    head: str = "original"  # original (at patch centers, with lambda), or field (any box, frozen)
+    field_rank: int = 64  # values that a field's output basis combines; more is better and larger
+    field_hidden: int = 128  # width of a field's perceptron
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,9 @@ class TrainConfig:
     pixel_loss_warmup_epochs: int = 50  # epochs before the cosine term joins
     clip_loss_type: str = "cosine"  # cosine, centred (less the training mean), or contrastive
     clip_jitter: int = 0  # training moves each position and its target by up to so many pixels
+    field_boxes: int = 256  # random boxes a frame that a field is fitted to
+    field_steps: int = 4000  # steps of its fit, of 32 frames × 64 boxes
+    field_rate_weight: float = 1e-7  # of its estimated bits in its loss; more is smaller
     inpaint_size: int = 0  # side of the five boxes that the loss leaves out; 0 for none
     eval_freq: int = 30  # epochs between evaluations
     checkpoint_s: float = 30.0  # seconds between writes of model_latest.pth
@@ -164,6 +171,8 @@ class Config:
         if "crop_list" in chosen:
             bunny = params.get("data_path", VideoConfig.data_path) == "bunny"
             params["crop_list"] = PRESETS["paper"]["crop_list"] if bunny else ""
+        if params.get("head") == "field":  # then the network has no head of its own
+            params.setdefault("predict_clip", False)
         groups = {}
         for group, group_type in _GROUPS.items():
             own = {f.name: _parse(f.name, params[f.name]) for f in fields(group_type)
@@ -385,6 +394,7 @@ def _validate(config: Config) -> None:
                           f"{teacher.teacher} loses too much in it; use teacher_precision='fp32'")
     _one_of("precision", train.precision, PRECISIONS)
     _one_of("engine", train.engine, ENGINES)
+    _one_of("head", model.head, HEADS)
     _one_of("clip_loss_type", train.clip_loss_type, CLIP_LOSSES)
     clip_stages(model)
     if not 0 <= model.clip_pool <= 2:
@@ -399,7 +409,9 @@ def _validate(config: Config) -> None:
                       ("patch_size", 0),
                       ("patch_stride", 0), ("lower_width", 1), ("clip_dim", 1), ("epochs", 1),
                       ("batch_size", 1), ("clip_loss_weight", 0), ("pixel_loss_warmup_epochs", 0),
-                      ("inpaint_size", 0), ("clip_jitter", 0), ("eval_freq", 1), ("seed", 0),
+                      ("inpaint_size", 0), ("field_rank", 1), ("field_hidden", 1),
+                      ("field_boxes", 1), ("field_steps", 1), ("field_rate_weight", 0),
+                      ("clip_jitter", 0), ("eval_freq", 1), ("seed", 0),
                       ("checkpoint_s", 0)]:
         _at_least(name, config.params()[name], low)
     for name, value in config.params().items():
@@ -432,6 +444,9 @@ def _validate(config: Config) -> None:
         if not 1 <= value <= 16:
             raise ConfigError(f"{name}={value} must lie between 1 and 16; the default is "
                               f"{_defaults()[name]}")
+    if not math.isfinite(train.field_rate_weight):
+        raise ConfigError(f"field_rate_weight={train.field_rate_weight} must be finite; the "
+                          f"default is {_defaults()['field_rate_weight']}")
     if not math.isfinite(train.clip_loss_weight):
         raise ConfigError(f"clip_loss_weight={train.clip_loss_weight} must be finite")
     parse_lr_type(train.lr_type)

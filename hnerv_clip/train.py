@@ -47,6 +47,9 @@ from hnerv_clip.evaluate import (
     summarise,
     warm_up,
 )
+from hnerv_clip.field import has_field
+from hnerv_clip.fit_head import fit_head
+from hnerv_clip.inference import load_run
 from hnerv_clip.losses import PIXEL_LOSSES, check_ms_ssim_size, clip_weight, learning_rate
 from hnerv_clip.model import build_model, plan_model
 from hnerv_clip.patches import make_grid
@@ -116,6 +119,9 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
                 raise RunError(f"cannot write to {run.path}: {error}. Its last checkpoint is "
                                "intact; free space or make the folder writable, then run again "
                                "to resume") from error
+    if rank == 0 and config.model.head == "field" and not has_field(run):
+        fit_head(load_run(run.path, cache_dir=cache_dir, device=config.train.device),
+                 cache_dir=cache_dir, device=config.train.device, progress=progress)
     return None if rank else TrainResult(run.path, run.summary(), run.metrics())
 
 

@@ -1,0 +1,351 @@
+"""The semantic field: its parts against plain computations, its fit, its questions, bad input."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hnerv_clip import fit_head
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.field import FIELD, Field, field_config, has_field, load_field, make_field
+from hnerv_clip.heads.field import (
+    FieldConfig,
+    FieldHead,
+    check_boxes,
+    encode_boxes,
+    sample_boxes,
+)
+from hnerv_clip.heads.fit import FitSettings, fit_field
+from hnerv_clip.inference import Run, load_run
+from hnerv_clip.runs import RunError
+from hnerv_clip.search import boxes as search_boxes
+from hnerv_clip.teachers import boxes as box_targets
+from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes, embed_boxes
+from hnerv_clip.train import train
+
+CONFIG = FieldConfig(dim=24, frame_hw=(40, 80), frame_count=9, source_channels=6, up=2,
+                     mid_channels=8, map_channels=4, map_hw=(4, 8), hidden=32, rank=8,
+                     keyframes=3, latent_channels=2)
+BOXES = torch.tensor([[0.0, 0, 40, 40], [4.5, 20, 20, 30], [20, 60, 20, 20]])
+
+
+def small_field(**changes):
+    torch.manual_seed(0)
+    head = FieldHead(FieldConfig.from_dict({**CONFIG.to_dict(), **changes})).eval()
+    return head, torch.randn(9, 6, 2, 4)
+
+
+def test_the_configuration_survives_a_files_header():
+    assert FieldConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    assert all(isinstance(v, (int, float, str)) for v in CONFIG.to_dict().values())
+    with pytest.raises(ConfigError, match="does not know: update"):
+        FieldConfig.from_dict({**CONFIG.to_dict(), "newer": 1})
+    with pytest.raises(ConfigError, match="needs keyframes"):
+        FieldConfig(dim=4, frame_hw=(8, 8), frame_count=2)
+
+
+@pytest.mark.parametrize("output", ["linear", "relu"])
+def test_embeddings_are_unit_vectors_and_scores_their_products(output):
+    head, features = small_field(output=output)
+    times = torch.tensor([0, 3.5, 8])
+    found = head(features[:3], times, BOXES)
+    assert found.shape == (3, 3, 24)
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(3, 3))
+    queries = F.normalize(torch.randn(5, 24), dim=1)
+    scores = head.scorer(queries)(head.codes(head.maps(features[:3], times), BOXES))
+    torch.testing.assert_close(scores, found @ queries.T, atol=1e-5, rtol=1e-4)
+
+
+def test_latent_maps_are_interpolated_between_keyframes():
+    head, _ = small_field(source_channels=0)
+    at = head.maps(None, torch.tensor([0.0, 2, 4, 8]))
+    torch.testing.assert_close(at[0], head.latents[0])
+    torch.testing.assert_close(at[1], (head.latents[0] + head.latents[1]) / 2)
+    torch.testing.assert_close(at[2:], head.latents[1:])
+
+
+def test_a_map_is_sampled_inside_the_box():
+    # A map that holds its own coordinates gives back those of the sampled points.
+    y, x = torch.meshgrid((torch.arange(8) + 0.5) * 5, (torch.arange(16) + 0.5) * 5, indexing="ij")
+    found = sample_boxes(torch.stack([y, x])[None], torch.tensor([[[10.0, 20, 12, 24]]]),
+                         frame_hw=(40, 80), points=3).view(2, 3, 3)
+    torch.testing.assert_close(found[0], torch.tensor([12.0, 16, 20])[:, None].expand(3, 3))
+    torch.testing.assert_close(found[1], torch.tensor([24.0, 32, 40]).expand(3, 3))
+
+
+def test_a_box_is_encoded_by_center_and_size():
+    found = encode_boxes(torch.tensor([10.0, 20, 20, 40]), frame_hw=(40, 80), frequencies=1)
+    plain = torch.tensor([0.0, 0, float(np.log(0.5)), 0])  # the middle of the frame
+    torch.testing.assert_close(found[:4], plain)
+    torch.testing.assert_close(found[4:8], torch.sin(plain * np.pi / 2))
+
+
+def smooth_targets(times, boxes):
+    """Unit vectors that change smoothly with time and box, as a teacher's do."""
+    at = torch.cat([boxes / 40, times[:, None, None].expand(-1, boxes.shape[1], 1) / 9], dim=-1)
+    mix = torch.linspace(-1, 1, 5 * 24).view(5, 24)
+    return F.normalize(1 + torch.sin(at @ mix * 2) + 0.5 * torch.cos(at @ mix.flip(0) * 3), dim=-1)
+
+
+def test_a_fit_answers_for_boxes_and_times_it_never_saw():
+    sampling = BoxSampling(count=48, shapes=16)
+    boxes = draw_boxes(sampling, (40, 80), 9)[::2].float()
+    times = torch.arange(0, 9, 2).float()
+    config = FieldConfig.from_dict({**CONFIG.to_dict(), "source_channels": 0, "latent_channels": 4})
+    head, steps = fit_field(config, None, times, boxes, smooth_targets(times, boxes),
+                            settings=FitSettings(steps=200, frames=4, boxes=32, lr=1e-2))
+    new = draw_boxes(BoxSampling(count=16, shapes=16, seed=5), (40, 80), 9)[1::2].float()
+    unseen = torch.arange(1, 9, 2).float()
+    target = smooth_targets(unseen, new)
+    with torch.no_grad():
+        agreement = (head(None, unseen, new) * target).sum(-1).mean()
+    constant = (target @ F.normalize(target.mean((0, 1)), dim=0)).mean()
+    assert (agreement - constant) / (1 - constant) > 0.5
+    for name, weight in head.named_parameters():  # whole multiples of the learned steps
+        levels = weight.detach() / steps[name]
+        torch.testing.assert_close(levels, levels.round(), atol=1e-3, rtol=0)
+
+
+def test_a_fit_refuses_what_does_not_belong_together():
+    boxes = draw_boxes(BoxSampling(count=4, shapes=4), (40, 80), 3)
+    with pytest.raises(ConfigError, match="do not belong together"):
+        fit_field(CONFIG, torch.randn(3, 6, 2, 4), torch.arange(3), boxes, torch.randn(3, 4, 10))
+
+
+def test_drawn_boxes_lie_in_the_frame_and_fill_the_range():
+    sampling = BoxSampling(count=64, shapes=64)
+    boxes = draw_boxes(sampling, (40, 80), 5)
+    assert boxes.shape == (5, 64, 4) and torch.equal(boxes, draw_boxes(sampling, (40, 80), 5))
+    check_boxes(boxes, (40, 80))
+    assert torch.equal(boxes[0, :, 2:], boxes[4, :, 2:])
+    assert not torch.equal(boxes[0], boxes[4])
+    side = (boxes[..., 2] * boxes[..., 3]).double().sqrt() / 40
+    assert side.min() < 0.36 and side.max() > 0.85
+    aspect = boxes[..., 3] / boxes[..., 2]
+    assert aspect.min() < 0.65 and aspect.max() > 1.6
+    with pytest.raises(ConfigError, match="size_range"):
+        BoxSampling(size_range=(0.5, 0.2))
+
+
+class MeanColor:
+    """A teacher whose embedding is the mean color of what it is given."""
+
+    name, label, dim, is_clip, device = "mean-color", "mean color", 3, False, torch.device("cpu")
+    image_size = (8, 8)
+
+    def encode_patches(self, patches):
+        assert patches.dtype == torch.uint8 and patches.shape[1:] == (3, 8, 8)
+        return F.normalize(patches.float().mean((2, 3)) + 1, dim=1)
+
+
+def test_the_teacher_sees_the_whole_of_each_box():
+    frames = torch.randint(0, 255, (3, 3, 40, 80), dtype=torch.uint8)
+    boxes = draw_boxes(BoxSampling(count=6, shapes=3), (40, 80), 3)
+    found = embed_boxes(MeanColor(), frames, boxes)
+    assert found.shape == (3, 6, 3)
+    for t in range(3):
+        for p, (top, left, tall, wide) in enumerate(boxes[t].tolist()):
+            cut = frames[t, :, top:top + tall, left:left + wide].float().mean((1, 2)) + 1
+            torch.testing.assert_close(found[t, p].float(), F.normalize(cut, dim=0), atol=2e-2,
+                                       rtol=0)
+
+
+@pytest.mark.parametrize("box, message", [
+    ((0, 0, 0, 10), "is empty"), ((30, 0, 20, 10), "reaches outside the frame 40×80"),
+    ((-3, 0, 10, 10), "reaches outside"), ((0, 0, float("nan"), 10), "is not finite")])
+def test_boxes_that_cannot_be_asked_about(box, message):
+    with pytest.raises(ConfigError, match=message):
+        check_boxes(torch.tensor(box), (40, 80))
+
+
+def test_a_box_smaller_than_was_fitted_warns():
+    with pytest.warns(UserWarning, match="smaller than any that the field was fitted to"):
+        check_boxes(torch.tensor([0.0, 0, 5, 5]), (40, 80), size_range=(0.3, 1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_boxes(BOXES, (40, 80), size_range=(0.3, 1.0))
+
+
+@pytest.fixture(scope="module")
+def run(small_config, small_dataset, cache_dir, tmp_path_factory) -> Run:
+    config = small_config.replace(head="field", predict_clip=False, epochs=2, field_boxes=8,
+                                  field_steps=40, field_rank=8, field_hidden=16)
+    folder = tmp_path_factory.mktemp("field") / "run"
+    train(config, folder, cache_dir=cache_dir, progress=False)
+    return load_run(folder, cache_dir=cache_dir, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def field(run, cache_dir) -> Field:
+    if not has_field(run.run_dir):
+        fit_head.fit_head(run, cache_dir=cache_dir, device="cpu", progress=False)
+    return load_field(run)
+
+
+def test_head_field_needs_no_head_of_the_network():
+    assert not Config.from_params(head="field").model.predict_clip
+    assert Config.from_params(head="field", predict_clip=True).model.predict_clip
+    with pytest.raises(ConfigError, match="head='fild' is unknown"):
+        Config.from_params(head="fild")
+
+
+def test_a_fitted_field_is_saved_beside_an_unchanged_network(run, field):
+    stored = run.run_dir.load_checkpoint("model_best.pth")["model"]
+    assert all(torch.equal(stored[n], t) for n, t in field.model.state_dict().items())
+    assert not any(name.startswith(("field", "clip_head")) for name in stored)
+    assert (run.run_dir.path / FIELD).is_file()
+    assert field.teacher["name"] == run.dataset.teacher_name
+    assert field.head.config.rank == 8 and field.about["boxes"] == 8
+
+
+def test_questions_about_time_and_box(run, field):
+    boxes = torch.tensor([[0.0, 0, 40, 40], [20, 60, 40, 60]])
+    found = field.embed([0, 2.5, 11], boxes)
+    assert found.shape == (3, 2, 1280) and found.dtype == torch.float32
+    one = field.embed(2.5, boxes[1])
+    torch.testing.assert_close(one, found[1, 1])
+    torch.testing.assert_close(field.scores(one[None], [0, 2.5, 11], boxes)[0],
+                               found @ one, atol=1e-5, rtol=1e-4)
+    own = field.embed([0, 1], boxes.expand(2, -1, -1))
+    torch.testing.assert_close(own[0], found[0])
+    # half-way between two frames it takes the mean of their embeddings
+    z = (field.embeddings[2] + field.embeddings[3]) / 2
+    direct = field.head(z[None], torch.tensor([2.5]), boxes)[0]
+    torch.testing.assert_close(direct, found[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("time, box, message", [
+    (12, (0, 0, 40, 40), "time 12 is outside the video: give frames from 0 to 11"),
+    (-0.5, (0, 0, 40, 40), "outside the video"), (float("nan"), (0, 0, 40, 40), "outside"),
+    ([], (0, 0, 40, 40), "empty list of times"), (0, (60, 0, 40, 40), "reaches outside"),
+    ([0, 1], np.ones((3, 1, 4)), "for 2 times")])
+def test_questions_that_are_refused(field, time, box, message):
+    with pytest.raises(ConfigError, match=message):
+        field.embed(time, box)
+
+
+def test_a_query_of_another_teacher_is_refused(field):
+    with pytest.raises(ConfigError, match="encode texts with its teacher"):
+        field.scores(np.ones((1, 512)), 0, BOXES[0])
+
+
+def test_a_field_of_another_network_is_refused(run, field):
+    bias = run.model.rgb_head.bias
+    kept = bias.detach().clone()
+    try:
+        bias.data += 1
+        with pytest.raises(RunError, match="fitted to another network.*fit-head"):
+            load_field(run)
+    finally:
+        bias.data.copy_(kept)
+    content = torch.load(run.run_dir.path / FIELD, weights_only=True)
+    path = run.run_dir.path / FIELD
+    whole = path.read_bytes()
+    try:
+        torch.save({**content, "teacher": {"name": "clip", "label": "CLIP"}}, path)
+        with pytest.raises(RunError, match="answers for CLIP"):
+            load_field(run)
+        path.write_bytes(whole[:100])
+        with pytest.raises(RunError, match="is damaged"):
+            load_field(run)
+        path.unlink()
+        with pytest.raises(RunError, match="has no field"):
+            load_field(run)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_evaluation_tells_patches_from_any_box(run, field, cache_dir, monkeypatch):
+    monkeypatch.setattr(fit_head, "TEST_BOXES", 4)
+    table = fit_head.evaluate_field(run, field, cache_dir=cache_dir, device="cpu", progress=False)
+    means = fit_head.summarise_field(table)
+    keys = set(zip(means.source, means["where"], means.split))
+    assert ("interpolated", "any box", "held_out") in keys
+    assert ("interpolated", "any box", "train") not in keys
+    assert np.isfinite(means.skill).all() and (means.skill <= 1).all()
+    # a field that answers with the mean of the teacher has no skill
+    constant = make_field(run, FieldHead(field_config(run, rank=1)))
+    truth = box_targets.box_targets(
+        run.dataset.video, np.arange(12), run.config.teacher, BoxSampling(
+            count=fit_head.TEST_BOXES, shapes=fit_head.TEST_BOXES, seed=fit_head.TEST_SEED),
+        cache_dir=cache_dir, device="cpu", progress=False)[1].float()
+    with torch.no_grad():
+        constant.head.basis.weight.zero_()
+        constant.head.basis.bias.copy_(truth[run.dataset.split.train].mean((0, 1)))
+    means = fit_head.summarise_field(fit_head.evaluate_field(
+        run, constant, cache_dir=cache_dir, device="cpu", progress=False))
+    assert np.abs(means.skill[means["where"] == "any box"]).max() < 1e-3
+
+
+def test_the_cache_of_boxes_spares_the_teacher(run, cache_dir, monkeypatch):
+    frames, sampling = np.array([0, 3]), BoxSampling(count=3, shapes=3)
+    arguments = dict(cache_dir=cache_dir, device="cpu", progress=False)
+    boxes, first = box_targets.box_targets(run.dataset.video, frames, run.config.teacher, sampling,
+                                           **arguments)
+    monkeypatch.setattr(box_targets, "load_teacher", None)  # would raise TypeError
+    again = box_targets.box_targets(run.dataset.video, frames, run.config.teacher, sampling,
+                                    **arguments)
+    assert torch.equal(first, again[1]) and torch.equal(boxes, again[0])
+    with pytest.raises(TypeError):
+        box_targets.box_targets(run.dataset.video, frames, run.config.teacher,
+                                BoxSampling(count=3, shapes=3, seed=1), **arguments)
+
+
+class Spot:
+    """Stands for a field: the score of a box is its overlap with a spot that moves."""
+
+    frame_count = 6
+
+    class head:
+        config = FieldConfig(dim=2, frame_hw=(80, 160), frame_count=6, source_channels=1)
+
+    def where(self, time):
+        return [20, 10 + 20 * float(time), 34, 34]
+
+    def scores(self, queries, times, boxes):
+        return torch.tensor(np.stack([[search_boxes.overlap(self.where(t), np.asarray(boxes))
+                                       for t in times]] * len(queries)), dtype=torch.float32)
+
+
+def test_search_finds_the_moment_and_the_box():
+    found = search_boxes.search_boxes(Spot(), np.ones(2), 3, apart=0)
+    assert found["rank"].tolist() == [1, 2, 3]
+    for _, hit in found.iterrows():
+        own = search_boxes.overlap(Spot().where(hit.frame), hit[["top", "left", "height", "width"]]
+                                   .to_numpy()[None].astype(float))[0]
+        assert own == pytest.approx(hit.score, abs=1e-5) and own > 0.5
+    assert found.frame.nunique() == 3
+    without = search_boxes.search_boxes(Spot(), np.ones(2), 1, apart=5,
+                                        not_near=(0, Spot().where(0)))
+    assert search_boxes.overlap(Spot().where(0), without[["top", "left", "height", "width"]]
+                                .to_numpy())[0] <= 0.3
+    with pytest.raises(ConfigError, match="top_k=0"):
+        search_boxes.search_boxes(Spot(), np.ones(2), 0)
+
+
+def test_a_track_follows_the_spot():
+    path = search_boxes.track(Spot(), np.ones(2))
+    centers = path.left + path.width / 2
+    assert np.abs(centers - (27 + 20 * path.frame)).max() < 10
+    assert (path.score > 0.4).all()
+
+
+def test_heat_maps_at_several_scales_peak_at_the_spot():
+    maps = search_boxes.heat_maps(Spot(), np.ones((2, 2)), [0, 3], sides=(0.3, 0.42), stride=8)
+    assert maps.shape == (2, 2, 2, 10, 20)
+    y, x = np.unravel_index(maps[1, 0, 1].argmax(), maps.shape[-2:])
+    assert abs(y * 8 + 4.5 - 37) <= 8 and abs(x * 8 + 4.5 - 87) <= 8
+    with pytest.raises(ConfigError, match="stride=0"):
+        search_boxes.heat_maps(Spot(), np.ones((1, 2)), 0, stride=0)
+
+
+def test_square_boxes_cover_the_frame_at_every_size():
+    boxes = search_boxes.square_boxes((40, 80), (0.5, 1.0), step=0.25)
+    check_boxes(boxes, (40, 80))
+    small = boxes[boxes[:, 2] == 20]
+    assert small[:, 0].min() == 0 and (small[:, 0] + 20).max() == 40
+    assert (small[:, 1] + 20).max() == 80 and len(small) == 5 * 13
+    with pytest.raises(ConfigError, match="sides is empty"):
+        search_boxes.square_boxes((40, 80), ())

@@ -129,6 +129,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(takes_settings=True)
 
     for name, command, words in [
+            ("fit-head", _fit_head, "fit a field on a trained run's frozen network: embeddings of "
+                                    "any box, at no cost to the picture"),
             ("evaluate", _evaluate, "measure a trained run, as trained and from its file"),
             ("verify", _verify, "compare embeddings with controls and baselines; of several runs, "
                                 "also in one table"),
@@ -143,13 +145,25 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--cache_dir", default="output/cache")
         sub.add_argument("--device", default="auto")
         if name == "search":
-            sub.add_argument("queries", nargs="+", help="texts; ImageNet class names for a run "
+            sub.add_argument("--region", metavar="FRAME,TOP,LEFT,HEIGHT,WIDTH", help=
+                             "search for what is like this box of a frame; for a run with a field")
+            sub.add_argument("queries", nargs="*", help="texts; ImageNet class names for a run "
                                                         "with the bundled teacher")
             sub.add_argument("--top_k", type=int, default=5)
             sub.add_argument("--weights", help="of a stored video's teacher: a file, or "
                                                "local-dir:FOLDER")
             sub.add_argument("--apart", type=int, default=4, help=
                              "frames between two hits of one position (4); 0 allows neighbours")
+        if name == "fit-head":
+            for option, kind, words in (("boxes", int, "random boxes a frame"),
+                                        ("steps", int, "steps of the fit"),
+                                        ("rank", int, "values that the output basis combines"),
+                                        ("hidden", int, "width of the perceptron"),
+                                        ("rate_weight", float, "weight of the field's bits")):
+                sub.add_argument(f"--{option}", type=kind,
+                                 help=f"{words} (the run's field_{option})")
+            sub.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True,
+                             help="measure it on frames and boxes that it never saw")
         if name == "verify":
             sub.add_argument("--seed", type=int, default=0, help="of shuffles and random vectors")
             sub.add_argument("--near", type=int, default=2, help="frames of tolerance in retrieval")
@@ -327,6 +341,24 @@ def _verify(args: argparse.Namespace) -> None:
             print(args.table)
 
 
+def _fit_head(args: argparse.Namespace) -> None:
+    from hnerv_clip.fit_head import evaluate_field, fit_head, summarise_field
+    from hnerv_clip.inference import load_run
+
+    run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
+    names = ("boxes", "steps", "rank", "hidden", "rate_weight")
+    given = {f"field_{name}": getattr(args, name) for name in names
+             if getattr(args, name) is not None}
+    run.config = run.config.replace(**given)
+    field = fit_head(run, cache_dir=args.cache_dir, device=args.device)
+    print(f"{field.head.parameter_count():,} parameters, teacher {field.about['teacher_s']} s, "
+          f"fit {field.about['fit_s']} s")
+    if args.measure:
+        table = evaluate_field(run, field, cache_dir=args.cache_dir, device=args.device)
+        table.to_csv(run.run_dir.path / "field_evaluation.csv", index=False)
+        print(summarise_field(table).to_string(index=False, float_format="{:.4f}".format))
+
+
 def _index(args: argparse.Namespace) -> None:
     from hnerv_clip.inference import load_run
     from hnerv_clip.search.index import index_runs
@@ -338,11 +370,20 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
+    from hnerv_clip.field import has_field
     from hnerv_clip.inference import load_run, predict_embeddings, sources_of
     from hnerv_clip.search.rank import rank_patches
     from hnerv_clip.teachers import encode_queries, load_teacher, parse_queries
 
-    queries = parse_queries([query for words in args.queries for query in parse_queries(words)])
+    if not args.queries and not args.region:
+        raise ConfigError("nothing to search for: give texts, or --region of a run with a field")
+    queries = parse_queries([query for words in args.queries for query in parse_queries(words)]
+                            ) if args.queries else []
+    if has_field(resolve_path(args.outf)):
+        return _search_field(args, queries)
+    if args.region:
+        raise ConfigError(f"--region needs a field, which {args.outf} has not: "
+                          f"hnerv-clip fit-head {args.outf}")
     if resolve_path(args.outf).is_file():
         return search_file(resolve_path(args.outf), queries, top_k=args.top_k, apart=args.apart,
                            device=args.device, weights=args.weights)
@@ -359,6 +400,40 @@ def _search(args: argparse.Namespace) -> None:
         for i, side in enumerate(("top", "left", "height", "width")):
             found[side] = [boxes[patch][i] for patch in found.patch]
         _show_found(f"{query}  ({run.dataset.teacher_label}; embeddings: {source})", found)
+
+
+def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
+    from hnerv_clip.field import load_field
+    from hnerv_clip.inference import load_run, sources_of
+    from hnerv_clip.search.boxes import search_boxes
+    from hnerv_clip.teachers import encode_queries, load_teacher
+
+    run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
+    source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
+    field = load_field(run, source=source)
+    asked: list = []
+    if args.region:
+        frame, *box = _parse_region(args.region)
+        asked.append((f"like box {tuple(box)} of frame {frame:g}", field.embed(frame, box),
+                      (frame, box)))
+    if queries:
+        texts = encode_queries(queries, load_teacher(run.config.teacher, args.device))
+        asked += [(query, vector, None) for query, vector in zip(queries, texts)]
+    for words, vector, near in asked:
+        found = search_boxes(field, vector, args.top_k, apart=args.apart, not_near=near)
+        found["time_s"] = found.frame / run.dataset.video.fps
+        _show_found(f"{words}  ({run.dataset.teacher_label}; embeddings: {source})", found)
+
+
+def _parse_region(words: str) -> list[float]:
+    try:
+        values = [float(value) for value in words.split(",")]
+        if len(values) == 5:
+            return values
+    except ValueError:
+        pass
+    raise ConfigError(f"--region {words} is not FRAME,TOP,LEFT,HEIGHT,WIDTH; write for example "
+                      "0,0,0,448,448")
 
 
 def _search_index(args: argparse.Namespace, queries: list[str]) -> None:

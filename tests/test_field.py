@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hnerv_clip import fit_head
+from hnerv_clip import cli, fit_head
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.field import FIELD, Field, field_config, has_field, load_field, make_field
 from hnerv_clip.heads.field import (
@@ -349,3 +349,21 @@ def test_square_boxes_cover_the_frame_at_every_size():
     assert (small[:, 1] + 20).max() == 80 and len(small) == 5 * 13
     with pytest.raises(ConfigError, match="sides is empty"):
         search_boxes.square_boxes((40, 80), ())
+
+
+def test_the_command_line_fits_and_searches(run, field, cache_dir, capsys, monkeypatch):
+    monkeypatch.setattr(fit_head, "TEST_BOXES", 4)
+    outf, rest = str(run.run_dir.path), ["--cache_dir", str(cache_dir), "--device", "cpu"]
+    assert cli.main(["fit-head", outf, "--steps", "20", "--rank", "4", *rest]) == 0
+    assert "any box" in capsys.readouterr().out
+    assert load_field(run).head.config.rank == 4
+    assert cli.main(["search", outf, "hare", "--top_k", "2", *rest]) == 0
+    assert "time_s" in capsys.readouterr().out
+    assert cli.main(["search", outf, "--region", "3,0,0,40,40", *rest]) == 0
+    assert "like box" in capsys.readouterr().out
+    assert cli.main(["search", outf, *rest]) == 2
+    assert "nothing to search for" in capsys.readouterr().err
+    assert cli.main(["search", outf, "--region", "3,0,0,400,40", *rest]) == 2
+    assert "reaches outside the frame" in capsys.readouterr().err
+    assert cli.main(["search", outf, "--region", "3,0", *rest]) == 2
+    assert "is not FRAME,TOP" in capsys.readouterr().err

@@ -16,11 +16,10 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pandas as pd
 import psutil
-import torch
 
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.files import (
@@ -38,6 +37,9 @@ from hnerv_clip.files import (
 )
 from hnerv_clip.paths import resolve_path, tell_apart
 
+if TYPE_CHECKING:
+    import torch  # seconds, which what only reads a run's tables need not wait for
+
 try:
     import fcntl
 except ImportError:  # not on this system
@@ -50,7 +52,7 @@ LATEST, BEST = "model_latest.pth", "model_best.pth"  # to resume from; of the hi
 # Files of which a run that has begun has at least one
 STARTED = (LATEST, BEST, "metrics.csv", "summary.json", "job.json")
 # What a checkpoint must hold to go on from, beside its weights
-RESUMABLE = {"optimizer": dict, "batch": int, "losses": torch.Tensor, "history": list,
+RESUMABLE = {"optimizer": dict, "batch": int, "losses": object, "history": list,
              "best_psnr_db": (int, float), "train_time_s": (int, float), "world_size": int}
 # What provenance.json must hold
 PROVENANCE = {"commit": str, "dirty": (bool, type(None)), "device": str, "world_size": int,
@@ -282,6 +284,8 @@ class RunDir:
 
     def save_checkpoint(self, name: str, state: dict[str, Any]) -> None:
         """Write tensors and plain values to `name`, atomically."""
+        import torch
+
         write_atomic(self.path / name, lambda file: torch.save(state, file))
 
     def load_checkpoint(self, name: str = BEST) -> dict[str, Any]:
@@ -345,6 +349,8 @@ def load_checkpoint(path: str | Path, *, fix: str = "correct the path, or train 
         RunError: missing, truncated, altered, not a checkpoint of this project, or with weights
             that are NaN or infinite.
     """
+    import torch
+
     path = Path(path)
     try:
         file = open(path, "rb")
@@ -397,6 +403,8 @@ def make_provenance(config: Config, *, device: torch.device, data_digest: str, t
         data_digest: hash of the frames.
         teacher: name of the teacher whose embeddings are learnt; None without the CLIP head.
     """
+    import torch
+
     commit, dirty = code_version()
     return {
         "commit": commit, "dirty": dirty, "device": device_name(device), "world_size": world_size,
@@ -447,6 +455,8 @@ def package_versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """The device in words: its product name on a GPU, model name and cores on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -34,8 +34,8 @@ def train_as_rank(rank, world, port, config, dataset, path):
 def test_fused_ranks_train_as_one_plain_rank(tiny, tmp_path):  # noqa: F811
     config, dataset = tiny
     shared = config.replace(batch_size=1)
-    torch.multiprocessing.spawn(train_as_rank, nprocs=2, args=(
-        2, _free_port(), shared, dataset, str(tmp_path / "rank")))
+    torch.multiprocessing.start_processes(train_as_rank, nprocs=2, args=(
+        2, _free_port(), shared, dataset, str(tmp_path / "rank")), start_method="fork")
     (sums, own), (other_sums, other) = (
         torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     expected_sums, expected = train(PlainEngine, config, dataset)

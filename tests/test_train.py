@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ from hnerv_clip.evaluate import evaluate_model
 from hnerv_clip.model import build_model
 from hnerv_clip.runs import RunDir, RunError
 from hnerv_clip.train import TrainError, check_run, epoch_order, train
+
+FORK = torch.multiprocessing.get_context("fork")  # a new process would import torch for seconds
+start_ranks = partial(torch.multiprocessing.start_processes, start_method="fork")
 
 
 class Interrupted(Exception):
@@ -244,8 +248,8 @@ def test_an_unwritable_disk_stops_training_and_leaves_the_last_checkpoint(
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         run_dir = Path(folder) / "run"
-        mine, other = torch.multiprocessing.get_context("spawn").Pipe()
-        process = torch.multiprocessing.get_context("spawn").Process(
+        mine, other = FORK.Pipe()
+        process = FORK.Process(
             target=_train_until_unwritable,
             args=(how, small_config.params(), str(run_dir), str(cache_dir), other))
         process.start()
@@ -298,7 +302,7 @@ def _evaluate(config, cache_dir, **options):
 def test_ranks_share_the_evaluation_and_rank_0_has_the_table_of_one(world, small_config, cache_dir,
                                                                     small_dataset, tmp_path):
     """3 batches of all frames and 1 of held-out ones: of 4 ranks, one has nothing to do."""
-    torch.multiprocessing.spawn(_evaluate_as_rank, nprocs=world, args=(
+    start_ranks(_evaluate_as_rank, nprocs=world, args=(
         world, _free_port(), small_config.params(), str(cache_dir), str(tmp_path / "table")))
     pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "table"),
                                   _evaluate(small_config, cache_dir), check_exact=True)
@@ -314,14 +318,15 @@ def test_under_nccl_a_rank_keeps_to_its_own_gpu(monkeypatch):
         distributed.own_device("cpu")
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4,
+                                   pytest.param(8, marks=pytest.mark.slow)])
 def test_ranks_with_the_same_global_batches_give_the_same_weights(world, small_config, cache_dir,
                                                                   small_dataset, tmp_path):
     """10 training frames, 8 a step: the last batch is short, and some ranks have none."""
     config = small_config.replace(batch_size=8, epochs=2, pixel_loss_warmup_epochs=1)
     alone = train(config, tmp_path / "alone", cache_dir=cache_dir, progress=False)
     shared = config.replace(batch_size=8 // world)
-    torch.multiprocessing.spawn(_train_as_rank, nprocs=world, args=(
+    start_ranks(_train_as_rank, nprocs=world, args=(
         world, _free_port(), shared.params(), str(tmp_path / "ranks"), str(cache_dir)))
     for name, value in weights(alone.run_dir).items():
         torch.testing.assert_close(weights(tmp_path / "ranks")[name], value, atol=2e-5, rtol=1e-4)
@@ -357,7 +362,7 @@ def _train_and_note(rank, world, port, params, run_dir, cache_dir):
 def test_ranks_share_every_frame_of_an_epoch_and_one_all_reduce_a_step(
         small_config, cache_dir, small_dataset, tmp_path):
     """10 training frames on 3 ranks of 2: two steps an epoch, the second of 2, 1 and 1 frames."""
-    torch.multiprocessing.spawn(_train_and_note, nprocs=3, args=(
+    start_ranks(_train_and_note, nprocs=3, args=(
         3, _free_port(), small_config.replace(epochs=2).params(), str(tmp_path / "run"),
         str(cache_dir)))
     ranks = [json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in range(3)]
@@ -389,9 +394,8 @@ def _train_once_all_are_there(barrier, answers, params, run_dir, cache_dir):
 
 def test_of_two_processes_that_start_one_run_one_says_so_and_stops(
         small_config, small_dataset, cache_dir, finished, tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    barrier, answers = context.Barrier(2), context.Queue()
-    both = [context.Process(target=_train_once_all_are_there, args=(
+    barrier, answers = FORK.Barrier(2), FORK.Queue()
+    both = [FORK.Process(target=_train_once_all_are_there, args=(
         barrier, answers, small_config.params(), str(tmp_path / "run"), str(cache_dir)))
         for _ in range(2)]
     for process in both:
@@ -468,7 +472,7 @@ def test_going_on_with_another_number_of_ranks(small_config, small_dataset, cach
     with pytest.raises(Interrupted):  # after the first epoch's five steps
         train(small_config.replace(eval_freq=1, checkpoint_s=1000), tmp_path / "run",
               cache_dir=cache_dir, progress=False)
-    torch.multiprocessing.spawn(_train_as_rank, nprocs=2, args=(
+    start_ranks(_train_as_rank, nprocs=2, args=(
         2, _free_port(), small_config.replace(eval_freq=1).params(), str(tmp_path / "run"),
         str(cache_dir)))
     assert RunDir(tmp_path / "run").finished

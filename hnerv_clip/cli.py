@@ -360,6 +360,11 @@ def _fit_head(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
+    from hnerv_clip.runs import RunDir
+
+    check_writable(resolve_path(args.folder))
+    for outf in args.outf:
+        RunDir(outf).config_with_head()
     from hnerv_clip.inference import load_run
     from hnerv_clip.search.index import index_runs
 
@@ -370,16 +375,16 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
-    from hnerv_clip.field import has_field
-    from hnerv_clip.inference import load_run, predict_embeddings, sources_of
+    from hnerv_clip.runs import FIELD, RunDir
+    from hnerv_clip.search.kept import encode_kept, predict_patches
     from hnerv_clip.search.rank import rank_patches
-    from hnerv_clip.teachers import encode_queries, load_teacher, parse_queries
+    from hnerv_clip.teachers.text import parse_queries
 
     if not args.queries and not args.region:
         raise ConfigError("nothing to search for: give texts, or --region of a run with a field")
     queries = parse_queries([query for words in args.queries for query in parse_queries(words)]
                             ) if args.queries else []
-    if has_field(resolve_path(args.outf)):
+    if (resolve_path(args.outf) / FIELD).is_file():
         return _search_field(args, queries)
     if args.region:
         raise ConfigError(f"--region needs a field, which {args.outf} has not: "
@@ -389,24 +394,23 @@ def _search(args: argparse.Namespace) -> None:
                            device=args.device, weights=args.weights)
     if (resolve_path(args.outf) / "videos.json").is_file():
         return _search_index(args, queries)
-    run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
-    texts = encode_queries(queries, load_teacher(run.config.teacher, args.device))
-    source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
-    predicted = predict_embeddings(run.model, run.dataset, source=source)
-    boxes = run.dataset.grid.boxes.tolist()
+    run = RunDir(args.outf)
+    config = run.config_with_head()
+    texts = encode_kept(queries, config.teacher, run.path, device=args.device)
+    kept = predict_patches(run.path, cache_dir=args.cache_dir, device=args.device)
     for query, vector in zip(queries, texts):
-        found = rank_patches(vector, predicted, args.top_k, apart=args.apart)
-        found["time_s"] = found.frame / run.dataset.video.fps
+        found = rank_patches(vector, kept.embeddings, args.top_k, apart=args.apart)
+        found["time_s"] = found.frame / kept.fps
         for i, side in enumerate(("top", "left", "height", "width")):
-            found[side] = [boxes[patch][i] for patch in found.patch]
-        _show_found(f"{query}  ({run.dataset.teacher_label}; embeddings: {source})", found)
+            found[side] = kept.boxes[found.patch.to_numpy(), i]
+        _show_found(f"{query}  ({kept.teacher_label}; embeddings: {kept.source})", found)
 
 
 def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
     from hnerv_clip.field import load_field
     from hnerv_clip.inference import load_run, sources_of
     from hnerv_clip.search.boxes import search_boxes
-    from hnerv_clip.teachers import encode_queries, load_teacher
+    from hnerv_clip.search.kept import encode_kept
 
     run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
     source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
@@ -417,7 +421,7 @@ def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
         asked.append((f"like box {tuple(box)} of frame {frame:g}", field.embed(frame, box),
                       (frame, box)))
     if queries:
-        texts = encode_queries(queries, load_teacher(run.config.teacher, args.device))
+        texts = encode_kept(queries, run.config.teacher, run.run_dir.path, device=args.device)
         asked += [(query, vector, None) for query, vector in zip(queries, texts)]
     for words, vector, near in asked:
         found = search_boxes(field, vector, args.top_k, apart=args.apart, not_near=near)
@@ -438,15 +442,16 @@ def _parse_region(words: str) -> list[float]:
 
 def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
     from hnerv_clip.search.index import load_index
-    from hnerv_clip.teachers import encode_queries, load_teacher
+    from hnerv_clip.search.kept import encode_kept
 
     index = load_index(args.outf)
-    teacher = load_teacher(index.teacher_config(), args.device)
     fps = index.videos.set_index("video").fps
-    for query, vector in zip(queries, encode_queries(queries, teacher)):
+    texts = encode_kept(queries, index.teacher_config(), resolve_path(args.outf),
+                        device=args.device)
+    for query, vector in zip(queries, texts):
         found = index.search(vector, args.top_k, apart=args.apart)
         found["time_s"] = found.frame / found.video.map(fps)
-        _show_found(f"{query}  ({teacher.label}; {len(index)} patches)", found)
+        _show_found(f"{query}  ({index.label}; {len(index)} patches)", found)
 
 
 def _show_found(title: str, found) -> None:

@@ -23,6 +23,7 @@ from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import decode_video, encode_video
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
+from hnerv_clip.files import RunError, file_digest, read_json, write_json
 from hnerv_clip.inference import (
     BATCH,
     Run,
@@ -34,9 +35,13 @@ from hnerv_clip.inference import (
 from hnerv_clip.losses import MS_SSIM_MIN_SIDE
 from hnerv_clip.metrics import psnr
 from hnerv_clip.model import HNeRV
+from hnerv_clip.runs import BEST, RunDir
 
 if TYPE_CHECKING:
     from hnerv_clip.engines.fused.engine import FusedEngine  # stands above this module
+
+VIDEO = "video.hnerv"  # the stored video in a run's folder
+
 
 @torch.inference_mode()
 def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
@@ -148,6 +153,23 @@ def store_video(model: HNeRV, dataset: Dataset, path: Path, *, config: Config) -
                         about=describe_dataset(dataset, config))
 
 
+def bind_video(run: RunDir, checkpoint: str = BEST) -> None:
+    """Note in video.json which checkpoint the stored video was made from."""
+    write_json(run.path / "video.json", {"checkpoint": run.checkpoint_digest(checkpoint),
+                                         "video": file_digest(run.path / VIDEO)})
+
+
+def is_bound(run: RunDir, checkpoint: str = BEST) -> bool:
+    """Whether the stored video is there and was made from this checkpoint, as it is now."""
+    path = run.path / VIDEO
+    try:
+        about = read_json(run.path / "video.json", fix="")
+    except (FileNotFoundError, RunError):  # made before there was such a note, or damaged
+        return False
+    return path.is_file() and about == {"checkpoint": run.checkpoint_digest(checkpoint),
+                                        "video": file_digest(path)}
+
+
 def evaluate_stored(path: Path, dataset: Dataset, *, device: torch.device,
                     share: tuple[int, int] = (0, 1)) -> tuple[pd.DataFrame, float]:
     """Decode a stored video and measure what comes out.
@@ -183,12 +205,14 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def evaluate_run(run: Run) -> pd.DataFrame:
     """Stand-alone evaluation of a run: as trained, and from its file `video.hnerv`.
 
-    The file is written where there is none, as in a run that is not finished.
+    The file is written where there is none, as in a run that is not finished, and where it is not
+    this checkpoint's.
     """
     trained = evaluate_model(run.model, run.dataset)
-    path = run.run_dir.path / "video.hnerv"
-    if not path.exists():
+    path = run.run_dir.path / VIDEO
+    if not is_bound(run.run_dir, run.checkpoint):
         store_video(run.model, run.dataset, path, config=run.config)
+        bind_video(run.run_dir, run.checkpoint)
     stored, _ = evaluate_stored(path, run.dataset, device=next(run.model.parameters()).device)
     return pd.concat([trained, stored], ignore_index=True)
 

@@ -172,20 +172,16 @@ def check_writable(folder: Path) -> None:
 
     It leaves nothing behind. Ask before long work, not after.
     """
-    made = []
     try:
-        for part in (*reversed(folder.parents), folder):
-            if not part.exists():
-                part.mkdir()
-                made.append(part)
-        with tempfile.TemporaryFile(dir=folder):
+        with suppress(FileNotFoundError):
+            os.lstat(folder)  # refuses names that are too long, and folders within a file
+        there = folder
+        while not there.exists():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {explain(error)}") from error
-    finally:
-        for part in reversed(made):
-            with suppress(OSError):  # another process uses it by now
-                part.rmdir()
 
 
 def file_digest(path: Path) -> str:

@@ -19,7 +19,7 @@ from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.devices import select_device, set_precision
 from hnerv_clip.model import HNeRV, build_model, frame_times
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs import BEST, RunDir, load_weights
 
 BATCH = 4  # frames decoded at once
 
@@ -130,26 +130,31 @@ class Run:
     config: Config
     model: HNeRV  # with its best weights, in eval mode
     dataset: Dataset
+    checkpoint: str = BEST  # the file that the weights came from
 
 
 def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", device: str = "auto",
-             checkpoint: str = "model_best.pth") -> Run:
+             checkpoint: str = BEST, needs_head: bool = False) -> Run:
     """Load a run's model and the data that it was trained on; no teacher is loaded.
+
+    Args:
+        needs_head: refuse a run without the CLIP head, before its weights are looked for.
 
     Raises:
         RunError: no run there, or a damaged or foreign checkpoint.
-        ConfigError: the teacher's embeddings are not in `cache_dir`.
+        ConfigError: the teacher's embeddings are not in `cache_dir`; or there is no head where one
+            is needed.
     """
     run = RunDir(run_dir)
-    config = run.config()
+    config = run.config_with_head() if needs_head else run.config()
     state = run.load_checkpoint(checkpoint)
     dataset = load_dataset(config, cache_dir)
     target = select_device(device)
     set_precision(config.train.precision, target)
     model = build_model(config.model, frame_hw=dataset.video.frame_hw,
                         frame_count=len(dataset.video.frames))
-    model.load_state_dict(state["model"])
-    return Run(run, config, model.to(target).eval(), dataset)
+    load_weights(model, state, run.path / checkpoint, fix=run.checkpoint_fix(checkpoint))
+    return Run(run, config, model.to(target).eval(), dataset, checkpoint)
 
 
 def frame_batches(model: HNeRV, dataset: Dataset, chosen: np.ndarray | None = None

@@ -5,12 +5,13 @@ T frames, P patches a frame, D values an embedding. Embeddings are unit vectors,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor  # its import takes seconds, which a search need not wait for
 
 
 def check_embeddings(embeddings, name: str = "embeddings") -> np.ndarray:
@@ -184,4 +185,4 @@ def psnr(pred: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         mse = error.flatten(1).mean(1)
     else:
         mse = (error * mask).flatten(1).sum(1) / (mask.sum() * pred.shape[1])
-    return -10 * torch.log10(mse)
+    return -10 * mse.log10()

@@ -49,6 +49,7 @@ PACKAGES = ("hnerv-clip", "torch", "torchvision", "numpy", "open_clip_torch", "t
             "pytorch-msssim")
 
 LATEST, BEST = "model_latest.pth", "model_best.pth"  # to resume from; of the highest PSNR
+FIELD = "field.pth"  # a semantic field, fitted afterwards
 # Files of which a run that has begun has at least one
 STARTED = (LATEST, BEST, "metrics.csv", "summary.json", "job.json")
 # What a checkpoint must hold to go on from, beside its weights
@@ -241,6 +242,19 @@ class RunDir:
                            "02_train or `hnerv-clip train`, or correct outf") from None
         except ConfigError as error:
             raise RunError(f"{file} is damaged: {error}; {fix}") from error
+
+    def config_with_head(self) -> Config:
+        """The configuration of a run that predicts embeddings.
+
+        Raises:
+            RunError: as `config`.
+            ConfigError: the run has no CLIP head; said before anything else is looked for.
+        """
+        config = self.config()
+        if not config.model.predict_clip:
+            raise ConfigError(f"the run {self.path} has no CLIP head (predict_clip=False), so it "
+                              "predicts no embeddings: train one with predict_clip=True")
+        return config
 
     @contextmanager
     def lock(self) -> Iterator[None]:

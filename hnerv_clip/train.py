@@ -40,6 +40,7 @@ from hnerv_clip.engines.select import (
     settle,
 )
 from hnerv_clip.evaluate import (
+    bind_video,
     evaluate_model,
     evaluate_stored,
     evaluation_columns,
@@ -53,11 +54,19 @@ from hnerv_clip.inference import load_run
 from hnerv_clip.losses import PIXEL_LOSSES, check_ms_ssim_size, clip_weight, learning_rate
 from hnerv_clip.model import build_model, plan_model
 from hnerv_clip.patches import make_grid
-from hnerv_clip.runs import RunDir, RunError, commit_words, make_provenance, write_json
+from hnerv_clip.runs import (
+    BEST,
+    LATEST,
+    RunDir,
+    RunError,
+    commit_words,
+    load_weights,
+    make_provenance,
+    write_json,
+)
 from hnerv_clip.video import load_video, split_frames
 
 ROOM_TO_WARM_UP = 16 * 2**30  # free bytes of a GPU, for an evaluation beside the engine
-LATEST, BEST = "model_latest.pth", "model_best.pth"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -227,6 +236,8 @@ class Trainer:
                 if self.config.model.predict_clip:
                     shown["CLIP"] = f"{1 - row['clip_loss']:.3f}"
                 bar.set_postfix(shown, refresh=False)
+            if agree(self.best_psnr_db) == -math.inf:  # went on after its last epoch, its best lost
+                self._evaluate(board)
         self._finish()
 
     def _train_epoch(self, bar: tqdm) -> None:
@@ -391,7 +402,7 @@ class Trainer:
         """Evaluate the best model as trained and as stored, by the plain model; close the run."""
         started = time.perf_counter()
         best = from_rank0(self.run.load_checkpoint(BEST) if self.rank == 0 else None)
-        self.model.load_state_dict(best["model"])
+        load_weights(self.model, best, self.run.path / BEST, fix=self.run.checkpoint_fix(BEST))
         share = (self.rank, self.world)
         trained = gather_rows(evaluate_model(self.model, self.dataset, share=share))
         self.eval_time_s += time.perf_counter() - started
@@ -399,6 +410,7 @@ class Trainer:
         video = self.run.path / "video.hnerv"
         if self.rank == 0:
             store_video(self.model, self.dataset, video, config=self.config)
+            bind_video(self.run)
         content = from_rank0(video.read_bytes() if self.rank == 0 else None)
         with tempfile.TemporaryDirectory() as folder:  # a shared disk may show the file late
             own = Path(folder) / video.name
@@ -464,12 +476,28 @@ class Trainer:
         if state["world_size"] != self.world and state["batch"]:
             raise RunError(f"{self.run.path} was interrupted within an epoch on "
                            f"{state['world_size']} ranks; go on with as many, not {self.world}")
-        self.model.load_state_dict(state["model"])
-        self.engine.load_optimizer(state["optimizer"])
+        path, fix = self.run.path / LATEST, self.run.checkpoint_fix(LATEST)
+        fits = 0 <= state["epoch"] <= self.config.train.epochs and 0 <= state["batch"] <= self.steps
+        if not fits or len(state["history"]) != state["epoch"] or state["batch"] and \
+                getattr(state["losses"], "shape", None) != self.losses.shape:
+            raise RunError(f"{path} is damaged: its position is epoch {state['epoch']}, step "
+                           f"{state['batch']}, after {len(state['history'])} epochs; {fix}")
+        load_weights(self.model, state, path, fix=fix)
+        try:
+            self.engine.load_optimizer(state["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise RunError(f"{path} is damaged: its optimizer's state does not fit ({error}); {fix}"
+                           ) from error
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.best_psnr_db, self.train_time_s = state["best_psnr_db"], state["train_time_s"]
         if self.rank == 0 and self.batch:
             self.losses.copy_(state["losses"])
+        if self.rank == 0 and self.best_psnr_db > -math.inf:
+            try:
+                self.run.load_checkpoint(BEST)
+            except RunError as error:
+                self.best_psnr_db = -math.inf
+                self.run.log(f"the best model is chosen anew, from epoch {self.epoch + 1}: {error}")
 
     # Small things
 

@@ -4,6 +4,7 @@ With pytest-xdist (`-n 2`) all workers share them, too.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 
@@ -25,9 +26,23 @@ if not torch.cuda.is_available():
 
         interpreter._patch_lang_tensor = with_index
 
-from hnerv_clip.config import Config
-from hnerv_clip.dataset import prepare_dataset
-from hnerv_clip.runs import hold
+from hnerv_clip import video
+from hnerv_clip.config import Config, VideoConfig
+
+load_video = video.load_video
+_decoded = functools.lru_cache(maxsize=8)(load_video)
+
+
+def _load_video(config: VideoConfig, *args, **options):
+    """Decodes each view of a built-in video once a session: most tests begin with it."""
+    built_in = config.data_path in ("bunny", "bikes", "carphone")
+    return (_decoded if built_in else load_video)(config, *args, **options)
+
+
+video.load_video = _load_video  # before any module takes it from there
+
+from hnerv_clip.dataset import prepare_dataset  # noqa: E402
+from hnerv_clip.runs import hold  # noqa: E402
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # several test processes on few cores run faster so

@@ -228,7 +228,7 @@ def damage_kind(state):
     state["model"] = [1, 2]
 
 
-@pytest.mark.parametrize("damage", [damage_keys, damage_nan, damage_config,
+@pytest.mark.parametrize("damage", [damage_keys, damage_shape, damage_nan, damage_config,
                                     damage_kind, b"", b"null", None])
 def test_a_damaged_checkpoint_is_told_with_what_to_do(trained_copy, cache_dir, capsys, damage):
     path = trained_copy / "model_best.pth"

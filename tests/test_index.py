@@ -1,17 +1,19 @@
 """The index over many videos: exact where it should be, fast where it must be, and bad input."""
 
+import json
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip import metrics
+from hnerv_clip import files, inference, metrics
 from hnerv_clip.config import Config
+from hnerv_clip.files import RunError
 from hnerv_clip.search import rank as search
 
 pytest.importorskip("faiss")
-from hnerv_clip.search.index import _sample, build_index, load_index  # noqa: E402
+from hnerv_clip.search.index import _sample, build_index, index_runs, load_index  # noqa: E402
 
 
 def drifting(videos, frames, patches, dim, seed=0):
@@ -124,38 +126,100 @@ def test_bad_input_is_refused(tmp_path):
     index.save(tmp_path)
     text = (tmp_path / "videos.json").read_text().replace('"frames": 4', '"frames": 5')
     (tmp_path / "videos.json").write_text(text)
-    with pytest.raises(ValueError, match="8 vectors of 16 values, where 10"):
+    with pytest.raises(RunError, match="videos.json does not match its checksum.*build it again"):
         load_index(tmp_path)
+
+
+def test_no_flipped_bit_is_read_in_silence(tmp_path):
+    build_index({"a": drifting(1, 4, 2, 16)[0]}, teacher="t").save(tmp_path)
+    rng = np.random.default_rng(5)
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for _ in range(100):
+            data = bytearray(whole)
+            data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+            path.write_bytes(data)
+            with pytest.raises((RunError, FileNotFoundError)):
+                load_index(tmp_path)
+        for cut in (0, len(whole) // 2, len(whole) - 2):
+            path.write_bytes(whole[:cut])
+            with pytest.raises(RunError, match="damaged"):
+                load_index(tmp_path)
+        path.write_bytes(whole)
+    assert len(load_index(tmp_path)) == 8
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"", b'{"format": 2}', b'{"format": 9, "dim": '
+                                     b'1, "teacher": "t", "videos": []}'])
+def test_what_is_no_index_is_refused(tmp_path, content):
+    build_index({"a": drifting(1, 4, 2, 16)[0]}, teacher="t").save(tmp_path)
+    (tmp_path / "videos.json").write_bytes(content)
+    with pytest.raises(RunError, match="hnerv-clip index FOLDER RUN"):
+        load_index(tmp_path)
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_an_index_that_is_killed_while_it_is_written_leaves_the_old_one(tmp_path, monkeypatch,
+                                                                        writes):
+    old, new = (drifting(1, 4, 2, 16, seed=seed)[0] for seed in (0, 1))
+    build_index({"old": old}, teacher="t").save(tmp_path)
+    replace, done = files.os.replace, []
+
+    def killed(*paths):
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(paths)
+        replace(*paths)
+
+    monkeypatch.setattr(files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_index({"new": new}, teacher="t").save(tmp_path)
+    found = load_index(tmp_path).search(old[0, 0], 1).iloc[0]
+    assert found.video == "old" and found.score == pytest.approx(1, abs=1e-5)
+    monkeypatch.undo()
+    build_index({"new": new}, teacher="t").save(tmp_path)
+    assert load_index(tmp_path).search(new[0, 0], 1).iloc[0].video == "new"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_index_of_the_first_format_is_still_read(tmp_path):
+    built = build_index({"a": drifting(1, 4, 2, 16)[0]}, teacher="t")
+    built.save(tmp_path)
+    about = json.loads((tmp_path / "videos.json").read_text(encoding="utf-8"))
+    (tmp_path / about["vectors"]).rename(tmp_path / "vectors.faiss")
+    (tmp_path / "videos.json").write_text(json.dumps(
+        {"format": 1} | {name: about[name] for name in ("dim", "teacher", "settings", "videos")}),
+        encoding="utf-8")
+    assert len(load_index(tmp_path)) == 8
 
 
 def test_runs_of_different_teachers_share_no_index(tmp_path, monkeypatch):
     from types import SimpleNamespace as Space
 
-    from hnerv_clip.search import index
-
     def run(folder, video, teacher="t"):
         return Space(run_dir=Space(path=tmp_path / folder), model=None, dataset=Space(
-            teacher_name=teacher, video=Space(name=video, frame_hw=(80, 160), fps=25.0)),
+            teacher_name=teacher, teacher_label=teacher.upper(),
+            video=Space(name=video, frame_hw=(80, 160), fps=25.0)),
             config=Config.from_params(epochs=7, modelsize=0.3))
 
     asked = []
-    monkeypatch.setattr(index, "sources_of", lambda model: ("encoder", "interpolated"))
-    monkeypatch.setattr(index, "predict_embeddings", lambda model, dataset, *, source: (
+    monkeypatch.setattr(inference, "sources_of", lambda model: ("encoder", "interpolated"))
+    monkeypatch.setattr(inference, "predict_embeddings", lambda model, dataset, *, source: (
         asked.append(source), drifting(1, 4, 2, 16)[0])[1])
-    built = index.index_runs([run("a", "bunny"), run("b", "bunny"), run("c", "bikes")])
+    built = index_runs([run("a", "bunny"), run("b", "bunny"), run("c", "bikes")])
     assert list(built.videos.video) == ["bunny (a)", "bunny (b)", "bikes"]
     assert built.videos.iloc[2, 3:].to_dict() == {"run": "c", "source": "interpolated", "epochs": 7,
                                                   "modelsize": 0.3, "height": 80, "width": 160,
                                                   "fps": 25.0}
-    same = index.index_runs([run("x/main", "bunny"), run("y/main", "bunny")]).videos
+    same = index_runs([run("x/main", "bunny"), run("y/main", "bunny")]).videos
     assert list(same.video) == ["bunny (x/main)", "bunny (y/main)"]
     assert set(asked) == {"interpolated"}  # the prediction, in which no frame asked about is seen
     with pytest.raises(ValueError, match="different teachers cannot share"):
-        index.index_runs([run("a/main", "bunny"), run("b/main", "bikes", "other")])
+        index_runs([run("a/main", "bunny"), run("b/main", "bikes", "other")])
     with pytest.raises(ValueError, match="given twice"):
-        index.index_runs([run("a", "bunny"), run("a", "bunny")])
+        index_runs([run("a", "bunny"), run("a", "bunny")])
     with pytest.raises(ValueError, match="no videos"):
-        index.index_runs([])
+        index_runs([])
     built.save(tmp_path / "index")
     loaded = load_index(tmp_path / "index", teacher="t")
     assert loaded.teacher == "t" and loaded.videos.equals(built.videos)

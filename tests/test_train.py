@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import socket
@@ -22,7 +23,8 @@ from hnerv_clip import train as train_module
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import load_dataset
 from hnerv_clip.engines.plain import PlainEngine, SetupError
-from hnerv_clip.evaluate import evaluate_model
+from hnerv_clip.evaluate import evaluate_model, evaluate_run
+from hnerv_clip.inference import load_run
 from hnerv_clip.model import build_model
 from hnerv_clip.runs import RunDir, RunError
 from hnerv_clip.train import TrainError, check_run, epoch_order, train
@@ -208,7 +210,7 @@ def test_errors_come_before_any_long_work(small_config, finished, cache_dir, tmp
     (tmp_path / "cut" / "summary.json").unlink()
     latest = tmp_path / "cut" / "model_latest.pth"
     latest.write_bytes(latest.read_bytes()[:-100])
-    with pytest.raises(RunError, match="remove it"):
+    with pytest.raises(RunError, match="remove model_latest.pth from"):
         train(small_config, tmp_path / "cut", cache_dir=cache_dir, progress=False)
 
 
@@ -264,6 +266,94 @@ def test_an_unwritable_disk_stops_training_and_leaves_the_last_checkpoint(
         train(small_config, run_dir, cache_dir=cache_dir, progress=False)
         for name, value in weights(finished.run_dir).items():
             assert torch.equal(weights(run_dir)[name], value), name
+
+
+def interrupt_after(count, method):
+    calls = []
+
+    def interrupted(self):
+        if len(calls) == count:
+            raise Interrupted
+        calls.append(1)
+        return method(self)
+
+    return interrupted
+
+
+def remove_as_told(run_dir, message):
+    """What the error says to remove is removed."""
+    told = re.search(r"remove (.+?) from (\S+) and train again", message)
+    assert told and told[2] == str(run_dir), message
+    for name in told[1].split(" and "):
+        (run_dir / name).unlink()
+
+
+@pytest.mark.parametrize("how", ["finished", "trained", "begun", "no latest"])
+def test_what_is_advised_about_a_lost_best_model_is_true(how, trained_copy, finished, small_config,
+                                                         cache_dir):
+    """By following it: the run finishes, and is evaluated."""
+    run, path = RunDir(trained_copy), trained_copy / "model_best.pth"
+    if how != "finished":
+        (trained_copy / "summary.json").unlink()
+    if how == "begun":  # its best model so far is that of epoch 2
+        shutil.rmtree(trained_copy)
+        with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_module.Trainer, "_finish_epoch", interrupt_after(
+                3, train_module.Trainer._finish_epoch))
+            train(small_config, trained_copy, cache_dir=cache_dir, progress=False)
+    if how == "no latest":
+        (trained_copy / "model_latest.pth").unlink()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunError, match="train again with the same parameters") as caught:
+        load_run(trained_copy, cache_dir=cache_dir)
+    remove_as_told(trained_copy, str(caught.value))
+    again = train(small_config, trained_copy, cache_dir=cache_dir, progress=False)
+    assert run.finished and again.summary["best_epoch"] == 4
+    for name, value in weights(finished.run_dir).items():  # its last epoch is the best, too
+        assert torch.equal(weights(trained_copy, "model_best.pth")[name], value), name
+    assert len(evaluate_run(load_run(trained_copy, cache_dir=cache_dir))) == len(
+        pd.read_csv(trained_copy / "evaluation.csv"))
+
+
+def test_a_damaged_best_model_does_not_stop_training(trained_copy, small_config, cache_dir):
+    (trained_copy / "summary.json").unlink()
+    (trained_copy / "model_best.pth").write_bytes(b"")
+    train(small_config, trained_copy, cache_dir=cache_dir, progress=False)
+    assert "chosen anew, from epoch 5" in (trained_copy / "rank0.txt").read_text(encoding="utf-8")
+    load_run(trained_copy, cache_dir=cache_dir)
+
+
+@pytest.mark.parametrize("damage", [
+    {"epoch": -1}, {"epoch": 5}, {"batch": 99}, {"history": []}, {"optimizer": {}},
+    {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}}, {"world_size": "two"},
+    {"epoch": 3, "batch": 2, "history": [{}] * 3, "losses": torch.zeros(2)}])
+def test_a_damaged_latest_model_is_told_and_the_advice_is_true(damage, trained_copy, small_config,
+                                                               cache_dir):
+    (trained_copy / "summary.json").unlink()
+    state = torch.load(trained_copy / "model_latest.pth", weights_only=True)
+    torch.save({**state, **damage}, trained_copy / "model_latest.pth")
+    with pytest.raises(RunError, match="model_latest.pth is damaged.*first epoch") as caught:
+        train(small_config, trained_copy, cache_dir=cache_dir, progress=False)
+    remove_as_told(trained_copy, str(caught.value))
+
+
+def test_evaluation_measures_the_checkpoint_not_a_stale_file(trained_copy, cache_dir):
+    run = RunDir(trained_copy)
+    before = evaluate_run(load_run(trained_copy, cache_dir=cache_dir))
+    written = (trained_copy / "video.hnerv").stat().st_mtime_ns
+    evaluate_run(load_run(trained_copy, cache_dir=cache_dir))
+    assert (trained_copy / "video.hnerv").stat().st_mtime_ns == written  # it is this checkpoint's
+    state = run.load_checkpoint()
+    for tensor in state["model"].values():
+        if tensor.is_floating_point():
+            tensor.mul_(1.5)
+    run.save_checkpoint("model_best.pth", state)
+    after = evaluate_run(load_run(trained_copy, cache_dir=cache_dir))
+    for variant in ("trained", "quantised"):
+        own, old = (table[table.variant == variant].psnr_db.mean() for table in (after, before))
+        assert own < old - 1
+    (trained_copy / "video.json").write_text("null", encoding="utf-8")
+    assert len(evaluate_run(load_run(trained_copy, cache_dir=cache_dir))) == len(after)
 
 
 def _train_as_rank(rank, world, port, params, run_dir, cache_dir):
@@ -472,6 +562,7 @@ def test_going_on_with_another_number_of_ranks(small_config, small_dataset, cach
     with pytest.raises(Interrupted):  # after the first epoch's five steps
         train(small_config.replace(eval_freq=1, checkpoint_s=1000), tmp_path / "run",
               cache_dir=cache_dir, progress=False)
+    monkeypatch.undo()
     start_ranks(_train_as_rank, nprocs=2, args=(
         2, _free_port(), small_config.replace(eval_freq=1).params(), str(tmp_path / "run"),
         str(cache_dir)))

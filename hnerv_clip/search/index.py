@@ -7,24 +7,36 @@ value, and a search looks into the nearest cells.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from hnerv_clip.config import Config, TeacherConfig
-from hnerv_clip.inference import Run, predict_embeddings, sources_of
+from hnerv_clip.files import (
+    RunError,
+    check_keys,
+    explain,
+    read_json,
+    remove_stale,
+    write_atomic,
+    write_json,
+)
 from hnerv_clip.metrics import check_embeddings
 from hnerv_clip.paths import resolve_path, tell_apart
 from hnerv_clip.search.rank import check_query
 
+if TYPE_CHECKING:
+    from hnerv_clip.inference import Run
+
 EXACT = 100_000  # patches up to which every vector is compared
 PROBED = 8  # beyond, one cell of so many is looked into: texts lie far from all patches
-FORMAT = 1
+FORMAT = 2  # 1 had no checksums
 TEACHER_SETTINGS = ("teacher", "clip_model", "clip_pretrained", "teacher_precision", "clip_dim")
 
 
@@ -34,7 +46,7 @@ class PatchIndex:
 
     faiss_index: the vectors. videos: name, frames, patches of each, and from `index_runs` how its
     network was trained. dim: values a vector. teacher: name of the teacher whose space this is.
-    settings: that teacher's settings, where runs were indexed.
+    settings: that teacher's settings, where runs were indexed. label: its name for captions.
     """
 
     faiss_index: object
@@ -42,6 +54,7 @@ class PatchIndex:
     dim: int
     teacher: str
     settings: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
 
     def __len__(self) -> int:
         return self.faiss_index.ntotal
@@ -91,14 +104,38 @@ class PatchIndex:
         return Config.from_params(**self.settings).teacher
 
     def save(self, folder) -> Path:
-        """Write the index to a folder: vectors.faiss and videos.json."""
+        """Write the index to a folder, so that a reader finds the old or the new one, whole.
+
+        The vectors go to a file that is named by their SHA-256; videos.json, which names that file
+        and ends with a checksum of its own, is written last; then the old vectors are removed.
+
+        Raises:
+            RunError: it can't be written; an index that stood there is intact.
+        """
         folder = resolve_path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _faiss().write_index(self.faiss_index, str(folder / "vectors.faiss"))
-        about = {"format": FORMAT, "dim": self.dim, "teacher": self.teacher,
-                 "settings": self.settings, "videos": self.videos.to_dict("records")}
-        (folder / "videos.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the index folder {explain(error)}") from error
+        vectors = _faiss().serialize_index(self.faiss_index).tobytes()
+        digest = hashlib.sha256(vectors).hexdigest()
+        path = folder / f"vectors-{digest[:16]}.faiss"
+        write_atomic(path, lambda file: file.write(vectors))
+        about = {"format": FORMAT, "dim": self.dim, "teacher": self.teacher, "label": self.label,
+                 "settings": self.settings, "vectors": path.name, "sha256": digest,
+                 "videos": self.videos.to_dict("records")}
+        write_json(folder / "videos.json", {**about, "checksum": _checksum(about)})
+        for old in (*folder.glob("vectors-*.faiss"), folder / "vectors.faiss"):
+            if old != path:
+                old.unlink(missing_ok=True)
+        remove_stale(folder)
         return folder
+
+
+def _checksum(about: dict[str, Any]) -> str:
+    """SHA-256 of what videos.json says, but for the checksum itself."""
+    said = {name: value for name, value in about.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def build_index(videos: dict, *, teacher: str, exact: bool | None = None) -> PatchIndex:
@@ -168,6 +205,8 @@ def index_runs(runs: Iterable[Run]) -> PatchIndex:
         ValueError: no run, runs of different teachers, or the same folder twice.
         ConfigError: a run without the CLIP head.
     """
+    from hnerv_clip.inference import predict_embeddings, sources_of
+
     runs = list(runs)
     folders = tell_apart(run.run_dir.path for run in runs)
     teachers = {folder: run.dataset.teacher_name for folder, run in zip(folders, runs)}
@@ -189,6 +228,7 @@ def index_runs(runs: Iterable[Run]) -> PatchIndex:
         fps=[run.dataset.video.fps for run in runs])
     params = runs[0].config.params()
     built.settings = {name: params[name] for name in TEACHER_SETTINGS}
+    built.label = runs[0].dataset.teacher_label
     return built
 
 
@@ -199,25 +239,62 @@ def load_index(folder, *, teacher: str | None = None) -> PatchIndex:
         teacher: name of the teacher that will encode queries; None does not compare.
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the two files do not belong together, are of another format, or of another
-            teacher.
+        RunError: damaged, or of an unknown format.
+        ValueError: of another teacher.
     """
     folder = resolve_path(folder)
-    paths = [folder / "videos.json", folder / "vectors.faiss"]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"no index in {folder}: {path.name} is missing; "
-                                    "build and save one first")
-    about = json.loads(paths[0].read_text(encoding="utf-8"))
-    index, videos = _faiss().read_index(str(paths[1])), pd.DataFrame(about["videos"])
-    count = int((videos.frames * videos.patches).sum())
-    if about["format"] != FORMAT or index.d != about["dim"] or index.ntotal != count:
-        raise ValueError(f"the index in {folder} is damaged: {index.ntotal} vectors of {index.d} "
-                         f"values, where {count} of {about['dim']} are listed; build it again")
+    about = _read_about(folder)
+    data = _read_vectors(folder, about)
+    videos = pd.DataFrame(about["videos"])
+    try:
+        index = _faiss().deserialize_index(np.frombuffer(data, np.uint8))
+        count = int((videos.frames * videos.patches).sum())
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        raise _damaged(folder, " ".join(str(error).split())[:200]) from error
+    if index.d != about["dim"] or index.ntotal != count:
+        raise _damaged(folder, f"{index.ntotal} vectors of {index.d} values, where {count} of "
+                               f"{about['dim']} are listed")
     if teacher not in (None, about["teacher"]):
         raise ValueError(f"the index in {folder} is of the teacher {about['teacher']}, but queries "
                          f"are encoded by {teacher}: load that teacher, or build it again")
-    return PatchIndex(index, videos, about["dim"], about["teacher"], about.get("settings", {}))
+    return PatchIndex(index, videos, about["dim"], about["teacher"], about.get("settings", {}),
+                      about.get("label", about["teacher"]))
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """What videos.json says, checked."""
+    path, fix = folder / "videos.json", "build the index again: hnerv-clip index FOLDER RUN ..."
+    try:
+        about = read_json(path, keys={"format": int, "dim": int, "teacher": str, "videos": list},
+                          fix=fix)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no index in {folder}: {path.name} is missing; "
+                                "build and save one first") from None
+    if about["format"] not in (1, FORMAT):
+        raise RunError(f"the index in {folder} is of format {about['format']}, not {FORMAT}; {fix}")
+    if about["format"] == FORMAT:
+        check_keys(about, {"vectors": str, "sha256": str, "checksum": str}, path, fix=fix)
+        if about["checksum"] != _checksum(about):
+            raise _damaged(folder, f"{path.name} does not match its checksum")
+    return about
+
+
+def _read_vectors(folder: Path, about: dict[str, Any]) -> bytes:
+    """The content of the vectors' file, checked."""
+    path = folder / Path(about.get("vectors", "vectors.faiss")).name
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no index in {folder}: {path.name} is missing; "
+                                "build and save one first") from None
+    if about["format"] == FORMAT and hashlib.sha256(data).hexdigest() != about["sha256"]:
+        raise _damaged(folder, f"{path.name} does not match its checksum")
+    return data
+
+
+def _damaged(folder: Path, why: str) -> RunError:
+    return RunError(f"the index in {folder} is damaged: {why}; build it again: "
+                    "hnerv-clip index FOLDER RUN ...")
 
 
 def _faiss():

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from hnerv_clip.metrics import check_embeddings, check_pair, rank_correlation
-from hnerv_clip.teachers import parse_queries
+from hnerv_clip.teachers.text import parse_queries
 
 
 def rank_patches(query, embeddings, top_k: int | None = None, *, apart: int = 0) -> pd.DataFrame:

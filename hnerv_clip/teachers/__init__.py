@@ -4,17 +4,20 @@ Two teachers: CLIP through open_clip, and a bundled EfficientNet-Lite0, which is
 runs once per video; training reads its embeddings from the cache and never loads it.
 """
 
-from hnerv_clip.teachers.base import (
-    Teacher,
-    TeacherFacts,
-    describe_teacher,
-    preprocess,
-    teacher_dim,
-)
-from hnerv_clip.teachers.cache import cache_path, cached_embeddings, teacher_embeddings
-from hnerv_clip.teachers.load import load_teacher, run_teacher
-from hnerv_clip.teachers.text import encode_queries, parse_queries
+import importlib
+from typing import Any
 
-__all__ = ["Teacher", "TeacherFacts", "cache_path", "cached_embeddings", "describe_teacher",
-           "encode_queries", "load_teacher", "parse_queries", "preprocess", "run_teacher",
-           "teacher_dim", "teacher_embeddings"]
+# Imported when they are asked for: torch and safetensors take seconds, which what only splits
+# queries need not wait for
+_HOMES = {
+    "Teacher": "base", "TeacherFacts": "base", "describe_teacher": "base", "preprocess": "base",
+    "teacher_dim": "base", "cache_path": "cache", "cached_embeddings": "cache",
+    "teacher_embeddings": "cache", "load_teacher": "load", "run_teacher": "load",
+    "encode_queries": "text", "parse_queries": "text"}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

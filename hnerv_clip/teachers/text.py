@@ -45,11 +45,16 @@ def encode_queries(names, teacher, templates=TEMPLATES) -> np.ndarray:
     """
     names = parse_queries(names)
     vectors = _encode(names, teacher, templates)
+    check_distinct(names, vectors, teacher.label)
+    return vectors
+
+
+def check_distinct(names, vectors: np.ndarray, label: str) -> None:
+    """Raise ValueError where two names have the same vector, [K, D], for the teacher `label`."""
     same = np.argwhere(np.triu(np.abs(vectors[:, None] - vectors).max(axis=-1) < 1e-5, k=1))
     if len(same):
         first, second = (names[index] for index in same[0])
-        raise ValueError(f"{first!r} and {second!r} are the same to {teacher.label}; name one")
-    return vectors
+        raise ValueError(f"{first!r} and {second!r} are the same to {label}; name one")
 
 
 def _encode(names, teacher, templates):

@@ -241,7 +241,7 @@ def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
         if not force and is_verified(folder, seed=seed, near=near, labels=labels):
             continue
         try:
-            run = load_run(folder, cache_dir=cache_dir, device=device)
+            run = load_run(folder, cache_dir=cache_dir, device=device, needs_head=True)
             name = run.dataset.teacher_name
             if name not in teachers:
                 teachers[name] = load_teacher(run.config.teacher, device)

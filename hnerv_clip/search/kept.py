@@ -1,0 +1,139 @@
+"""What a run predicts, and the texts asked of it, kept in its folder for the next search.
+
+    embeddings.npz   the predicted embeddings, [T, P, D] float32, with the patches' boxes
+    queries.npz      the vectors of texts, [K, D] float32
+
+Each holds a key of all that it was made from (the checkpoint's digest, the settings), so what is
+stale is made anew. With both, a search loads no network, no teacher and no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hnerv_clip.config import BUNDLED, Config, TeacherConfig
+from hnerv_clip.files import RunError, write_atomic
+from hnerv_clip.metrics import check_embeddings
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs import RunDir
+from hnerv_clip.teachers.text import check_distinct
+
+FORMAT = 1  # raise it when what is kept, or how a text is encoded, changes
+
+
+@dataclass
+class Predictions:
+    """What a run predicts for every patch, and what names a patch."""
+
+    embeddings: np.ndarray  # [T, P, D] float32 unit vectors
+    boxes: np.ndarray  # [P, 4] top, left, height, width in pixels
+    fps: float
+    source: str  # how they came about; see `inference`
+    teacher_label: str  # for captions
+
+
+def predict_patches(outf: str | Path, *, cache_dir: str | Path = "output/cache",
+                    device: str = "auto") -> Predictions:
+    """The embeddings that a run predicts: kept ones where its checkpoint is still the same.
+
+    They are the prediction's (`inference.sources_of(…)[-1]`), so no frame that is asked about is
+    seen. A folder that can't be written is searched all the same.
+
+    Raises:
+        RunError: no run there, or a damaged or foreign checkpoint.
+        ConfigError: the run has no CLIP head, or its video or embeddings are not to be had.
+    """
+    run = RunDir(outf)
+    config = run.config_with_head()
+    path = run.path / "embeddings.npz"
+    key = _digest(FORMAT, run.checkpoint_digest(), _settings(config))
+    arrays, about = _read(path, key)
+    with suppress(KeyError, TypeError, ValueError):
+        return Predictions(check_embeddings(arrays["embeddings"]), arrays["boxes"], **about)
+    from hnerv_clip.inference import load_run, predict_embeddings, sources_of
+
+    loaded = load_run(outf, cache_dir=cache_dir, device=device)
+    source, dataset = sources_of(loaded.model)[-1], loaded.dataset
+    embeddings = np.asarray(predict_embeddings(loaded.model, dataset, source=source))
+    boxes = np.asarray(dataset.grid.boxes)
+    about = {"fps": float(dataset.video.fps), "source": source,
+             "teacher_label": dataset.teacher_label}
+    _write(path, key, about, embeddings=embeddings, boxes=boxes)
+    return Predictions(embeddings, boxes, **about)
+
+
+def encode_kept(queries: Sequence[str], config: TeacherConfig, folder: Path, *,
+                device: str = "auto") -> np.ndarray:
+    """Texts in the teacher's text space, [K, D]; those that `folder` keeps need no teacher.
+
+    Raises:
+        ValueError, ConfigError: as `teachers.encode_queries`.
+    """
+    path, key = folder / "queries.npz", _digest(FORMAT, _teacher_key(config))
+    arrays, about = _read(path, key)
+    kept: dict[str, np.ndarray] = {}
+    with suppress(KeyError, TypeError, ValueError):
+        kept = dict(zip(about["texts"], arrays["vectors"], strict=True))
+    if not set(queries) <= kept.keys():
+        from hnerv_clip.teachers import encode_queries, load_teacher
+
+        # All that are asked: it refuses two of one meaning
+        fresh = encode_queries(queries, load_teacher(config, device))
+        kept |= dict(zip(queries, fresh))
+        _write(path, key, {"texts": list(kept)}, vectors=np.stack(list(kept.values())))
+    vectors = np.stack([kept[query] for query in queries])
+    check_distinct(queries, vectors, config.clip_model if config.teacher == "clip" else
+                   config.teacher)
+    return vectors
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {name: value for name, value in config.params().items()
+            if name not in ("device", "checkpoint_s")}
+
+
+def _teacher_key(config: TeacherConfig) -> list[Any]:
+    """What a teacher's text space depends on; of a weights file its size and time."""
+    if config.teacher == BUNDLED:
+        return [BUNDLED]
+    weights = resolve_path(config.clip_pretrained.removeprefix("local-dir:"))
+    facts = weights.stat() if weights.exists() else None
+    return [config.clip_model, config.clip_pretrained, facts and [facts.st_size, facts.st_mtime_ns]]
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a file and what it says about them; nothing where it is not of this key.
+
+    A damaged file is none: its archive's checksums are compared, and nothing in it is executed.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        about = json.loads(arrays.pop("about").tobytes())
+        if about.pop("key") == key:
+            return arrays, about
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError,
+            zipfile.BadZipFile):
+        pass
+    return {}, {}
+
+
+def _write(path: Path, key: str, about: dict[str, Any], **arrays: np.ndarray) -> None:
+    text = np.frombuffer(json.dumps({"key": key, **about}).encode(), np.uint8)
+    with suppress(RunError):  # a read-only folder is searched all the same
+        if os.access(path.parent, os.W_OK):
+            write_atomic(path, lambda file: np.savez(file, about=text, **arrays))

@@ -8,6 +8,8 @@ import functools
 import os
 import shutil
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on few cores run faster so
+
 import matplotlib
 import pytest
 import torch
@@ -45,7 +47,7 @@ from hnerv_clip.dataset import prepare_dataset  # noqa: E402
 from hnerv_clip.runs import hold  # noqa: E402
 
 matplotlib.use("agg")
-torch.set_num_threads(1)  # several test processes on few cores run faster so
+torch.set_num_threads(1)
 
 # 12 frames of Big Buck Bunny at 80×160, every tenth so that they differ, and a network that fits
 # them in seconds.

@@ -223,7 +223,7 @@ def test_runs_of_different_teachers_share_no_index(tmp_path, monkeypatch):
     built.save(tmp_path / "index")
     loaded = load_index(tmp_path / "index", teacher="t")
     assert loaded.teacher == "t" and loaded.videos.equals(built.videos)
-    assert loaded.teacher_config() == Config().teacher  # which encodes its queries
+    assert loaded.teacher_config() == Config.from_params().teacher  # which encodes its queries
     with pytest.raises(ValueError, match="hnerv-clip index"):
         build_index({"a": drifting(1, 4, 2, 16)[0]}, teacher="t").teacher_config()
     with pytest.raises(ValueError, match="of the teacher t, but queries are encoded by other"):

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from test_verify import HELD_OUT, slow_video, unit_vectors
 
-from hnerv_clip import evaluate, figures, inference, metrics
+from hnerv_clip import figures, inference, metrics
 from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.model import build_model
 from hnerv_clip.runs import RunDir, RunError
 from hnerv_clip.verify import costs, positions, side_file, time_series, verdict
 from hnerv_clip.verify import pool as verify_pool
@@ -97,7 +98,7 @@ def test_labels_are_kept_with_what_they_gave(small_run, studies):
 
 def test_a_run_without_head_is_refused(small_config, small_run):
     config = small_config.replace(predict_clip=False)
-    model = evaluate.build_model(config.model, frame_hw=small_run.model.frame_hw,
+    model = build_model(config.model, frame_hw=small_run.model.frame_hw,
                                  frame_count=small_run.model.frame_count)
     blind = dataclasses.replace(small_run, config=config, model=model.eval())
     for ask in (verifying.verify_run, positions.position_scores):  # as search does

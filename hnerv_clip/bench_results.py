@@ -19,7 +19,8 @@ Row = dict[str, Any]
 
 def load_benches(results: Path) -> list[Bench]:
     """Every device's measurements, GPUs before CPUs."""
-    benches = [json.loads(path.read_text()) for path in sorted(results.glob("bench_*.json"))]
+    benches = [json.loads(path.read_text(encoding="utf-8"))
+               for path in sorted(results.glob("bench_*.json"))]
     return sorted(benches, key=lambda bench: "cores" in bench["device"])
 
 
@@ -75,7 +76,7 @@ def _read_bench(path: str | Path, part: str) -> Bench:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a file of hnerv-clip bench, such as "
                          "book/results/bench_h100.json")
-    bench = json.loads(path.read_text())
+    bench = json.loads(path.read_text(encoding="utf-8"))
     if part not in bench["parts"]:
         raise ValueError(f"{path} has no part {part}; run hnerv-clip bench --parts {part}")
     return bench
@@ -83,7 +84,7 @@ def _read_bench(path: str | Path, part: str) -> Bench:
 
 def load_optional(path: Path) -> dict[str, Any] | None:
     """A JSON file that may not be there yet."""
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def part_rows(benches: list[Bench], part: str) -> list[tuple[Bench, list[Row]]]:

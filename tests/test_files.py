@@ -1,10 +1,12 @@
 """Whatever is wrong with a file or folder ends in one line that names it and the fix."""
 
+import ast
 import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_what_cannot_be_written_is_known_before_and_nothing_is_left(tmp_path):
         with pytest.raises(RunError, match="cannot write to .*; .*cho"):
             check_writable(folder)
     with pytest.raises(RunError, match="cannot write to /proc/none"):
-        check_writable(files.Path("/proc/none/run"))
+        check_writable(Path("/proc/none/run"))
 
 
 def test_writing_over_a_folder_is_refused(tmp_path):
@@ -147,6 +149,28 @@ def test_files_are_utf8_in_every_locale(tmp_path):
     assert (run.path / "rank0.txt").read_text(encoding="utf-8").endswith("é\n")
     with open_own(run.path / "rank0.txt", "a") as file:
         assert file.encoding == "utf-8"
+
+
+def test_every_text_file_is_opened_as_utf8():
+    """In every module: `open` and `read_text` otherwise take the locale's encoding."""
+    found = []
+    for path in Path(files.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and takes_locale(node):
+                found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    assert not found, "name encoding=\"utf-8\" in:\n" + "\n".join(found)
+
+
+def takes_locale(call):
+    """Whether a call opens text in the locale's encoding."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    named = any(keyword.arg in ("encoding", None) for keyword in call.keywords)
+    if named or name not in ("read_text", "write_text", "open"):
+        return False
+    if name == "open":  # the function, not what a container or an image has of that name
+        mode = call.args[1] if len(call.args) > 1 else ast.Constant("r")
+        return isinstance(call.func, ast.Name) and "b" not in str(getattr(mode, "value", "b"))
+    return len(call.args) <= (name == "write_text")
 
 
 @pytest.mark.parametrize("name, value", [

@@ -86,7 +86,7 @@ def show_rows(rows: list[dict[str, Any]]) -> str:
 def _open_results(path: Path, device: str) -> dict[str, Any]:
     if not path.exists():
         return {"device": device, "made": {}, "parts": {}}
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text(encoding="utf-8"))
     if results["device"] != device:
         raise ConfigError(f"{path} holds measurements of {results['device']}, and this is {device}:"
                           " give another --out")

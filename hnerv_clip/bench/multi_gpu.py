@@ -123,7 +123,7 @@ class _Scaling:
         self.measured = {**fresh, "parts": {}}
         if not self.path.exists():
             return
-        found = json.loads(self.path.read_text())
+        found = json.loads(self.path.read_text(encoding="utf-8"))
         differing = [name for name, value in json.loads(json.dumps(fresh)).items()
                      if found.get(name) != value]
         if differing:

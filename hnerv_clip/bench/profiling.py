@@ -125,7 +125,7 @@ def profile_step(engine: PlainEngine, indices: Tensor, *, weight: float, repeats
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     return {part: ms / repeats for part, ms in part_times(events, on_gpu=on_gpu).items()}
 
 

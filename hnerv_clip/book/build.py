@@ -310,14 +310,14 @@ def stage(root: Path, study: Path, *, config: Config, run_dir: Path,
                str(Path.home()): "~"}
     folders = {k: v for k, v in sorted(folders.items(), key=lambda kv: -len(kv[0])) if k != "/"}
     missing = []
-    for name in re.findall(r"book/(\d\d_\w+)", (root / "_toc.yml").read_text()):
+    for name in re.findall(r"book/(\d\d_\w+)", (root / "_toc.yml").read_text(encoding="utf-8")):
         executed = study / "executed" / f"{name}.ipynb"
         if executed.exists():
             page = clean_page(nbformat.read(executed, as_version=4), folders)
             nbformat.write(page, site / "book" / executed.name)
         else:
             missing.append(name)
-            (site / "book" / executed.name).write_text(pages.placeholder(name))
+            (site / "book" / executed.name).write_text(pages.placeholder(name), encoding="utf-8")
     pages.write_generated(site / "book", config=config, run_dir=run_dir, cache_dir=cache_dir)
     return site, missing
 
@@ -332,7 +332,7 @@ def render(site: Path, html: Path) -> None:
                str(site), "--path-output", str(site), "-W", "-n", "--keep-going"]
     done = subprocess.run(command, capture_output=True, text=True)
     log = site.parent / "book.log"
-    log.write_text(done.stdout + done.stderr)
+    log.write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
         lines = re.sub("\033\\[[0-9;]*m", "", done.stdout + done.stderr).splitlines()
         said = [line for line in lines if re.search("WARNING|ERROR|rror:", line)] or lines[-5:]

@@ -71,8 +71,8 @@ def refresh(root: Path) -> None:
     book = root / "book"
     write_from_results(book)
     readme = root / "README.md"
-    readme.write_text(fill_blocks(readme.read_text(), {
-        name: make(book) for name, make in README_BLOCKS.items()}))
+    readme.write_text(fill_blocks(readme.read_text(encoding="utf-8"), {
+        name: make(book) for name, make in README_BLOCKS.items()}), encoding="utf-8")
 
 
 def fill_blocks(text: str, blocks: dict[str, str]) -> str:
@@ -89,12 +89,12 @@ def fill_blocks(text: str, blocks: dict[str, str]) -> str:
 
 def headline_table(page: Path) -> str:
     """The table of the landing page and what stands below it; empty while no run is published."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     return text[text.index("\n|") + 1:] if "\n|" in text else ""
 
 
 def _results(book: Path, name: str) -> dict[str, Any]:
-    return json.loads((book / "results" / f"{name}.json").read_text())
+    return json.loads((book / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def write_from_results(book: Path) -> None:
@@ -103,7 +103,7 @@ def write_from_results(book: Path) -> None:
 
     folder = book / "_generated"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.md").write_text(settings_markdown())
+    (folder / "settings.md").write_text(settings_markdown(), encoding="utf-8")
     _write_fidelity(folder, book / "results")
     _write_speed(folder, book / "results")
     write_scaling(folder, book / "results")
@@ -121,7 +121,7 @@ def collect_fidelity(results: Path, run_dirs: list[str | Path]) -> None:
     from hnerv_clip.bench.context import run_record
 
     path = results / "fidelity.json"
-    measured = json.loads(path.read_text())
+    measured = json.loads(path.read_text(encoding="utf-8"))
     runs = {(run["seed"], run["engine"], run["precision"]): run for run in
             [*measured["runs"], *(run_record(RunDir(run)) for run in run_dirs)]}
     write_json(path, {"runs": list(runs.values()), "reference": measured["reference"]})
@@ -139,7 +139,7 @@ def collect_quick(results: Path, study: Path) -> None:
     if not made.exists():
         raise RunError(f"{study} has no book.json: execute the whole book into an empty folder, "
                        "hnerv-clip book --outf NEW/main")
-    cost = json.loads(made.read_text())
+    cost = json.loads(made.read_text(encoding="utf-8"))
     held_out = "_val_interpolated" if "eval_psnr_val_interpolated" in summary else "_val"
     write_json(results / "quick.json", {
         "what": "hnerv-clip book, quick profile, after installation", **cost,
@@ -165,7 +165,8 @@ def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str
     video.parent.mkdir(exist_ok=True)
     run = RunDir(run_dir)
     (folder / "headline.md").write_text(
-        headline(run, video, cache_dir=cache_dir) if run.finished else NO_HEADLINE)
+        headline(run, video, cache_dir=cache_dir) if run.finished else NO_HEADLINE,
+        encoding="utf-8")
 
 
 def _draw_architecture(path: Path, config: Config) -> None:
@@ -190,10 +191,10 @@ def _write_fidelity(folder: Path, results: Path) -> None:
     from hnerv_clip.figures.training import plot_fidelity
 
     use_style()
-    measured = json.loads((results / "fidelity.json").read_text())
+    measured = json.loads((results / "fidelity.json").read_text(encoding="utf-8"))
     plot_fidelity(measured["runs"], measured["reference"]).savefig(folder / "fidelity.svg",
                                                                    metadata={"Date": None})
-    (folder / "fidelity.md").write_text(fidelity_markdown(measured))
+    (folder / "fidelity.md").write_text(fidelity_markdown(measured), encoding="utf-8")
 
 
 def _write_speed(folder: Path, results: Path) -> None:
@@ -203,7 +204,7 @@ def _write_speed(folder: Path, results: Path) -> None:
 
     use_style()
     for name, text in speed.speed_pages(results).items():
-        (folder / f"{name}.md").write_text(text)
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
     figures = {}
     growth = {bench["device"]: rows for bench, rows in
               part_rows(load_benches(results), "scaling")}

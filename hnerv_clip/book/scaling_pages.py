@@ -39,7 +39,7 @@ def collect_scaling(results: Path, outf: Path) -> None:
     """
     if not (outf / "scaling.json").exists():
         raise RunError(f"{outf} has no scaling.json; measure first, hnerv-clip scale --outf {outf}")
-    measured = json.loads((outf / "scaling.json").read_text())
+    measured = json.loads((outf / "scaling.json").read_text(encoding="utf-8"))
     on_gpu = measured["backend"] == "nccl"
     folder = results / "scaling_run"
     if on_gpu and not (outf / RUN).exists():
@@ -59,15 +59,15 @@ def write_scaling(folder: Path, results: Path) -> None:
     """Write the generated parts of the pages into `folder`."""
     for path in folder.glob("scaling*.svg"):
         path.unlink()
-    measured = {path.stem: json.loads(path.read_text())
+    measured = {path.stem: json.loads(path.read_text(encoding="utf-8"))
                 for path in sorted(results.glob("scaling*.json"))}
-    (folder / "speed_ranks.md").write_text(ranks_markdown(measured))
+    (folder / "speed_ranks.md").write_text(ranks_markdown(measured), encoding="utf-8")
     for name, found in measured.items():
         if _complete(found, "speed"):
             _save(plot_scaling(found), folder / f"{name}.svg")
     run = RunDir(results / "scaling_run")
     (folder / "scaling_run.md").write_text(
-        run_markdown(run, results) if run.finished else NOT_MEASURED)
+        run_markdown(run, results) if run.finished else NOT_MEASURED, encoding="utf-8")
     if run.finished:
         config, label = run.config(), _teacher_label(run.config())
         _save(plot_training(run.metrics(), teacher_label=label or "",
@@ -250,7 +250,7 @@ def run_markdown(run: RunDir, results: Path) -> str:
         results: where the tables of runs on one GPU are.
     """
     config, facts, summary = run.config(), run.provenance(), run.summary()
-    figures = json.loads((run.path / "figures.json").read_text())
+    figures = json.loads((run.path / "figures.json").read_text(encoding="utf-8"))
     ranks, train = facts["world_size"], config.train
     label = _teacher_label(config)
     clocks = {name: summary[f"{name}_s"] for name in ("train_time", "compile", "eval_time",

@@ -18,7 +18,7 @@ from hnerv_clip.runs import commit_words
 def speed_pages(results: Path) -> dict[str, str]:
     """The generated parts of `how_fast.md`, by name."""
     benches = load_benches(results)
-    reference = json.loads((results / "reference_speed.json").read_text())
+    reference = json.loads((results / "reference_speed.json").read_text(encoding="utf-8"))
     return {
         "speed_goals": goals_markdown(benches),
         "speed_train": training_markdown(benches, reference),

@@ -64,7 +64,8 @@ def write_study_pages(folder: Path, results: Path) -> None:
                 MISSING.format(why="The study's runs are not there"), None)
             if figure is not None:
                 figure.savefig(folder / f"{page}.svg", metadata={"Date": None})
-            (folder / f"{page}.md").write_text(text.replace(f"/study_{name}.svg", f"/{page}.svg"))
+            (folder / f"{page}.md").write_text(text.replace(f"/study_{name}.svg", f"/{page}.svg"),
+                                                 encoding="utf-8")
 
 
 # Numbers with their intervals

@@ -136,7 +136,8 @@ class Job:
         """The end of what rank 0 printed, errors included; inline, of the run's own log."""
         path = self.log_path or self.run_dir / "rank0.txt"
         files = [path.with_suffix(".out"), path] if path.suffix == ".err" else [path]
-        text = "".join(file.read_text(errors="replace") for file in files if file.exists())
+        text = "".join(file.read_text(encoding="utf-8", errors="replace")
+                       for file in files if file.exists())
         return "\n".join(text.splitlines()[-lines:])
 
     def figures(self) -> str:

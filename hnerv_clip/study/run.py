@@ -98,7 +98,7 @@ def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
                 seconds = time.monotonic() - worker.started
                 if error:  # its device may be in a bad state: go on with a new process
                     states[worker.name] = "failed"
-                    (folder / f"{worker.name}.error.txt").write_text(error)
+                    (folder / f"{worker.name}.error.txt").write_text(error, encoding="utf-8")
                     say(f"{worker.name} failed after {seconds:.0f} s: "
                         f"{error.strip().splitlines()[-1]}")
                     worker.process.join()

@@ -211,7 +211,7 @@ def build(macros: dict[str, int]) -> bytes:
     defined = macros | {"SHARED": shared_bytes(macros)}
     source = "".join(f"#define {name} {value}\n" for name, value in defined.items())
     source += names() + _products(product_columns(macros), weights_first(macros))
-    source += "".join((FOLDER / name).read_text() for name in sources(macros))
+    source += "".join((FOLDER / name).read_text(encoding="utf-8") for name in sources(macros))
     kept = get_cache_manager(hashlib.sha256(
         repr((nvrtc.nvrtcVersion()[1:], source)).encode()).hexdigest())
     if found := kept.get_file("hopper.cubin"):

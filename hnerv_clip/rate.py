@@ -1,0 +1,258 @@
+"""Fewer bytes at the same quality: a trained network fine-tuned for its quantised self.
+
+Weights and per-frame embeddings are rounded to multiples of learned steps in every forward pass
+(straight-through gradients; LSQ, Esser et al. 2020, arXiv 1902.08153), and an estimate of the coded
+size joins the loss: distortion + `rate` · bits per pixel. The estimate is the entropy of two-sided
+geometric distributions whose spread is a product of one number per row and one per column of a
+tensor, which is how `codec` codes them (dual axes as in NVRC, arXiv 2409.07414).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm.auto import tqdm
+
+from hnerv_clip.codec.about import describe_dataset
+from hnerv_clip.codec.video import EMBEDDINGS, encode_video
+from hnerv_clip.config import Config
+from hnerv_clip.dataset import Dataset
+from hnerv_clip.evaluate import embed_frames, frame_times, psnr, set_precision
+from hnerv_clip.losses import ClipObjective, learning_rate, pixel_loss
+from hnerv_clip.model import HNeRV
+
+STEP_LR = 5e-3  # of the logarithms of the steps
+FIRST_LEVEL = 5.0  # mean absolute level of a weight at first: about 4.8 bits each
+FIRST_LEVEL_BIAS = 30.0  # of biases, which are few and matter
+SCHEDULE = "cosine_0.05_1_0.1"
+
+
+@dataclass
+class Tuned:
+    """A network fine-tuned for its file.
+
+    steps: by tensor, as `encode_video` takes them. history: per epoch, what the quantised network
+    measures of its training frames: pixel_loss, clip_loss, psnr_db, rate_bpp (estimated).
+    """
+
+    model: HNeRV
+    embeddings: Tensor | None  # [T, C, h, w]
+    steps: dict[str, float]
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def store(self, path: str | Path, dataset: Dataset, config: Config) -> int:
+        """Write the file; returns its size_bytes."""
+        return encode_video(self.model, self.embeddings, path, config=config, steps=self.steps,
+                            about=describe_dataset(dataset, config))
+
+
+def fine_tune(model: HNeRV, dataset: Dataset, config: Config, *, rate: float, epochs: int = 60,
+              lr: float = 5e-4, compiled: bool | None = None, progress: bool = True,
+              tuner: Tuner | None = None) -> Tuned:
+    """Fine-tune a trained network for quality at few bytes; the encoder is not needed any more.
+
+    Args:
+        model: trained, on the device to work on; it is left as it is.
+        config: of its run; loss, clip_loss_weight, batch_size, precision and seed are taken from
+            it.
+        rate: what a bit per pixel costs in units of the loss; larger gives smaller files. With L2
+            between 0.0005 (near the trained quality) and 0.02.
+        epochs: passes over the training frames.
+        lr: largest learning rate of Adam for the weights.
+        compiled: compile the step; None does on a GPU.
+        tuner: of an earlier call with the same model, which saves compiling again.
+    Raises:
+        ValueError: a rate that is negative or not finite.
+    """
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"rate={rate} must be 0 or more and finite; 0.002 is a good start")
+    tuner = tuner or Tuner(model, dataset, config, compiled=compiled)
+    tuner.reset(model)
+    frames = torch.from_numpy(dataset.split.train)
+    order = torch.Generator().manual_seed(config.train.seed)
+    history, steps = [], -(-len(frames) // config.train.batch_size)
+    for epoch in tqdm(range(epochs), desc=f"rate {rate:g}", unit="epoch", disable=not progress):
+        sums, batches = 0.0, frames[torch.randperm(len(frames), generator=order)].split(
+            config.train.batch_size)
+        for i, indices in enumerate(batches):
+            now = learning_rate((epoch + i / steps) / epochs, lr=1.0, lr_type=SCHEDULE)
+            sums = sums + tuner.step(indices.to(tuner.device), rate=rate, lr=lr * now,
+                                     step_lr=STEP_LR * now)
+        pixel, clip, psnr_db, bpp = (sums / len(frames)).tolist()
+        history.append({"epoch": epoch + 1, "pixel_loss": pixel, "clip_loss": clip,
+                        "psnr_db": psnr_db, "rate_bpp": bpp})
+    return tuner.result(history)
+
+
+class Tuner:
+    """Weights, embeddings and steps that are fine-tuned, and their optimizer."""
+
+    def __init__(self, model: HNeRV, dataset: Dataset, config: Config, *,
+                 compiled: bool | None = None):
+        self.config = config
+        self.device = next(model.parameters()).device
+        self.autocast = set_precision(config.train.precision, self.device)
+        self.model, self.dataset = model, dataset
+        self.network = _Losses(model, dataset, config, self.autocast)
+        self.pixels = model.frame_count * math.prod(model.frame_hw)
+        self.frames = dataset.video.frames.to(self.device)
+        self.train = torch.from_numpy(dataset.split.train).to(self.device)
+        self.position = torch.zeros(model.frame_count, dtype=torch.long, device=self.device)
+        self.position[self.train] = torch.arange(len(self.train), device=self.device)
+        on_gpu = self.device.type == "cuda"
+        compiled = on_gpu if compiled is None else compiled
+        self.loss = torch.compile(self._loss, dynamic=False) if compiled else self._loss
+        self.weights: dict[str, Tensor] = {}
+
+    def reset(self, model: HNeRV) -> None:
+        """Begin anew from a trained model: its weights, its encoder's embeddings, first steps."""
+        names = [name for name, _ in model.named_parameters() if not name.startswith("encoder.")]
+        state = model.state_dict()
+        values = {name: state[name].detach().float().clone(
+            memory_format=torch.preserve_format) for name in names}
+        if model.kind == "hybrid":
+            with torch.inference_mode():
+                whole = embed_frames(model, self.dataset).float()
+            self.whole = whole.clone()
+            values[EMBEDDINGS] = self.whole[self.train].clone()
+        first = torch.stack([_first_step(value, FIRST_LEVEL if value.ndim > 1 else FIRST_LEVEL_BIAS)
+                             for value in values.values()]).log()
+        if self.weights:  # in place, for what is compiled
+            with torch.no_grad():
+                for name, value in values.items():
+                    self.weights[name].copy_(value)
+                self.log_steps.copy_(first)
+        else:
+            self.weights = {name: nn.Parameter(value) for name, value in values.items()}
+            self.log_steps = nn.Parameter(first)
+        self.lr = torch.tensor(0.0, device=self.device)
+        self.step_lr = torch.tensor(0.0, device=self.device)
+        self.optimizer = torch.optim.Adam(
+            [{"params": list(self.weights.values()), "lr": self.lr},
+             {"params": [self.log_steps], "lr": self.step_lr}],
+            fused=True, capturable=self.device.type == "cuda")
+        self.rate = torch.tensor(0.0, device=self.device)
+
+    def step(self, indices: Tensor, *, rate: float, lr: float, step_lr: float) -> Tensor:
+        """One update; sums over the frames of pixel_loss, clip_loss, psnr_db and rate_bpp."""
+        self.lr.fill_(lr)
+        self.step_lr.fill_(step_lr)
+        self.rate.fill_(rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        total, measured = self.loss(self.weights, self.log_steps, indices, self.rate)
+        total.backward()
+        self.optimizer.step()
+        return measured
+
+    def _loss(self, weights: dict[str, Tensor], log_steps: Tensor, indices: Tensor, rate: Tensor
+              ) -> tuple[Tensor, Tensor]:
+        rounded, bits = {}, torch.zeros((), device=self.device)
+        for (name, value), step in zip(weights.items(), log_steps.exp()):
+            levels = round_through(value / step)
+            rounded[name] = levels * step
+            # a held-out frame's embedding is coded, too, at about the same cost
+            share = self.model.frame_count / len(value) if name == EMBEDDINGS else 1.0
+            bits = bits + estimate_bits(levels.transpose(0, 1) if name == EMBEDDINGS else levels,
+                                        columns=name != EMBEDDINGS) * share
+        bpp = bits / self.pixels
+        embeddings = rounded.pop(EMBEDDINGS, None)
+        if embeddings is not None:
+            embeddings = embeddings[self.position[indices]]
+        frames = (self.frames[indices].float() / 255).contiguous(memory_format=torch.channels_last)
+        own = {f"model.{name}": value for name, value in rounded.items()}
+        columns, total = functional_call(self.network, own,
+                                         (embeddings, frames, indices, self.lr))
+        total = total.mean() + rate * bpp
+        return total, torch.cat([columns.detach().sum(1), (bpp * len(indices)).detach()[None]])
+
+    @torch.no_grad()
+    def result(self, history: list[dict[str, float]]) -> Tuned:
+        """The network as it stands."""
+        from hnerv_clip.model import build_model
+
+        model = build_model(self.config.model, frame_hw=self.model.frame_hw,
+                            frame_count=self.model.frame_count).to(self.device)
+        state = self.model.state_dict()
+        state |= {n: w.detach().clone() for n, w in self.weights.items() if n != EMBEDDINGS}
+        model.load_state_dict(state)
+        steps = dict(zip(self.weights, self.log_steps.exp().tolist()))
+        embeddings = None
+        if EMBEDDINGS in self.weights:
+            embeddings = self.whole.clone()  # held-out frames keep their encoder's
+            embeddings[self.train] = self.weights[EMBEDDINGS]
+        return Tuned(model.eval(), embeddings, steps, history)
+
+
+class _Losses(nn.Module):
+    """From embeddings to losses, as a module whose parameters can be exchanged."""
+
+    def __init__(self, model: HNeRV, dataset: Dataset, config: Config, autocast: torch.dtype):
+        super().__init__()
+        self.model, self.config, self.autocast = model, config, autocast
+        self.clip = None
+        device = next(model.parameters()).device
+        self.mask = None if dataset.mask is None else dataset.mask.to(device)
+        if config.model.predict_clip:
+            self.clip = ClipObjective(config, model, targets=dataset.embeddings,
+                                      centres=dataset.grid.centres, train=dataset.split.train)
+
+    def forward(self, embeddings: Tensor | None, frames: Tensor, indices: Tensor, key: Tensor
+                ) -> tuple[Tensor, Tensor]:
+        """([3, B] pixel_loss, clip_loss, psnr_db; [B] what is minimised)."""
+        train = self.config.train
+        with torch.autocast(frames.device.type, self.autocast,
+                            enabled=self.autocast != torch.float32):
+            if embeddings is None:
+                embeddings = self.model.embed(None, frame_times(indices, self.model.frame_count))
+            stages = self.model.stages(embeddings)
+            pred = self.model.rgb(stages[-1])
+        pred = pred.float()
+        pixel = pixel_loss(pred, frames, loss=train.loss, mask=self.mask)
+        clip, total = torch.zeros_like(pixel), pixel
+        if self.clip is not None:
+            clip, term = self.clip(stages, indices, key)
+            total = pixel + train.clip_loss_weight * term
+        return torch.stack([pixel, clip, psnr(pred.detach(), frames)]), total
+
+
+def round_through(levels: Tensor) -> Tensor:
+    """Rounded, with the gradient of what was not."""
+    return levels + (levels.round() - levels).detach()
+
+
+def estimate_bits(levels: Tensor, *, columns: bool = True) -> Tensor:
+    """Bits that levels take under two-sided geometric distributions, per row and column.
+
+    P(k) = (1 − θ)/(1 + θ) · θ^|k|, with θ of an entry from the mean |k| that its row and its column
+    lead to expect. The spreads are those that fit best, so that their own gradient is 0.
+
+    Args:
+        levels: whole numbers, [rows, columns, …]; below two dimensions all share one spread.
+        columns: False gives all columns one spread.
+    Returns:
+        Scalar.
+    """
+    size = levels.abs()
+    if size.ndim < 2:
+        mean = size.mean().reshape(1, 1)
+    else:
+        mean = size.flatten(2).mean(-1) if size.ndim > 2 else size  # [rows, columns]
+        if not columns:
+            mean = mean.mean(1, keepdim=True)
+    with torch.no_grad():
+        all_rows, all_columns = mean.mean(1, keepdim=True), mean.mean(0, keepdim=True)
+        spread = all_rows * all_columns / mean.mean().clamp_min(1e-6)
+        spread = spread.clamp_min(2e-3)
+        theta = spread / (1 + (1 + spread.square()).sqrt())
+    bits = ((1 + theta) / (1 - theta)).log2() - mean * theta.log2()
+    return bits.mean() * levels.numel()
+
+
+def _first_step(value: Tensor, level: float) -> Tensor:
+    """A step that makes the mean absolute level so large; a constant 0 takes any."""
+    return (value.abs().mean() / level).clamp_min(1e-6)

@@ -34,20 +34,21 @@ class _Decoder(nn.Module):
         pictures = self.model.rgb(stages[-1]).clamp(0, 1)
         if centres is None:
             return pictures
-        places = self.model.clip_head.places(centres)
-        if self.model.config.clip_pool:
-            return pictures, self.model.clip_head.at_places(stages, places)
+        head = self.model.clip_head
+        places = head.places(centres)
+        if head.clip_pool:
+            return pictures, head.at_places(stages, places)
         picked = [stages[i].flatten(2).index_select(2, rows * stages[i].shape[3] + cols)
-                  for i, (rows, cols) in zip(self.model.clip_stages, places)]
-        return pictures, self.model.clip_head.of_cells(picked)
+                  for i, (rows, cols) in zip(head.stages, places)]
+        return pictures, head.of_cells(picked)
 
 
 def export_onnx(path: str | Path, out: str | Path) -> dict[str, float]:
     """Write the network of a stored video as ONNX, and compare it with PyTorch.
 
-    Inputs: `frame` int64 [B], and with a head `centres` [P, 2] (y, x) in pixels of what the network
-    decodes. Outputs: `frames` [B, 3, H, W] in [0, 1], and `embeddings` [B, P, D]. The metadata
-    hold the stored video's header: times, size and place of the picture, the teacher.
+    Inputs: `frame` int64 [B], and with a head `centres` [P, 2] (y, x) in pixels. Outputs:
+    `frames` [B, 3, H, W] in [0, 1], and `embeddings` [B, P, D]. The metadata hold
+    the stored video's header: times, size, the teacher.
 
     Returns:
         The largest absolute difference of each output, over the first two frames and two positions.
@@ -66,7 +67,7 @@ def export_onnx(path: str | Path, out: str | Path) -> dict[str, float]:
     with torch.no_grad():
         module = _Decoder(model, video.frame_embeddings(range(len(video))).float()).eval()
     given = {"frame": torch.arange(len(video))}
-    height, width = video.header.padded
+    height, width = video.size
     if video.has_head:
         given["centres"] = torch.tensor([[height / 2, width / 2], [height / 3, width / 4]])
     outputs = ["frames", "embeddings"][:len(given)]

@@ -102,12 +102,10 @@ class StoredVideo(Sequence):
     def batches(self, chosen: Sequence[int]) -> Iterator[torch.Tensor]:
         """Yield some frames in batches on the device: uint8 [B, 3, H, W]."""
         model = self._model((*SHARED, "rgb_head."))
-        (top, left), (height, width) = self.header.offset, self.size
         at_once = BATCH[self.device.type]
         for start in range(0, len(chosen), at_once):
             embeddings = self.frame_embeddings(chosen[start:start + at_once])
             pictures = model.rgb(model.features(embeddings)).float()
-            pictures = pictures[..., top:top + height, left:left + width]
             yield (pictures * 255).round_().clamp_(0, 255).byte()
 
     def _model(self, prefixes: tuple[str, ...]):
@@ -164,22 +162,18 @@ class StoredVideo(Sequence):
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(f"box {tuple(box)} is no x0,y0,x1,y1 within the picture of "
                              f"{width}×{height} (x0 < x1 ≤ {width}, y0 < y1 ≤ {height})")
-        top, left = self.header.offset
-        centre = torch.tensor([[top + (y0 + y1) / 2, left + (x0 + x1) / 2]])
+        centre = torch.tensor([[(y0 + y1) / 2, (x0 + x1) / 2]])
         return self._clip_at([self.frame_at(time_s)], centre)[0, 0].numpy()
 
     @cached_property
     def grid(self) -> PatchGrid:
         """The patches that `search` ranks."""
-        return make_grid(self.header.config.teacher, self.header.padded)
+        return make_grid(self.header.config.teacher, self.size)
 
     def boxes(self) -> np.ndarray:
-        """float64 [P, 4]: x0, y0, x1, y1 of the patches, cut to the picture."""
-        top, left = self.header.offset
-        height, width = self.size
+        """float64 [P, 4]: x0, y0, x1, y1 of the patches."""
         y0, x0, h, w = self.grid.boxes.double().numpy().T
-        boxes = np.stack([x0 - left, y0 - top, x0 + w - left, y0 + h - top], axis=1)
-        return boxes.clip(0, [width, height, width, height])
+        return np.stack([x0, y0, x0 + w, y0 + h], axis=1)
 
     @cached_property
     def patch_embeddings(self) -> np.ndarray:

@@ -22,9 +22,11 @@ from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import EMBEDDINGS, encode_video
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
-from hnerv_clip.evaluate import embed_frames, frame_times, psnr, set_precision
+from hnerv_clip.devices import set_precision
+from hnerv_clip.inference import embed_frames
 from hnerv_clip.losses import ClipObjective, learning_rate, pixel_loss
-from hnerv_clip.model import HNeRV
+from hnerv_clip.metrics import psnr
+from hnerv_clip.model import HNeRV, build_model, frame_times
 
 STEP_LR = 5e-3  # of the logarithms of the steps
 FIRST_LEVEL = 5.0  # mean absolute level of a weight at first: about 4.8 bits each
@@ -173,8 +175,6 @@ class Tuner:
     @torch.no_grad()
     def result(self, history: list[dict[str, float]]) -> Tuned:
         """The network as it stands."""
-        from hnerv_clip.model import build_model
-
         model = build_model(self.config.model, frame_hw=self.model.frame_hw,
                             frame_count=self.model.frame_count).to(self.device)
         state = self.model.state_dict()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hnerv_clip.layers import UpBlock
 from hnerv_clip.model import HNeRV
-from hnerv_clip.patches import axis_cells, check_positions
+from hnerv_clip.patches import check_positions
 
 
 @torch.inference_mode()
@@ -28,16 +28,12 @@ def clip_at(model: HNeRV, embeddings: Tensor, centres: Tensor) -> Tensor:
         ConfigError: the model has no CLIP head.
         ValueError: a position outside the frame.
     """
-    model._need_clip_head()
-    if model.config.clip_pool or model.config.norm == "in":  # these look at the whole frame
-        return model.clip_at(model.stages(embeddings, last=model.clip_stages[-1]), centres)
+    head = model.need_clip_head()
+    if head.clip_pool or model.config.norm == "in":  # these look at the whole frame
+        return head.at(model.stages(embeddings, last=head.stages[-1]), centres)
     check_positions(centres, model.frame_hw)
-    picked = []
-    for stage in model.clip_stages:
-        cells = [axis_cells(centres[:, i], model.frame_hw[i], model.stage_hw(stage)[i])
-                 for i in (0, 1)]
-        picked.append(features_at(model, embeddings, stage, *cells))
-    return model.clip_head.of_cells(picked)
+    return head.of_cells([features_at(model, embeddings, stage, *cells)
+                          for stage, cells in zip(head.stages, head.places(centres))])
 
 
 def features_at(model: HNeRV, embeddings: Tensor, stage: int, rows: Tensor, cols: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from hnerv_clip.model import build_model
 
 VERSION_1 = Path(__file__).parent / "data" / "version1.hnerv"
 MEMORY_BYTES, TIME_S = 2 * 2**30, 2
-TINY = dict(data_path="bunny", crop_list="640_1280", resize_list="20_40", frame_limit=4,
+TINY = dict(data_path="clip.mp4", frame_limit=4,
             enc_strds="5 2 2", dec_strds="5 2 2", enc_dim="4_2", modelsize=0.002, lower_width=3,
             teacher="efficientnet-lite0", clip_dim=4)
 ODD = [0, 1, -1, 2, 3, 7, 51, 255, 256, 65535, 65536, 2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**53,
@@ -51,13 +51,13 @@ def make_seeds() -> list[bytes]:
                     {"embed": "xyt_1.25_4", "fc_hw": "1_2", "enc_dim": "3_2", "norm": "bn",
                      "predict_clip": False}):
         config = Config.from_params(**{**TINY, **changes})
-        model = build_model(config.model, frame_hw=(20, 40), frame_count=4)
+        model = build_model(config.model, frame_hw=(18, 37), frame_count=4)
         embeddings = torch.randn(4, 2, 1, 2, generator=torch.Generator().manual_seed(0)) \
             if model.kind == "hybrid" else None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "v.hnerv"
             encode_video(model, embeddings, path, config=config,
-                         about=About("a", [0.0, 0.04, 0.08, 0.2], (18, 37), (1, 2)))
+                         about=About("a", [0.0, 0.04, 0.08, 0.2]))
             files.append(path.read_bytes())
     return [*files, VERSION_1.read_bytes()]
 

@@ -1,5 +1,6 @@
 """The stored video: bytes that decode to just what was quantised."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -13,10 +14,18 @@ import pytest
 import torch
 
 from hnerv_clip.codec import FileError, decode_video, encode_video, entropy, quantise, read_header
-from hnerv_clip.codec.container import START, expand_times, pack_file, pack_times, read_part
+from hnerv_clip.codec.container import (
+    NETWORK,
+    START,
+    TEACHER,
+    expand_times,
+    pack_file,
+    pack_times,
+    read_part,
+)
 from hnerv_clip.codec.entropy import pack_arrays
 from hnerv_clip.codec.video import About, StoredNetwork, _time_unit, open_network
-from hnerv_clip.config import Config
+from hnerv_clip.config import Config, ModelConfig, TeacherConfig
 from hnerv_clip.evaluate import evaluate_stored, store_video
 from hnerv_clip.inference import embed_frames
 from hnerv_clip.model import build_model
@@ -111,8 +120,8 @@ def test_damaged_files_are_refused(model, embeddings, small_config, tmp_path):
 
 # Version 2: what is checked, and what is read
 
-TINY = {"enc_strds": "5 2 2", "dec_strds": "5 2 2", "enc_dim": "4_2", "modelsize": 0.002,
-        "lower_width": 3, "teacher": "efficientnet-lite0", "clip_dim": 4}
+TINY = {"data_path": "clip.mp4", "enc_strds": "5 2 2", "dec_strds": "5 2 2", "enc_dim": "4_2",
+        "modelsize": 0.002, "lower_width": 3, "teacher": "efficientnet-lite0", "clip_dim": 4}
 
 
 def make_tiny(path, *, frames=20, about=None, steps=None, **changes):
@@ -151,11 +160,10 @@ def test_version_1_stays_readable():
 
 def test_header_says_what_went_in(tmp_path):
     times = [0.0, 0.5, 0.75, *np.arange(1, 18) * 1001 / 30000 + 0.75]
-    make_tiny(tmp_path / "v.hnerv", about=About("name", times, (18, 37), (1, 3), "t", "label", "w"),
+    make_tiny(tmp_path / "v.hnerv", about=About("name", times, "t", "label", "w"),
               clip_pretrained="/home/someone/weights.pt")
     header = read_header(tmp_path / "v.hnerv")
-    assert (header.frame_count, header.size, header.padded, header.offset) == \
-        (20, (18, 37), (20, 40), (1, 3))
+    assert header.frame_count == 20 and header.size == (20, 40)
     np.testing.assert_allclose(header.times(), times, atol=1e-6)
     assert "someone" not in str(header.meta)  # no path of this machine
     teacher = header.meta["teacher"]
@@ -171,6 +179,13 @@ def test_usual_frame_rates_take_few_bytes(rate):
         packed = pack_times([round(t * unit) for t in times], (1, unit))
     np.testing.assert_allclose(expand_times(packed), times, atol=1e-3)
     assert len(packed["steps"]) < 3 or rate == 59.94
+
+
+def test_a_file_keeps_all_settings_of_network_and_patches():
+    """But for those that only fitting a field asks for; a fitted one has its own."""
+    fitting = {"head", "field_rank", "field_hidden"}
+    assert set(NETWORK) == {f.name for f in dataclasses.fields(ModelConfig)} - fitting
+    assert set(TEACHER) == {f.name for f in dataclasses.fields(TeacherConfig)}
 
 
 def test_times_must_rise():
@@ -226,8 +241,9 @@ def test_classes_pay_where_rows_differ():
     ("shape", lambda meta, parts: meta["tensors"][0][1].append(1), "the network's is"),
     ("order", lambda meta, parts: meta["tensors"].reverse(), "tensors are not"),
     ("frames", lambda meta, parts: meta["video"].update(frames=10**7), "frames"),
-    ("size", lambda meta, parts: meta["video"].update(padded=[2**14, 2**14]), "pixels"),
-    ("picture", lambda meta, parts: meta["video"].update(size=[21, 40]), "does not lie within"),
+    ("size", lambda meta, parts: meta["video"].update(size=[2**14, 2**14]), "pixels"),
+    ("padding", lambda meta, parts: meta["network"].update(pad_list="20_20000"), "pad_list"),
+    ("auto", lambda meta, parts: meta["network"].update(dec_strds="auto"), "auto"),
     ("network", lambda meta, parts: meta["network"].update(modelsize=900), "values in"),
     ("strides", lambda meta, parts: meta["network"].update(dec_strds="5 " * 40), "limits"),
     ("blocks", lambda meta, parts: meta["network"].update(num_blks="1_10000"), "num_blks"),

@@ -19,20 +19,21 @@ from hnerv_clip.file_commands import parse_frames
 from hnerv_clip.model import build_model
 
 TIMES = [0.0, 0.04, 0.08, 0.16, 0.2, 0.24]  # one frame lasts twice as long
-SIZE, OFFSET = (37, 70), (2, 5)  # within 40 × 80
+SIZE = (37, 70)  # which the network pads to 40 × 80
 
 
 def make_file(path, **changes):
     config = Config.from_params(**{
-        "teacher": "efficientnet-lite0", "clip_dim": 1280, "enc_strds": "5 4 2",
+        "data_path": "clip.mp4", "teacher": "efficientnet-lite0", "clip_dim": 1280,
+        "enc_strds": "5 4 2",
         "dec_strds": "5 4 2", "enc_dim": "8_4", "modelsize": 0.02, "patch_size": 20, **changes})
-    model = build_model(config.model, frame_hw=(40, 80), frame_count=6).eval()
+    model = build_model(config.model, frame_hw=SIZE, frame_count=6).eval()
     with torch.no_grad():
         model.rgb_head.weight.mul_(30)  # pictures that differ
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(6, 4, 1, 2, generator=generator) if model.kind == "hybrid" else None
     encode_video(model, embeddings, path, config=config,
-                 about=About("<b>clip</b>", TIMES, SIZE, OFFSET, "bundled", "bundled & small"))
+                 about=About("<b>clip</b>", TIMES, "bundled", "bundled & small"))
     return path
 
 
@@ -46,13 +47,13 @@ def video(path):
     return hnerv_clip.open(path)
 
 
-def test_frames_are_those_of_the_whole_network_cut_to_the_picture(video):
+def test_frames_are_those_of_the_whole_network(video):
     from hnerv_clip.codec import decode_video
 
     model, embeddings = decode_video(video.path)
     with torch.inference_mode():
         whole = model.rgb(model.features(embeddings))
-    expected = (whole * 255).round().byte()[..., 2:39, 5:75].permute(0, 2, 3, 1).numpy()
+    expected = (whole * 255).round().byte().permute(0, 2, 3, 1).numpy()
     assert len(video) == 6 and video.size == SIZE
     assert np.abs(video[:].astype(int) - expected).max() <= 1
     np.testing.assert_allclose(video[4], video[:][4], atol=1)  # sums differ with the batch
@@ -76,7 +77,7 @@ def test_embedding_of_a_box(video):
     from hnerv_clip.codec import decode_video
 
     model, embeddings = decode_video(video.path)
-    centre = torch.tensor([[2 + 15.0, 5 + 35.0]])
+    centre = torch.tensor([[15.0, 35.0]])
     with torch.inference_mode():
         expected = model.clip_at(model.stages(embeddings[2:3]), centre)[0, 0].numpy()
     np.testing.assert_allclose(video.embed((30, 10, 40, 20), 0.1), expected, atol=1e-5)
@@ -146,7 +147,7 @@ def test_notebook_shows_pictures_and_escaped_facts(video):
 def test_info_reads_the_header_alone(path, capsys):
     assert main(["info", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "70 × 37 (decoded as 80 × 40)" in shown and "bits a pixel" in shown
+    assert "70 × 37" in shown and "bits a pixel" in shown
     code = f"import sys; from hnerv_clip.cli import main; main(['info', {str(path)!r}]); " \
            "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
@@ -218,10 +219,10 @@ def test_export_computes_what_pytorch_does(path, tmp_path):
     assert set(difference) == {"frames", "embeddings"} and max(difference.values()) < 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "d.onnx"))
     frames, vectors = session.run(None, {
-        "frame": np.arange(6), "centres": np.float32([[10, 10], [20, 30], [39, 79]])})
-    assert frames.shape == (6, 3, 40, 80) and vectors.shape == (6, 3, 1280)
-    cut = frames[:, :, 2:39, 5:75].transpose(0, 2, 3, 1) * 255
-    assert np.abs(cut - hnerv_clip.open(path)[:]).max() <= 1.01
+        "frame": np.arange(6), "centres": np.float32([[10, 10], [20, 30], [37, 70]])})
+    assert frames.shape == (6, 3, 37, 70) and vectors.shape == (6, 3, 1280)
+    pictures = frames.transpose(0, 2, 3, 1) * 255
+    assert np.abs(pictures - hnerv_clip.open(path)[:]).max() <= 1.01
     assert main(["export", str(path), str(tmp_path / "d.onnx")]) == 1  # no silent replacement
 
 

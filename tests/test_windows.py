@@ -12,7 +12,7 @@ from hnerv_clip.windows import clip_at
     {}, {"num_blks": "1_2"}, {"clip_stage": "all"}, {"clip_stage": "1_2"}, {"norm": "bn"},
     {"act": "softplus", "ks": "0_3_7"}, {"clip_pool": 0.3}, {"embed": "pe_1.25_8", "fc_hw": "2_4"}])
 def test_windows_give_what_the_whole_frame_gives(changes):
-    config = Config.from_params(**{
+    config = Config.from_params(**{"data_path": "clip.mp4",
         "enc_strds": "5 4 2 2", "dec_strds": "5 4 2 2", "enc_dim": "8_4", "modelsize": 0.03,
         "clip_dim": 16, **changes}).model
     model = build_model(config, frame_hw=(160, 320), frame_count=3).eval()
@@ -26,7 +26,8 @@ def test_windows_give_what_the_whole_frame_gives(changes):
 
 
 def test_windows_need_a_head_and_a_position_in_the_frame():
-    config = Config.from_params(enc_strds="5 2", dec_strds="5 2", enc_dim="8_4", modelsize=0.03)
+    config = Config.from_params(data_path="clip.mp4", enc_strds="5 2", dec_strds="5 2",
+                                enc_dim="8_4", modelsize=0.03)
     model = build_model(config.model, frame_hw=(20, 40), frame_count=2)
     embeddings = torch.zeros(1, 4, 2, 4)
     with pytest.raises(ValueError, match="must lie within the frame"):

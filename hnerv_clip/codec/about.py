@@ -20,10 +20,8 @@ def describe_dataset(dataset: Dataset, config: Config) -> About:
     times = getattr(video, "times_s", None)
     if times is None:
         times = [i / video.fps for i in range(len(video.frames))]
-    size = tuple(getattr(video, "original_hw", None) or video.frame_hw)
-    offset = tuple(getattr(video, "offset", None) or (0, 0))
     with_teacher = config.model.predict_clip
-    return About(name=video.name, times_s=[float(t) for t in times], size=size, offset=offset,
+    return About(name=video.name, times_s=[float(t) for t in times],
                  teacher_name=dataset.teacher_name if with_teacher else "",
                  teacher_label=dataset.teacher_label if with_teacher else "",
                  weights=weights_digest(config.teacher) if with_teacher else "")

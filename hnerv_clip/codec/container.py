@@ -36,7 +36,7 @@ FRAME_LIMIT = 2**20
 SIDE_LIMIT = 2**14  # pixels
 PIXEL_LIMIT = 2**26
 # Settings that a file keeps: what makes the network, what makes its patches and its texts
-NETWORK = ("embed", "enc_strds", "enc_dim", "dec_strds", "fc_hw", "ks", "num_blks", "reduce",
+NETWORK = ("embed", "enc_strds", "enc_dim", "dec_strds", "fc_hw", "pad_list", "ks", "num_blks", "reduce",
            "lower_width", "modelsize", "act", "norm", "conv_type", "out_bias", "predict_clip",
            "clip_dim", "clip_stage", "clip_pool")
 TEACHER = ("teacher", "clip_model", "clip_pretrained", "teacher_precision", "patch_grid",
@@ -79,16 +79,6 @@ class Header:
     def size(self) -> tuple[int, int]:
         """(H, W) of the pictures, in pixels."""
         return tuple(self.meta["video"]["size"])
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        """(H, W) that the network decodes; the picture lies inside it at `offset`."""
-        return tuple(self.meta["video"]["padded"])
-
-    @property
-    def offset(self) -> tuple[int, int]:
-        """(top, left) of the picture inside what the network decodes."""
-        return tuple(self.meta["video"]["offset"])
 
     def times(self) -> list[float]:
         """When each frame is shown, in seconds."""
@@ -150,7 +140,8 @@ def read_header(path: str | Path) -> Header:
             at += size
         if at + END_SIZE != size_bytes:
             raise FileError(f"{size_bytes} bytes, where its header tells of {at + END_SIZE}")
-        config = Config.from_params(**meta["network"], **meta["teacher"]["settings"])
+        config = Config.from_params(data_path=meta["video"]["name"] or "video", crop_list="",
+                                    **meta["network"], **meta["teacher"]["settings"])
     except (FileError, ValueError, TypeError, ArithmeticError) as error:  # ConfigError is one
         raise _broken(path, str(error)) from error
     return Header(meta, parts, size_bytes, config=config)
@@ -295,17 +286,13 @@ def check_meta(meta: Any) -> None:
 
 
 def _check_video(video: dict) -> None:
-    _fields(video, "video", {"name": str, "frames": int, "size": list, "padded": list,
-                             "offset": list, "times": dict})
+    _fields(video, "video", {"name": str, "frames": int, "size": list, "times": dict})
     _need(len(video["name"]) <= 200, "the video's name is too long")
     frames = video["frames"]
     _need(_is_int(frames, 1, FRAME_LIMIT), f"{frames} frames, not 1 to {FRAME_LIMIT}")
-    for name, low in (("size", 1), ("padded", 1), ("offset", 0)):
-        _need(len(video[name]) == 2 and all(_is_int(v, low, SIDE_LIMIT) for v in video[name]),
-              f"{name} {str(video[name])[:80]} is no pair of pixels up to {SIDE_LIMIT}")
-    _need(math.prod(video["padded"]) <= PIXEL_LIMIT, f"a frame above {PIXEL_LIMIT} pixels")
-    for size, whole, at in zip(video["size"], video["padded"], video["offset"]):
-        _need(at + size <= whole, f"a picture of {size} at {at} does not lie within {whole}")
+    _need(len(video["size"]) == 2 and all(_is_int(v, 1, SIDE_LIMIT) for v in video["size"]),
+          f"size {str(video['size'])[:80]} is no pair of pixels up to {SIDE_LIMIT}")
+    _need(math.prod(video["size"]) <= PIXEL_LIMIT, f"a frame above {PIXEL_LIMIT} pixels")
     times = video["times"]
     _fields(times, "times", {"unit": list, "first": int, "steps": list})
     _need(len(times["unit"]) == 2 and all(_is_int(v, 1, 10**9) for v in times["unit"]),

@@ -10,7 +10,7 @@ from hnerv_clip.codec.container import Header
 def header_facts(header: Header) -> dict[str, str]:
     """Names and values, in order, of what a reader wants to know of a stored video."""
     video, teacher, times = header.meta["video"], header.meta["teacher"], header.times()
-    (height, width), padded = header.size, header.padded
+    height, width = header.size
     values = sum(math.prod(entry[1]) for entry in header.meta["tensors"])
     if header.meta["embeddings"]:
         values += math.prod(header.meta["embeddings"][0][1])
@@ -19,8 +19,7 @@ def header_facts(header: Header) -> dict[str, str]:
     facts = {
         "video": video["name"] or "(no name)",
         "frames": str(header.frame_count),
-        "size": f"{width} × {height}" + (
-            "" if padded == header.size else f" (decoded as {padded[1]} × {padded[0]})"),
+        "size": f"{width} × {height}",
         "duration": f"{times[-1] - times[0] + 1 / fps:.3f} s at {fps:.4g} frames a second",
         "file": f"{header.size_bytes:,} bytes, {8 * header.size_bytes / pixels:.4f} bits a pixel",
         "network": f"{values:,} values, {8 * header.size_bytes / max(values, 1):.2f} bits each",

@@ -70,7 +70,8 @@ def read_config(path: str | Path) -> tuple[Config, dict[str, Any], bytes]:
         params = header["config"]
         if set(params) - set(param_names()):
             raise FileError(f"unknown settings {sorted(set(params) - set(param_names()))[:4]}")
-        return Config.from_params(**params), header, data[START + 4 + size:]
+        config = Config.from_params(**params).resolve(tuple(header["frame_hw"]))
+        return config, header, data[START + 4 + size:]
     except (FileError, ValueError, TypeError, ArithmeticError) as error:
         raise FileError(f"{path} is not a whole HNeRV-CLIP video: truncated, altered or foreign "
                         f"({str(error)[:300]}); encode it again from the run's checkpoint"
@@ -88,9 +89,8 @@ def read_header(path: str | Path) -> Header:
     tensors = [[name, shape, -1, 0] for name, shape, *_ in header["tensors"]]
     meta = {
         "format": 1, "writer": "hnerv-clip",
-        "video": {"name": "", "frames": header["frame_count"], "size": hw, "padded": hw,
-                  "offset": [0, 0], "times": {"unit": [1, 25], "first": 0,
-                                              "steps": [[1, header["frame_count"]]]}},
+        "video": {"name": "", "frames": header["frame_count"], "size": hw,
+                  "times": {"unit": [1, 25], "first": 0, "steps": [[1, header["frame_count"]]]}},
         "network": {name: params[name] for name in NETWORK},
         "teacher": {"name": "", "label": "", "weights": "", "preprocess": 1,
                     "settings": {name: params[name] for name in TEACHER}},
@@ -132,9 +132,9 @@ def _decode(config: Config, header: dict[str, Any], body: bytes) -> tuple[HNeRV,
                          frame_count=header["frame_count"], size_bytes=len(body))
     planned = {name: list(t.shape) for name, t in model.state_dict().items()}
     if model.kind == "hybrid":
-        down = math.prod(config.model.enc_strds)
+        down = math.prod(model.config.enc_strds)
         planned[EMBEDDINGS] = [model.frame_count, model.plan.embed_channels,
-                               *(side // down for side in model.frame_hw)]
+                               *(side // down for side in model.plan.padded_hw)]
     stored = {entry[0]: entry[1] for entry in header["tensors"]}
     if EMBEDDINGS not in stored:  # a hybrid network may be stored without
         planned.pop(EMBEDDINGS, None)

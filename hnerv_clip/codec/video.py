@@ -3,6 +3,7 @@ takes memory."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor
 from hnerv_clip.codec import entropy
 from hnerv_clip.codec.container import (
     NETWORK,
+    PIXEL_LIMIT,
+    SIDE_LIMIT,
     TEACHER,
     FileError,
     Header,
@@ -27,7 +30,7 @@ from hnerv_clip.codec.container import (
     read_part,
 )
 from hnerv_clip.codec.levels import Quantised, bounds_shape, quantise, quantise_by_step
-from hnerv_clip.config import Config, ModelConfig
+from hnerv_clip.config import AUTO, Config, ModelConfig, resolve_patch_grid
 from hnerv_clip.model import HNeRV
 from hnerv_clip.runs import write_atomic
 
@@ -46,15 +49,12 @@ LIMITS = {"strides": (12, 64), "width": 4096, "levels": 4096, "fc_hw": 512, "ker
 class About:
     """What a file says of a video beside its network.
 
-    times_s: when each frame is shown; None counts at 25 a second. size: (H, W) of the pictures and
-    offset: (top, left) within what the network decodes; None where that is the picture. weights:
-    digest of the teacher's weights.
+    times_s: when each frame is shown; None counts at 25 a second. weights: digest of the teacher's
+    weights.
     """
 
     name: str = ""
     times_s: list[float] | None = None
-    size: tuple[int, int] | None = None
-    offset: tuple[int, int] = (0, 0)
     teacher_name: str = ""
     teacher_label: str = ""
     weights: str = ""
@@ -101,7 +101,9 @@ def encode_video(model: HNeRV, embeddings: Tensor | None, path: str | Path, *, c
             for start in range(0, len(q.levels), CHUNK)]
         embedded = [_entry(EMBEDDINGS, q, c), CHUNK]
     parts.insert(0, (TABLES, entropy.pack_histograms(histograms)))
-    params = config.params()
+    config = dataclasses.replace(config, model=model.config, teacher=dataclasses.replace(
+        config.teacher, patch_grid=resolve_patch_grid(config.teacher, model.frame_hw)))
+    params = config.params()  # nothing of it is `auto` any more
     meta = {"format": 2, "writer": WRITER, "video": _video_meta(model, about),
             "network": {name: params[name] for name in NETWORK},
             "teacher": {"name": about.teacher_name[:200], "label": about.teacher_label[:200],
@@ -132,8 +134,7 @@ def _video_meta(model: HNeRV, about: About) -> dict[str, Any]:
         raise ValueError(f"{len(times)} times for {model.frame_count} frames; give one each")
     denominator = _time_unit(times)
     return {"name": about.name[:200], "frames": model.frame_count,
-            "size": list(about.size or model.frame_hw), "padded": list(model.frame_hw),
-            "offset": list(about.offset),
+            "size": list(model.frame_hw),
             "times": pack_times([round(t * denominator) for t in times], (1, denominator))}
 
 
@@ -187,6 +188,11 @@ def _without_memory(config: ModelConfig, frame_hw: tuple[int, int], frame_count:
 
 
 def _check_limits(config: ModelConfig) -> None:
+    if AUTO in dataclasses.astuple(config):
+        raise FileError("a setting is auto, where a file holds what was chosen")
+    padded = config.pad_list or (1, 1)
+    if max(padded) > SIDE_LIMIT or math.prod(padded) > PIXEL_LIMIT:
+        raise FileError(f"pad_list {padded} is beyond the limits")
     longest, largest = LIMITS["strides"]
     for name in ("enc_strds", "dec_strds"):
         strides = getattr(config, name)
@@ -222,7 +228,7 @@ class StoredNetwork:
         self.header = header or read_header(path)
         self.config = self.header.config
         self.model = plan_network(
-            self.config.model, frame_hw=self.header.padded, frame_count=self.header.frame_count,
+            self.config.model, frame_hw=self.header.size, frame_count=self.header.frame_count,
             size_bytes=self.header.size_bytes)
         self.entries = {entry[0]: entry for entry in self.header.meta["tensors"]}
         self._histograms: dict[str, dict[int, entropy.Histogram]] | None = None
@@ -246,8 +252,8 @@ class StoredNetwork:
             shape = [self.model.frame_count, plan.embed_channels]
             if not embedded or embedded[0][0] != EMBEDDINGS or embedded[0][1][:2] != shape or \
                     math.prod(embedded[0][1]) != plan.embed_values or \
-                    embedded[0][1][2] != self.model.frame_hw[0] // math.prod(
-                        self.config.model.enc_strds):
+                    embedded[0][1][2] != plan.padded_hw[0] // math.prod(
+                        self.model.config.enc_strds):
                 raise self._error("its embeddings are not the network's")
             self.chunk = embedded[1]
             parts += [EMBEDDINGS, *(f"{EMBEDDINGS}/{start}" for start in

@@ -36,9 +36,9 @@ FRAME_LIMIT = 2**20
 SIDE_LIMIT = 2**14  # pixels
 PIXEL_LIMIT = 2**26
 # Settings that a file keeps: what makes the network, what makes its patches and its texts
-NETWORK = ("embed", "enc_strds", "enc_dim", "dec_strds", "fc_hw", "pad_list", "ks",
-           "num_blks", "reduce", "lower_width", "modelsize", "act", "norm", "conv_type", "out_bias", "predict_clip",
-           "clip_dim", "clip_stage", "clip_pool")
+NETWORK = ("embed", "enc_strds", "enc_dim", "dec_strds", "fc_hw", "pad_list", "ks", "num_blks",
+           "reduce", "lower_width", "modelsize", "act", "norm", "conv_type", "out_bias",
+           "predict_clip", "clip_dim", "clip_stage", "clip_pool")
 TEACHER = ("teacher", "clip_model", "clip_pretrained", "teacher_precision", "patch_grid",
            "patch_size", "patch_stride")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.devices import select_device, set_precision
+from hnerv_clip.metrics import bracket_frames
 from hnerv_clip.model import HNeRV, build_model, frame_times
 from hnerv_clip.runs import BEST, RunDir, load_weights
 
@@ -44,19 +45,10 @@ def interpolate_embeddings(embeddings: Tensor, train: np.ndarray) -> Tensor:
     Returns:
         [T, C, h, w].
     """
-    frames = np.arange(len(embeddings))
-    left, right = training_neighbors(frames, train)
-    gap = np.maximum(right - left, 1)
-    share = torch.tensor(np.clip((frames - left) / gap, 0, 1), dtype=embeddings.dtype,
-                         device=embeddings.device).view(-1, *[1] * (embeddings.ndim - 1))
-    return embeddings[left] * (1 - share) + embeddings[right] * share
-
-
-def training_neighbors(frames: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The training frames at or before, and at or after each frame; the nearest at the ends."""
-    after = np.clip(np.searchsorted(train, frames), 0, len(train) - 1)
-    before = np.clip(np.searchsorted(train, frames, side="right") - 1, 0, len(train) - 1)
-    return train[before], train[after]
+    before, after, share = bracket_frames(np.arange(len(embeddings)), train)
+    share = torch.tensor(share, dtype=embeddings.dtype, device=embeddings.device).view(
+        -1, *[1] * (embeddings.ndim - 1))
+    return embeddings[before] * (1 - share) + embeddings[after] * share
 
 
 def sources_of(model: HNeRV) -> tuple[str, ...]:
@@ -74,7 +66,7 @@ def frame_embeddings(model: HNeRV, dataset: Dataset, source: str,
         return embed_frames(model, dataset, chosen)
     train = dataset.split.train
     chosen = np.arange(model.frame_count) if chosen is None else np.asarray(chosen)
-    asked = np.unique(training_neighbors(chosen, train))
+    asked = np.unique(bracket_frames(chosen, train)[:2])
     known = embed_frames(model, dataset, asked)
     whole = known.new_zeros(model.frame_count, *known.shape[1:])
     whole[asked] = known

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 if TYPE_CHECKING:
     from torch import Tensor  # its import takes seconds, which a search need not wait for
@@ -101,10 +100,38 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"rank correlation needs two lists of the same length of at least 2; "
                          f"got {len(a)} and {len(b)} values")
-    ranks = pd.DataFrame({"a": a, "b": b}).rank()
-    if (ranks.nunique() < 2).any():
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
         raise ValueError("rank correlation is undefined: all values of one list are equal")
-    return float(np.corrcoef(ranks["a"], ranks["b"])[0, 1])
+    from scipy import stats  # takes half a second
+
+    return float(stats.spearmanr(a, b).statistic)
+
+
+def bracket_frames(frames: np.ndarray, train_frames: np.ndarray, *, exclude_self: bool = False
+                   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The training frames around each frame, and where it lies between them.
+
+    Args:
+        frames: [N] frame numbers.
+        train_frames: [M] frame numbers.
+        exclude_self: a training frame lies between its neighbors, not on itself.
+    Returns:
+        (before, after, share), each [N]: frame numbers out of `train_frames`, equal where there is
+        one on one side only, and the share of the way from the first to the second in [0, 1].
+    Raises:
+        ValueError: no training frame is left for some frame.
+    """
+    frames, train_frames = np.asarray(frames), np.sort(np.asarray(train_frames))
+    sides = ("left", "right") if exclude_self else ("right", "left")
+    first = np.searchsorted(train_frames, frames, side=sides[0]) - 1
+    second = np.searchsorted(train_frames, frames, side=sides[1])
+    count = len(train_frames)
+    first, second = np.where(first < 0, second, first), np.where(second >= count, first, second)
+    if (np.minimum(first, second) < 0).any() or (np.maximum(first, second) >= count).any():
+        raise ValueError(f"{count} training frames leave no other frame to compare "
+                         "with: use at least 2 training frames")
+    before, after = train_frames[first], train_frames[second]
+    return before, after, np.clip((frames - before) / np.maximum(after - before, 1), 0, 1)
 
 
 def mean_energy(embeddings) -> float:

@@ -6,8 +6,10 @@ frame of H rows and W columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,3 +178,11 @@ def cut_patches(frames: Tensor, grid: PatchGrid) -> Tensor:
     h, w = grid.size
     return torch.stack([frames[..., top:top + h, left:left + w]
                         for top in grid.tops for left in grid.lefts], dim=1)
+
+
+def linear_weights(wanted: Sequence[float], known: Sequence[float]) -> np.ndarray:
+    """Shares of K known coordinates, rising, in linear interpolation at N wanted: [N, K].
+
+    Constant beyond the first and the last.
+    """
+    return np.stack([np.interp(wanted, known, one) for one in np.eye(len(known))], axis=1)

@@ -1,4 +1,29 @@
-"""What goes wrong with launching."""
+"""What goes wrong with launching, and what a queue needs to know of a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from hnerv_clip.config import Config
+from hnerv_clip.launch.ranks import Task
+
+
+class Launched(Protocol):
+    """A job as the queues see it; `jobs.Job` is one."""
+
+    name: str
+    run_dir: Path
+    config: Config
+    task: Task
+    _queue: Any
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What job.json says."""
+
+    def write_record(self, cluster: str, **facts: Any) -> None:
+        """Write job.json."""
 
 
 class LaunchError(RuntimeError):

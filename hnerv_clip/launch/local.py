@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
 import subprocess
 import sys
 import threading
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from unittest import mock
+from typing import Any
 
 import submitit
 import submitit.helpers
 
 from hnerv_clip.devices import visible_gpus
-from hnerv_clip.launch.errors import LaunchError
+from hnerv_clip.launch.errors import Launched, LaunchError
 from hnerv_clip.runs import SILENT_S, is_alive, silent_s
 
-if TYPE_CHECKING:
-    from hnerv_clip.launch.jobs import Job
-
 NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit's local executor wants a limit; there is none
+
+
+class _DetachedExecutor(submitit.LocalExecutor):
+    """Jobs in a session of their own: Jupyter's interrupt and shutdown signal the kernel's group.
+
+    submitit has no setting for that, so its controller is started here, as its `start_controller`
+    (1.5) does for jobs without a `setup`.
+    """
+
+    def _submit_command(self, command: str) -> submitit.LocalJob[Any]:
+        tasks, gpus = self.parameters["tasks_per_node"], self.parameters["visible_gpus"]
+        env = os.environ | {
+            "SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_COMMAND": command,
+            "SUBMITIT_LOCAL_NTASKS": str(tasks), "SUBMITIT_LOCAL_NODEID": "0",
+            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1", "SUBMITIT_LOCAL_WITH_SHELL": "",
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * self.parameters["timeout_min"]),
+            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "30", "SUBMITIT_STDERR_TO_STDOUT": "",
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        process = subprocess.Popen([sys.executable, "-m", "submitit.local._local",
+                                    str(self.folder)], env=env, start_new_session=True)
+        return submitit.LocalJob(folder=self.folder, job_id=str(process.pid), process=process,
+                                 tasks=list(range(tasks)))
 
 
 class LocalQueue:
     """Starts waiting jobs when others end."""
 
-    def __init__(self, jobs: Sequence[Job], folder: Path, gpus_per_job: int, parallelism: int):
+    def __init__(self, jobs: Sequence[Launched], folder: Path, gpus_per_job: int, parallelism: int):
         on_cpu = all(job.config.train.device == "cpu" for job in jobs)
         gpus = [] if on_cpu else visible_gpus()
         if 0 < len(gpus) < gpus_per_job:
@@ -58,19 +74,15 @@ class LocalQueue:
                 self._start(job, self.slots[slot])
                 self.running[slot] = job
 
-    def _start(self, job: Job, gpus: list[str]) -> None:
-        executor = submitit.LocalExecutor(self.folder / "%j", max_num_timeout=sys.maxsize)
+    def _start(self, job: Launched, gpus: list[str]) -> None:
+        executor = _DetachedExecutor(self.folder / "%j", max_num_timeout=sys.maxsize)
         executor.update_parameters(timeout_min=NO_LIMIT_MIN, tasks_per_node=self.tasks,
                                    gpus_per_node=len(gpus))
         executor.parameters["visible_gpus"] = gpus  # the checked way refuses identifiers
         (job.run_dir / "outcome.json").unlink(missing_ok=True)
-        # Its own session: Jupyter's interrupt and shutdown signal the kernel's whole group
-        detached = types.SimpleNamespace(
-            Popen=functools.partial(subprocess.Popen, start_new_session=True))
         threads = max(1, _cpu_count() // (len(self.slots) * self.tasks))
         with (submitit.helpers.clean_env(),
-              submitit.helpers.environment_variables(OMP_NUM_THREADS=threads),
-              mock.patch("submitit.local.local.subprocess", detached)):
+              submitit.helpers.environment_variables(OMP_NUM_THREADS=threads)):
             started = executor.submit(job.task)
         job.write_record("local", token=job.task.token, job_id=started.job_id,
                          pid=int(started.job_id), folder=str(executor.folder))

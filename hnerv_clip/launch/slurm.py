@@ -10,15 +10,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import submitit
 import submitit.helpers
 
-from hnerv_clip.launch.errors import LaunchError
-
-if TYPE_CHECKING:
-    from hnerv_clip.launch.jobs import Job
+from hnerv_clip.launch.errors import Launched, LaunchError
 
 
 def check(timeout_min: int, signal_delay_s: int) -> None:
@@ -31,7 +28,7 @@ def check(timeout_min: int, signal_delay_s: int) -> None:
                           f"timeout_min={timeout_min}")
 
 
-def submit(jobs: Sequence[Job], folder: Path, *, parallelism: int, parameters: dict[str, Any]
+def submit(jobs: Sequence[Launched], folder: Path, *, parallelism: int, parameters: dict[str, Any]
            ) -> None:
     """Submit runs as one array.
 

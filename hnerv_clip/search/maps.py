@@ -10,7 +10,7 @@ from sklearn.manifold import TSNE
 
 from hnerv_clip.metrics import check_pair
 from hnerv_clip.model import HNeRV
-from hnerv_clip.patches import PatchGrid
+from hnerv_clip.patches import PatchGrid, linear_weights
 from hnerv_clip.search.rank import check_query
 
 MAP_VALUES = 2 ** 26  # of a dense embedding map at once: 256 MiB
@@ -64,11 +64,10 @@ def spread_scores(scores, grid: PatchGrid, *, stride: int = 8) -> np.ndarray:
         raise ValueError(f"scores have shape {scores.shape}; give [T, {len(grid)}], one for each "
                          "patch of the grid")
     _check_stride(stride, grid.frame)
-    rows, cols = (np.stack([np.interp(np.arange(stride // 2, length, stride) + 0.5,
-                                      np.array(starts) + side / 2, one)
-                            for one in np.eye(len(starts))]) for starts, side, length in
+    rows, cols = (linear_weights(np.arange(stride // 2, length, stride) + 0.5,
+                                 np.array(starts) + side / 2) for starts, side, length in
                   zip((grid.tops, grid.lefts), grid.size, grid.frame))
-    return np.einsum("tkl,ky,lx->tyx", scores.reshape(-1, grid.rows, grid.cols), rows, cols,
+    return np.einsum("tkl,yk,xl->tyx", scores.reshape(-1, grid.rows, grid.cols), rows, cols,
                      optimize=True).astype(np.float32)
 
 

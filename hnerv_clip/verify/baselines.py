@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.linear_model import RidgeCV
 
-from hnerv_clip.metrics import unit
+from hnerv_clip.metrics import bracket_frames, unit
 
 
 def conditions(predicted: np.ndarray, teacher: np.ndarray, train_frames: np.ndarray,
@@ -52,11 +52,8 @@ def nearest_training_frame(frames: np.ndarray, train_frames: np.ndarray) -> np.n
     Raises:
         ValueError: no training frame is left for some frame.
     """
-    frames = np.asarray(frames)
-    before, after = _around(frames, train_frames)
-    early = np.where(before < 0, np.inf, frames - before)
-    late = np.where(after < 0, np.inf, after - frames)
-    return np.where(early <= late, before, after)
+    before, after, _ = bracket_frames(frames, train_frames, exclude_self=True)
+    return np.where(np.abs(frames - before) <= np.abs(after - frames), before, after)
 
 
 def interpolate_teacher(teacher: np.ndarray, train_frames: np.ndarray,
@@ -72,24 +69,9 @@ def interpolate_teacher(teacher: np.ndarray, train_frames: np.ndarray,
     Returns:
         [N, P, D] unit vectors.
     """
-    frames = np.asarray(frames)
-    before, after = _around(frames, train_frames)
-    before, after = np.where(before < 0, after, before), np.where(after < 0, before, after)
-    share = (frames - before) / np.maximum(after - before, 1)
-    share = np.clip(share, 0, 1).astype(np.float32)[:, None, None]
+    before, after, share = bracket_frames(frames, train_frames, exclude_self=True)
+    share = share.astype(np.float32)[:, None, None]
     return unit(teacher[before] * (1 - share) + teacher[after] * share)
-
-
-def _around(frames, train_frames):
-    """The last training frame before and the first after each frame; -1 where there is none."""
-    frames, train_frames = np.asarray(frames), np.sort(np.asarray(train_frames))
-    padded = np.concatenate([[-1], train_frames, [-1]]).astype(int)
-    before = padded[np.searchsorted(train_frames, frames, side="left")]
-    after = padded[np.searchsorted(train_frames, frames, side="right") + 1]
-    if ((before < 0) & (after < 0)).any():
-        raise ValueError(f"{len(train_frames)} training frames leave no other frame to compare "
-                         "with: use at least 2 training frames")
-    return before, after
 
 
 def shuffle_pairs(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:

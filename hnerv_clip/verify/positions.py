@@ -18,7 +18,7 @@ import torch
 
 from hnerv_clip.inference import Run, predict_embeddings, sources_of
 from hnerv_clip.metrics import centred_cosine, check_pair, cosine, unit
-from hnerv_clip.patches import PatchGrid
+from hnerv_clip.patches import PatchGrid, linear_weights
 from hnerv_clip.teachers import teacher_embeddings
 from hnerv_clip.verify.time_series import MIN_FRAMES, mean_interval
 
@@ -69,8 +69,8 @@ def anywhere_grid(grid: PatchGrid) -> PatchGrid:
 
 def interpolate_places(embeddings, taught: PatchGrid, wanted: PatchGrid) -> np.ndarray:
     """Embeddings [T, P, D] at a grid's patches, bilinearly at another's: unit [T, P', D]."""
-    weights = [np.stack([np.interp(new, own, one) for one in np.eye(len(own))], axis=1)
-               for new, own in [(wanted.tops, taught.tops), (wanted.lefts, taught.lefts)]]
+    weights = [linear_weights(wanted.tops, taught.tops),
+               linear_weights(wanted.lefts, taught.lefts)]
     return unit(np.einsum("pk,tkd->tpd", np.kron(*weights), np.asarray(embeddings)))
 
 

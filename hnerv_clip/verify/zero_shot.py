@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
+from sklearn.metrics import cohen_kappa_score
 
 from hnerv_clip.metrics import check_pair, unit
 
@@ -48,7 +49,7 @@ def label_agreement(labels, vectors: np.ndarray, predicted: np.ndarray, teacher:
     table = pd.DataFrame({"label": labels, "teacher": shares[0], "predicted": shares[1],
                           "found": found})
     return {"agreement": agreement, "chance": chance, "n": len(own), "table": table,
-            "kappa": (agreement - chance) / (1 - chance) if chance < 1 else np.nan}
+            "kappa": float(cohen_kappa_score(right, own)) if chance < 1 else np.nan}
 
 
 class WordScores(NamedTuple):

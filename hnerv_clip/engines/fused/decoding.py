@@ -24,7 +24,7 @@ class Decoder:
         """
         self.model = model
         self.network = network or Network(model, batch=batch, train=False)
-        self.places = None if centres is None else model.clip_head.places(
+        self.places = None if centres is None else model.need_clip_head().places(
             centres.to(self.network.device))
         stem = self.network.convs[0]
         self.input = self.network.with_room(batch * stem.H * stem.W, stem.CI)

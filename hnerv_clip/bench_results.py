@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from hnerv_clip.config import Config
+from hnerv_clip.files import read_json
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import commit_words
 
@@ -19,8 +19,7 @@ Row = dict[str, Any]
 
 def load_benches(results: Path) -> list[Bench]:
     """Every device's measurements, GPUs before CPUs."""
-    benches = [json.loads(path.read_text(encoding="utf-8"))
-               for path in sorted(results.glob("bench_*.json"))]
+    benches = [_read(path, {"device": str}) for path in sorted(results.glob("bench_*.json"))]
     return sorted(benches, key=lambda bench: "cores" in bench["device"])
 
 
@@ -76,7 +75,7 @@ def _read_bench(path: str | Path, part: str) -> Bench:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a file of hnerv-clip bench, such as "
                          "book/results/bench_h100.json")
-    bench = json.loads(path.read_text(encoding="utf-8"))
+    bench = _read(path, {"parts": dict})
     if part not in bench["parts"]:
         raise ValueError(f"{path} has no part {part}; run hnerv-clip bench --parts {part}")
     return bench
@@ -84,7 +83,11 @@ def _read_bench(path: str | Path, part: str) -> Bench:
 
 def load_optional(path: Path) -> dict[str, Any] | None:
     """A JSON file that may not be there yet."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return _read(path) if path.exists() else None
+
+
+def _read(path: Path, keys: dict[str, Any] | None = None) -> dict[str, Any]:
+    return read_json(path, keys=keys, fix="measure again, or put the file back")
 
 
 def part_rows(benches: list[Bench], part: str) -> list[tuple[Bench, list[Row]]]:

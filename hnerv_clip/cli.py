@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from hnerv_clip.config import PROFILES, Config, ConfigError, param_names, settings_table
 from hnerv_clip.file_commands import add_commands, search_file
-from hnerv_clip.files import check_writable, explain
+from hnerv_clip.files import check_writable, explain, write_atomic
 from hnerv_clip.paths import resolve_path
 
 SHORT = {"b": "batch_size", "batchSize": "batch_size", "e": "epochs", "d": "distributed"}
@@ -230,7 +231,6 @@ def _is_number(word: str) -> bool:
 
 
 def _train(args: argparse.Namespace) -> None:
-    import pandas as pd
 
     from hnerv_clip.dataset import prepare_dataset
     from hnerv_clip.launch import follow, launch
@@ -248,7 +248,7 @@ def _train(args: argparse.Namespace) -> None:
     if failed:
         raise SystemExit(f"error: {failed[0].why}")
     print(jobs[0].run_dir)
-    _show_summary(pd.read_csv(jobs[0].run_dir / "evaluation.csv"))
+    _show_summary(RunDir(jobs[0].run_dir).evaluation())
 
 
 def _show_summary(table) -> None:
@@ -327,6 +327,8 @@ def _verify(args: argparse.Namespace) -> None:
     from hnerv_clip.verify.pool import join_runs, study_words
     from hnerv_clip.verify.run import verify_folders
 
+    if args.table not in (None, "-"):
+        check_writable(Path(args.table).absolute().parent)
     verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
                               seed=args.seed, near=args.near, labels=args.labels, force=args.force)
     for folder in verified:
@@ -337,7 +339,8 @@ def _verify(args: argparse.Namespace) -> None:
         print(f"\n{study.teacher_label}")
         print(study_words(study).T.to_string(header=False))
         if args.table != "-":
-            study.table.to_csv(args.table, index=False)
+            write_atomic(Path(args.table),
+                         lambda file: file.write(study.table.to_csv(index=False).encode()))
             print(args.table)
 
 

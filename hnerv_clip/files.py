@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -66,7 +67,8 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         RunError: the disk is full or read-only, or a folder stands there; what stood there before
             is intact.
     """
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    writer = f"{platform.node()}.{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
         with open_own(temporary, "wb") as file:
             write(file)
@@ -96,7 +98,7 @@ def remove_stale(folder: Path) -> None:
 
     Those of another machine are taken for such after a day.
     """
-    own = re.compile(rf"\..+\.{re.escape(platform.node())}\.(\d+)\.tmp")
+    own = re.compile(rf"\..+\.{re.escape(platform.node())}\.(\d+)-\d+\.tmp")
     for path in folder.glob(".*.tmp"):
         with suppress(OSError):
             made_here = own.fullmatch(path.name)

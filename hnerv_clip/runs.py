@@ -343,6 +343,17 @@ class RunDir:
         except FileNotFoundError:
             raise RunError(f"{self.path} has no metrics.csv yet: no epoch is complete") from None
 
+    def evaluation(self) -> pd.DataFrame:
+        """The final evaluation, a row per frame, variant and source; see `evaluate`."""
+        lost = " and ".join(["evaluation.csv", "summary.json"][:1 + self.finished])
+        fix = (f"remove {lost} and train again with the same parameters and outf: the run's "
+               "checkpoints are kept")
+        try:
+            return read_table(self.path / "evaluation.csv", (
+                "variant", "source", "frame", "split", "psnr_db"), fix=fix)
+        except FileNotFoundError:
+            raise RunError(f"{self.path} has no evaluation.csv: {fix}") from None
+
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a CSV, atomically."""
         write_atomic(self.path / name, lambda file: file.write(table.to_csv(index=False).encode()))

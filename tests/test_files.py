@@ -26,6 +26,8 @@ from hnerv_clip.files import (
 from hnerv_clip.launch.jobs import Job
 from hnerv_clip.launch.ranks import Task
 from hnerv_clip.runs import RunDir, hold
+from hnerv_clip.study.table import read_study
+from hnerv_clip.verify.run import is_verified, read_verification
 
 CONFIG = Config.from_params(epochs=3)
 DAMAGED_JSON = [b"", b"null", b"[]", b"3", b'"text"', b"{", b"\xff\xfe", b"[" * 100_000]
@@ -107,7 +109,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "metrics.csv")])
     assert killed.returncode == -9 and len(list(tmp_path.glob(".metrics.csv.*.tmp"))) == 1
     other = tmp_path / ".job.json.another-machine.1.tmp"  # may be at work there
-    own = tmp_path / f".summary.json.{files.platform.node()}.{os.getpid()}.tmp"
+    own = tmp_path / f".summary.json.{files.platform.node()}.{os.getpid()}-1.tmp"
     for path in (other, own):
         path.write_text("", encoding="utf-8")
     remove_stale(tmp_path)
@@ -228,6 +230,35 @@ def test_a_damaged_job_record_is_told(tmp_path, content):
         _ = job.state
     (run.path / "metrics.csv").write_bytes(b"epoch,psnr_db\nx\xff,1\n")
     assert job.epoch == 0 and job.figures() == ""  # only shown
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"format": 2}', b'{"format": "2"}'])
+def test_a_damaged_verification_is_told(tmp_path, content):
+    (tmp_path / "verification.json").write_bytes(content)
+    with pytest.raises(RunError, match="verification.json is damaged.*verify again"):
+        read_verification(tmp_path)
+    assert not is_verified(tmp_path)  # so `hnerv-clip verify` makes it anew
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"a,b\n1,2\n"])
+def test_a_damaged_table_of_a_run_is_told(tmp_path, content):
+    run = RunDir.create(tmp_path / "run", CONFIG)
+    for name, read in (("evaluation.csv", run.evaluation), ("metrics.csv", run.metrics)):
+        (run.path / name).write_bytes(content)
+        with pytest.raises(RunError, match=f"{name} is damaged.*again with the same parameters"):
+            read()
+    (tmp_path / "study.csv").write_bytes(content)
+    with pytest.raises(RunError, match="study.csv is damaged.*hnerv-clip study --csv"):
+        read_study(tmp_path / "study.csv")
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"parts": {}}'])
+def test_a_foreign_bench_file_is_told_before_anything_is_measured(tmp_path, content, capsys):
+    path = tmp_path / "bench.json"
+    path.write_bytes(content)
+    told = refused(capsys, "bench", "--parts", "decode", "--out", path, "--outf", tmp_path / "fit",
+                   "--device", "cpu")
+    assert "bench.json is damaged" in told and "another --out" in told
 
 
 def damage_keys(state):

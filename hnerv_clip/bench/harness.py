@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -26,6 +25,7 @@ from hnerv_clip.bench.measure import (
 )
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.devices import select_device
+from hnerv_clip.files import read_json
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import code_version, device_name, package_versions, process_start, write_json
 
@@ -86,7 +86,8 @@ def show_rows(rows: list[dict[str, Any]]) -> str:
 def _open_results(path: Path, device: str) -> dict[str, Any]:
     if not path.exists():
         return {"device": device, "made": {}, "parts": {}}
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_json(path, keys={"device": str, "made": dict, "parts": dict},
+                        fix="give another --out, or remove it")
     if results["device"] != device:
         raise ConfigError(f"{path} holds measurements of {results['device']}, and this is {device}:"
                           " give another --out")

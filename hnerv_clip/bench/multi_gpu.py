@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import psutil
 import torch
 
 from hnerv_clip.config import Config, ConfigError, TrainConfig
 from hnerv_clip.dataset import prepare_dataset
+from hnerv_clip.files import read_json
 from hnerv_clip.launch import Job, launch
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir, code_version, device_name, package_versions, write_json
@@ -123,7 +123,8 @@ class _Scaling:
         self.measured = {**fresh, "parts": {}}
         if not self.path.exists():
             return
-        found = json.loads(self.path.read_text(encoding="utf-8"))
+        found = read_json(self.path, keys={"parts": dict},
+                          fix="give another outf, or remove that file")
         differing = [name for name, value in json.loads(json.dumps(fresh)).items()
                      if found.get(name) != value]
         if differing:
@@ -356,7 +357,7 @@ def run_figures(run_dir: Path) -> dict[str, Any]:
     """
     run = RunDir(run_dir)
     config, summary, metrics = run.config().train, run.summary(), run.metrics()
-    evaluation = pd.read_csv(run.path / "evaluation.csv")
+    evaluation = run.evaluation()
     frames = evaluation.frame[evaluation.split == "train"].nunique()
     rates = frames / np.diff(metrics.train_time_s)[WARM_UP_EPOCHS - 1:]
     low, median, high = (float(value) for value in np.percentile(rates, [10, 50, 90]))

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from hnerv_clip.config import RUNTIME_PARAMS, embed_kind
+from hnerv_clip.files import read_table, write_atomic
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir
 from hnerv_clip.study.plan import plan_runs
@@ -154,7 +155,9 @@ def _row(run: RunDir) -> dict[str, Any]:
         for measure in ("clip_similarity", "clip_centred"):  # as the run itself evaluated them
             row[f"{measure}_{name}"] = summary.get(f"eval_{measure}_{part}", float("nan"))
     if (run.path / "measures.csv").exists():
-        for found in pd.read_csv(run.path / "measures.csv").to_dict("records"):
+        measured = read_table(run.path / "measures.csv", ("source", "split", "place"),
+                              fix="remove it and run the study again")
+        for found in measured.to_dict("records"):
             part = found["split"]
             if found["source"] == "encoder" and part == "held_out":
                 part = "held_out_encoder"
@@ -210,7 +213,8 @@ def write_study(folder: str | Path, path: str | Path) -> pd.DataFrame:
     table = study_table(folder)
     path = resolve_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False, float_format="%.6g")
+    text = table.to_csv(index=False, float_format="%.6g")
+    write_atomic(path, lambda file: file.write(text.encode()))
     return table
 
 
@@ -221,7 +225,8 @@ def read_study(path: str | Path) -> pd.DataFrame:
         StudyError: there is no such file, or a run in it lacks what every run has.
     """
     try:
-        table = pd.read_csv(resolve_path(path), dtype={"embed": str, "patch_grid": str})
+        table = read_table(resolve_path(path), ("run", "variant"), dtype={
+            "embed": str, "patch_grid": str}, fix="write it again with hnerv-clip study --csv")
     except FileNotFoundError:
         raise StudyError(f"{path} does not exist; write it with hnerv-clip study --csv") from None
     for column, rows in {"psnr_train_db": table,

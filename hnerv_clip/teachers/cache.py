@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hnerv_clip.config import BUNDLED, ConfigError, TeacherConfig
+from hnerv_clip.files import check_writable, file_digest, remove_stale, write_atomic
 from hnerv_clip.patches import PatchGrid
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.teachers.base import describe_teacher, teacher_dim
@@ -70,8 +70,7 @@ def _file_digest(path: Path) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _digest_once(path: Path, mtime_ns: int, size_bytes: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)
 
 
 def cached_embeddings(video: Video, grid: PatchGrid, config: TeacherConfig,
@@ -107,9 +106,11 @@ def teacher_embeddings(video: Video, grid: PatchGrid, config: TeacherConfig, *,
         float32 [T, P, D] on the CPU, unit length.
     Raises:
         ConfigError: see `load_teacher`.
+        RunError: `cache_dir` can't be written; said before the teacher runs.
     """
     embeddings = cached_embeddings(video, grid, config, cache_dir)
     if embeddings is None:
+        check_writable(resolve_path(cache_dir))
         teacher = load_teacher(config, device)
         embeddings = run_teacher(teacher, video.frames, grid, progress=progress)
         _write_cache(cache_path(video, grid, config, cache_dir), embeddings,
@@ -122,18 +123,10 @@ def _tensor_digest(tensor: Tensor) -> str:
 
 
 def _write_cache(path: Path, embeddings: Tensor, about: dict[str, str]) -> None:
-    """Write a temporary file, flush, rename: readers and other writers never see half a file."""
+    """Readers and other writers never see half a file."""
     content = safetensors.torch.save({"embeddings": embeddings.contiguous()},
                                      {**about, "sha256": _tensor_digest(embeddings)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; a shared cache is for all
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomic(path, lambda file: file.write(content))
+    os.chmod(path, 0o644)  # a shared cache is for all
+    remove_stale(path.parent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hnerv_clip.config import embed_kind
+from hnerv_clip.files import check_keys, read_json
 from hnerv_clip.inference import (
     BATCH,
     Run,
@@ -41,6 +41,9 @@ from hnerv_clip.verify.scores import Verification, verify_embeddings
 from hnerv_clip.verify.side_file import store_embeddings
 
 FORMAT = 2  # of verification.json
+# What it must hold besides
+KEYS = {"video": str, "kind": str, "seed": int, "teacher": str, "shuffle_seed": int, "near": int,
+        "checkpoint": str, "params": dict, "sources": dict}
 TABLES = ("table", "improvements", "comparisons", "alignment", "measures")
 
 
@@ -192,17 +195,16 @@ def read_verification(folder) -> dict:
     Raises:
         RunError: none there, damaged, or of another format.
     """
-    path = resolve_path(folder) / "verification.json"
+    path, fix = resolve_path(folder) / "verification.json", "remove it and verify again"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = content["format"]
+        content = read_json(path, keys={"format": int}, fix=fix)
     except FileNotFoundError:
         raise RunError(f"{folder} holds no verification.json: run `hnerv-clip verify {folder}`"
                        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}): remove it and verify again") from error
-    if found != FORMAT:
-        raise RunError(f"{path} has format {found}, this version reads {FORMAT}: verify again")
+    if content["format"] != FORMAT:
+        raise RunError(f"{path} has format {content['format']}, this version reads {FORMAT}: "
+                       "verify again")
+    check_keys(content, KEYS, path, fix=fix)
     return content
 
 

@@ -104,13 +104,13 @@ def measure_codecs(frames: Tensor, out: str | Path, *, fps: float = 25.0,
     Points that the file holds already are not measured again.
     """
     out = Path(out)
-    rows = json.loads(out.read_text()) if out.exists() else []
+    rows = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
     done = {(row["codec"], row["crf"]) for row in rows}
     for setting in available() if settings is None else settings:
         for crf in setting.crfs:
             if (setting.label, crf) not in done:
                 rows.append(measure_codec(frames, setting, crf, fps=fps, threads=threads))
-                out.write_text(json.dumps(rows, indent=1) + "\n")
+                out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
 
 

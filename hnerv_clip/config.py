@@ -35,7 +35,8 @@ ENGINES = ("auto", "plain", "fast")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 HEADS = ("original", "field")
 CLIP_LOSSES = ("cosine", "centred", "contrastive")
-RUNTIME_PARAMS = ("device", "checkpoint_s")  # where and how safely, not what
+RUNTIME_PARAMS = ("device", "checkpoint_s", "on_divergence")  # where and how safely, not what
+ON_DIVERGENCE = ("recover", "stop")
 LOSSES = ("L2", "L1", "SSIM", *(f"Fusion{i}" for i in range(1, 13)))
 
 
@@ -124,6 +125,7 @@ class TrainConfig:
     inpaint_size: int = 0  # side of the five boxes that the loss leaves out; 0 for none
     eval_freq: int = 30  # epochs between evaluations
     checkpoint_s: float = 30.0  # seconds between writes of model_latest.pth
+    on_divergence: str = "recover"  # recover (go back, lower lr), or stop with an error
     quant_model_bit: int = 8  # bits of a weight, for the quantised evaluation
     quant_embed_bit: int = 6  # bits of an embedding value, likewise
     seed: int = 0  # of weights and frame order
@@ -394,6 +396,7 @@ def _validate(config: Config) -> None:
                           f"{teacher.teacher} loses too much in it; use teacher_precision='fp32'")
     _one_of("precision", train.precision, PRECISIONS)
     _one_of("engine", train.engine, ENGINES)
+    _one_of("on_divergence", train.on_divergence, ON_DIVERGENCE)
     _one_of("head", model.head, HEADS)
     _one_of("clip_loss_type", train.clip_loss_type, CLIP_LOSSES)
     clip_stages(model)

@@ -12,6 +12,7 @@ import errno
 import math
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -27,11 +28,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from hnerv_clip.config import Config, VideoConfig
+from hnerv_clip.config import Config, VideoConfig, parse_lr_type
 from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.devices import set_precision, synchronise
 from hnerv_clip.distributed import agree, from_rank0, gather_rows, own_device, ranks
-from hnerv_clip.engines.plain import COLUMNS, SetupError
+from hnerv_clip.divergence import LR_FACTORS, Diverged, check_collapse, color_losses
+from hnerv_clip.engines.plain import COLUMNS, PlainEngine, SetupError
 from hnerv_clip.engines.select import (
     can_fall_back,
     engine_name,
@@ -100,7 +102,8 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
     Raises:
         ConfigError: before any long work, see there.
         RunError: likewise; or the disk is full or became read-only, the last checkpoint is intact.
-        TrainError: the loss became NaN or infinite, or memory ran out.
+        TrainError: training collapsed, and `on_divergence` or the tries so far forbid another; or
+            memory ran out.
     """
     rank, _ = ranks()
     run = RunDir.create(run_dir, config) if rank == 0 else RunDir(run_dir)
@@ -171,16 +174,15 @@ class Trainer:
         self.rank, self.world = ranks()
         self.device = own_device(config.train.device)
         self.choice = settle(config.train, self.device, from_rank0(self._noted()))
-        autocast = set_precision(self.choice.precision, self.device)
+        self.autocast = set_precision(self.choice.precision, self.device)
         self.model = build_model(config.model, frame_hw=dataset.video.frame_hw,
                                  frame_count=len(dataset.video.frames), seed=config.train.seed)
         self.model.to(self.device, memory_format=torch.channels_last)
         with ThreadPoolExecutor(1) as beside:  # while kernels compile
-            if self.device.type == "cuda" and autocast == torch.bfloat16 and \
+            if self.device.type == "cuda" and self.autocast == torch.bfloat16 and \
                     torch.cuda.mem_get_info(self.device)[0] > ROOM_TO_WARM_UP:
                 beside.submit(warm_up, copy.deepcopy(self.model).eval(), dataset)
-            self.engine = make_engine(config.replace(engine=self.choice.engine), self.model,
-                                      dataset, autocast=autocast)
+            self.engine = self._make_engine(dataset)
         # The video stays on the device as uint8
         self.dataset = replace(dataset, video=replace(dataset.video, frames=self.engine.frames))
         self.frames_per_step = config.train.batch_size * self.world
@@ -190,6 +192,9 @@ class Trainer:
         self.losses = self._no_losses()
         self.history: list[dict[str, Any]] = []
         self.best_psnr_db = float("-inf")
+        self.recoveries: list[dict[str, Any]] = []  # from collapses
+        self.color, self.gray = color_losses(
+            self.engine.frames, dataset.split.train, loss=config.train.loss, mask=self.engine.mask)
         self.train_time_s, self._clock = 0.0, None  # the clock stands still outside training steps
         # Of this process
         self.setup_time_s = self.stored_time_s = 0.0
@@ -205,6 +210,10 @@ class Trainer:
             return self.run.provenance()
         except RunError:  # lost or damaged: it is written anew
             return {}
+
+    def _make_engine(self, dataset: Dataset) -> PlainEngine:
+        return make_engine(self.config.replace(engine=self.choice.engine), self.model, dataset,
+                           autocast=self.autocast)
 
     def _no_losses(self) -> Tensor:
         return torch.zeros(self.steps, len(COLUMNS), device=self.device)
@@ -224,14 +233,13 @@ class Trainer:
                    disable=not progress or self.rank > 0, mininterval=1, dynamic_ncols=True)
         with bar, self._tensorboard() as board:
             while self.epoch < train.epochs:
-                self._train_epoch(bar)
-                row = self._finish_epoch()
-                measured = self.epoch % train.eval_freq == 0 or self.epoch == train.epochs
-                if measured:
-                    row |= self._evaluate(board)
-                self._record(row, board)
-                if measured or self._save_is_due():
-                    self._save_latest()
+                try:
+                    row = self._run_epoch(bar, board)
+                except Diverged as error:
+                    self._recover(error)
+                    bar.reset()
+                    bar.update(self.epoch * self.frame_count)
+                    continue
                 shown = {"loss": f"{row['total_loss']:.4f}", "PSNR": f"{row['psnr_db']:.2f} dB"}
                 if self.config.model.predict_clip:
                     shown["CLIP"] = f"{1 - row['clip_loss']:.3f}"
@@ -239,6 +247,31 @@ class Trainer:
             if agree(self.best_psnr_db) == -math.inf:  # went on after its last epoch, its best lost
                 self._evaluate(board)
         self._finish()
+
+    def _run_epoch(self, bar: tqdm, board: SummaryWriter | nullcontext) -> dict[str, Any]:
+        """What is left of an epoch: train, measure where it is time, record, save.
+
+        Raises:
+            Diverged: training has collapsed.
+        """
+        train = self.config.train
+        self._train_epoch(bar)
+        row = self._finish_epoch()
+        final = self.epoch == train.epochs
+        measured = self.epoch % train.eval_freq == 0 or final
+        if measured:
+            row |= self._evaluate(board)
+        self._record(row, board)
+        check_collapse(self.history, color=self.color, gray=self.gray, final=final,
+                       warm_up=parse_lr_type(train.lr_type)[0] * train.epochs)
+        if measured or self._save_is_due():
+            self._save_latest()
+        return row
+
+    def _learning_rate(self, progress: float) -> float:
+        factor = LR_FACTORS[len(self.recoveries) - 1] if self.recoveries else 1
+        return learning_rate(progress, lr=factor * self.config.train.lr,
+                             lr_type=self.config.train.lr_type)
 
     def _train_epoch(self, bar: tqdm) -> None:
         """The steps that are left of this epoch."""
@@ -251,8 +284,7 @@ class Trainer:
         self._start_clock()
         while self.batch < len(batches):
             indices = batches[self.batch]
-            lr = learning_rate((self.epoch + self.batch / self.steps) / train.epochs, lr=train.lr,
-                               lr_type=train.lr_type)
+            lr = self._learning_rate((self.epoch + self.batch / self.steps) / train.epochs)
             self.losses[self.batch] = self._step(
                 indices[self.rank::self.world], count=len(indices), lr=lr, weight=weight)
             self.batch += 1
@@ -292,8 +324,8 @@ class Trainer:
         means = (self.losses.double().sum(0) / self.frame_count).tolist()
         train = self.config.train
         row = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps,
-               "lr": learning_rate((self.epoch + (self.steps - 1) / self.steps) / train.epochs,
-                                   lr=train.lr, lr_type=train.lr_type),
+               "lr": self._learning_rate((self.epoch + (self.steps - 1) / self.steps)
+                                         / train.epochs),
                "clip_weight": clip_weight(
                    self.epoch, clip_loss_weight=train.clip_loss_weight,
                    pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs),
@@ -308,10 +340,53 @@ class Trainer:
         if len(bad):
             self._write_metrics()
             step = self.epoch * self.steps + int(bad[0]) + 1
-            raise TrainError(
-                f"the loss became NaN or infinite at step {step} (epoch {self.epoch + 1}). "
-                f"{self.run.path / LATEST} holds the last good state; train with a lower lr than "
-                f"{self.config.train.lr} in another outf")
+            raise Diverged(f"the loss became NaN or infinite at step {step} (epoch "
+                           f"{self.epoch + 1})", self.epoch + 1)
+
+    def _recover(self, error: Diverged) -> None:
+        """Go back to the best model from before a collapse, else to the start, with a lower lr.
+
+        All of it is in one file, written at once: a run that is interrupted here finds either the
+        state before, in which it collapses again, or the state after.
+        """
+        train, told = self.config.train, f"training collapsed: {error}"
+        if train.on_divergence == "stop" or len(self.recoveries) == len(LR_FACTORS):
+            self._write_metrics()
+            tried = "".join(f", {note['lr']:g}" for note in self.recoveries)
+            ways = "another outf" if self.recoveries else \
+                "another outf, or again in this one with on_divergence='recover'"
+            raise TrainError(f"{told}. Train with a lower lr than {train.lr:g}{tried} in {ways}. "
+                             f"{self.run.path} keeps its checkpoints")
+        best = from_rank0(self._best_before(error.fell_at) if self.rank == 0 else None)
+        weights = best["model"] if best else build_model(
+            self.config.model, frame_hw=self.dataset.video.frame_hw,
+            frame_count=len(self.dataset.video.frames), seed=train.seed).state_dict()
+        note = {"epoch": self.epoch, "reason": str(error),
+                "back_to_epoch": best["epoch"] if best else 0,
+                "lr": LR_FACTORS[len(self.recoveries)] * train.lr}
+        self.recoveries.append(note)
+        told += f"; back to epoch {note['back_to_epoch']} with lr={note['lr']:g}"
+        if self.rank == 0:
+            self.run.log(told)
+            warnings.warn(told, stacklevel=3)
+        self.epoch, self.batch = note["back_to_epoch"], 0
+        self.history = [row for row in self.history if row["epoch"] <= self.epoch]
+        if not best:
+            self.best_psnr_db = -math.inf
+        self.losses = self._no_losses()
+        compile_s, self.engine = self.engine.compile_s, None  # free its memory for the next
+        self.model.load_state_dict(weights)
+        self.engine = self._make_engine(self.dataset)
+        self.engine.compile_s += compile_s
+        self._save_latest()
+        self._describe()
+
+    def _best_before(self, fell_at: int) -> dict[str, Any] | None:
+        """The best checkpoint, if it is from before an epoch (counted from 1)."""
+        if self.best_psnr_db == -math.inf:  # none yet, or one that an earlier recovery gave up
+            return None
+        best = self.run.load_checkpoint(BEST)
+        return best if best["epoch"] < fell_at else None
 
     # What is measured and written
 
@@ -391,6 +466,8 @@ class Trainer:
             data_digest=self.dataset.video.digest,
             teacher=self.dataset.teacher_name if self.config.model.predict_clip else None)
         facts["engine"], facts["precision"] = engine_name(self.engine), self.choice.precision
+        if self.recoveries:
+            facts["recoveries"] = self.recoveries
         facts["part_sizes"] = self.model.part_sizes()
         facts["resumed_at_epoch"] = self.epoch
         write_json(self.run.path / "provenance.json", facts)
@@ -457,7 +534,7 @@ class Trainer:
                 "optimizer": self.engine.optimizer.state_dict(), "epoch": self.epoch,
                 "batch": self.batch, "losses": self.losses.cpu(), "history": self.history,
                 "best_psnr_db": self.best_psnr_db, "train_time_s": self.train_time_s,
-                "world_size": self.world})
+                "world_size": self.world, "recoveries": self.recoveries})
         self.checkpoint_time_s += time.perf_counter() - started
         self.checkpoints += 1
         self.saved_at, self.unsaved_steps = time.monotonic(), 0
@@ -490,6 +567,7 @@ class Trainer:
                            ) from error
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.best_psnr_db, self.train_time_s = state["best_psnr_db"], state["train_time_s"]
+        self.recoveries = state.get("recoveries", [])
         if self.rank == 0 and self.batch:
             self.losses.copy_(state["losses"])
         if self.rank == 0 and self.best_psnr_db > -math.inf:

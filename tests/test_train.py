@@ -178,11 +178,16 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(small_config, cache_dir, t
         return frame_losses(self, indices) * (float("nan") if calls == 8 else 1)
 
     monkeypatch.setattr(PlainEngine, "frame_losses", poisoned)
+    config = small_config.replace(on_divergence="stop")
     with pytest.raises(TrainError, match="at step 8 .*lower lr"):
-        train(small_config, tmp_path / "run", cache_dir=cache_dir, progress=False)
+        train(config, tmp_path / "run", cache_dir=cache_dir, progress=False)
     state = RunDir(tmp_path / "run").load_checkpoint("model_latest.pth")
     assert state["epoch"] * 5 + state["batch"] == 7
     assert all(value.isfinite().all() for value in state["model"].values())
+    calls = 0
+    with pytest.warns(UserWarning, match="NaN or infinite at step 8 .*back to epoch 0"):
+        train(small_config, tmp_path / "other", cache_dir=cache_dir, progress=False)
+    assert weights(tmp_path / "other").keys() == state["model"].keys()
 
 
 @pytest.mark.parametrize("error, message", [

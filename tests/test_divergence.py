@@ -75,7 +75,8 @@ def test_a_single_color_by_hand(small_dataset):
         mean = known.mean((0, 2, 3)).view(1, 3, 1, 1).expand_as(known)
         expected = [pixel_loss(picture, known, loss=loss, mask=hidden).mean().item()
                     for picture in (mean, torch.full_like(known, 0.5))]
-        assert color_losses(frames, train, loss=loss, mask=hidden) == pytest.approx(expected, rel=1e-4)
+        got = color_losses(frames, train, loss=loss, mask=hidden)
+        assert got == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.fixture(scope="module")

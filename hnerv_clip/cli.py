@@ -11,7 +11,7 @@ from typing import Any
 from hnerv_clip.config import PROFILES, Config, ConfigError, param_names, settings_table
 from hnerv_clip.file_commands import add_commands, search_file
 from hnerv_clip.files import check_writable, explain, write_atomic
-from hnerv_clip.paths import resolve_path
+from hnerv_clip.paths import match_paths, resolve_path
 
 SHORT = {"b": "batch_size", "batchSize": "batch_size", "e": "epochs", "d": "distributed"}
 # Options of the original scripts that are something else here
@@ -145,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
                                          if name == "search" else ""))
         sub.add_argument("--cache_dir", default="output/cache")
         sub.add_argument("--device", default="auto")
+        sub.add_argument("--data_path", nargs="+" if name in ("verify", "index") else 1, default=[],
+                         metavar="PATH", help=
+                         "where the run's video lies now, if it moved; its frames are compared")
         if name == "search":
             sub.add_argument("--region", metavar="FRAME,TOP,LEFT,HEIGHT,WIDTH", help=
                              "search for what is like this box of a frame; for a run with a field")
@@ -239,9 +242,9 @@ def _train(args: argparse.Namespace) -> None:
 
     RunDir.check(args.outf, args.config)  # before the teacher runs
     check_writable(resolve_path(args.cache_dir))
-    check_run(args.config)
-    prepare_dataset(args.config, args.cache_dir, device=args.config.train.device)
-    jobs = launch(args.config, args.outf, cache_dir=args.cache_dir,
+    config = check_run(args.config)
+    prepare_dataset(config, args.cache_dir, device=config.train.device)
+    jobs = launch(config, args.outf, cache_dir=args.cache_dir,
                   **{name: getattr(args, name) for name in LAUNCH})
     follow(jobs)
     failed = [job for job in jobs if job.state == "failed"]
@@ -262,8 +265,8 @@ def _prepare(args: argparse.Namespace) -> None:
     from hnerv_clip.train import check_run
 
     check_writable(resolve_path(args.cache_dir))
-    check_run(args.config)
-    dataset = prepare_dataset(args.config, args.cache_dir, device=args.config.train.device)
+    config = check_run(args.config)
+    dataset = prepare_dataset(config, args.cache_dir, device=config.train.device)
     print(dataset.facts().to_string(header=False))
 
 
@@ -316,11 +319,17 @@ def _scale(args: argparse.Namespace) -> None:
     print(scaling_markdown(measured))
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    from hnerv_clip.evaluate import evaluate_run
+def _load_run(args: argparse.Namespace):
+    """The one run that a command names."""
     from hnerv_clip.inference import load_run
 
-    _show_summary(evaluate_run(load_run(args.outf, cache_dir=args.cache_dir, device=args.device)))
+    path, = match_paths(args.data_path, 1)
+    return load_run(args.outf, cache_dir=args.cache_dir, device=args.device, data_path=path)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from hnerv_clip.evaluate import evaluate_run
+    _show_summary(evaluate_run(_load_run(args)))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -330,7 +339,8 @@ def _verify(args: argparse.Namespace) -> None:
     if args.table not in (None, "-"):
         check_writable(Path(args.table).absolute().parent)
     verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
-                              seed=args.seed, near=args.near, labels=args.labels, force=args.force)
+                              seed=args.seed, near=args.near, labels=args.labels, force=args.force,
+                              data_paths=args.data_path)
     for folder in verified:
         print((folder / "verification.txt").read_text(encoding="utf-8"))
         print(folder / "verification.json")
@@ -346,9 +356,8 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _fit_head(args: argparse.Namespace) -> None:
     from hnerv_clip.fit_head import evaluate_field, fit_head, summarise_field
-    from hnerv_clip.inference import load_run
 
-    run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
+    run = _load_run(args)
     names = ("boxes", "steps", "rank", "hidden", "rate_weight")
     given = {f"field_{name}": getattr(args, name) for name in names
              if getattr(args, name) is not None}
@@ -371,8 +380,9 @@ def _index(args: argparse.Namespace) -> None:
     from hnerv_clip.inference import load_run
     from hnerv_clip.search.index import index_runs
 
-    index = index_runs(load_run(outf, cache_dir=args.cache_dir, device=args.device)
-                       for outf in args.outf)
+    paths = match_paths(args.data_path, len(args.outf))
+    index = index_runs(load_run(outf, cache_dir=args.cache_dir, device=args.device, data_path=path)
+                       for outf, path in zip(args.outf, paths, strict=True))
     print(index.videos.to_string(index=False, float_format="{:g}".format))
     print(f"{index.save(args.folder)}: {len(index)} patches")
 
@@ -400,7 +410,8 @@ def _search(args: argparse.Namespace) -> None:
     run = RunDir(args.outf)
     config = run.config_with_head()
     texts = encode_kept(queries, config.teacher, run.path, device=args.device)
-    kept = predict_patches(run.path, cache_dir=args.cache_dir, device=args.device)
+    path, = match_paths(args.data_path, 1)
+    kept = predict_patches(run.path, cache_dir=args.cache_dir, device=args.device, data_path=path)
     for query, vector in zip(queries, texts):
         found = rank_patches(vector, kept.embeddings, args.top_k, apart=args.apart)
         found["time_s"] = found.frame / kept.fps
@@ -411,11 +422,11 @@ def _search(args: argparse.Namespace) -> None:
 
 def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
     from hnerv_clip.field import load_field
-    from hnerv_clip.inference import load_run, sources_of
+    from hnerv_clip.inference import sources_of
     from hnerv_clip.search.boxes import search_boxes
     from hnerv_clip.search.kept import encode_kept
 
-    run = load_run(args.outf, cache_dir=args.cache_dir, device=args.device)
+    run = _load_run(args)
     source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
     field = load_field(run, source=source)
     asked: list = []

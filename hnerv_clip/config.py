@@ -185,9 +185,16 @@ class Config:
         frame_hw = config.video.resize_list or config.video.crop_list
         return config.resolve(frame_hw) if frame_hw else config
 
+    @property
+    def resolved(self) -> bool:
+        """Whether nothing waits for the frame's size."""
+        model = self.model
+        return AUTO not in (self.teacher.patch_grid, model.enc_strds, model.dec_strds, model.fc_hw,
+                            model.pad_list)
+
     def resolve(self, frame_hw: tuple[int, int]) -> Config:
         """What is `auto`, chosen for frames of height and width `frame_hw`; the rest as it is."""
-        if self.teacher.patch_grid != AUTO and AUTO not in dataclasses.astuple(self.model):
+        if self.resolved:
             return self
         config = dataclasses.replace(
             self, teacher=dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.metrics import mean_energy
 from hnerv_clip.patches import PatchGrid, make_grid
+from hnerv_clip.runs import RunDir, RunError
 from hnerv_clip.teachers import (
     cache_path,
     cached_embeddings,
@@ -52,6 +54,32 @@ class Dataset:
             rows["embedding values"] = self.embeddings.shape[-1]
             rows["energy in the mean embedding"] = f"{mean_energy(self.embeddings):.1%}"
         return pd.DataFrame({"value": rows})
+
+
+def resolve_config(config: Config, video: Video | None = None) -> Config:
+    """A configuration with all that is `auto` chosen for its video, of which one frame is read."""
+    if config.resolved:
+        return config
+    video = video or load_video(dataclasses.replace(config.video, frame_limit=1))
+    return config.resolve(video.frame_hw)
+
+
+def check_same_video(run: RunDir, video: Video, data_path: str) -> None:
+    """Raise where a run that has begun was trained on other frames than these.
+
+    The frames are compared, not where they lie.
+
+    Raises:
+        RunError: they differ; the message names both.
+    """
+    recorded = run.recorded_video()
+    if recorded and recorded["data_digest"] != video.digest:
+        height, width = video.frame_hw
+        raise RunError(
+            f"{data_path} shows other frames ({len(video.frames)} of {height}×{width}, sha256 "
+            f"{video.digest[:12]}) than {run.path} was trained on ({recorded['data']}, sha256 "
+            f"{recorded['data_digest'][:12]}): give that video with --data_path, or train on this "
+            "one in another outf")
 
 
 def prepare_dataset(config: Config, cache_dir: str | Path = "output/cache", *,

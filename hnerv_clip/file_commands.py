@@ -135,8 +135,7 @@ def _encode(args: argparse.Namespace) -> None:
     _check_free(out, args.force)
     if out.suffix != ".hnerv":
         raise FileCommandError(f"{out} should end in .hnerv, so that it is known for what it is")
-    config = args.config.replace(data_path=args.video)
-    check_run(config)
+    config = check_run(args.config.replace(data_path=args.video))
     work = resolve_path(args.work or f"output/encode/{out.stem}")
     prepare_dataset(config, args.cache_dir, device=config.train.device)
     result = train(config, work, cache_dir=args.cache_dir)

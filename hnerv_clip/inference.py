@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.dataset import Dataset, load_dataset
+from hnerv_clip.dataset import Dataset, check_same_video, load_dataset
 from hnerv_clip.devices import select_device, set_precision
 from hnerv_clip.metrics import bracket_frames
 from hnerv_clip.model import HNeRV, build_model, frame_times
-from hnerv_clip.runs import BEST, RunDir, load_weights
+from hnerv_clip.runs import BEST, RunDir, RunError, load_weights
+from hnerv_clip.video import has_source
 
 BATCH = 4  # frames decoded at once
 
@@ -126,21 +127,27 @@ class Run:
 
 
 def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", device: str = "auto",
-             checkpoint: str = BEST, needs_head: bool = False) -> Run:
+             checkpoint: str = BEST, needs_head: bool = False, data_path: str = "") -> Run:
     """Load a run's model and the data that it was trained on; no teacher is loaded.
 
     Args:
         needs_head: refuse a run without the CLIP head, before its weights are looked for.
-
+        data_path: where its video lies now; by default where it was.
     Raises:
-        RunError: no run there, or a damaged or foreign checkpoint.
+        RunError: no run there, a damaged or foreign checkpoint, no video, or another one's frames.
         ConfigError: the teacher's embeddings are not in `cache_dir`; or there is no head where one
             is needed.
     """
     run = RunDir(run_dir)
     config = run.config_with_head() if needs_head else run.config()
     state = run.load_checkpoint(checkpoint)
+    if data_path:
+        config = config.replace(data_path=data_path)
+    elif not has_source(config.video.data_path):
+        raise RunError(f"the video of {run.path}, {config.video.data_path}, is not there any more: "
+                       "give the place where it lies now with --data_path (data_path= in Python)")
     dataset = load_dataset(config, cache_dir)
+    check_same_video(run, dataset.video, config.video.data_path)
     target = select_device(device)
     set_precision(config.train.precision, target)
     model = build_model(config.model, frame_hw=dataset.video.frame_hw,

@@ -12,7 +12,6 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hnerv_clip.config import ConfigError, ModelConfig, clip_stages, embed_kind, resolve_model
@@ -23,9 +22,15 @@ from hnerv_clip.sizes import choose_strides
 
 
 def pad_edges(frames: Tensor, padded_hw: tuple[int, int]) -> Tensor:
-    """[B, C, H, W] with the last row and column repeated up to height and width `padded_hw`."""
-    below, right = padded_hw[0] - frames.shape[2], padded_hw[1] - frames.shape[3]
-    return F.pad(frames, (0, right, 0, below), mode="replicate") if below or right else frames
+    """[B, C, H, W] of any type with its last row and column repeated, to `padded_hw` (H', W')."""
+    height, width = frames.shape[2:]
+    if (height, width) == tuple(padded_hw):
+        return frames
+    padded = frames.new_empty(*frames.shape[:2], *padded_hw)
+    padded[..., :height, :width] = frames
+    padded[..., :height, width:] = frames[..., -1:]
+    padded[..., height:, :] = padded[..., height - 1:height, :]
+    return padded
 
 
 class HNeRV(nn.Module):

@@ -54,3 +54,16 @@ def tell_apart(paths: Iterable[str | Path]) -> list[str]:
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):
             return names
+
+
+def match_paths(data_paths: Iterable[str], count: int) -> list[str]:
+    """A path for each of so many runs: one for all, one for each, or none ("").
+
+    Raises:
+        ValueError: another number of paths.
+    """
+    paths = list(data_paths)
+    if len(paths) not in (0, 1, count):
+        raise ValueError(f"--data_path names {len(paths)} videos for {count} runs: give one for "
+                          "all of them, or one for each")
+    return paths if len(paths) == count else (paths or [""]) * count

@@ -201,7 +201,8 @@ class RunDir:
             RunError: the folder holds another configuration, or other files.
         """
         run = cls.check(path, config)
-        if not (run.path / "config.json").exists() or config.diff(run.config()):
+        known = run.config() if (run.path / "config.json").exists() else None
+        if known is None or not run.begun and (config.diff(known) or not known.resolved):
             run.path.mkdir(parents=True, exist_ok=True)
             write_json(run.path / "config.json", config.params())
         return run
@@ -217,7 +218,9 @@ class RunDir:
         check_writable(run.path)
         if (run.path / "config.json").exists():
             differences = config.diff(run.config())
-            if differences and any((run.path / name).exists() for name in STARTED):
+            if run.recorded_video():  # then the frames are compared, not where they lie
+                differences.pop("data_path", None)
+            if differences and run.begun:
                 listed = "; ".join(f"{name}: {old!r} there, {new!r} asked"
                                    for name, (new, old) in differences.items())
                 raise RunError(f"{run.path} holds a run of another configuration ({listed}). "
@@ -275,6 +278,24 @@ class RunDir:
             yield
 
     @property
+    def begun(self) -> bool:
+        """Whether there is something here that training made."""
+        return any((self.path / name).exists() for name in STARTED)
+
+    def recorded_video(self) -> dict[str, str]:
+        """`data` (a path or name) and `data_digest` of the frames that it learns; {} if unknown."""
+        try:
+            facts = self.provenance()
+        except RunError:
+            return {}
+        return {name: facts[name] for name in ("data", "data_digest")} if self.begun else {}
+
+    def note_location(self, config: Config) -> None:
+        """Keep where the run's video lies now."""
+        if config.video.data_path != self.config().video.data_path:
+            write_json(self.path / "config.json", config.params())
+
+    @property
     def finished(self) -> bool:
         """Whether the run was trained and evaluated to its end."""
         return (self.path / "summary.json").exists()
@@ -314,6 +335,7 @@ class RunDir:
             check_keys(state, RESUMABLE, path, fix=fix)
         try:
             differences = self.config().diff(Config.from_params(**state["config"]))
+            differences.pop("data_path", None)  # before the video moved
         except ConfigError as error:
             raise RunError(f"{path} is damaged: {error}; {fix}") from error
         if differences:

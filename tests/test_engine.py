@@ -44,6 +44,10 @@ VARIANTS = {
     "pooled": dict(clip_pool=0.3),
     "jittered": dict(clip_jitter=3, clip_loss_type="centred"),
     "no head": dict(predict_clip=False, act="swish"),
+    "padded": dict(enc_strds="4 2", dec_strds="4 2", act="sin"),
+    "padded, boxes and pooled": dict(enc_strds="4 2", dec_strds="4 2", pad_list="16_32", loss="L1",
+                                     inpaint_size=3, clip_pool=0.3),
+    "padded xyt": dict(embed="xyt_1.25_8", dec_strds="4 2", fc_hw="2_3", pad_list="16_24"),
 }
 
 

@@ -41,7 +41,7 @@ def count_work(config: ModelConfig, plan: Plan, *, frame_hw: tuple[int, int],
     parts: dict[str, list[tuple[int, int]]] = {}
     kind = embed_kind(config.embed)
     if kind == "hybrid":
-        parts["encoder"], width_in, (h, w) = [], 3, frame_hw
+        parts["encoder"], width_in, (h, w) = [], 3, plan.padded_hw
         for i, stride in enumerate(config.enc_strds):
             last = i == len(config.enc_strds) - 1
             width = plan.embed_channels if last else int(config.enc_dim[0])

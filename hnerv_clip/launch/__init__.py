@@ -90,8 +90,7 @@ def launch(
     if run is None:
         from hnerv_clip.train import check_run
 
-        for config in named.values():
-            check_run(config)
+        named = {name: check_run(config) for name, config in named.items()}
     folders = {name: outf if single else outf / name for name in named}
     for name, config in named.items():  # every folder is checked before any is touched
         RunDir.check(folders[name], config)

@@ -43,12 +43,14 @@ class Predictions:
 
 
 def predict_patches(outf: str | Path, *, cache_dir: str | Path = "output/cache",
-                    device: str = "auto") -> Predictions:
+                    device: str = "auto", data_path: str = "") -> Predictions:
     """The embeddings that a run predicts: kept ones where its checkpoint is still the same.
 
     They are the prediction's (`inference.sources_of(…)[-1]`), so no frame that is asked about is
     seen. A folder that can't be written is searched all the same.
 
+    Args:
+        data_path: where the run's video lies now, see `load_run`.
     Raises:
         RunError: no run there, or a damaged or foreign checkpoint.
         ConfigError: the run has no CLIP head, or its video or embeddings are not to be had.
@@ -62,7 +64,7 @@ def predict_patches(outf: str | Path, *, cache_dir: str | Path = "output/cache",
         return Predictions(check_embeddings(arrays["embeddings"]), arrays["boxes"], **about)
     from hnerv_clip.inference import load_run, predict_embeddings, sources_of
 
-    loaded = load_run(outf, cache_dir=cache_dir, device=device)
+    loaded = load_run(outf, cache_dir=cache_dir, device=device, data_path=data_path)
     source, dataset = sources_of(loaded.model)[-1], loaded.dataset
     embeddings = np.asarray(predict_embeddings(loaded.model, dataset, source=source))
     boxes = np.asarray(dataset.grid.boxes)

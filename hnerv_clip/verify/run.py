@@ -26,7 +26,7 @@ from hnerv_clip.inference import (
 )
 from hnerv_clip.metrics import check_embeddings
 from hnerv_clip.model import HNeRV, build_model
-from hnerv_clip.paths import resolve_path
+from hnerv_clip.paths import match_paths, resolve_path
 from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json
 from hnerv_clip.teachers import (
     Teacher,
@@ -226,24 +226,30 @@ def is_verified(folder, *, seed: int = 0, near: int = 2, labels: str | Iterable[
 
 def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
                    device: str = "auto", seed: int = 0, near: int = 2,
-                   labels: str | Iterable[str] = "", force: bool = False) -> list[Path]:
+                   labels: str | Iterable[str] = "", force: bool = False,
+                   data_paths: Iterable[str] = ()) -> list[Path]:
     """Verify runs one after the other, and keep the answers in their folders.
 
     A run whose verification is there, of the same checkpoint, seed, near and labels, is left as it
     is; so is one with these whose checkpoint is not here any more. The teacher is loaded once for
     runs that share it.
 
+    Args:
+        data_paths: where the runs' videos lie now: one for all, or one for each; see `load_run`.
     Returns:
         The folders, as `Path`s.
     Raises:
         RunError: some could not be verified, after all others were; the message says which and why.
     """
     folders, failed, teachers = [RunDir(folder).path for folder in folders], {}, {}
-    for folder in tqdm(folders, desc="verify", unit="run", disable=len(folders) < 2):
+    paths = match_paths(data_paths, len(folders))
+    for folder, data_path in tqdm(list(zip(folders, paths, strict=True)), desc="verify", unit="run",
+                                  disable=len(folders) < 2):
         if not force and is_verified(folder, seed=seed, near=near, labels=labels):
             continue
         try:
-            run = load_run(folder, cache_dir=cache_dir, device=device, needs_head=True)
+            run = load_run(folder, cache_dir=cache_dir, device=device, needs_head=True,
+                           data_path=data_path)
             name = run.dataset.teacher_name
             if name not in teachers:
                 teachers[name] = load_teacher(run.config.teacher, device)

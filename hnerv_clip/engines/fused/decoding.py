@@ -55,7 +55,8 @@ class Decoder:
             self.graphs[wish] = graph
         if self.network.cuda:
             self.graphs[wish].replay()
-        return self.network.pred if rgb else None, self.vectors[wish]
+        height, width = self.model.frame_hw  # without the padding
+        return self.network.pred[..., :height, :width] if rgb else None, self.vectors[wish]
 
     def _run(self, rgb: bool, clip: bool) -> Tensor | None:
         blocks = self.model.config.num_blks[1]

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hnerv_clip.config import Config
@@ -17,7 +18,7 @@ from hnerv_clip.engines.plain import COLUMNS, PlainEngine, SetupError, explain
 from hnerv_clip.kernels.launch import compile_all
 from hnerv_clip.losses import pixel_loss
 from hnerv_clip.metrics import psnr
-from hnerv_clip.model import HNeRV, frame_times
+from hnerv_clip.model import HNeRV, frame_times, pad_edges
 
 
 class Moments:
@@ -55,6 +56,13 @@ class FusedEngine(PlainEngine):
     def __init__(self, config: Config, model: HNeRV, dataset: Dataset, *, autocast: torch.dtype):
         super().__init__(config, model, dataset, autocast=autocast)
         size = config.train.batch_size
+        height, width = self.model.frame_hw
+        # The kernels see the padded frames, everybody else the same memory without the padding
+        self.padded = pad_edges(self.frames, model.plan.padded_hw)
+        self.frames = self.padded[..., :height, :width]
+        self.seen = self.mask  # by the encoder, of the padded frame
+        if self.mask is not None:
+            self.seen = pad_edges(self.mask[None, None], model.plan.padded_hw)[0, 0].contiguous()
         self.networks = {size: Network(model, batch=size)}
         self.parameters = self.networks[size].parameters
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -214,7 +222,7 @@ class FusedEngine(PlainEngine):
     def _embed(self, network: Network, indices: Tensor) -> Tensor:
         """The embeddings of frames [B], in the network's rows [N, C]."""
         if self.model.kind == "hybrid":
-            return network.encode(network.frame_patches(self.frames, indices, self.mask))
+            return network.encode(network.frame_patches(self.padded, indices, self.seen))
         positions = network.take(self.positions[indices].flatten(0, 2))
         return network.encode(positions) if self.model.kind == "xyt" else positions
 
@@ -223,13 +231,13 @@ class FusedEngine(PlainEngine):
         """Pixel loss and PSNR of frames, both [B]; leaves the gradient in `network.drgb`."""
         height, width = self.model.frame_hw
         values = 3 * height * width
-        if self.config.train.loss == "L2" and self.mask is None:
+        if self.config.train.loss == "L2" and self.mask is None and not self.model.plan.pads:
             network.colour("l2", video=self.frames, indices=indices, scale=1 / (values * count))
             error = network.error.sum(1) / values
             return error, -10 * torch.log10(error)
         network.colour("pred")
         frames = self.frames[indices].float() / 255
-        pred = network.pred.detach().requires_grad_()
+        pred = network.pred[..., :height, :width].detach().requires_grad_()
         with torch.enable_grad():
             pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask,
                                constants=self.ssim)
@@ -238,7 +246,8 @@ class FusedEngine(PlainEngine):
         bias = self.config.model.out_bias
         slope = 2 * pred * (1 - pred) if bias == "tanh" else \
             pred * (1 - pred) if bias == "sigmoid" else 1
-        network.set_colour_gradient(gradient * slope)
+        below, right = (p - side for p, side in zip(self.model.plan.padded_hw, (height, width)))
+        network.set_colour_gradient(F.pad(gradient * slope, (0, right, 0, below)))
         return pixel.detach(), psnr(pred, frames)
 
     def _clip_gradients(self, network: Network, indices: Tensor, count: int,

@@ -45,8 +45,8 @@ def unsupported(model: HNeRV) -> str | None:
                 f"{', '.join(kernels.ACTIVATIONS)} without a norm)")
     if max(model.plan.kernels) > MOST_KERNEL:
         return f"a kernel of {max(model.plan.kernels)} (they know {MOST_KERNEL} at most)"
-    if model.plan.output_hw != model.frame_hw:
-        return "a decoder that is resized to the frame (choose dec_strds that give its size)"
+    if model.plan.output_hw != model.plan.padded_hw:
+        return "a decoder that is resized to the frame (leave fc_hw to auto)"
     last = config.dec_strds[-1] if config.num_blks[1] == 1 else 1
     if last & (last - 1):
         return f"a last stride of {last}, no power of two"
@@ -103,7 +103,7 @@ class Network:
         encoder = getattr(model, "encoder", None) or getattr(model, "coordinate_encoder", None)
         if encoder is not None:
             root = "encoder" if hasattr(model, "encoder") else "coordinate_encoder"
-            h, w = model.frame_hw if root == "encoder" else model.config.fc_hw
+            h, w = model.plan.padded_hw if root == "encoder" else model.config.fc_hw
             for i, stage in enumerate(encoder.stages):
                 at = 0 if i == 0 else 1
                 conv, norm = stage[at], stage[1 - at]
@@ -143,7 +143,7 @@ class Network:
         """
         last, C = self.convs[-1], self.model.rgb_head.in_channels
         SW, CG, CN = last.SW, last.CG, last.CN
-        H, W = self.model.frame_hw
+        H, W = self.model.plan.padded_hw
         units = last.units and hopper.knows_rgb(CN, 8, 3, (H + 2, W + 2))
         CO = 8 if units else 4  # colours in memory, three of them used
         k, c, y, x = torch.meshgrid(*map(torch.arange, (3, C, 3, 3)), indexing="ij")
@@ -202,7 +202,7 @@ class Network:
                     split, N, conv.CI, dtype=torch.float32 if split > 1 else dtype,
                     device=self.device))
                 self.dbias.append(full(self._programs(N, 32), conv.CO))
-        H, W = self.model.frame_hw
+        H, W = self.model.plan.padded_hw
         self.pred = torch.zeros(B, 3, H, W, device=self.device,
                                 dtype=torch.float32 if self.train else torch.uint8)
         first = self.encoder[0][0] if self.encoder else self.convs[0]
@@ -258,7 +258,7 @@ class Network:
 
     def frame_patches(self, video: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
         """Frames of the video as the first convolution's input [N, CI]."""
-        H, W = self.model.frame_hw
+        H, W = self.model.plan.padded_hw
         conv = self.encoder[0][0]
         stride, BM = H // conv.H, 32
         launch(encoder_kernels.patch_frames, (triton.cdiv(conv.H * conv.W, BM), self.batch), video,
@@ -363,7 +363,7 @@ class Network:
     def colour(self, mode: str, *, video: Tensor | None = None, indices: Tensor | None = None,
                scale: float = 0.0) -> None:
         """The RGB head over the last features; see `kernels.rgb_forward` for the modes."""
-        H, W = self.model.frame_hw
+        H, W = self.model.plan.padded_hw
         bias = self.model.config.out_bias
         p = self.parameters
         known = bias in ("tanh", "sigmoid")

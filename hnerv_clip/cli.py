@@ -180,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
                              help="parameters that tell settings apart in the table")
 
     made = add("pages", _pages, "make anew what README and book take from book/results")
+    made.add_argument("--execute", action=argparse.BooleanOptionalAction, default=True,
+                      help="execute the notebooks over book/results (10 to 16), too")
     made.add_argument("--fidelity", nargs="+", metavar="RUN", help=
                       "first collect book/results/fidelity.json from these finished runs")
     made.add_argument("--quick", metavar="FOLDER", help=
@@ -308,15 +310,20 @@ def _study(args: argparse.Namespace) -> None:
 
 
 def _scale(args: argparse.Namespace) -> None:
+    import pandas as pd
+
     from hnerv_clip.bench.multi_gpu import SETTINGS, measure_scaling
-    from hnerv_clip.book.scaling_pages import scaling_markdown
+    from hnerv_clip.book.scaling import correctness_rows, machine_words, speed_rows
 
     check_writable(resolve_path(args.outf))
     measured = measure_scaling(
         Config.from_params(**{**SETTINGS, **args.settings}), args.outf, gpus=args.gpus,
         parts=args.parts, correctness_epochs=args.correctness_epochs,
         sweep_epochs=args.sweep_epochs, run_epochs=args.run_epochs, cache_dir=args.cache_dir)
-    print(scaling_markdown(measured))
+    for rows in (speed_rows(measured), correctness_rows(measured)):
+        if rows:
+            print(pd.DataFrame(rows).to_string(index=False, na_rep=""), end="\n\n")
+    print(machine_words(measured))
 
 
 def _load_run(args: argparse.Namespace):
@@ -474,7 +481,7 @@ def _show_found(title: str, found) -> None:
 
 
 def _pages(args: argparse.Namespace) -> None:
-    from hnerv_clip.book import pages, repository_root
+    from hnerv_clip.book import build, pages, repository_root
 
     root = repository_root()
     if args.fidelity:
@@ -482,9 +489,11 @@ def _pages(args: argparse.Namespace) -> None:
     if args.quick:
         pages.collect_quick(root / "book" / "results", resolve_path(args.quick))
     if args.scaling:
-        from hnerv_clip.book.scaling_pages import collect_scaling
+        from hnerv_clip.book.scaling import collect_scaling
 
         collect_scaling(root / "book" / "results", resolve_path(args.scaling))
+    if args.execute:
+        build.execute_results(root)
     pages.refresh(root)
 
 

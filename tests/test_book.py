@@ -21,6 +21,19 @@ predict_clip = True
 queries = ["hare", "wood"]"""
 
 
+EVIL = "<svg onload=alert(1)>"
+HOSTILE = f"""import pandas as pd
+from IPython.display import Markdown, display
+from hnerv_clip import figures
+figures.use_style()
+evil = {EVIL!r}
+display(Markdown(f"**Teacher: local-dir:{{evil}}** [a](javascript:alert(1))"),
+        pd.DataFrame([{{evil: evil}}]))
+figures.plot_differences(pd.DataFrame([{{"name": evil, "color": "hybrid", "x": [1.0, 2.0],
+    "x_low": 0.0, "x_high": 3.0}}]), panels={{"x": evil}}, words=f"Of {{evil}}: $a$",
+    teacher_label=evil)"""
+
+
 def write_notebook(path, *sources, tags=("parameters",)):
     """A notebook whose first cell is a heading and whose second is the parameters cell."""
     cells = [nbformat.v4.new_markdown_cell(f"# {path.stem}")]
@@ -52,7 +65,8 @@ def repo(tmp_path, monkeypatch):
                    "import sys, os\nprint('\\r 50%\\r100%')\nprint('noise', file=sys.stderr)\n"
                    "print(os.getcwd(), epochs)")
     write_notebook(root / "notebooks" / "02_second.ipynb", 'outf = "output/quick/main"\ntop_k = 5',
-                   "from pathlib import Path\nopen('../ran', 'a').write('x')\nPath.cwd()")
+                   "from pathlib import Path\nopen('../ran', 'a').write('x')\nPath.cwd()",
+                   HOSTILE)
     monkeypatch.chdir(root)
     return root
 
@@ -140,6 +154,7 @@ def test_a_book_from_notebooks_to_published_pages(repo, capsys):
     (repo / "book" / "index.md").write_bytes(committed[repo / "book" / "index.md"])
 
     html = build.make_book(overrides={"epochs": "3"}, only=["01"])  # 02 is there from before
+    check_nothing_executes(html.parent / "book" / "02_second.html")
     assert html == repo / "output" / "quick" / "html" / "index.html"
     assert "[1/1] 01_first  (epochs=3)" in capsys.readouterr().out
     assert (repo / "ran").read_text() == "x"
@@ -166,6 +181,27 @@ def test_a_book_from_notebooks_to_published_pages(repo, capsys):
     for name in ("01_first", "02_second"):
         assert (repo / f"book/{name}.ipynb").read_bytes() == \
             (repo / f"output/quick/site/book/{name}.ipynb").read_bytes()
+
+
+def check_nothing_executes(page):
+    """Names of videos and folders are text in a built page, in captions of figures, too."""
+    from html.parser import HTMLParser
+
+    found = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            found.append((tag, dict(attributes)))
+
+    Parser().feed(page.read_text())
+    bad = [(tag, name) for tag, attributes in found for name, value in attributes.items()
+           if "alert(1)" in str(value) and (name.startswith("on") or "javascript:" in str(value))]
+    assert not bad and ("svg", {"onload": "alert(1)"}) not in found
+    image, = [a for tag, a in found if tag == "img" and "second" not in a.get("alt", "")
+              and "Of <svg" in a.get("alt", "")]
+    assert image["alt"].startswith("Of <svg onload=alert(1)>: $a$ A dot is a pair")
+    drawing = (page.parent / image["src"]).resolve().read_text()
+    assert "<svg onload" not in drawing and "&lt;svg onload=alert(1)&gt;" in drawing
 
 
 def test_a_whole_book_notes_what_it_took(repo, monkeypatch):
@@ -226,6 +262,8 @@ def test_readme_and_book_show_what_was_measured(tmp_path):
     """Nothing in them was typed by hand or is stale: `hnerv-clip pages` would change nothing."""
     for name in ("results", "_generated"):
         shutil.copytree(ROOT / "book" / name, tmp_path / "book" / name)
+    for page in (ROOT / "book").glob(pages.RESULTS):
+        shutil.copy(page, tmp_path / "book")
     shutil.copy(ROOT / "README.md", tmp_path)
     pages.refresh(tmp_path)
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.md"))
@@ -236,7 +274,7 @@ def test_readme_and_book_show_what_was_measured(tmp_path):
                 for name in re.findall(r"_generated/\w+\.md", page.read_text())}
     assert included == set(made) - {Path("README.md")}
     readme = (ROOT / "README.md").read_text()
-    assert pages.settings_markdown() in readme and readme.count("<!-- made: ") == 6
+    assert pages.settings_markdown() in readme and readme.count("<!-- made: ") == 7
 
 
 def test_published_pages_are_there():
@@ -272,7 +310,7 @@ def test_results_are_collected_from_run_folders(trained_run, tmp_path):
     assert own["curve"][-1] == [4, pytest.approx(summary["eval_psnr_all"], abs=1)]
     assert own["precision"] == "fp32" and own["engine"] == "plain"
     text = pages.fidelity_markdown(measured)
-    assert f"seed 0: fp32, plain engine, {run.provenance()['device']}" in text
+    assert f"here: fp32, plain engine, {run.provenance()['device']}" in text
 
     with pytest.raises(RunError, match="execute the whole book"):
         pages.collect_quick(tmp_path, tmp_path)

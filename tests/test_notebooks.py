@@ -22,10 +22,11 @@ def code_cells(path):
     return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
 
 
-def test_there_are_six_in_order():
+def test_there_are_six_in_order_and_the_results():
     assert [path.stem for path in NOTEBOOKS] == [
         "01_prepare_data", "02_train", "03_evaluate", "04_verify_clip", "05_ablations",
-        "06_search_by_text"]
+        "06_search_by_text", "10_learn_semantics", "11_measure_cost", "12_weigh_tradeoff",
+        "13_compare_heads", "14_check_fidelity", "15_measure_speed", "16_scale_gpus"]
 
 
 @every_notebook
@@ -86,7 +87,7 @@ def test_all_notebooks_make_a_book(tmp_path, monkeypatch, cache_dir):
     overrides = TINY | {"outf": str(study / "main"), "cache_dir": str(cache_dir)}
     html = build.make_book(overrides=overrides)
     assert html.exists()
-    for path in NOTEBOOKS:
+    for path in [path for path in NOTEBOOKS if path.stem < "10"]:
         text = (study / "site" / "book" / path.name).read_text()
         page = (html.parent / "book" / f"{path.stem}.html").read_text()
         assert str(tmp_path) not in text and str(ROOT) not in text, path.stem

@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from conftest import SMALL
 from test_launch import CONFIG
@@ -18,14 +17,19 @@ from hnerv_clip.bench.multi_gpu import (
     speed_runs,
     sweep_configs,
     time_to_reach,
-    whole_run,
 )
-from hnerv_clip.book.scaling_pages import collect_scaling, scaling_markdown, write_scaling
+from hnerv_clip.book.results import ResultsError
+from hnerv_clip.book.scaling import (
+    collect_scaling,
+    correctness_rows,
+    evaluation_rows,
+    machine_words,
+    read_scaling,
+    speed_rows,
+)
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.figures.scaling import plot_scaling
 from hnerv_clip.runs import RunDir, RunError, write_json
-from hnerv_clip.study.plan import study_base
-from hnerv_clip.teachers import describe_teacher
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +86,9 @@ def test_correctness_and_sweep(outf, cache_dir):
     sweep = measured["parts"]["sweep"]
     assert sweep["at_once_psnr_db"] == pytest.approx(sweep["in_sequence_psnr_db"], abs=1e-3)
     assert sweep["speed_up"] == sweep["in_sequence_s"] / sweep["at_once_s"] > 0
-    text = scaling_markdown(measured)
-    assert "A sweep of 2 runs" in text and "one rank twice" in text
+    assert sweep["runs"] == 2 and correctness_rows(measured)[0]["ranks"] == 2
+    assert [row["ranks"] for row in speed_rows(measured)][:2] == [1, 2]
+    assert "(bundled teacher, not CLIP); over gloo" in machine_words(measured)
 
 
 def test_a_whole_run_becomes_a_page(outf, cache_dir, tmp_path):
@@ -102,62 +107,20 @@ def test_a_whole_run_becomes_a_page(outf, cache_dir, tmp_path):
     os.utime(run.path / "job.json", (0, 0))  # as a copy may
     collect_scaling(tmp_path, outf)
     write_json(outf / "scaling.json", measured)
-    pages = tmp_path / "pages"
-    pages.mkdir()
-    write_scaling(pages, tmp_path)
-    text = (pages / "scaling_run.md").read_text()
-    assert "This ran on 2 GPUs; more were not measured." in text and "(bundled teacher, not CLIP)" \
-        in text
-    assert f"{run.summary()['eval_psnr_train']:.2f}" in text and "1.00 GiB" in text
-    assert "On one GPU these settings were not trained." in text
-    assert f"took {measured['parts']['run']['wall_s']:.0f} s" in text
-    assert "12 epochs of 2 steps" in text  # 5 of 6 frames train, 4 a step
-    assert (pages / "scaling_run_training.svg").exists()
-    ranks = (pages / "speed_ranks.md").read_text()
-    assert "### 2 × " in ranks and "### 2 ranks on a processor" in ranks
-    assert ranks.index("### 2 × ") < ranks.index("### 2 ranks")
+    copied = RunDir(tmp_path / "scaling_run")
+    rows = evaluation_rows(copied)
+    assert rows[0]["PSNR (dB)"] == f"{run.summary()['eval_psnr_train']:.2f}"
+    assert copied.config().train.epochs == 12 and copied.finished
 
     newer = tmp_path / "newer"
     newer.mkdir()
     write_json(newer / "scaling.json", {**measured, "backend": "nccl"})
     collect_scaling(tmp_path, newer)
     assert not (tmp_path / "scaling_run").exists()  # of the older measurement
-    write_scaling(pages, tmp_path)
-    assert "Not measured yet" in (pages / "scaling_run.md").read_text()
-    assert not list(pages.glob("scaling_run*.svg"))
-
-
-def test_one_gpu_stands_beside_the_whole_run_where_it_was_trained(tmp_path):
-    from hnerv_clip.book.scaling_pages import _one_gpu_text
-
-    config = whole_run(study_base("full", {}), 300)
-    row = {"video": "bunny", "variant": "base", "seed": 0, "embed": "", "epochs": 300,
-           "patch_grid": "2_4", "clip_pool": 0, "clip_loss_weight": 0.5,
-           "pixel_loss_warmup_epochs": 50, "psnr_train_db": 33.0, "psnr_held_out_db": 30.0,
-           "device": "A", "commit": "c" * 40, "dirty": False,
-           "teacher_label": describe_teacher(config.teacher).label}
-    other = {**row, "clip_loss_weight": 0.1, "psnr_train_db": 35.0}
-    pd.DataFrame([other, row]).to_csv(tmp_path / "study_trade_off.csv")
-    summary = {"eval_psnr_train": 32.5, "eval_psnr_val_interpolated": 30.25}
-    text = _one_gpu_text(config, summary, tmp_path, ranks=2)
-    assert "33.00 dB on training frames" in text
-    assert "0.50 dB lower on training frames and 0.25 dB higher on held-out ones" in text
-    for name, value in [("seed", 1), ("modelsize", 3), ("crop_list", "320_640"), ("lr", 2e-3),
-                        ("batch_size", 4), ("precision", "fp32"), ("data_split", "1_1_1"),
-                        ("embed", "pe_1.25_80"), ("patch_grid", "3_7"), ("clip_pool", 0.35),
-                        ("clip_pretrained", "laion400m_e32"), ("data_path", "bikes")]:
-        assert "not trained" in _one_gpu_text(config.replace(**{name: value}), summary, tmp_path,
-                                              ranks=2), name
-    pd.DataFrame([{**row, "data_split": "1_1_1"}]).to_csv(tmp_path / "study_trade_off.csv")
-    text = _one_gpu_text(config.replace(data_split="1_1_1"), {"eval_psnr_train": 32.5}, tmp_path,
-                         ranks=2)
-    assert "0.50 dB lower on training frames: the learning rate" in text and "held-out" not in text
-
-
-def test_nothing_measured_is_said(tmp_path):
-    write_scaling(tmp_path, tmp_path / "nowhere")
-    for name in ("speed_ranks", "scaling_run"):
-        assert "Not measured yet" in (tmp_path / f"{name}.md").read_text()
+    with pytest.raises(ResultsError, match="scaling.json has no kill.*hnerv-clip scale"):
+        read_scaling(tmp_path, "scaling.json", ["run", "kill"])
+    with pytest.raises(ResultsError, match="does not exist.*hnerv-clip scale"):
+        read_scaling(tmp_path, "nowhere.json", [])
 
 
 def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypatch):
@@ -179,10 +142,9 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypa
     assert [run["run"] for run in measured["parts"]["speed"]["runs"]] == [
         "ranks1", "ranks2", "ranks2_scaled", "ranks4"]
     assert [run["efficiency"] for run in measured["parts"]["speed"]["runs"]] == [1, 0.9, 0.9, 0.75]
-    text = scaling_markdown(measured)
-    assert "On 4 ranks with the learning rate ×4, training failed: run ranks4_scaled" in text
-    assert "| 1.0 | resumed |" in text
-    assert "On 4 ranks a step takes 1.333 times as long" in text  # 30 frames/s for 40
+    rows = speed_rows(measured)
+    assert rows[-1]["frames/s"].startswith("failed: run ranks4_scaled")
+    assert rows[0]["whole run (s)"] == "resumed" and rows[0]["training (s)"] == "1.0"
 
 
 def test_which_runs_there_are():

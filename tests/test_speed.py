@@ -1,4 +1,4 @@
-"""The tables of «How fast» say what the files hold, and what they do not."""
+"""Files of `hnerv-clip bench`, as the page of speed reads them."""
 
 import copy
 import json
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hnerv_clip import bench_results
-from hnerv_clip.book import speed
+from hnerv_clip.bench import results
+from hnerv_clip.book.markdown import three_digits
 from hnerv_clip.config import Config
 from hnerv_clip.figures.speed import plot_growth, plot_profile
 from hnerv_clip.verify import costs
@@ -48,95 +48,73 @@ def gpu():
                  "checkpoint_time_s": 0.5, "rest_s": 1.7, "psnr_db": 35.5,
                  "peak_memory_bytes": 3 * 2**30, "commit": "c" * 40, "dirty": False}],
         "scaling": [{"axis": axis, "frame": "640×1280", "pixels": 819200, "modelsize": 1.5,
-                     "patches": 8, "frames": 132, **step(True, 2.1)} for axis in speed.AXES]}
+                     "patches": 8, "frames": 132, **step(True, 2.1)} for axis in results.AXES]}
     return {"device": "NVIDIA Something", "parts": parts, "made": dict.fromkeys(parts, MADE)}
 
 
-def test_a_training_table():
-    text = speed.training_markdown([gpu()], REFERENCE)
-    assert "| fused engine, bf16, from frames | on | 2.10 (1.05–4.20) | **952** | 1.00 | 20.0 |" \
-        " 50% | 4.2% |" in text
-    assert "changes a step by +5.0% (fused, bf16, from frames)." in text  # 2.1 over 2.0
-    assert "| the other | on | 66–72 |" in text and "Not measured" not in text
-    assert "Medians of 5 repeats" in text and "commit 0123456789ab." in text
-    dirty = gpu()
-    dirty["made"]["train"] = {**MADE, "dirty": True}
-    assert "commit 0123456789ab with uncommitted changes" in speed.training_markdown([dirty],
-                                                                                  REFERENCE)
+def test_rates_stand_beside_other_codes():
+    rates = results.training_rates([gpu(), {**gpu(), "device": "x, 2 cores"}], REFERENCE)
+    assert list(rates.name) == ["fused engine, bf16", "fused engine, bf16", "plain engine, fp32",
+                                "the other"]
+    assert list(rates.frames_per_s.round()) == [1000, 952, 100, 69]
+    costs_of_head = results.head_costs(gpu()["parts"]["train"])
+    assert costs_of_head.share.item() == pytest.approx(0.05)  # 2.1 over 2.0
+    assert results.made_words(gpu(), "train").startswith("Medians of 5 repeats")
+    assert "commit 0123456789ab." in results.made_words(gpu(), "train")
+    dirty = {**gpu(), "made": {"train": {**MADE, "dirty": True}}}
+    assert "with uncommitted changes" in results.made_words(dirty, "train")
 
 
-def test_columns_without_values_go_and_failures_stay():
+def test_rows_that_failed_are_left_out():
     cpu = copy.deepcopy(gpu())
-    cpu["device"] = "A processor, 2 cores"
-    cpu["parts"]["train"] = [step(True, 900.0, peak_memory_bytes=None, compile_s=None),
-                             {"engine": "fast", "precision": "bf16", "failed": "no memory left"}]
-    text = speed.training_markdown([cpu], REFERENCE)
-    assert "memory (GiB)" not in text and "compilation" not in text
-    assert "- fast, bf16: failed, no memory left" in text
-    assert "Not measured yet: training on a GPU" in text
+    cpu["parts"]["train"] = [step(True, 900.0), {"engine": "fast", "failed": "no memory left"}]
+    assert len(results.part_rows([cpu], "train")[0][1]) == 1
 
 
-def test_goals_take_the_best_row_and_say_what_is_missing():
-    lines = speed.goals_markdown([gpu()]).splitlines()[2:]
-    assert [line.split("|")[3].strip() for line in lines] == [
+def test_goals_take_the_best_row_and_leave_out_what_is_missing():
+    assert list(results.goals([gpu()]).measured) == [
         "952", "1.00", "1000", "58", "5000", "2.0%", "12000"]
     empty = {"device": "NVIDIA Something", "parts": {}, "made": {}}
-    assert speed.goals_markdown([empty]).count("not measured") == len(speed.GOALS)
-    assert "Not measured yet" in speed.goals_markdown([{**empty, "device": "x, 2 cores"}])
+    assert not len(results.goals([empty])) and not len(results.goals([{**gpu(),
+                                                                       "device": "x, 2 cores"}]))
+    losses = results.embedding_losses(gpu()["parts"]["decode"])
+    assert losses == pytest.approx({("fused", 4): 0.02, ("plain", 4): -0.01})
 
 
 @pytest.mark.parametrize("value, shown", [(0.1234, "0.12"), (2.1, "2.10"), (41.26, "41.3"),
                                           (352.6, "353"), (3755.4, "3755")])
 def test_numbers_have_three_digits(value, shown):
-    assert speed._number(value) == shown
+    assert three_digits(value) == shown
 
 
-def test_pages_stand_with_files_and_without(tmp_path):
-    (tmp_path / "reference_speed.json").write_text(json.dumps(REFERENCE))
-    bare = speed.speed_pages(tmp_path)
-    assert all("easured yet" in text or "recorded yet" in text for text in bare.values())
+def test_files_are_read_gpus_first_and_none_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no bench.*hnerv-clip bench"):
+        results.load_benches(tmp_path)
     (tmp_path / "bench_a.json").write_text(json.dumps({**gpu(), "device": "x, 2 cores"}))
     (tmp_path / "bench_b.json").write_text(json.dumps(gpu()))
-    rows = [{"part": "encoder", "before_ms": 1.25, "after_ms": 0.5},
-            {"part": "decoder", "before_ms": 3.0, "after_ms": 1.25}]
-    (tmp_path / "profile_h100.json").write_text(json.dumps({"device": "H", "rows": rows}))
-    (tmp_path / "tried.json").write_text(json.dumps({"rows": [
-        {"change": "fusing", "expected_ms": 0.6, "measured_ms": None, "kept": False, "why": "slow",
-         "device": "H"}]}))
-    pages = speed.speed_pages(tmp_path)
-    assert pages.keys() == bare.keys()
-    assert not [name for name, text in pages.items() if "yet" in text]
-    assert "| **sum** | **4.25** | **1.75** |" in pages["speed_profile"]
-    assert "| fusing | 0.60 | no | slow | H |" in pages["speed_tried"]  # nothing was measured
-    assert "`seed0` | 300 | 0 | on | **58** | 3.0 | 1.5 | 9.0 | 40.0 | 4.0 | 1.2 | 0.5 | 1.7 | " \
-        "35.50 | 3.00 |" in pages["speed_fit"] and "clock: 5.2 s from" in pages["speed_fit"]
-    assert [bench["device"] for bench in bench_results.load_benches(tmp_path)] == [
+    assert [bench["device"] for bench in results.load_benches(tmp_path)] == [
         "NVIDIA Something", "x, 2 cores"]
-    assert "Embeddings take 2.0% (fused, 4 at once) and -1.0% (plain, 4 at once)" in \
-        pages["speed_decode"]
 
 
-def test_a_profile_pairs_the_engines(tmp_path):
+def test_a_profile_pairs_the_engines():
     def rows(engine, **parts):
-        return [{"engine": engine, "precision": "bf16", "part": part, "ms": ms}
+        return [{"engine": engine, "precision": "bf16", "part": part.replace("_", ", "), "ms": ms}
                 for part, ms in parts.items()]
 
     bench = gpu()
-    bench["parts"]["profile"] = rows("plain", encoder=1.5)
+    bench["parts"]["profile"] = rows("plain", encoder_back=1.5)
     bench["made"]["profile"] = MADE
-    (tmp_path / "bench_a.json").write_text(json.dumps(bench))
-    assert speed.step_profile(tmp_path) is None  # one engine alone
-    bench["parts"]["profile"] += rows("fused", encoder=0.5, sums=0.25)
-    (tmp_path / "bench_a.json").write_text(json.dumps(bench))
-    profile = speed.step_profile(tmp_path)
-    assert profile["rows"] == [{"part": "encoder", "before_ms": 1.5, "after_ms": 0.5},
-                               {"part": "sums", "before_ms": 0.0, "after_ms": 0.25}]
-    assert profile["device"].endswith("by the fused one, commit 0123456789ab")
+    assert results.step_profile([bench]) == ([], "")  # one engine alone
+    bench["parts"]["profile"] += rows("fused", encoder_back=0.5, sums=0.25)
+    parts, where = results.step_profile([bench])
+    assert parts == [{"part": "encoder, backward", "before_ms": 1.5, "after_ms": 0.5},
+                     {"part": "sums", "before_ms": 0.0, "after_ms": 0.25}]
+    assert where.endswith("by the fused one, commit 0123456789ab")
 
 
 def test_figures_show_every_device_and_part():
     devices = {name: gpu()["parts"]["scaling"] for name in ("one", "two")}
-    figure = plot_growth(devices, {name: axis[:2] for name, axis in speed.AXES.items()})
+    figure = plot_growth(devices, {name: axis[:2] for name, axis in results.AXES.items()})
     assert [len(panel.containers) for panel in figure.axes[:5]] == [2] * 5
     assert [text.get_text() for text in figure.axes[5].get_legend().get_texts()] == ["one", "two"]
     rows = [{"part": "encoder", "before_ms": 1.25, "after_ms": 0.5}]
@@ -162,7 +140,7 @@ def bench_file(tmp_path):
 
 def test_speeds_of_another_machine_are_read_for_the_same_network(bench_file):
     config = Config.from_params()
-    table, where = bench_results.read_decoding(bench_file, config, batch_size=4)
+    table, where = results.read_decoding(bench_file, config, batch_size=4)
     assert table["mode"].tolist() == ["RGB", "embeddings only"]
     assert table.frames_per_s.tolist() == [1000, 2000]  # of the fused decoder
     assert where == "a GPU, measured apart, commit 0123456789ab"
@@ -176,10 +154,10 @@ def test_speeds_of_another_machine_are_read_for_the_same_network(bench_file):
                             ({"patch_grid": "8_16"}, "another network: patch_grid="),
                             ({"resize_list": "320_640"}, "another network: resize_list=''")]:
         with pytest.raises(ValueError, match=message):
-            bench_results.read_decoding(bench_file, config.replace(**change), batch_size=4)
+            results.read_decoding(bench_file, config.replace(**change), batch_size=4)
     with pytest.raises(ValueError, match=r"no decoding of 3 frames at once; use one of \[4\]"):
-        bench_results.read_decoding(bench_file, config, batch_size=3)
+        results.read_decoding(bench_file, config, batch_size=3)
     with pytest.raises(ValueError, match="no speed of CLIP; there are A"):
-        bench_results.read_teacher_rates(bench_file, "CLIP")
+        results.read_teacher_rates(bench_file, "CLIP")
     with pytest.raises(ValueError, match="does not exist; give a file of hnerv-clip bench"):
-        bench_results.read_teacher_rates(bench_file.with_name("none.json"), LABEL)
+        results.read_teacher_rates(bench_file.with_name("none.json"), LABEL)

@@ -23,6 +23,7 @@ from typing import Any
 import nbformat
 
 from hnerv_clip.book import pages
+from hnerv_clip.book.markdown import without_html
 from hnerv_clip.config import Config, param_names, profile_params
 from hnerv_clip.devices import select_device
 from hnerv_clip.paths import find_checkout, resolve_path
@@ -250,7 +251,8 @@ def _shown(path: Path) -> str:
 def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
     """A copy for the reader: no progress bars, no widgets, no machine's paths, no timing noise.
 
-    Its last lines say when and where it was executed.
+    Figures get their captions as alternative texts; HTML inside Markdown is shown as text, but for
+    `markdown.PLAIN_TAGS`. The last lines say when and where the page was executed.
 
     Args:
         folders: {absolute path: what the page says instead}, the longest first.
@@ -271,9 +273,18 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
             cell.outputs = [_clean_output(output, folders) for output in cell.outputs
                             if output.get("name") != "stderr"
                             and WIDGET not in output.get("data", {})]
+            if alt := _alternative_text(cell.outputs):
+                cell.metadata["mystnb"] = {"image": {"alt": alt}}
     if facts:
         page.cells.append(nbformat.v4.new_markdown_cell(execution_note(facts), id="executed"))
     return page
+
+
+def _alternative_text(outputs: list[nbformat.NotebookNode]) -> str:
+    """The captions of the figures among outputs, see `figures.style.CaptionedFigure`."""
+    texts = [output.data.get("text/plain", "") for output in outputs
+             if any(kind.startswith("image/") for kind in output.get("data", {}))]
+    return " ".join(" ".join(text.split()) for text in texts if not text.startswith("<"))
 
 
 def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
@@ -282,6 +293,8 @@ def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbf
     for kind, value in output.get("data", {}).items():
         if isinstance(value, str) and (kind.startswith("text/") or kind == "image/svg+xml"):
             output.data[kind] = _hide_folders(value, folders)
+    if "text/markdown" in output.get("data", {}):
+        output.data["text/markdown"] = without_html(output.data["text/markdown"])
     return output
 
 
@@ -295,7 +308,8 @@ def stage(root: Path, study: Path, *, config: Config, run_dir: Path,
           cache_dir: str | Path = "output/cache") -> tuple[Path, list[str]]:
     """Lay out the book's sources in `study/site`: static pages, executed pages, figures.
 
-    A notebook that was not executed yet gets a page that says so.
+    A notebook that was not executed yet gets a page that says so; a page of results that was not
+    is the committed one.
 
     Returns:
         the site's folder, and the names of the notebooks that were not executed.
@@ -306,20 +320,54 @@ def stage(root: Path, study: Path, *, config: Config, run_dir: Path,
         "[0-9][0-9]_*", "__pycache__", ".ipynb_checkpoints", "_build"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(root / name, site / name)
-    folders = {str(root): ".", str(study): study.name, sys.prefix: "(environment)",
-               str(Path.home()): "~"}
-    folders = {k: v for k, v in sorted(folders.items(), key=lambda kv: -len(kv[0])) if k != "/"}
-    missing = []
+    folders, missing = _folder_names(root, study), []
     for name in re.findall(r"book/(\d\d_\w+)", (root / "_toc.yml").read_text(encoding="utf-8")):
         executed = study / "executed" / f"{name}.ipynb"
         if executed.exists():
             page = clean_page(nbformat.read(executed, as_version=4), folders)
             nbformat.write(page, site / "book" / executed.name)
+        elif executed.match(pages.RESULTS) and (root / "book" / executed.name).exists():
+            shutil.copy(root / "book" / executed.name, site / "book")
         else:
             missing.append(name)
             (site / "book" / executed.name).write_text(pages.placeholder(name), encoding="utf-8")
     pages.write_generated(site / "book", config=config, run_dir=run_dir, cache_dir=cache_dir)
     return site, missing
+
+
+def _folder_names(root: Path, study: Path) -> dict[str, str]:
+    """What pages say instead of this machine's folders, the longest first."""
+    folders = {str(root): ".", str(study): study.name, sys.prefix: "(environment)",
+               str(Path.home()): "~"}
+    return {k: v for k, v in sorted(folders.items(), key=lambda kv: -len(kv[0])) if k != "/"}
+
+
+def execute_results(root: Path, only: Iterable[str] = (), *, say=print) -> list[Path]:
+    """Execute the notebooks over `book/results` and put their pages into `book/`.
+
+    Those pages hold no time or machine of their own, so that they change with the results alone;
+    their last table says where those come from.
+
+    Args:
+        only: numbers or names of some of them.
+    Raises:
+        BookError: a notebook failed, as with results that are missing.
+    """
+    pages_made = []
+    for notebook in list_notebooks(root, only):
+        if not notebook.match(pages.RESULTS):
+            continue
+        target = root / "book" / notebook.name
+        executed = root / "output" / "results" / notebook.name
+        seconds = execute(notebook, executed, parameters={})
+        page = nbformat.read(executed, as_version=4)
+        page.metadata.pop("hnerv_clip")
+        page = clean_page(page, _folder_names(root, root / "output"))
+        page.metadata.pop("language_info", None)
+        nbformat.write(page, target)
+        say(f"{target.relative_to(root)}  {seconds:.0f} s")
+        pages_made.append(target)
+    return pages_made
 
 
 def render(site: Path, html: Path) -> None:
@@ -365,7 +413,8 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
               only: Iterable[str] = (), publish_pages: bool | None = None, say=print) -> Path:
     """Execute the notebooks, build the book, and for `full` publish its pages.
 
-    Finished runs are reused, so a second call costs little.
+    Finished runs are reused, so a second call costs little. Pages of results are those in `book/`,
+    which `execute_results` makes, unless `only` names their notebooks.
 
     Args:
         overrides: notebook parameters, by name; `outf` moves the study to the folder around it.
@@ -382,7 +431,8 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
 
     root = repository_root()
     overrides, only = dict(overrides or {}), list(only)
-    notebooks = list_notebooks(root, only)
+    notebooks = [path for path in list_notebooks(root, only)
+                 if only or not path.match(pages.RESULTS)]  # those are the same in every study
     others = [path for path in list_notebooks(root) if path not in notebooks]
     injected = plan_parameters(notebooks, profile=profile, overrides=overrides, others=others)
     config = run_config(profile=profile, overrides=overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import nbformat
 import pandas as pd
 
-from hnerv_clip.bench_results import load_benches, part_rows
-from hnerv_clip.book import speed, study_pages
+from hnerv_clip.bench.results import is_gpu, load_benches, made_words, part_rows
+from hnerv_clip.book.markdown import Markup, escape, spread, table, three_digits
+from hnerv_clip.book.results import mean_over_seeds, read_json
+from hnerv_clip.book.scaling import evaluation_rows
 from hnerv_clip.config import Config, settings_table
 from hnerv_clip.runs import RunDir, RunError, commit_words, write_json
 
+RESULTS = "1[0-9]_*.ipynb"  # notebooks over `book/results`, the same in every study
 PLACEHOLDER = """# {title}
 
 ```{{admonition}} Not published yet
@@ -42,19 +46,19 @@ def placeholder(name: str) -> str:
 
 def settings_markdown() -> str:
     """The settings as a Markdown table, for README and book."""
-    rows = ["| parameter | default | meaning |", "|---|---|---|"]
-    for name, default, _, meaning in settings_table():
-        rows.append(f"| `{name}` | {f'`{default}`' if default else 'empty'} | {meaning} |")
-    return "\n".join(rows) + "\n"
+    return table([{"parameter": Markup(f"`{name}`"),
+                   "default": Markup(f"`{default}`") if default else "empty",
+                   "meaning": Markup(meaning)}
+                  for name, default, _, meaning in settings_table()]) + "\n"
 
 
 # What the README repeats: name of the block, and what makes it from `book`
 README_BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": lambda book: headline_table(book / "_generated" / "headline.md"),
     "ablations": lambda book: ablations_markdown(pd.read_csv(book / "results" / "ablations.csv")),
+    "answers": lambda book: answers_markdown(book),
     "fidelity": lambda book: fidelity_markdown(_results(book, "fidelity")),
-    "speed": lambda book: speed.training_markdown(load_benches(book / "results"),
-                                                  _results(book, "reference_speed")),
+    "speed": lambda book: speed_markdown(book / "results"),
     "quick": lambda book: quick_markdown(_results(book, "quick")),
     "settings": lambda book: settings_markdown(),
 }
@@ -69,7 +73,7 @@ def refresh(root: Path) -> None:
         ValueError: the README lacks a block.
     """
     book = root / "book"
-    write_from_results(book)
+    write_settings(book)
     readme = root / "README.md"
     readme.write_text(fill_blocks(readme.read_text(encoding="utf-8"), {
         name: make(book) for name, make in README_BLOCKS.items()}), encoding="utf-8")
@@ -87,6 +91,23 @@ def fill_blocks(text: str, blocks: dict[str, str]) -> str:
     return text
 
 
+def answers_markdown(book: Path) -> str:
+    """The question and the answer of every result page, from the executed notebooks."""
+    lines = []
+    for path in sorted(book.glob(RESULTS)):
+        cells = nbformat.read(path, as_version=4).cells
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        texts = [output.data["text/markdown"] for output in outputs
+                 if "text/markdown" in output.get("data", {})]
+        found = re.match(r"\*\*(.+?)\*\*", texts[0], re.S) if texts else None
+        if not found:
+            raise ValueError(f"{path} does not begin with its answer in bold; execute it again, "
+                             "hnerv-clip pages")
+        question = cells[0].source.removeprefix("# ")
+        lines.append(f"- **[{question}](book/{path.name})** {found[1]}")
+    return "\n".join(lines) + "\n"
+
+
 def headline_table(page: Path) -> str:
     """The table of the landing page and what stands below it; empty while no run is published."""
     text = page.read_text(encoding="utf-8")
@@ -94,20 +115,14 @@ def headline_table(page: Path) -> str:
 
 
 def _results(book: Path, name: str) -> dict[str, Any]:
-    return json.loads((book / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return read_json(book / "results", f"{name}.json", fix=f"hnerv-clip pages --{name} FOLDER")
 
 
-def write_from_results(book: Path) -> None:
-    """Write what pages include of the settings and of the measurements in `book/results`."""
-    from hnerv_clip.book.scaling_pages import write_scaling
-
+def write_settings(book: Path) -> None:
+    """Write what static pages include of the settings."""
     folder = book / "_generated"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.md").write_text(settings_markdown(), encoding="utf-8")
-    _write_fidelity(folder, book / "results")
-    _write_speed(folder, book / "results")
-    write_scaling(folder, book / "results")
-    study_pages.write_study_pages(folder, book / "results")
 
 
 def collect_fidelity(results: Path, run_dirs: list[str | Path]) -> None:
@@ -157,7 +172,7 @@ def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str
         book: the folder with the pages; `_generated` and `_static` in it are written to.
         run_dir: the study's main run; where it is not finished, the headline says so.
     """
-    write_from_results(book)
+    write_settings(book)
     folder = book / "_generated"
     _draw_architecture(folder / "architecture.svg", config)
     video = book / "_static" / "headline.mp4"
@@ -185,94 +200,69 @@ def _draw_architecture(path: Path, config: Config) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def _write_fidelity(folder: Path, results: Path) -> None:
-    """The figure and the tables of `fidelity.md`, from the measurements in `book/results`."""
-    from hnerv_clip.figures.style import use_style
-    from hnerv_clip.figures.training import plot_fidelity
-
-    use_style()
-    measured = json.loads((results / "fidelity.json").read_text(encoding="utf-8"))
-    plot_fidelity(measured["runs"], measured["reference"]).savefig(folder / "fidelity.svg",
-                                                                   metadata={"Date": None})
-    (folder / "fidelity.md").write_text(fidelity_markdown(measured), encoding="utf-8")
-
-
-def _write_speed(folder: Path, results: Path) -> None:
-    """The figures and the tables of `how_fast.md`, from the measurements in `book/results`."""
-    from hnerv_clip.figures.speed import plot_growth, plot_profile
-    from hnerv_clip.figures.style import use_style
-
-    use_style()
-    for name, text in speed.speed_pages(results).items():
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    figures = {}
-    growth = {bench["device"]: rows for bench, rows in
-              part_rows(load_benches(results), "scaling")}
-    if growth:
-        figures["speed_growth"] = plot_growth(growth, {
-            name: axis[:2] for name, axis in speed.AXES.items()})
-    if profile := speed.step_profile(results):
-        figures["speed_profile"] = plot_profile(profile["rows"], device=profile["device"])
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+def fidelity_markdown(measured: dict[str, Any]) -> str:
+    """This implementation's runs beside the paper's, a row per engine and precision."""
+    reference, rows = measured["reference"], []
+    rows.append({"": reference["paper"]["source"], "seeds": 1, **_quality([reference["paper"]])})
+    rows.append({"": reference["source"], "seeds": 1, **_quality([reference])})
+    for kind in dict.fromkeys((run["precision"], run["engine"]) for run in measured["runs"]):
+        runs = [run for run in measured["runs"] if (run["precision"], run["engine"]) == kind]
+        where = ", ".join(dict.fromkeys(f"{run['device']}, commit {commit_words(run)}"
+                                        for run in runs))
+        rows.append({"": f"here: {kind[0]}, {kind[1]} engine, {where}", "seeds": len(runs),
+                     **_quality(runs)})
+    return table(rows) + "\n\nIn brackets: 95 % confidence interval over seeds.\n"
 
 
-def fidelity_markdown(measured: dict) -> str:
-    """Final figures of this implementation's runs beside the paper's, as a Markdown table."""
-    reference = measured["reference"]
-    rows = ["| | PSNR (dB) | MS-SSIM | 8-bit weights, 6-bit embeddings (dB) | bits per pixel |",
-            "|---|---|---|---|---|",
-            "| {source} | {psnr_db:.2f} | {ms_ssim:.4f} | | |".format(**reference["paper"]),
-            "| {source} | {psnr_db:.2f} | {ms_ssim:.4f} | {quantised_psnr_db:.2f} | "
-            "{rate_bpp:.4f} |".format(**reference)]
-    rows += ["| here, seed {seed}: {precision}, {engine} engine, {device}, {seconds:.0f} s, commit "
-             "{short} | {psnr_db:.2f} | {quality} | {quantised_psnr_db:.2f} | {rate_bpp:.4f} |"
-             .format(seconds=run["train_time_s"], short=commit_words(run), quality=""
-                     if run["ms_ssim"] is None else f"{run['ms_ssim']:.4f}", **run)
-             for run in measured["runs"]]
-    values = [run["psnr_db"] for run in measured["runs"]]
-    gap = sum(values) / len(values) - reference["paper"]["psnr_db"]
-    within = sum(abs(value - reference["paper"]["psnr_db"]) <= 0.15 for value in values)
-    return "\n".join(rows) + (
-        f"\n\nOver {len(values)} runs, the mean lies {abs(gap):.2f} dB "
-        f"{'above' if gap > 0 else 'below'} the paper's figure, the single runs between "
-        f"{min(values):.2f} and {max(values):.2f} dB. The aim, within 0.15 dB "
-        f"of it, is met by {within} of them.{_engine_words(measured['runs'])}\n")
+def _quality(runs: list[dict[str, Any]]) -> dict[str, str | None]:
+    columns = {"PSNR (dB)": ("psnr_db", 2), "MS-SSIM": ("ms_ssim", 4),
+               "8-bit weights, 6-bit embeddings (dB)": ("quantised_psnr_db", 2),
+               "bits per pixel": ("rate_bpp", 4)}
+    means = {name: (mean_over_seeds(run.get(key) for run in runs), digits)
+             for name, (key, digits) in columns.items()}
+    return {name: mean.text(digits) if name == "PSNR (dB)" or not mean.values
+            else f"{mean.mean:.{digits}f}" for name, (mean, digits) in means.items()}
 
 
-def _engine_words(runs: list[dict]) -> str:
-    """By how much engines differ that trained from the same seed."""
-    by_seed: dict[int, list[float]] = {}
-    for run in runs:
-        by_seed.setdefault(run["seed"], []).append(run["psnr_db"])
-    apart = [max(values) - min(values) for values in by_seed.values() if len(values) > 1]
-    return f" Engines and precisions that share a seed differ by {max(apart):.2f} dB at most." \
-        if apart else ""
+def speed_markdown(results: Path) -> str:
+    """A training step with the CLIP head on each device, and other codes, as Markdown."""
+    blocks = []
+    for bench, rows in part_rows(load_benches(results), "train"):
+        blocks += [table([{
+            f"on {bench['device']}": f"{row['engine']} engine, {row['precision']}, from "
+                                     f"{'coordinates' if row['embed'] else 'frames'}",
+            "frames/s": Markup(f"**{three_digits(row['frames_per_s'])}**"),
+            "step (ms)": spread(row, "step_ms"),
+            "peak memory (GiB)": row["peak_memory_bytes"] and
+            f"{row['peak_memory_bytes'] / 2**30:.2f}"} for row in rows if row["clip_head"]
+            and (is_gpu(bench) or not row["embed"])]), made_words(bench, "train")]
+    reference = read_json(results, "reference_speed.json", fix="git checkout book/results")
+    others = table([{"other codes on one H100": row["what"],
+                     "CLIP head": "on" if row["clip_head"] else "off", "frames/s": "–".join(
+                         dict.fromkeys(f"{rate:g}" for rate in row["frames_per_s"]))}
+                    for row in reference["rows"] if "first engine" not in row["what"]])
+    return "\n\n".join([*blocks, others, escape(reference["source"]) + "."]) + "\n"
 
 
-def quick_markdown(measured: dict) -> str:
+def quick_markdown(measured: dict[str, Any]) -> str:
     """What the quick profile took and reached, in a sentence."""
     return (
         "The quick profile took {wall_s:.0f} s and {memory:.1f} GB (largest process) on {device}: "
-        "{psnr_train_db:.2f} dB and a centred cosine of {clip_centred_train:.3f} on training "
+        "{psnr_train_db:.2f} dB and a mean-centered cosine of {clip_centred_train:.3f} on training "
         "frames, {psnr_held_out_db:.2f} dB and {clip_centred_held_out:.3f} on held-out ones; "
         "commit {short}.\n"
     ).format(memory=measured["peak_memory_bytes"] / 1e9, short=commit_words(measured), **measured)
 
 
-def ablations_markdown(table: pd.DataFrame) -> str:
+def ablations_markdown(runs: pd.DataFrame) -> str:
     """`ablation_table` as a Markdown table, shortened."""
-    columns = {"psnr_train_db": ("PSNR, training frames (dB)", 2),
-               "psnr_held_out_db": ("held out (dB)", 2),
-               "clip_centred_train": ("centred cosine, training frames", 3),
-               "clip_centred_held_out": ("held out", 3)}
-    rows = ["| run | " + " | ".join(name for name, _ in columns.values()) + " |",
-            "|---" * (1 + len(columns)) + "|"]
-    for _, row in table.iterrows():
-        cells = ["" if pd.isna(row[c]) else f"{row[c]:.{digits}f}"
-                 for c, (_, digits) in columns.items()]
-        rows.append(f"| `{row.run}` | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+    columns = {"psnr_held_out_db": ("PSNR, held out (dB)", 2),
+               "clip_centred_held_out": ("mean-centered cosine, held out", 3),
+               "psnr_train_db": ("PSNR, training frames (dB)", 2),
+               "clip_centred_train": ("mean-centered cosine, training frames", 3)}
+    return table([{"run": Markup(f"`{row['run']}`"), **{
+        name: None if pd.isna(row[column]) else f"{row[column]:.{digits}f}"
+        for column, (name, digits) in columns.items()}} for row in runs.to_dict("records")]) + "\n"
 
 
 def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
@@ -282,7 +272,6 @@ def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
         run: a finished run.
         video: where the moving picture goes: the source above the network's own frames.
     """
-    from hnerv_clip.evaluate import summarise
     from hnerv_clip.inference import decode_frames, load_run
     from hnerv_clip.video import write_video
 
@@ -291,13 +280,12 @@ def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
     source = dataset.video.frames
     shown = decode_frames(loaded.model, dataset, list(range(len(source))))
     write_video(video, _side_by_side(source, shown), dataset.video.fps)
-    table = summarise(pd.read_csv(run.path / "evaluation.csv"))
     height, width = dataset.video.frame_hw
     return HEADLINE.format(
-        name=dataset.video.name, height=height, width=width, count=len(source),
-        credit=f" {dataset.video.credit}." if dataset.video.credit else "",
-        stored=loaded.model.part_sizes()["stored"] / 1e6, table=result_table(table),
-        teacher=dataset.teacher_label if loaded.config.model.predict_clip else "pixels alone",
+        name=escape(dataset.video.name), height=height, width=width, count=len(source),
+        credit=f" {escape(dataset.video.credit)}." if dataset.video.credit else "",
+        stored=loaded.model.part_sizes()["stored"] / 1e6, table=table(evaluation_rows(run)),
+        teacher=escape(dataset.teacher_label if loaded.config.model.predict_clip else "none"),
         size=run.summary()["size_bytes"], rate=run.summary()["rate_bpp"],
         epochs=loaded.config.train.epochs, seed=facts["seed"], device=facts["device"],
         commit=commit_words(facts))
@@ -314,29 +302,7 @@ def _side_by_side(source, shown):
     return pair[..., :pair.shape[2] // 2 * 2, :pair.shape[3] // 2 * 2]
 
 
-FRAMES = {"train": "training", "held_out": "held out"}
-
-
-def result_table(table: pd.DataFrame) -> str:
-    """The means of `summarise` as a Markdown table: pictures, their file, and the CLIP head."""
-    from hnerv_clip.labels import SOURCE_WORDS
-
-    values = table[table.frames != "all"].set_index(["frames", "source", "variant"])
-    columns = {"PSNR (dB)": ("psnr_db", "trained", 2), "from the file": ("psnr_db", "quantised", 2),
-               "MS-SSIM": ("ms_ssim", "trained", 4),
-               "cosine to the teacher": ("clip_similarity", "trained", 3),
-               "centred": ("clip_centred", "trained", 3)}
-    columns = {name: column for name, column in columns.items() if values[column[0]].notna().any()}
-    rows = ["| frames | n | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
-    for frames, source in dict.fromkeys(key[:2] for key in values.index):
-        cells = [f"{values[measure].get((frames, source, variant), float('nan')):.{digits}f}"
-                 for measure, variant, digits in columns.values()]
-        rows.append(f"| {FRAMES[frames]}, {SOURCE_WORDS[source]} | "
-                    f"{values.n[frames, source, 'trained']} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
-HEADLINE = """**Learnt from: {teacher}.**
+HEADLINE = """**Teacher: {teacher}.**
 
 <video autoplay loop muted playsinline controls src="../_static/headline.mp4"
  style="width:100%" aria-label="The video and the network's copy of it, side by side"></video>
@@ -346,8 +312,9 @@ HEADLINE = """**Learnt from: {teacher}.**
 
 {table}
 
-*Means over n frames. Centred: less the mean embedding, so that a constant scores 0. The file holds
-{size:,} bytes, {rate:.4f} bits per pixel. {epochs} epochs, seed {seed}, {device}, commit {commit}.*
+*Means over n frames. Mean-centered cosine: less the mean embedding, so that a constant scores 0.
+The file holds {size:,} bytes, {rate:.4f} bits per pixel. {epochs} epochs, seed {seed}, {device},
+commit {commit}.*
 """
 
 NO_HEADLINE = """```{admonition} No run is published yet

@@ -8,6 +8,7 @@ from hnerv_clip.figures.data import (
     plot_similarity_by_lag,
     plot_split,
 )
+from hnerv_clip.figures.scaling import plot_scaling
 from hnerv_clip.figures.search import (
     blend_heat,
     plot_embedding_map,
@@ -17,6 +18,8 @@ from hnerv_clip.figures.search import (
     plot_ranked_patches,
     plot_strips,
 )
+from hnerv_clip.figures.speed import plot_growth, plot_profile, plot_rates
+from hnerv_clip.figures.study import plot_differences, plot_learning, plot_pareto
 from hnerv_clip.figures.style import PALETTE, use_style
 from hnerv_clip.figures.training import (
     plot_ablation,
@@ -40,10 +43,11 @@ from hnerv_clip.figures.verification import (
 )
 
 __all__ = ["PALETTE", "blend_heat", "plot_ablation", "plot_comparisons", "plot_conditions",
-           "plot_decoding_speed", "plot_embedding_map", "plot_fidelity", "plot_frame_quality",
-           "plot_frame_similarity", "plot_frames", "plot_heat_map", "plot_index_hits",
-           "plot_patch_grid", "plot_patches", "plot_positions", "plot_query_agreement",
-           "plot_ranked_patches", "plot_reconstructions", "plot_retrieval", "plot_shift_tests",
-           "plot_side_files", "plot_similarity_by_lag", "plot_similarity_over_time",
-           "plot_simulations", "plot_split", "plot_strips", "plot_study", "plot_tradeoff",
-           "plot_training", "use_style"]
+           "plot_decoding_speed", "plot_differences", "plot_embedding_map", "plot_fidelity",
+           "plot_frame_quality", "plot_frame_similarity", "plot_frames", "plot_growth",
+           "plot_heat_map", "plot_index_hits", "plot_learning", "plot_pareto", "plot_patch_grid",
+           "plot_patches", "plot_positions", "plot_profile", "plot_query_agreement",
+           "plot_ranked_patches", "plot_rates", "plot_reconstructions", "plot_retrieval",
+           "plot_scaling", "plot_shift_tests", "plot_side_files", "plot_similarity_by_lag",
+           "plot_similarity_over_time", "plot_simulations", "plot_split", "plot_strips",
+           "plot_study", "plot_tradeoff", "plot_training", "use_style"]

@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from hnerv_clip.figures.style import CYCLE, PALETTE, caption, new_figure
+
+
+def plot_rates(rows: pd.DataFrame) -> Figure:
+    """Training frames a second, a bar for each engine and for other codes.
+
+    Args:
+        rows: name, clip_head, frames_per_s, own (False for other codes), device.
+    """
+    figure, axes = new_figure(height=1.0 + 0.3 * len(rows))
+    colors = [PALETTE["learned"] if own else PALETTE["reference"] for own in rows.own]
+    bars = axes.barh(range(len(rows)), rows.frames_per_s, color=colors)
+    axes.bar_label(bars, [f"{rate:.3g}" if rate < 100 else f"{rate:.0f}"
+                          for rate in rows.frames_per_s], padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), [
+        f"{name}, {'with' if head else 'no'} CLIP head"
+        for name, head in zip(rows["name"], rows.clip_head)])
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="training frames/s")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    devices = ", ".join(dict.fromkeys(device for device in rows.device if device))
+    return caption(figure, f"Blue: here, on one {devices}. Grey: other codes as published, on an "
+                           "H100. Logarithmic axis; right is better.")
 
 
 def plot_growth(devices: dict[str, list[dict[str, Any]]],

@@ -13,11 +13,11 @@ from matplotlib.lines import Line2D
 
 from hnerv_clip.figures.style import GREY, PALETTE, caption, new_figure
 
-KIND_NAMES = {"hybrid": "hybrid", "xyt": "place and time", "pe": "time alone"}
+KIND_NAMES = {"hybrid": "hybrid", "xyt": "position and time", "pe": "time only"}
 
 
 def plot_learning(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
-    """Centred cosine on held-out frames, by what the network is given, a panel per video.
+    """Mean-centered cosine on held-out frames, by what the network is given, a panel per video.
 
     Args:
         rows: video, kind, seeds (a list of values), mean, low, high (NaN for no interval),
@@ -34,13 +34,15 @@ def plot_learning(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
                                  (row.interpolated, PALETTE["teacher"])]:
                 panel.plot([value, value], [y - 0.3, y + 0.3], color=color, linewidth=2)
         _name_rows(panel, [KIND_NAMES[kind] for kind in part.kind])
-        panel.set(title=video, xlabel="centred cosine, held-out frames")
+        panel.set_title(video, parse_math=False)
+        panel.set(xlabel="mean-centered cosine, held-out frames")
     handles = [Line2D([], [], marker="o", color=GREY, label="a seed; bar: 95 % interval"),
                Line2D([], [], color=PALETTE["neighbour"], label="nearest training frame"),
-               Line2D([], [], color=PALETTE["teacher"], label="between training frames")]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3)
-    return caption(figure, "A constant scores 0. The lines need the teacher's embeddings of the "
-                           f"training frames and no network. Teacher: {teacher_label}.")
+               Line2D([], [], color=PALETTE["teacher"], label="interpolated between them")]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=8)
+    return caption(figure, "A constant scores 0. The vertical lines need the teacher's "
+                           "embeddings of the training frames and no network. Teacher: "
+                           f"{teacher_label}.")
 
 
 def plot_differences(rows: pd.DataFrame, *, panels: dict[str, str], teacher_label: str,
@@ -67,7 +69,7 @@ def plot_differences(rows: pd.DataFrame, *, panels: dict[str, str], teacher_labe
 
 
 def plot_pareto(rows: pd.DataFrame, *, pixels_only: dict[str, float], teacher_label: str) -> Figure:
-    """Picture against meaning: a point per weight λ and warm-up, training and held-out frames.
+    """Reconstruction against semantics, a point per weight λ and warm-up, a panel per split.
 
     Args:
         rows: clip_loss_weight, pixel_loss_warmup_epochs, is_base_warmup, psnr_{train,held_out}_db,
@@ -93,9 +95,9 @@ def plot_pareto(rows: pd.DataFrame, *, pixels_only: dict[str, float], teacher_la
             panel.axvline(pixels_only[part], color=PALETTE["pixel-only"], linestyle="--",
                           linewidth=1.2)
         panel.set(title=title, xlabel="PSNR (dB)")
-    axes[0].set_ylabel("centred cosine")
+    axes[0].set_ylabel("mean-centered cosine")
     return caption(figure, "Up and right is better. Circles: λ at the base's warm-up; diamonds: "
-                           "other warm-ups; small dots: seeds; dashed: PSNR of pixels alone. "
+                           "other warm-ups; small dots: seeds; dashed: PSNR of pixels only. "
                            f"Teacher: {teacher_label}.")
 
 

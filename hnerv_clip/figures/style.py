@@ -74,6 +74,15 @@ def _set_notebook_format(image_format: str) -> None:
         return
 
 
+class CaptionedFigure(Figure):
+    """A figure that is its caption in words, which a page takes as alternative text."""
+
+    caption = ""
+
+    def __repr__(self) -> str:
+        return self.caption or super().__repr__()
+
+
 def picture_axes(axes: Axes) -> Axes:
     """Turn axes into a bare frame for a picture: no ticks, no grid, no spines."""
     axes.set_xticks([])
@@ -93,11 +102,13 @@ def new_figure(rows: int = 1, columns: int = 1, *, height: float = 3.2, **option
     Returns:
         (Figure, Axes or array of Axes), as from `pyplot.subplots`.
     """
-    figure = Figure(figsize=(WIDTH, height))
+    figure = CaptionedFigure(figsize=(WIDTH, height))
     return figure, figure.subplots(rows, columns, **options)
 
 
 def caption(figure: Figure, text: str) -> Figure:
     """Write a caption under the figure: what to see, and whose numbers these are."""
-    figure.text(0.01, -0.01, text, ha="left", va="top", fontsize=9, color="#404040", wrap=True)
+    figure.caption = text
+    figure.text(0.01, -0.01, text, ha="left", va="top", fontsize=9, color="#404040", wrap=True,
+                parse_math=False)  # names of videos and folders may hold a $
     return figure

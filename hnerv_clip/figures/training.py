@@ -9,7 +9,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hnerv_clip.figures.style import (
-    CYCLE,
     GREY,
     PALETTE,
     SEQUENTIAL,
@@ -186,9 +185,11 @@ def plot_fidelity(runs: list[dict], reference: dict) -> Figure:
     figure, axes = new_figure(height=3.0)
     axes.plot(*zip(*reference["curve"]), color=PALETTE["reference"], linestyle="--", marker="s",
               label="authors' code")
-    for run, color in zip(runs, CYCLE):
-        axes.plot(*zip(*run["curve"]), color=color, marker="o",
-                  label=f"here, seed {run['seed']} ({run['precision']})")
+    for i, run in enumerate(runs):
+        axes.plot(*zip(*run["curve"]), color=PALETTE["learned"], marker="o", alpha=0.5,
+                  markersize=4, label="here, each run" if i == 0 else None)
     axes.set(xlabel="epoch", ylabel="PSNR (dB)")
     axes.legend()
-    return figure
+    return caption(figure, "PSNR over all frames at each evaluation; of some runs only the last "
+                           "was kept. The authors' code is drawn from the figures that it gave on "
+                           "an H100.")

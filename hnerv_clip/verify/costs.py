@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from hnerv_clip.bench.decoding import measure_decoding
-from hnerv_clip.bench_results import read_decoding, read_teacher_rates
+from hnerv_clip.bench.results import read_decoding, read_teacher_rates
 from hnerv_clip.inference import BATCH, Run
 from hnerv_clip.teachers import Teacher, run_teacher
 
@@ -37,7 +37,7 @@ def read_costs(path: str | Path, run: Run) -> tuple[pd.DataFrame, str]:
     """`measure_costs` on another machine, from a bench file, and in words where and when.
 
     Raises:
-        ValueError: see `bench_results.read_decoding` and `read_teacher_rates`.
+        ValueError: see `bench.results.read_decoding` and `read_teacher_rates`.
     """
     decoding, where = read_decoding(path, run.config, batch_size=BATCH)
     patches = len(run.dataset.grid)

@@ -1,0 +1,144 @@
+"""What several ranks give, as rows of tables, and its way into `book/results`.
+
+`book/results` holds files of `hnerv-clip scale`: `scaling.json` of GPUs, `scaling_cpu.json` of a
+CPU's ranks, and in `scaling_run` the small files of the GPUs' whole run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hnerv_clip.bench.multi_gpu import RUN, run_figures
+from hnerv_clip.book.markdown import three_digits
+from hnerv_clip.book.results import ResultsError, read_json
+from hnerv_clip.evaluate import summarise
+from hnerv_clip.labels import SOURCE_WORDS
+from hnerv_clip.runs import RunDir, RunError, commit_words, write_json
+
+RUN_FILES = ("config.json", "provenance.json", "summary.json", "metrics.csv", "evaluation.csv")
+FRAMES = {"train": "training", "held_out": "held out"}
+Row = dict[str, Any]
+
+
+def collect_scaling(results: Path, outf: Path) -> None:
+    """Take a measurement of `hnerv-clip scale` into `results`, in the place of the one there.
+
+    One on GPUs without the part `run` leaves no whole run in `results`: it would be of another.
+
+    Raises:
+        RunError: `outf` holds none, or its whole run is not finished.
+    """
+    if not (outf / "scaling.json").exists():
+        raise RunError(f"{outf} has no scaling.json; measure first, hnerv-clip scale --outf {outf}")
+    measured = json.loads((outf / "scaling.json").read_text(encoding="utf-8"))
+    on_gpu = measured["backend"] == "nccl"
+    folder = results / "scaling_run"
+    if on_gpu and not (outf / RUN).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    elif on_gpu:
+        figures = run_figures(outf / RUN)
+        if RUN in measured["parts"]:  # read there and then; a copy's files may have other times
+            figures["wall_s"] = measured["parts"][RUN]["wall_s"]
+        folder.mkdir(exist_ok=True)
+        for name in RUN_FILES:
+            shutil.copyfile(outf / RUN / name, folder / name)
+        write_json(folder / "figures.json", figures)
+    write_json(results / f"scaling{'' if on_gpu else '_cpu'}.json", measured)
+
+
+def read_scaling(folder: str | Path, name: str, needs: Iterable[str]) -> dict[str, Any]:
+    """A file of `hnerv-clip scale` in `book/results` with some of its parts.
+
+    Raises:
+        ResultsError: it is missing, or a part of `needs` was not measured.
+    """
+    fix = f"hnerv-clip scale --outf FOLDER, then hnerv-clip pages --scaling FOLDER ({name})"
+    measured = read_json(folder, name, fix=fix)
+    missing = [part for part in needs if not measured["parts"].get(part, {}).get("complete")]
+    if missing:
+        raise ResultsError(f"{folder}/{name} has no {', '.join(missing)}; measure with {fix}")
+    return measured
+
+
+def speed_rows(measured: dict[str, Any]) -> list[Row]:
+    """Speed and quality over ranks, a row per run of the part `speed`; [] where it is missing."""
+    part = measured["parts"].get("speed")
+    if not part or not part["complete"]:
+        return []
+    reached = f"{part['quality_db']:.2f} dB after (s)"
+    rows = [{"ranks": run["ranks"], "learning rate": run["learning_rate"],
+             "frames/s": f"{run['frames_per_s']:.0f}" if run["frames_per_s"] >= 100
+             else three_digits(run["frames_per_s"]),
+             "efficiency": f"{run['efficiency']:.0%}", "PSNR (dB)": f"{run['psnr_db']:.2f}",
+             reached: "never" if run["time_to_quality_s"] is None
+             else f"{run['time_to_quality_s']:.1f}", "training (s)": f"{run['train_time_s']:.1f}",
+             "whole run (s)": "resumed" if run["wall_s"] is None else f"{run['wall_s']:.0f}"}
+            for run in part["runs"]]
+    return rows + [{"ranks": run["ranks"], "learning rate": run["learning_rate"],
+                    "frames/s": f"failed: {run['why']}"} for run in part["failed"]]
+
+
+def correctness_rows(measured: dict[str, Any]) -> list[Row]:
+    """One rank against all of them on the same global batches, a row per precision and engine."""
+    part = measured["parts"].get("correctness")
+    if not part or not part["complete"]:
+        return []
+    return [{
+        "precision, engine": f"{case['precision']}, {case['engine']}",
+        "weights, largest difference": _differs(case["ranks_differ"]),
+        "PSNR: one, all (dB)": f"{case['psnr_one_db']:.2f}, {case['psnr_ranks_db']:.2f}",
+        "loss of the first, last epoch": ", ".join(
+            "equal" if one == ranks else f"{abs(ranks / one - 1):.1e}" for one, ranks in [
+                (case["loss_one"][i], case["loss_ranks"][i]) for i in (0, -1)]),
+        "one rank twice: weights": _differs(case["repeat_differs"]),
+        "ranks": case["ranks"], "global batch": case["global_batch"], "epochs": case["epochs"]}
+        for case in part["cases"]]
+
+
+def _differs(found: dict[str, Any]) -> str:
+    return "equal bits" if found["identical"] else \
+        f"{found['largest']:.1e} (relative {found['relative']:.1e})"
+
+
+def machine_words(measured: dict[str, Any]) -> str:
+    """What was measured, and on what, for a caption."""
+    settings = measured["settings"]
+    teacher = f"teacher {measured['teacher']}" if measured["teacher"] else "pixels only"
+    size = (settings["resize_list"] or settings["crop_list"]).replace("_", "×") or "whole frames"
+    count = f"{measured['gpus']} × " if measured["backend"] == "nccl" else ""
+    machines = dict.fromkeys(
+        f"{count}{part['device']}, PyTorch {part['versions']['torch']}, commit {commit_words(part)}"
+        for part in measured["parts"].values())
+    return (f"{settings['data_path']} at {size}, {settings['modelsize']:g} million stored values, "
+            f"{settings['epochs']} epochs, batch {settings['batch_size']} a rank, precision "
+            f"{settings['precision']}, {teacher}; over {measured['backend']}; "
+            + "; ".join(machines))
+
+
+def evaluation_rows(run: RunDir) -> list[Row]:
+    """The means of a run's evaluation: pictures, their file, and the CLIP head.
+
+    Returns:
+        a row per frames and source; columns of which nothing is known hold None.
+    """
+    table = summarise(pd.read_csv(run.path / "evaluation.csv"))
+    values = table[table.frames != "all"].set_index(["frames", "source", "variant"])
+    columns = {"PSNR (dB)": ("psnr_db", "trained", 2), "from the file": ("psnr_db", "quantised", 2),
+               "MS-SSIM": ("ms_ssim", "trained", 4),
+               "cosine to the teacher": ("clip_similarity", "trained", 3),
+               "mean-centered cosine": ("clip_centred", "trained", 3)}
+    rows = []
+    for frames, source in dict.fromkeys(key[:2] for key in values.index):
+        row = {"frames": f"{FRAMES[frames]}, {SOURCE_WORDS[source]}",
+               "n": values.n[frames, source, "trained"]}
+        for name, (measure, variant, digits) in columns.items():
+            value = values[measure].get((frames, source, variant), float("nan"))
+            row[name] = None if pd.isna(value) else f"{value:.{digits}f}"
+        rows.append(row)
+    return rows

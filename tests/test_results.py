@@ -1,0 +1,200 @@
+"""The result notebooks: numbers by hand, escaping, what is missing, pages that are not stale."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from hnerv_clip.book import BookError, build, markdown, pages, results
+from hnerv_clip.study.plan import ENCODINGS, REMEDIES
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = [path for path in build.list_notebooks(ROOT) if path.match(pages.RESULTS)]
+EVIL = "<svg onload=alert(1)>"
+
+
+def row(variant="base", seed=0, *, psnr=30.0, skill=0.5, kind="hybrid", **more):
+    """A row of study.csv; seeds differ by a tenth of a decibel and a hundredth of skill."""
+    values = {"run": f"bunny_{kind}_{variant}_s{seed}", "video": "bunny", "kind": kind,
+              "variant": variant, "seed": seed, "clip_loss_weight": 0.5, "epochs": 300,
+              "pixel_loss_warmup_epochs": 50, "clip_head_values": 70_000,
+              "stored_values": 1_570_000, "device": "a GPU", "commit": "0123456789abcdef",
+              "dirty": False, "teacher_label": "a teacher (not CLIP)"}
+    for part, lower in (("train", 0), ("held_out", 1)):
+        values[f"psnr_{part}_db"] = psnr - 2 * lower + seed / 10
+        if variant != "pixels_only":
+            values |= {f"clip_centred_{part}": skill + seed / 100,
+                       f"skill_{part}": skill + seed / 100, f"over_neighbour_{part}": -0.1}
+    return values | more
+
+
+@pytest.fixture
+def runs():
+    rows = [row(seed=seed) for seed in range(3)]
+    rows += [row("pixels_only", seed, psnr=33 + seed / 50) for seed in range(3)]
+    rows += [row(f"lambda_{w:g}", psnr=30 + p, skill=s, clip_loss_weight=w)
+             for w, p, s in [(0.1, 2, 0.49), (0.2, 1, 0.3), (1, -1, 0.55)]]
+    return pd.DataFrame(rows)
+
+
+def test_a_mean_over_seeds_by_hand():
+    found = results.mean_over_seeds([1.0, 2.0, 3.0, np.nan])
+    assert found.mean == 2 and found.high - 2 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+    assert found.outcome == "open" and results.mean_over_seeds([1.0, 1.1]).text(1) == \
+        "1.1 [0.4, 1.7]"
+    alone = results.mean_over_seeds([0.5])
+    assert alone.text(2) == "0.50" and alone.outcome == "open"
+    assert results.mean_over_seeds([]).text() == ""
+    assert results.mean_over_seeds([0.9, 1.0]).high > 1  # never cut at a measure's limit
+
+
+def test_seeds_are_paired(runs):
+    found = results.paired_difference(runs, "psnr_train_db", "base", "pixels_only")
+    assert list(found.values) == pytest.approx([-3, -3.02, -3.04])
+    assert results.paired_text(found) == "-3.02 [-3.07, -2.97]"
+    assert results.paired_difference(runs, "psnr_train_db", "stage_1", "base") is None
+    assert results.paired_difference(runs, "nothing", "base", "pixels_only") is None
+
+
+def test_a_single_seed_is_compared_with_the_run_of_that_seed_alone(runs):
+    """Not with the mean over three."""
+    rows = results.trade_off(runs, "bunny").set_index("setting")
+    assert rows.cost_train["λ = 0.1"].n == 1
+    assert rows.cost_train["λ = 0.1"].difference == pytest.approx(32 - 33)
+    assert rows.cost_train["λ = 0.5"].n == 3
+
+
+def test_settings_that_none_beats():
+    rows = pd.DataFrame({"a": [1, 2, 3, 2], "b": [3, 2, 1, 1]})
+    assert results.pareto_optimal(rows, "a", "b").index.tolist() == [0, 1, 2]
+
+
+def test_every_change_has_words():
+    words = [results.change_words(kind, variant) for kind in ENCODINGS
+             for variant in ["base", *REMEDIES, *ENCODINGS[kind]]]
+    assert "65 patches a frame, mean over 0.35 of the height" in words and all(words)
+
+
+def test_missing_and_wrong_results_are_said(tmp_path, runs):
+    with pytest.raises(results.ResultsError, match="study.csv does not exist.*hnerv-clip study"):
+        results.read_runs(tmp_path)
+    runs.drop(columns="skill_held_out").assign(embed="", patch_grid="").to_csv(
+        tmp_path / "study.csv", index=False)
+    with pytest.raises(results.ResultsError, match="has no skill_held_out.*hnerv-clip study"):
+        results.read_runs(tmp_path, needs=["skill_held_out"])
+    with pytest.raises(results.ResultsError, match="no pair of one seed against pixels_only"):
+        results.comparisons(runs[runs.variant != "pixels_only"], {"x": "psnr_train_db"},
+                            against="pixels_only", variants=["base"])
+    with pytest.raises(results.ResultsError, match="one weight λ only"):
+        results.trade_off(runs[runs.variant == "base"], "bunny")
+    with pytest.raises(results.ResultsError, match="x.json does not exist; write it with this"):
+        results.read_json(tmp_path, "x.json", fix="this")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(results.ResultsError, match="x.json is damaged: it is no JSON.*this"):
+        results.read_json(tmp_path, "x.json", fix="this")
+
+
+def test_text_is_escaped_once():
+    assert markdown.escape(EVIL) == "&lt;svg onload=alert(1)&gt;"
+    assert markdown.escape("a|b *c* [d](e) `f` $g$") == \
+        r"a\|b \*c\* \[d\](e) \`f\` \$g\$"
+    assert markdown.escape("clip_pool _x_") == r"clip_pool \_x\_"
+    assert markdown.escape(markdown.escape("<b>")) == "&lt;b&gt;"
+    text = markdown.table([{"video": EVIL, "x": markdown.Markup("**1**"), "none": None}])
+    assert text == "| video | x |\n| --- | --- |\n| &lt;svg onload=alert(1)&gt; | **1** |"
+
+
+def test_html_in_markdown_becomes_text():
+    text = f"<details>\n<summary>s</summary>\n\n{EVIL} a < b <details open> <DETAILS>\n</details>"
+    assert markdown.without_html(text) == (
+        "<details>\n<summary>s</summary>\n\n&lt;svg onload=alert(1)> a < b &lt;details open> "
+        "&lt;DETAILS>\n</details>")
+    assert markdown.without_html("`<b>` ``<i>`` <u>\n```\n<svg>\n```\n<s>") == \
+        "`<b>` ``<i>`` &lt;u>\n```\n<svg>\n```\n&lt;s>"
+
+
+def test_long_tables_fold():
+    rows = [{"a": str(i)} for i in range(9)]
+    assert markdown.table(rows, fold="All <9>").startswith(
+        "<details>\n<summary>All &lt;9&gt;</summary>\n\n| a |")
+    assert "<details>" not in markdown.table(rows[:8], fold="All") + markdown.table(rows)
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """{notebook: its Markdown as it is now}, executed in this process: kernels take seconds."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    shell, made = InteractiveShell(), {}
+    for path in NOTEBOOKS:
+        cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        made[path.name] = []
+        for cell in cells:
+            with capture_output() as captured:
+                done = shell.run_cell(cell.source)
+            done.raise_error()
+            outputs = [output.data["text/markdown"] for output in captured.outputs
+                       if "text/markdown" in output.data]
+            result = getattr(done.result, "data", None)  # shown, too, where a hook captures it
+            if isinstance(result, str) and result not in outputs[-1:]:
+                outputs.append(result)
+            made[path.name] += map(markdown.without_html, outputs)
+        shell.reset(new_session=False)
+    return made
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_result_page_is_not_stale(path, shown):
+    """Executed on the committed results, a notebook says what its committed page says."""
+    page = nbformat.read(ROOT / "book" / path.name, as_version=4)
+    texts = [output.data["text/markdown"] for cell in page.cells for output in
+             cell.get("outputs", []) if "text/markdown" in output.get("data", {})]
+    assert texts == shown[path.name], "stale: hnerv-clip pages"
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    assert [cell.source for cell in page.cells] == sources, "stale: hnerv-clip pages"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_result_page_answers_first_and_names_its_figures(path):
+    page = nbformat.read(ROOT / "book" / path.name, as_version=4)
+    outputs = [(cell, output) for cell in page.cells for output in cell.get("outputs", [])]
+    assert page.cells[0].source.endswith("?") and len(page.cells[0].source.splitlines()) == 1
+    assert outputs[0][1].data["text/markdown"].startswith("**")
+    assert "image/svg+xml" in outputs[1][1].data, "one figure follows the answer"
+    assert not any(re.search(r"\bnan\b|None", str(output.get("data", {}).get("text/markdown")))
+                   for _, output in outputs if "text/markdown" in output.get("data", {}))
+    for cell, output in outputs:
+        if "image/svg+xml" in output.get("data", {}):
+            assert len(cell.metadata["mystnb"]["image"]["alt"]) > 30
+        for table in re.findall(r"(?:^\|.*\n?)+", output.get("data", {}).get("text/markdown", ""),
+                                re.M):
+            folded = "<details>" in output.data["text/markdown"]
+            assert folded or len(table.splitlines()) <= 2 + markdown.FOLD, table
+
+
+def test_papermill_makes_a_page_from_other_results(tmp_path, monkeypatch):
+    """Through `execute_results`, in a checkout of its own; without results it says what to do."""
+    root = tmp_path / "repo"
+    for name in ("notebooks", "book"):
+        (root / name).mkdir(parents=True)
+    for name in ("_toc.yml", "_config.yml", "pyproject.toml", "notebooks/14_check_fidelity.ipynb"):
+        shutil.copy(ROOT / name, root / name)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with pytest.raises(BookError, match="fidelity.json does not exist; write it with hnerv-clip"):
+        build.execute_results(root, say=lambda text: None)
+    assert not list((root / "book").iterdir())
+    measured = json.loads((ROOT / "book" / "results" / "fidelity.json").read_text())
+    measured["runs"][0]["device"] = f"a GPU {EVIL}"
+    (root / "book" / "results").mkdir()
+    (root / "book" / "results" / "fidelity.json").write_text(json.dumps(measured))
+    made, = build.execute_results(root, say=lambda text: None)
+    text = made.read_text()
+    assert EVIL not in text and "a GPU &lt;svg onload=alert(1)" in text
+    assert str(root) not in text and "papermill" not in text

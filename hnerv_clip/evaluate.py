@@ -205,15 +205,20 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def evaluate_run(run: Run) -> pd.DataFrame:
     """Stand-alone evaluation of a run: as trained, and from its file `video.hnerv`.
 
-    The file is written where there is none, as in a run that is not finished, and where it is not
-    this checkpoint's.
+    The file is written where there is none, as in a run that is not finished, and anew where it is
+    not this checkpoint's or does not decode.
     """
     trained = evaluate_model(run.model, run.dataset)
     path = run.run_dir.path / VIDEO
-    if not is_bound(run.run_dir, run.checkpoint):
+    device = next(run.model.parameters()).device
+    try:
+        if not is_bound(run.run_dir, run.checkpoint):
+            raise RunError("not this checkpoint's")
+        stored, _ = evaluate_stored(path, run.dataset, device=device)
+    except RunError:
         store_video(run.model, run.dataset, path, config=run.config)
         bind_video(run.run_dir, run.checkpoint)
-    stored, _ = evaluate_stored(path, run.dataset, device=next(run.model.parameters()).device)
+        stored, _ = evaluate_stored(path, run.dataset, device=device)
     return pd.concat([trained, stored], ignore_index=True)
 
 

@@ -237,7 +237,8 @@ class RunDir:
             RunError: there is no run here, or its config.json is damaged.
         """
         file = self.path / "config.json"
-        fix = "put the run's own file back, or train in another outf"
+        fix = ("put the run's own file back, update hnerv-clip if a newer version made it, or "
+               "train in another outf")
         try:
             return Config.from_params(**read_json(file, fix=fix))
         except (FileNotFoundError, NotADirectoryError):
@@ -310,9 +311,7 @@ class RunDir:
 
     def _read_json(self, name: str, keys: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            lost = " and ".join(dict.fromkeys([name, "summary.json"][:1 + self.finished]))
-            return read_json(self.path / name, keys=keys, fix=f"remove {lost} and train again with "
-                             "the same parameters and outf: the run's checkpoints are kept")
+            return read_json(self.path / name, keys=keys, fix=self._remake(name))
         except FileNotFoundError:
             raise RunError(f"{self.path} has no {name}: the run is not finished; train it to its "
                            "end with the same parameters and outf") from None
@@ -360,21 +359,27 @@ class RunDir:
     def metrics(self) -> pd.DataFrame:
         """A row per epoch; evaluation columns are empty between evaluations."""
         try:
-            return read_table(self.path / "metrics.csv", ["epoch"], fix="train the run again with "
-                              "the same parameters and outf: the next epoch writes it anew")
+            return read_table(self.path / "metrics.csv", ["epoch"],
+                              fix=self._remake("metrics.csv"))
         except FileNotFoundError:
             raise RunError(f"{self.path} has no metrics.csv yet: no epoch is complete") from None
 
     def evaluation(self) -> pd.DataFrame:
         """The final evaluation, a row per frame, variant and source; see `evaluate`."""
-        lost = " and ".join(["evaluation.csv", "summary.json"][:1 + self.finished])
-        fix = (f"remove {lost} and train again with the same parameters and outf: the run's "
-               "checkpoints are kept")
+        fix = self._remake("evaluation.csv")
         try:
             return read_table(self.path / "evaluation.csv", (
                 "variant", "source", "frame", "split", "psnr_db"), fix=fix)
         except FileNotFoundError:
-            raise RunError(f"{self.path} has no evaluation.csv: {fix}") from None
+            raise RunError(f"{self.path} has no evaluation.csv; {fix}") from None
+
+    def _remake(self, name: str) -> str:
+        """What to do about a file that training writes and that is lost or damaged."""
+        lost = [name] * (self.path / name).exists() + ["summary.json"] * (
+            self.finished and name != "summary.json")
+        remove = f"remove {' and '.join(lost)} from {self.path} and " if lost else ""
+        return (f"{remove}train again with the same parameters and outf: the run's checkpoints "
+                "are kept")
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a CSV, atomically."""

@@ -488,6 +488,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Evaluate the best model as trained and as stored, by the plain model; close the run."""
+        self._write_metrics()
         started = time.perf_counter()
         best = from_rank0(self.run.load_checkpoint(BEST) if self.rank == 0 else None)
         load_weights(self.model, best, self.run.path / BEST, fix=self.run.checkpoint_fix(BEST))

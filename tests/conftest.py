@@ -58,8 +58,14 @@ SMALL = dict(
     eval_freq=2, checkpoint_s=0, lr=5e-3, device="cpu")
 
 
+# Files that take longest, so that no worker begins one when the other is done
+LONG = ("test_notebooks", "test_book", "test_engine", "test_study", "test_train", "test_slurm",
+        "test_scaling", "test_launch", "test_field", "test_bench", "test_hopper", "test_clip_head")
+
+
 def pytest_collection_modifyitems(items):
-    """Skip what is marked `gpu` where there is none."""
+    """Long files first; skip what is marked `gpu` where there is none."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -214,7 +214,7 @@ def test_a_damaged_config_is_told(tmp_path, capsys, no_teacher, command, content
         (run.path / "config.json").write_bytes(content)
     words = [str(tmp_path / "index") if word == "INDEX" else word for word in command]
     told = refused(capsys, *words, run.path, *["hare"] * (command == ["search"]))
-    assert "config.json" in told and ("train in another outf" in told or "folder" in told)
+    assert "config.json" in told and ("in another outf" in told or "folder" in told)
 
 
 @pytest.mark.parametrize("content", DAMAGED_JSON[:4] + [

@@ -320,6 +320,22 @@ def test_what_is_advised_about_a_lost_best_model_is_true(how, trained_copy, fini
         pd.read_csv(trained_copy / "evaluation.csv"))
 
 
+@pytest.mark.parametrize("name", ["summary.json", "provenance.json", "metrics.csv",
+                                  "evaluation.csv"])
+def test_what_is_advised_about_a_lost_file_is_true(name, trained_copy, finished, small_config,
+                                                   cache_dir):
+    run = RunDir(trained_copy)
+    read = {"summary.json": run.summary, "provenance.json": run.provenance,
+            "metrics.csv": run.metrics, "evaluation.csv": run.evaluation}[name]
+    expected = read()
+    (trained_copy / name).write_bytes(b"null")
+    with pytest.raises(RunError, match=f"{name} is damaged") as caught:
+        read()
+    remove_as_told(trained_copy, str(caught.value))
+    train(small_config, trained_copy, cache_dir=cache_dir, progress=False)
+    assert list(read()) == list(expected) and len(read()) == len(expected)
+
+
 def test_a_damaged_best_model_does_not_stop_training(trained_copy, small_config, cache_dir):
     (trained_copy / "summary.json").unlink()
     (trained_copy / "model_best.pth").write_bytes(b"")

@@ -78,7 +78,8 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        said = explain(error) if isinstance(error, OSError) else str(error)
+        number = getattr(error, "errno", None)
+        said = f"{error.strerror}; {FIXES[number]}" if number in FIXES else str(error)
         raise RunError(f"cannot write {path}: {said}. What stood there before is intact; free "
                        "space or make the folder writable, then run again to resume") from error
     except BaseException:

@@ -50,6 +50,17 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argume
     encode.add_argument("--work", help="run folder; the same command goes on from there "
                                        "(output/encode/NAME)")
     encode.add_argument("--force", action="store_true", help="replace what is there")
+    store = add("store", _store, "write the file of a trained run, smaller where --rate is given")
+    store.add_argument("outf", help="run folder")
+    store.add_argument("file", metavar="FILE", help="stored video to write, NAME.hnerv")
+    store.add_argument("--cache_dir", default="output/cache")
+    store.add_argument("--device", default="auto")
+    store.add_argument("--force", action="store_true", help="replace what is there")
+    for sub in (encode, store):
+        sub.add_argument("--rate", type=float, help=
+                         "fine-tune for a small file: what a bit per pixel costs, from 0.0005 (best "
+                         "quality) to 0.02 (smallest); without it, weights are rounded as they are")
+        sub.add_argument("--rate_epochs", type=int, default=60, help="of that fine-tuning (60)")
     return encode
 
 
@@ -131,15 +142,33 @@ def _encode(args: argparse.Namespace) -> None:
     from hnerv_clip.dataset import prepare_dataset
     from hnerv_clip.train import check_run, train
 
+    out = _check_file(args)
+    config = check_run(args.config.replace(data_path=args.video))
+    work = resolve_path(args.work or f"output/encode/{out.stem}")
+    prepare_dataset(config, args.cache_dir, device=config.train.device)
+    train(config, work, cache_dir=args.cache_dir)
+    args.outf, args.device = str(work), config.train.device
+    _write_run(args, out)
+
+
+def _store(args: argparse.Namespace) -> None:
+    _write_run(args, _check_file(args))
+
+
+def _check_file(args: argparse.Namespace) -> Path:
     out = resolve_path(args.file)
     _check_free(out, args.force)
     if out.suffix != ".hnerv":
         raise FileCommandError(f"{out} should end in .hnerv, so that it is known for what it is")
-    config = check_run(args.config.replace(data_path=args.video))
-    work = resolve_path(args.work or f"output/encode/{out.stem}")
-    prepare_dataset(config, args.cache_dir, device=config.train.device)
-    result = train(config, work, cache_dir=args.cache_dir)
-    replace_when_done(out, lambda path: shutil.copyfile(result.run_dir / "video.hnerv", path))
+    return out
+
+
+def _write_run(args: argparse.Namespace, out: Path) -> None:
+    from hnerv_clip.store import store_run
+
+    replace_when_done(out, lambda path: store_run(
+        args.outf, path, rate=args.rate, epochs=args.rate_epochs, cache_dir=args.cache_dir,
+        device=args.device))
     args.file = str(out)
     _info(args)
 

@@ -70,7 +70,12 @@ class StoredVideo(Sequence):
     @property
     def has_head(self) -> bool:
         """Whether embeddings can be asked for."""
-        return self.header.config.model.predict_clip
+        return self.header.config.model.predict_clip or self.has_field
+
+    @property
+    def has_field(self) -> bool:
+        """Whether embeddings are of the very box that is asked for, at any time."""
+        return self.stored.field is not None
 
     def facts(self) -> dict[str, str]:
         """What a reader wants to know, by name."""
@@ -146,11 +151,12 @@ class StoredVideo(Sequence):
     def embed(self, box: tuple[float, float, float, float], time_s: float) -> np.ndarray:
         """The embedding of a box of the picture at a time.
 
-        The head answers for the box's centre, as a patch of the size that it was trained on.
+        A field answers for the very box, between frames, too. The original head answers for the
+        box's center, as a patch of the size that it was trained on.
 
         Args:
             box: (x0, y0, x1, y1) in pixels, x to the right and y down.
-            time_s: seconds; the frame shown then.
+            time_s: seconds; of the original head, the frame shown then.
         Returns:
             float32 [D], unit length, in the teacher's space.
         Raises:
@@ -162,8 +168,34 @@ class StoredVideo(Sequence):
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(f"box {tuple(box)} is no x0,y0,x1,y1 within the picture of "
                              f"{width}×{height} (x0 < x1 ≤ {width}, y0 < y1 ≤ {height})")
+        frame = self.frame_at(time_s)
+        if self.has_field:
+            after = min(frame + 1, len(self) - 1)
+            gap = self.times_s[after] - self.times_s[frame]
+            share = min((time_s - self.times_s[frame]) / gap, 1.0) if gap > 0 else 0.0
+            return self.field.embed(frame + share, (y0, x0, y1 - y0, x1 - x0)).numpy()
         centre = torch.tensor([[(y0 + y1) / 2, (x0 + x1) / 2]])
-        return self._clip_at([self.frame_at(time_s)], centre)[0, 0].numpy()
+        return self._clip_at([frame], centre)[0, 0].numpy()
+
+    @cached_property
+    def field(self):
+        """The fitted field (`field.Field`), for searches by box, heat maps and tracking.
+
+        Raises:
+            ConfigError: the file has none.
+        """
+        from hnerv_clip.field import Field
+
+        if not self.has_field:
+            raise ConfigError(f"{self.path} holds no field, which answers for any box; encode the "
+                              "video with head=field")
+        head = self.stored.load_field().to(self.device)
+        embeddings = None
+        if self.stored.chunk and head.config.source_channels:
+            embeddings = self.frame_embeddings(range(len(self)))
+        meta = self.header.meta["teacher"]
+        return Field(head, self._model(SHARED), embeddings,
+                     teacher={"name": meta["name"], "label": meta["label"]})
 
     @cached_property
     def grid(self) -> PatchGrid:
@@ -178,6 +210,8 @@ class StoredVideo(Sequence):
     @cached_property
     def patch_embeddings(self) -> np.ndarray:
         """float32 [T, P, D], unit length: what the head says of every patch."""
+        if self.has_field:
+            return self.field.embed(np.arange(len(self)), self.grid.boxes).numpy()
         return self._clip_at(range(len(self)), self.grid.centres).numpy()
 
     @torch.inference_mode()
@@ -195,7 +229,7 @@ class StoredVideo(Sequence):
 
     def search(self, text: str, top_k: int = 5, *, apart: int = 4, weights: str | None = None
                ) -> pd.DataFrame:
-        """The patches that answer a text best.
+        """The boxes that answer a text best: of several sizes with a field, else the patches.
 
         Args:
             text: anything for CLIP; names of ImageNet classes for the bundled teacher.
@@ -213,11 +247,14 @@ class StoredVideo(Sequence):
         from hnerv_clip.teachers import encode_queries
 
         vector = encode_queries([text], self.teacher(weights))[0]
+        if self.has_field:
+            from hnerv_clip.search.boxes import search_boxes
+
+            found = search_boxes(self.field, vector, top_k, apart=apart)
+            y0, x0, height, width = found[["top", "left", "height", "width"]].to_numpy().T
+            return _found(found, self.times_s, (x0, y0, x0 + width, y0 + height))
         found = rank_patches(vector, self.patch_embeddings, top_k, apart=apart)
-        corners = self.boxes()[found.patch]
-        return pd.DataFrame({
-            "rank": found["rank"], "frame": found.frame, "time_s": self.times_s[found.frame],
-            **dict(zip(("x0", "y0", "x1", "y1"), corners.T)), "score": found.score})
+        return _found(found, self.times_s, self.boxes()[found.patch].T)
 
     def teacher(self, weights: str | None = None):
         """The teacher in whose space the embeddings are, loaded once.
@@ -265,6 +302,13 @@ class StoredVideo(Sequence):
     def __repr__(self) -> str:
         height, width = self.size
         return f"<StoredVideo {self.name!r}: {len(self)} frames of {width}×{height}>"
+
+
+def _found(found: pd.DataFrame, times_s: np.ndarray, corners) -> pd.DataFrame:
+    frames = found.frame.astype(int)
+    return pd.DataFrame({
+        "rank": found["rank"], "frame": frames, "time_s": times_s[frames],
+        **dict(zip(("x0", "y0", "x1", "y1"), corners)), "score": found.score})
 
 
 def mean_fps(times: Sequence[float]) -> float:

@@ -30,6 +30,7 @@ from hnerv_clip.codec import FileError, decode_video, encode_video, video
 from hnerv_clip.codec.container import END_SIZE, START, pack_file
 from hnerv_clip.codec.video import About, StoredNetwork
 from hnerv_clip.config import Config
+from hnerv_clip.heads.field import FieldConfig, FieldHead
 from hnerv_clip.model import build_model
 
 VERSION_1 = Path(__file__).parent / "data" / "version1.hnerv"
@@ -45,10 +46,13 @@ ODD = [0, 1, -1, 2, 3, 7, 51, 255, 256, 65535, 65536, 2**20, 2**31 - 1, 2**31, 2
 
 
 def make_seeds() -> list[bytes]:
-    """Tiny whole files: a hybrid network, two of coordinates, and one of version 1."""
+    """Tiny whole files: hybrid networks without and with a field, two of coordinates, version 1."""
     files = []
-    for changes in ({}, {"embed": "pe_1.25_4", "fc_hw": "1_2"},
-                    {"embed": "xyt_1.25_4", "fc_hw": "1_2", "enc_dim": "3_2", "norm": "bn",
+    head = FieldHead(FieldConfig(dim=4, frame_hw=(18, 37), frame_count=4, source_channels=2, up=2,
+                                 mid_channels=2, map_channels=1, map_hw=(2, 4), points=2, hidden=4,
+                                 rank=2, frequencies=1))
+    for changes in ({}, {"predict_clip": False, "modelsize": 0.0021},
+                    {"embed": "pe_1.25_4", "fc_hw": "1_2"}, {"embed": "xyt_1.25_4", "fc_hw": "1_2", "enc_dim": "3_2", "norm": "bn",
                      "predict_clip": False}):
         config = Config.from_params(**{**TINY, **changes})
         model = build_model(config.model, frame_hw=(18, 37), frame_count=4)
@@ -57,7 +61,8 @@ def make_seeds() -> list[bytes]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "v.hnerv"
             encode_video(model, embeddings, path, config=config,
-                         about=About("a", [0.0, 0.04, 0.08, 0.2]))
+                         about=About("a", [0.0, 0.04, 0.08, 0.2]),
+                         field=head if changes.get("modelsize") else None)
             files.append(path.read_bytes())
     return [*files, VERSION_1.read_bytes()]
 
@@ -236,6 +241,8 @@ def read(path: Path, rng: random.Random) -> str:
             if stored.chunk:
                 stored.embeddings(rng.randrange(4), rng.randrange(1, 6))
             stored.load(("decoder.", "clip_head."))
+            if stored.field is not None:
+                stored.load_field()
             stored.header.times()
     except FileError:
         return "refused"

@@ -248,6 +248,8 @@ def test_classes_pay_where_rows_differ():
     ("strides", lambda meta, parts: meta["network"].update(dec_strds="5 " * 40), "limits"),
     ("blocks", lambda meta, parts: meta["network"].update(num_blks="1_10000"), "num_blks"),
     ("levels", lambda meta, parts: meta["network"].update(embed="pe_1.25_1e9"), "levels"),
+    ("head", lambda meta, parts: meta["heads"].append({"name": "x", "settings": {}}), "unknown"),
+    ("field", lambda meta, parts: meta["heads"].append({"name": "field", "settings": {}}), "field"),
     ("setting", lambda meta, parts: meta["network"].update(more=1), "unknown"),
     ("times", lambda meta, parts: meta["video"]["times"]["steps"][0].__setitem__(1, 3), "times"),
     ("stream", lambda meta, parts: parts.update(

@@ -22,7 +22,7 @@ TIMES = [0.0, 0.04, 0.08, 0.16, 0.2, 0.24]  # one frame lasts twice as long
 SIZE = (37, 70)  # which the network pads to 40 × 80
 
 
-def make_file(path, **changes):
+def make_file(path, *, field=None, **changes):
     config = Config.from_params(**{
         "data_path": "clip.mp4", "teacher": "efficientnet-lite0", "clip_dim": 1280,
         "enc_strds": "5 4 2",
@@ -33,7 +33,7 @@ def make_file(path, **changes):
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(6, 4, 1, 2, generator=generator) if model.kind == "hybrid" else None
     encode_video(model, embeddings, path, config=config,
-                 about=About("<b>clip</b>", TIMES, "bundled", "bundled & small"))
+                 about=About("<b>clip</b>", TIMES, "bundled", "bundled & small"), field=field)
     return path
 
 
@@ -119,6 +119,45 @@ def test_search_ranks_patches_by_the_teachers_text(video):
     start = time.perf_counter()
     video.search("moped")
     assert time.perf_counter() - start < 0.5
+
+
+@pytest.fixture(scope="module")
+def with_field(tmp_path_factory):
+    from hnerv_clip.heads.field import FieldConfig, FieldHead
+
+    torch.manual_seed(0)
+    field = FieldHead(FieldConfig(dim=1280, frame_hw=SIZE, frame_count=6, source_channels=4, rank=8,
+                                  hidden=16, map_hw=(4, 8)))
+    path = tmp_path_factory.mktemp("field") / "v.hnerv"
+    return make_file(path, field=field, predict_clip=False), field.eval()
+
+
+def test_a_field_in_the_file_answers_for_the_very_box(with_field):
+    path, head = with_field
+    video = hnerv_clip.open(path)
+    assert video.has_head and video.facts()["search"].endswith("for any box")
+    box, times = (10, 5, 30, 30), (0.08, 0.12, 0.16)  # a frame, half-way, the next
+    found = [video.embed(box, time) for time in times]
+    stored = video.stored.load_field()
+    z = video.frame_embeddings(range(6))
+    inputs = torch.stack([z[2], (z[2] + z[3]) / 2, z[3]]), torch.tensor([2, 2.5, 3])
+    with torch.inference_mode():
+        wanted = stored(*inputs, torch.tensor([[5.0, 10, 25, 20]]))[:, 0]
+        original = head(*inputs, torch.tensor([[5.0, 10, 25, 20]]))[:, 0]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert (wanted * original).sum(1).min() > 0.99  # rounded to 8 bits
+    hits = video.search("hare", 2)
+    assert len(hits) == 2 and (hits[["x1", "y1"]].to_numpy() <= [70, 37]).all()
+    assert video.patch_embeddings.shape == (6, len(video.grid), 1280)
+
+
+def test_a_field_reads_no_picture(with_field, monkeypatch):
+    from hnerv_clip.codec import video as codec
+
+    read, real = [], codec.read_part
+    monkeypatch.setattr(codec, "read_part", lambda p, part: read.append(part.name) or real(p, part))
+    hnerv_clip.open(with_field[0]).embed((10, 5, 30, 30), 0)
+    assert not any(name.startswith("rgb_head") for name in read)
 
 
 def test_search_refuses_another_teachers_weights(tmp_path):
@@ -237,3 +276,7 @@ def test_encode_makes_a_file_of_a_video(tmp_path, capsys):
     assert video[:].shape == (5, 80, 160, 3) and video.name == "bunny"
     assert video.fps == pytest.approx(25)
     assert main(words) == 1 and main([*words, "--force"]) == 0  # at once: the run is finished
+    size = (tmp_path / "b.hnerv").stat().st_size
+    assert main(["store", str(tmp_path / "work"), str(tmp_path / "c.hnerv"), "--rate", "0.002",
+                 "--rate_epochs", "1", "--cache_dir", str(tmp_path / "cache")]) == 0
+    assert (tmp_path / "c.hnerv").stat().st_size < size

@@ -20,7 +20,7 @@ def describe_dataset(dataset: Dataset, config: Config) -> About:
     times = getattr(video, "times_s", None)
     if times is None:
         times = [i / video.fps for i in range(len(video.frames))]
-    with_teacher = config.model.predict_clip
+    with_teacher = config.model.predict_clip or config.model.head == "field"
     return About(name=video.name, times_s=[float(t) for t in times],
                  teacher_name=dataset.teacher_name if with_teacher else "",
                  teacher_label=dataset.teacher_label if with_teacher else "",

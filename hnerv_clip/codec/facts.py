@@ -24,8 +24,10 @@ def header_facts(header: Header) -> dict[str, str]:
         "file": f"{header.size_bytes:,} bytes, {8 * header.size_bytes / pixels:.4f} bits a pixel",
         "network": f"{values:,} values, {8 * header.size_bytes / max(values, 1):.2f} bits each",
         "search": teacher["label"] or teacher["settings"]["teacher"]
-        if header.config.model.predict_clip else "no head for embeddings",
+        if header.config.model.predict_clip or header.meta["heads"] else "no head for embeddings",
     }
+    if header.meta["heads"]:
+        facts["search"] += ", for any box"
     if teacher["weights"]:
         facts["teacher's weights"] = teacher["weights"]
     return facts | {"format": f"version {header.version}, {header.meta['writer']}"}

@@ -106,6 +106,7 @@ class StoredVersion1:
         self.path, self.header = Path(path), read_header(path)
         self.config = self.header.config
         self.model, self._embeddings = decode_video(path)
+        self.field = None
         self.chunk = 0 if self._embeddings is None else 1
 
     def load(self, prefixes: tuple[str, ...] = ("",)) -> HNeRV:

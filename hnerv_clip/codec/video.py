@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hnerv_clip.codec import entropy
 from hnerv_clip.codec.container import (
+    FRAME_LIMIT,
     NETWORK,
     PIXEL_LIMIT,
     SIDE_LIMIT,
@@ -31,11 +32,12 @@ from hnerv_clip.codec.container import (
 )
 from hnerv_clip.codec.levels import Quantised, bounds_shape, quantise, quantise_by_step
 from hnerv_clip.config import AUTO, Config, ModelConfig, resolve_patch_grid
+from hnerv_clip.heads.field import FieldConfig, FieldHead
 from hnerv_clip.model import HNeRV
 from hnerv_clip.runs import write_atomic
 
 WRITER = "hnerv-clip 0.1.0"
-EMBEDDINGS, TABLES = "embeddings", "histograms"
+EMBEDDINGS, TABLES, FIELD = "embeddings", "histograms", "field"
 CHUNK = 8  # frames whose embeddings are coded together
 VALUES_PER_BYTE = 64  # a file unpacks to at most so many values a byte of it…
 VALUES_FREE = 2**18  # … and these
@@ -43,6 +45,10 @@ ACTIVATION_LIMIT = 2**28  # values of one frame's features
 # Limits of what a file may ask for; far beyond any use
 LIMITS = {"strides": (12, 64), "width": 4096, "levels": 4096, "fc_hw": 512, "kernel": 31,
           "blocks": 16, "clip_dim": 16384, "modelsize": 1000}
+FIELD_LIMITS = {"dim": 2**14, "frame_hw": SIDE_LIMIT, "frame_count": FRAME_LIMIT,
+                "source_channels": 4096, "source_stage": 12, "up": 64, "mid_channels": 1024,
+                "map_channels": 1024, "map_hw": 512, "keyframes": 4096, "latent_channels": 1024,
+                "points": 16, "hidden": 4096, "layers": 16, "rank": 4096, "frequencies": 32}
 
 
 @dataclass
@@ -62,13 +68,16 @@ class About:
 
 
 def encode_video(model: HNeRV, embeddings: Tensor | None, path: str | Path, *, config: Config,
-                 about: About | None = None, steps: dict[str, float] | None = None) -> int:
+                 about: About | None = None, steps: dict[str, float] | None = None,
+                 field: FieldHead | None = None) -> int:
     """Write the video that a model stores.
 
     Args:
         embeddings: [T, C, h, w] per-frame embeddings of a hybrid model; None for coordinates.
-        steps: quantisation steps by tensor, as `rate` learns them, `embeddings` among them; what is
-            not named is quantised by HNeRV's rule, to `quant_model_bit` and `quant_embed_bit`.
+        steps: quantisation steps by tensor, as `rate` learns them, `embeddings` among them, and
+            those of the field as `field.NAME`; what is not named is quantised by HNeRV's rule, to
+            `quant_model_bit` and `quant_embed_bit`.
+        field: a head that was fitted on this network.
     Returns:
         size_bytes of the file: all that is needed to play and search it.
     Raises:
@@ -86,7 +95,7 @@ def encode_video(model: HNeRV, embeddings: Tensor | None, path: str | Path, *, c
         return q, entropy.Classes(np.zeros(1, np.int8), entropy._half_octaves(spread, 8))
 
     weights = {name: levels_of(name, tensor, train.quant_model_bit)
-               for name, tensor in model.stored_state().items()}
+               for name, tensor in (*model.stored_state().items(), *_field_state(field).items())}
     histograms = {"weights": entropy.count_levels([(q.levels, c) for q, c in weights.values()])}
     parts = [(name, _bounds(q, c) + entropy.encode_levels(q.levels, c, histograms["weights"]))
              for name, (q, c) in weights.items()]
@@ -110,7 +119,8 @@ def encode_video(model: HNeRV, embeddings: Tensor | None, path: str | Path, *, c
                         "weights": about.weights, "preprocess": about.preprocess,
                         "settings": {name: params[name] for name in TEACHER} | {
                             "clip_pretrained": _without_folders(params["clip_pretrained"])}},
-            "heads": [], "tensors": entries, "embeddings": embedded}
+            "heads": [] if field is None else [{"name": FIELD, "settings": field.config.to_dict()}],
+            "tensors": entries, "embeddings": embedded}
     data = pack_file(meta, parts)
     try:
         check_meta({**meta, "parts": []})
@@ -126,6 +136,11 @@ def _without_folders(weights: str) -> str:
     """A teacher's weights without the folders of this machine, which are nobody's business."""
     start = "local-dir:" if weights.startswith("local-dir:") else ""
     return start + (Path(weights.removeprefix(start)).name or weights)
+
+
+def _field_state(field: FieldHead | None) -> dict[str, Tensor]:
+    return {} if field is None else {
+        f"{FIELD}.{name}": tensor for name, tensor in field.state_dict().items()}
 
 
 def _video_meta(model: HNeRV, about: About) -> dict[str, Any]:
@@ -176,6 +191,40 @@ def plan_network(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count:
     if widest > ACTIVATION_LIMIT:
         raise FileError(f"features of {widest} values a frame, at most {ACTIVATION_LIMIT}")
     return model.eval()
+
+
+def plan_field(header: Header) -> FieldHead | None:
+    """The field that a file describes, without memory for its values; None where it has none.
+
+    Raises:
+        FileError: no such field, or one beyond the limits.
+    """
+    heads = header.meta["heads"]
+    if not heads:
+        return None
+    if len(heads) > 1 or heads[0]["name"] != FIELD:
+        raise FileError(f"heads {[head['name'] for head in heads][:3]} are unknown here: update "
+                        "hnerv-clip")
+    try:
+        config = FieldConfig.from_dict(heads[0]["settings"])
+        for name, limit in FIELD_LIMITS.items():
+            value = getattr(config, name)
+            if not all(type(v) is int and -1 <= v <= limit
+                       for v in (value if isinstance(value, tuple) else (value,))):
+                raise FileError(f"the field's {name} {value} is not between 0 and {limit}")
+        if config.frame_hw != header.size or config.frame_count != header.frame_count or \
+                config.dim != header.config.model.clip_dim:
+            raise FileError("the field is for another video, or another teacher")
+        with torch.device("meta"):
+            field = FieldHead(config)
+    except (ValueError, RuntimeError, ArithmeticError, TypeError, MemoryError) as error:
+        raise FileError(f"its field's settings describe none: {error}") from error
+    values = sum(t.numel() for t in field.state_dict().values())
+    allowed = VALUES_FREE + VALUES_PER_BYTE * header.size_bytes
+    if values > allowed:
+        raise FileError(f"a field of {values} values in {header.size_bytes} bytes, at most "
+                        f"{allowed}")
+    return field.eval()
 
 
 def _without_memory(config: ModelConfig, frame_hw: tuple[int, int], frame_count: int) -> HNeRV:
@@ -230,6 +279,7 @@ class StoredNetwork:
         self.model = plan_network(
             self.config.model, frame_hw=self.header.size, frame_count=self.header.frame_count,
             size_bytes=self.header.size_bytes)
+        self.field = plan_field(self.header)
         self.entries = {entry[0]: entry for entry in self.header.meta["tensors"]}
         self._histograms: dict[str, dict[int, entropy.Histogram]] | None = None
         self._bounds: tuple[np.ndarray, np.ndarray, entropy.Classes] | None = None
@@ -237,7 +287,8 @@ class StoredNetwork:
         self._check_tables()
 
     def _check_tables(self) -> None:
-        planned = {name: list(t.shape) for name, t in self.model.state_dict().items()}
+        planned = {name: list(t.shape) for name, t in (
+            *self.model.state_dict().items(), *_field_state(self.field).items())}
         stored = {entry[0]: entry[1] for entry in self.header.meta["tensors"]}
         if len(stored) != len(self.header.meta["tensors"]) or list(stored) != list(planned):
             odd = sorted(set(stored) ^ set(planned))[:4]
@@ -274,11 +325,26 @@ class StoredNetwork:
             FileError: a part is damaged.
         """
         wanted = [name for name in self.entries
-                  if name.startswith(prefixes) and name not in self._loaded]
+                  if name.startswith(prefixes) and name not in self._loaded
+                  and not name.startswith(f"{FIELD}.")]
         state = {name: self.tensor(name) for name in wanted}
         self.model.load_state_dict(state, strict=False, assign=True)
         self._loaded.update(wanted)
         return self.model
+
+    def load_field(self) -> FieldHead:
+        """The field's head.
+
+        Raises:
+            FileError: a part is damaged.
+            ValueError: the file has no field.
+        """
+        if self.field is None:
+            raise ValueError(f"{self.path} has no field")
+        names = _field_state(self.field)
+        self.field.load_state_dict(
+            {name.removeprefix(f"{FIELD}."): self.tensor(name) for name in names}, assign=True)
+        return self.field
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, dequantised.
@@ -292,7 +358,9 @@ class StoredNetwork:
             (shift, scale, classes), rest = _read_bounds(data, shape, axis, flags)
             levels = entropy.decode_levels(rest, tuple(shape), classes,
                                            self.histograms()["weights"])
-            return self._dequantise(levels, shift, scale).to(self.model.state_dict()[name].dtype)
+            value = self._dequantise(levels, shift, scale)
+            whole = name.endswith("num_batches_tracked")  # of a batch norm
+            return value.long() if whole else value
         except FileError as error:
             raise FileError(f"{self.path}: {name}: {error}") from error
 
@@ -368,6 +436,14 @@ def open_network(path: str | Path) -> StoredNetwork:
     from hnerv_clip.codec import version1
 
     return version1.StoredVersion1(path) if version1.is_version1(path) else StoredNetwork(path)
+
+
+def bind_embeddings(model: HNeRV, embeddings: Tensor | None) -> HNeRV:
+    """Let a model without its encoder take the embedding of a frame by its time."""
+    if embeddings is not None:
+        model.embed = lambda frames, times: embeddings[
+            (times * model.frame_count).round().long().to(embeddings.device)]
+    return model
 
 
 def decode_video(path: str | Path) -> tuple[HNeRV, Tensor | None]:

@@ -58,8 +58,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argume
     store.add_argument("--force", action="store_true", help="replace what is there")
     for sub in (encode, store):
         sub.add_argument("--rate", type=float, help=
-                         "fine-tune for a small file: what a bit per pixel costs, from 0.0005 (best "
-                         "quality) to 0.02 (smallest); without it, weights are rounded as they are")
+                         "fine-tune for a small file: what a bit per pixel costs, from 0.0005 "
+                         "(best quality) to 0.02 (smallest); else weights are rounded as they are")
         sub.add_argument("--rate_epochs", type=int, default=60, help="of that fine-tuning (60)")
     return encode
 

@@ -52,7 +52,8 @@ def make_seeds() -> list[bytes]:
                                  mid_channels=2, map_channels=1, map_hw=(2, 4), points=2, hidden=4,
                                  rank=2, frequencies=1))
     for changes in ({}, {"predict_clip": False, "modelsize": 0.0021},
-                    {"embed": "pe_1.25_4", "fc_hw": "1_2"}, {"embed": "xyt_1.25_4", "fc_hw": "1_2", "enc_dim": "3_2", "norm": "bn",
+                    {"embed": "pe_1.25_4", "fc_hw": "1_2"},
+                    {"embed": "xyt_1.25_4", "fc_hw": "1_2", "enc_dim": "3_2", "norm": "bn",
                      "predict_clip": False}):
         config = Config.from_params(**{**TINY, **changes})
         model = build_model(config.model, frame_hw=(18, 37), frame_count=4)

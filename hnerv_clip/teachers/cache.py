@@ -23,7 +23,14 @@ from hnerv_clip.files import check_writable, file_digest, remove_stale, write_at
 from hnerv_clip.patches import PatchGrid
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.teachers.base import describe_teacher, teacher_dim
-from hnerv_clip.teachers.clip_weights import LOCAL_DIR, is_file, read_architecture, weights_file
+from hnerv_clip.teachers.clip_weights import (
+    LOCAL_DIR,
+    is_file,
+    openai_preprocessing,
+    read_architecture,
+    read_preprocessing,
+    weights_file,
+)
 from hnerv_clip.teachers.efficientnet import BUNDLED_PACKAGE
 from hnerv_clip.teachers.load import load_teacher, run_teacher
 from hnerv_clip.video import Video
@@ -59,7 +66,9 @@ def _identity(config: TeacherConfig) -> list[str]:
         preprocessing = (weights_file(config).parent / "open_clip_config.json").read_text("utf-8")
         return [preprocessing, _file_digest(weights_file(config))]
     if is_file(config.clip_pretrained):
-        return [architecture, _file_digest(weights_file(config))]
+        preprocessing = read_preprocessing(config)
+        own = [] if preprocessing == openai_preprocessing() else [json.dumps(preprocessing)]
+        return [architecture, _file_digest(weights_file(config)), *own]
     return [architecture, config.clip_pretrained]
 
 

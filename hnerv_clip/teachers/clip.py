@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hnerv_clip.config import ConfigError, TeacherConfig
 from hnerv_clip.teachers.base import describe_teacher, preprocess, teacher_dim
-from hnerv_clip.teachers.clip_weights import find_source
+from hnerv_clip.teachers.clip_weights import (
+    PREPROCESSING,
+    check_text_tower,
+    find_source,
+    load_tokenizer,
+    read_architecture,
+)
 
 
 class ClipTeacher:
@@ -27,6 +36,8 @@ class ClipTeacher:
         self.dim = teacher_dim(config)
         self.device, self.in_bf16 = device, config.teacher_precision == "bf16"
         source = find_source(config)
+        self.architecture, self.model_name = read_architecture(config), source.model
+        check_text_tower(self.architecture, source.origin)
         try:
             model = open_clip.create_model(
                 source.model, pretrained=source.weights, device=device, require_pretrained=True,
@@ -40,12 +51,15 @@ class ClipTeacher:
                 "clip_model the architecture that they were saved from, and a plain state dict "
                 "(.pt, .bin or .safetensors; TorchScript archives must be re-saved)") from error
         self.model = model.eval()
-        self.tokenizer = open_clip.get_tokenizer(source.model)
         cfg = model.visual.preprocess_cfg
         size = cfg["size"]
         self.image_size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-        self.preprocess_cfg = {name: cfg[name]
-                               for name in ("mean", "std", "interpolation", "resize_mode")}
+        self.preprocess_cfg = {name: cfg[name] for name in PREPROCESSING}
+
+    @functools.cached_property
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """Loaded for the first text: pictures need none."""
+        return load_tokenizer(self.model_name, self.architecture)
 
     @torch.no_grad()
     def encode_patches(self, patches: Tensor) -> Tensor:

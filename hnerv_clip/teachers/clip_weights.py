@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import importlib.util
 import json
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from hnerv_clip.config import BUNDLED, BUNDLED_DIM, ConfigError, TeacherConfig
 from hnerv_clip.paths import resolve_path
 
 LOCAL_DIR = "local-dir:"
+FOLDER_CONFIG = "open_clip_config.json"
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 
 class ClipSource(NamedTuple):
@@ -37,13 +46,15 @@ def find_source(config: TeacherConfig) -> ClipSource:
     source = config.clip_pretrained
     if source.startswith(LOCAL_DIR):
         weights = weights_file(config)
-        return ClipSource(f"{LOCAL_DIR}{weights.parent}", None, None, str(weights))
+        return ClipSource(f"{LOCAL_DIR}{weights.parent}", None,
+                          read_preprocessing(config, warn=True), str(weights))
+    preprocessing = read_preprocessing(config, warn=True)
     if is_file(source):
         path = str(resolve_path(source))
-        return ClipSource(config.clip_model, path, None, path)
+        return ClipSource(config.clip_model, path, preprocessing, path)
     tag = get_pretrained_cfg(config.clip_model, source)
     path = _cached_weights(tag) or _download(config, tag)
-    return ClipSource(config.clip_model, path, tag, f"of tag {source!r}")
+    return ClipSource(config.clip_model, path, preprocessing, f"of tag {source!r}")
 
 
 def is_file(source: str) -> bool:
@@ -62,29 +73,174 @@ def read_architecture(config: TeacherConfig) -> dict:
 
     if config.clip_pretrained.startswith(LOCAL_DIR):
         folder = resolve_path(config.clip_pretrained.removeprefix(LOCAL_DIR))
-        path = folder / "open_clip_config.json"
+        path = folder / FOLDER_CONFIG
         try:
-            return json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+            return _read_folder(path)["model_cfg"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"clip_pretrained={config.clip_pretrained!r}: {path} does not read as an open_clip "
                 f"configuration ({type(error).__name__}: {error}); give a folder that holds "
                 "open_clip_config.json and the weights") from error
-    architecture = open_clip.get_model_config(config.clip_model)
+    architecture = None if ":" in config.clip_model else \
+        open_clip.get_model_config(config.clip_model)
     if architecture is None:
         near = difflib.get_close_matches(config.clip_model, open_clip.list_models(), n=3)
         raise ConfigError(f"clip_model={config.clip_model!r} is not an architecture of open_clip; "
-                          f"use {' or '.join(near) or 'ViT-B-32-quickgelu'}")
-    if not is_file(config.clip_pretrained):
-        _check_tag(config, architecture)
+                          f"use {' or '.join(near) or 'ViT-B-32-quickgelu'}, or "
+                          "clip_pretrained='local-dir:FOLDER' for one of your own")
+    tags = _named_tags(config) if is_file(config.clip_pretrained) else [config.clip_pretrained]
+    for tag in tags:
+        _check_tag(config, architecture, tag)
     return architecture
 
 
-def _check_tag(config: TeacherConfig, architecture: dict) -> None:
+def _read_folder(path: Path) -> dict:
+    """open_clip_config.json, with a model_cfg that describes two towers.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is not there, or does not.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    model = content["model_cfg"]
+    if not (isinstance(model["vision_cfg"], dict) and isinstance(model["text_cfg"], dict)
+            and int(model["embed_dim"]) > 0):
+        raise ValueError("its model_cfg has no embed_dim above 0, vision_cfg and text_cfg")
+    if not isinstance(content.get("preprocess_cfg", {}), dict):
+        raise ValueError("its preprocess_cfg is no object")
+    return content
+
+
+def _named_tags(config: TeacherConfig) -> list[str]:
+    """Tags of the architecture that the name of a weights file holds, as downloads do."""
+    import open_clip
+
+    path = resolve_path(config.clip_pretrained)
+    folder = next((part for part in path.parts if part.startswith("models--")), "")
+    told = _letters(folder + path.name)
+    tags = [tag for tag in open_clip.list_pretrained_tags_by_model(config.clip_model)
+            if len(_letters(tag)) >= 5 and _letters(tag) in told]
+    return [tag for tag in tags if not any(  # dfn2b_s39b, not dfn2b too
+        _letters(tag) in _letters(other) and tag != other for other in tags)]
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def openai_preprocessing() -> dict:
+    """What open_clip takes where nothing is said."""
+    from open_clip.transform import PreprocessCfg
+
+    default = dataclasses.asdict(PreprocessCfg())
+    return {name: list(default[name]) if isinstance(default[name], tuple) else default[name]
+            for name in PREPROCESSING}
+
+
+def read_preprocessing(config: TeacherConfig, *, warn: bool = False) -> dict:
+    """How pictures must be prepared: mean, std, interpolation, resize_mode.
+
+    A tag and a folder say it. For a file, in this order: an open_clip_config.json of the same
+    architecture beside it, a tag in its name, and what all tags of the architecture have in common.
+
+    Args:
+        warn: say where nothing tells, and what OpenAI's CLIP wants is taken.
+
+    Raises:
+        ConfigError: a file of an architecture whose tags differ, with nothing that tells which; or
+            see `read_architecture`.
+    """
+    import open_clip
+
+    architecture, default = read_architecture(config), openai_preprocessing()
+    model, source = config.clip_model, config.clip_pretrained
+
+    def complete(given: dict) -> dict:
+        found = {name: default[name] if given.get(name) is None else given[name]
+                 for name in PREPROCESSING}
+        for name in ("mean", "std"):  # one for each color, or one for all
+            found[name] = list(found[name]) if isinstance(found[name], (list, tuple)) else \
+                [found[name]] * 3
+        return found
+
+    if source.startswith(LOCAL_DIR):
+        given = _read_folder(weights_file(config).parent / FOLDER_CONFIG).get("preprocess_cfg")
+        if not given and warn:
+            warnings.warn(f"{source} has no preprocess_cfg in {FOLDER_CONFIG}: its pictures are "
+                          "prepared as OpenAI's CLIP wants them", stacklevel=2)
+        return complete(given or {})
+    if not is_file(source):
+        return complete(open_clip.get_pretrained_cfg(model, source))
+    try:
+        beside = _read_folder(resolve_path(source).parent / FOLDER_CONFIG)
+        if beside["model_cfg"]["vision_cfg"] == architecture["vision_cfg"] and \
+                beside.get("preprocess_cfg"):
+            return complete(beside["preprocess_cfg"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing there that would help
+    tags = _named_tags(config) or open_clip.list_pretrained_tags_by_model(model)
+    known = {tag: complete(open_clip.get_pretrained_cfg(model, tag)) for tag in tags}
+    if not known:
+        if warn:
+            warnings.warn(f"no weights of clip_model={model!r} were published: pictures are "
+                          f"prepared as OpenAI's CLIP wants them, unless {FOLDER_CONFIG} beside "
+                          f"{source} says otherwise", stacklevel=2)
+        return complete({})
+    first, *others = known.values()
+    if any(other != first for other in others):
+        raise ConfigError(
+            f"clip_pretrained={source!r}: weights of {model} were published for pictures that are "
+            "prepared in different ways, and the file's name does not tell which: put its tag into "
+            f"it (such as {model}-{next(reversed(known))}{Path(source).suffix}; tags are "
+            f"{', '.join(known)}), or its {FOLDER_CONFIG} beside it")
+    return first
+
+
+def check_text_tower(architecture: dict, origin: str) -> None:
+    """Refuse a text tower of the package transformers where that is not installed."""
+    name = architecture["text_cfg"].get("hf_model_name")
+    if name and importlib.util.find_spec("transformers") is None:
+        raise ConfigError(f"the weights {origin} have a text tower of the package transformers "
+                          f"({name}), which is not installed: pip install transformers")
+
+
+def load_tokenizer(model: str, architecture: dict) -> Callable[[list[str]], Tensor]:
+    """The architecture's own tokenizer.
+
+    Args:
+        model: architecture, or local-dir:FOLDER.
+    Raises:
+        ConfigError: the package transformers is missing, or the tokenizer is neither on this
+            machine nor to be had.
+    """
+    import open_clip
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    name = architecture["text_cfg"].get("hf_tokenizer_name")
+    needs = f"texts of {model} need the tokenizer {name or 'of CLIP'}"
+    if name and importlib.util.find_spec("transformers") is None:
+        raise ConfigError(f"{needs}, which the package transformers reads: pip install "
+                          "transformers. Pictures need none")
+    ways = ("Run once where there is a network and carry the Hugging Face cache over, or give "
+            "clip_pretrained='local-dir:FOLDER' with the tokenizer's files in it. Pictures need "
+            "none")
+    if name and not model.startswith(LOCAL_DIR) and not any(
+            isinstance(try_to_load_from_cache(name, file), str)
+            for file in ("tokenizer.json", "tokenizer_config.json")):
+        if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT):
+            raise ConfigError(f"{needs}, which is not on this machine, and {constants.ENDPOINT} "
+                              f"cannot be asked. {ways}")
+    try:
+        return open_clip.get_tokenizer(model)
+    except Exception as error:  # it fails in many ways, and the ways out are the same
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ConfigError(f"{needs}, which does not load ({reason}). {ways}") from error
+
+
+def _check_tag(config: TeacherConfig, architecture: dict, source: str) -> None:
     """Refuse an unknown tag, and one trained with another activation (features would be wrong)."""
     import open_clip
 
-    model, source = config.clip_model, config.clip_pretrained
+    model = config.clip_model
     tag = open_clip.get_pretrained_cfg(model, source)
     if not tag:
         tags = open_clip.list_pretrained_tags_by_model(model)

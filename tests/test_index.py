@@ -199,7 +199,8 @@ def test_runs_of_different_teachers_share_no_index(tmp_path, monkeypatch):
     def run(folder, video, teacher="t"):
         return Space(run_dir=Space(path=tmp_path / folder), model=None, dataset=Space(
             teacher_name=teacher, teacher_label=teacher.upper(),
-            video=Space(name=video, frame_hw=(80, 160), fps=25.0)),
+            video=Space(name=video, frame_hw=(80, 160), fps=25.0,
+                        times_s=[0.0, 0.1, 0.5, 0.6])),
             config=Config.from_params(epochs=7, modelsize=0.3))
 
     asked = []
@@ -223,6 +224,8 @@ def test_runs_of_different_teachers_share_no_index(tmp_path, monkeypatch):
     built.save(tmp_path / "index")
     loaded = load_index(tmp_path / "index", teacher="t")
     assert loaded.teacher == "t" and loaded.videos.equals(built.videos)
+    hits = pd.DataFrame({"video": ["bikes", "bunny (a)"], "frame": [2, 3]})
+    assert loaded.times_of(hits) == [0.5, 0.6]  # as the source shows them, not by its rate
     assert loaded.teacher_config() == Config.from_params().teacher  # which encodes its queries
     with pytest.raises(ValueError, match="hnerv-clip index"):
         build_index({"a": drifting(1, 4, 2, 16)[0]}, teacher="t").teacher_config()

@@ -29,6 +29,7 @@ from hnerv_clip.files import (
 )
 from hnerv_clip.metrics import check_embeddings
 from hnerv_clip.paths import resolve_path, tell_apart
+from hnerv_clip.search.kept import frame_times_s
 from hnerv_clip.search.rank import check_query
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class PatchIndex:
     faiss_index: the vectors. videos: name, frames, patches of each, and from `index_runs` how its
     network was trained. dim: values a vector. teacher: name of the teacher whose space this is.
     settings: that teacher's settings, where runs were indexed. label: its name for captions.
+    times_s: when each frame of a video is shown, likewise.
     """
 
     faiss_index: object
@@ -55,6 +57,7 @@ class PatchIndex:
     teacher: str
     settings: dict[str, Any] = field(default_factory=dict)
     label: str = ""
+    times_s: dict[str, list[float]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.faiss_index.ntotal
@@ -92,6 +95,12 @@ class PatchIndex:
                              "frame": inside // patches, "patch": inside % patches,
                              "score": scores})
 
+    def times_of(self, found: pd.DataFrame) -> list[float]:
+        """When the frames of a table of `search` are shown, in seconds."""
+        fps = self.videos.set_index("video").get("fps", {})  # all that the first format knew
+        return [self.times_s[hit.video][hit.frame] if hit.video in self.times_s else
+                hit.frame / fps.get(hit.video, float("nan")) for hit in found.itertuples()]
+
     def teacher_config(self) -> TeacherConfig:
         """The teacher that encodes texts for this index.
 
@@ -122,7 +131,8 @@ class PatchIndex:
         path = folder / f"vectors-{digest[:16]}.faiss"
         write_atomic(path, lambda file: file.write(vectors))
         about = {"format": FORMAT, "dim": self.dim, "teacher": self.teacher, "label": self.label,
-                 "settings": self.settings, "vectors": path.name, "sha256": digest,
+                 "settings": self.settings, "times_s": self.times_s,
+                 "vectors": path.name, "sha256": digest,
                  "videos": self.videos.to_dict("records")}
         write_json(folder / "videos.json", {**about, "checksum": _checksum(about)})
         for old in (*folder.glob("vectors-*.faiss"), folder / "vectors.faiss"):
@@ -229,6 +239,8 @@ def index_runs(runs: Iterable[Run]) -> PatchIndex:
     params = runs[0].config.params()
     built.settings = {name: params[name] for name in TEACHER_SETTINGS}
     built.label = runs[0].dataset.teacher_label
+    built.times_s = {name: frame_times_s(run.dataset.video).tolist()
+                     for name, run in zip(names, runs)}
     return built
 
 
@@ -258,7 +270,7 @@ def load_index(folder, *, teacher: str | None = None) -> PatchIndex:
         raise ValueError(f"the index in {folder} is of the teacher {about['teacher']}, but queries "
                          f"are encoded by {teacher}: load that teacher, or build it again")
     return PatchIndex(index, videos, about["dim"], about["teacher"], about.get("settings", {}),
-                      about.get("label", about["teacher"]))
+                      about.get("label", about["teacher"]), about.get("times_s", {}))
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

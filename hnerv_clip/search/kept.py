@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,7 +28,10 @@ from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs import RunDir
 from hnerv_clip.teachers.text import check_distinct
 
-FORMAT = 1  # raise it when what is kept, or how a text is encoded, changes
+if TYPE_CHECKING:
+    from hnerv_clip.video import Video
+
+FORMAT = 2  # raise it when what is kept, or how a text is encoded, changes
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Predictions:
 
     embeddings: np.ndarray  # [T, P, D] float32 unit vectors
     boxes: np.ndarray  # [P, 4] top, left, height, width in pixels
-    fps: float
+    times_s: np.ndarray  # [T]
     source: str  # how they came about; see `inference`
     teacher_label: str  # for captions
 
@@ -61,17 +64,23 @@ def predict_patches(outf: str | Path, *, cache_dir: str | Path = "output/cache",
     key = _digest(FORMAT, run.checkpoint_digest(), _settings(config))
     arrays, about = _read(path, key)
     with suppress(KeyError, TypeError, ValueError):
-        return Predictions(check_embeddings(arrays["embeddings"]), arrays["boxes"], **about)
+        return Predictions(check_embeddings(arrays["embeddings"]), arrays["boxes"],
+                           arrays["times_s"], **about)
     from hnerv_clip.inference import load_run, predict_embeddings, sources_of
 
     loaded = load_run(outf, cache_dir=cache_dir, device=device, data_path=data_path)
     source, dataset = sources_of(loaded.model)[-1], loaded.dataset
     embeddings = np.asarray(predict_embeddings(loaded.model, dataset, source=source))
-    boxes = np.asarray(dataset.grid.boxes)
-    about = {"fps": float(dataset.video.fps), "source": source,
-             "teacher_label": dataset.teacher_label}
-    _write(path, key, about, embeddings=embeddings, boxes=boxes)
-    return Predictions(embeddings, boxes, **about)
+    boxes, times_s = np.asarray(dataset.grid.boxes), frame_times_s(dataset.video)
+    about = {"source": source, "teacher_label": dataset.teacher_label}
+    _write(path, key, about, embeddings=embeddings, boxes=boxes, times_s=times_s)
+    return Predictions(embeddings, boxes, times_s, **about)
+
+
+def frame_times_s(video: Video) -> np.ndarray:
+    """When each frame of a video is shown, in seconds: float64 [T]."""
+    times = getattr(video, "times_s", None)
+    return np.arange(len(video.frames)) / video.fps if times is None else np.asarray(times, float)
 
 
 def encode_kept(queries: Sequence[str], config: TeacherConfig, folder: Path, *,

@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import load_dataset
-from hnerv_clip.engines.fused import engine, network
+from hnerv_clip.engines.fused import engine, workspace
 from hnerv_clip.engines.fused.decoding import Decoder
 from hnerv_clip.kernels import hopper, launch
 from hnerv_clip.kernels.compile_workers import NamedGPU
@@ -36,7 +36,7 @@ CONFIGS = ({"resize_list": "80_160", "enc_strds": "5 4 2 2", "dec_strds": "5 4 2
 def main() -> None:
     cache, jobs = tempfile.TemporaryDirectory(), []
     os.environ["TRITON_CACHE_DIR"] = cache.name
-    network.working_dtype = lambda device: torch.bfloat16
+    workspace.working_dtype = lambda device: torch.bfloat16
     engine.compile_all = lambda step, _: jobs.extend(launch.record(step))
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     for changes, on_hopper in ((CONFIGS[0], False), (CONFIGS[1], False), (CONFIGS[1], True)):

@@ -1,10 +1,10 @@
-// A Hopper GPU's multiprocessor on a CPU: stands in for `hopper/primitives.cu`, and runs a program's
-// threads in turns, so that the other sources can be tested without a GPU.
+// A Hopper GPU's multiprocessor (SM) on a CPU: stands in for `hopper/ptx.cu`, and runs a thread
+// block's threads in turns, so that the other sources can be tested without a GPU.
 //
 // It is unkind where the GPU may be: copies arrive late and in any order, products are made when
 // they are waited for and not before, threads take turns at random, and shared memory begins as
 // NaN. It does not know registers, memory fences or time. Given as macros besides the sources' own:
-// COLUMNS of a product, and WEIGHTS_FIRST, see `hopper._products`.
+// COLUMNS of a wgmma, and B_K_MAJOR, see `hopper._wgmma_macros`.
 
 #include <ucontext.h>
 
@@ -58,7 +58,7 @@ struct Thread {
   std::deque<std::vector<Product>> groups;
 };
 struct Meeting { int arrived = 0; long turn = 0; };  // of threads that wait for each other
-struct Barrier { int arrivals, left, turn; long bytes; };
+struct Barrier { int arrivals, left, phase; long bytes; };
 struct Copy { unsigned to; const bf16* from; int bytes; unsigned barrier; };
 
 std::vector<Thread> threads;
@@ -95,14 +95,14 @@ inline float __shfl_xor_sync(unsigned, float value, int other) {
   return value;
 }
 
-inline unsigned shared_address(const void* p) { return (const unsigned char*)p - memory; }
-inline u64 operand(unsigned address, int other, int next) {
+inline unsigned smem_address(const void* p) { return (const unsigned char*)p - memory; }
+inline u64 make_smem_desc(unsigned address, int leading, int stride) {
   if (address % 16) fail("an operand that is not aligned", address);
-  return (u64)(address >> 4) | (u64)other << 16 | (u64)next << 32;
+  return (u64)(address >> 4) | (u64)leading << 16 | (u64)stride << 32;
 }
 inline float low(unsigned both) { return __uint_as_float(both << 16); }
 inline float high(unsigned both) { return __uint_as_float(both & 0xffff0000u); }
-inline unsigned pack(float low, float high) {
+inline unsigned pack_bf16x2(float low, float high) {
   unsigned bits[2];
   memcpy(&bits[0], &low, 4), memcpy(&bits[1], &high, 4);
   for (unsigned& b : bits) b = (b + 0x7fff + (b >> 16 & 1)) >> 16;
@@ -117,10 +117,10 @@ inline float shared_value(unsigned at) {
 }
 // Value (row, k) of an operand; `across`: its rows lie side by side, not k
 inline float value_of(u64 where, int row, int k, bool across) {
-  const unsigned start = (where & 0x3fff) << 4, other = (where >> 16 & 0x3fff) << 4,
-                 next = (where >> 32 & 0x3fff) << 4;
-  const int line = across ? k % 8 : row % 8, place = across ? row % 8 : k % 8;
-  return shared_value(start + k / 8 * other + row / 8 * next + line * 16 + place * 2);
+  const unsigned start = (where & 0x3fff) << 4, leading = (where >> 16 & 0x3fff) << 4,
+                 stride = (where >> 32 & 0x3fff) << 4;
+  const int line = across ? k % 8 : row % 8, column = across ? row % 8 : k % 8;
+  return shared_value(start + k / 8 * leading + row / 8 * stride + line * 16 + column * 2);
 }
 inline void multiply_now(const Product& product) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
@@ -134,7 +134,7 @@ inline void multiply_now(const Product& product) {
         float& sum = product.sum[4 * j + 2 * half + c];
         float total = product.add ? sum : 0;
         for (int k = 0; k < 16; k++)
-          total += row[k] * value_of(product.b, 8 * j + lane % 4 * 2 + c, k, !WEIGHTS_FIRST);
+          total += row[k] * value_of(product.b, 8 * j + lane % 4 * 2 + c, k, !B_K_MAJOR);
         sum = total;
       }
   }
@@ -155,28 +155,28 @@ inline void WGMMA_REGISTERS(float* sum, const unsigned (&a)[4], u64 b, bool add)
   __syncwarp();
   threads[threadIdx.x].started.push_back(product);
 }
-inline void begin_products() {}
-inline void commit_products() {
+inline void wgmma_fence() {}
+inline void wgmma_commit_group() {
   Thread& own = threads[threadIdx.x];
   own.groups.push_back(std::move(own.started));
   own.started.clear();
 }
-template <int LEFT>
-inline void wait_products() {
+template <int PENDING>
+inline void wgmma_wait_group() {
   Thread& own = threads[threadIdx.x];
-  for (int n = own.groups.size() > LEFT ? chance() % 8 : 0; n; n--) yield();
-  for (; own.groups.size() > LEFT; own.groups.pop_front())
+  for (int n = own.groups.size() > PENDING ? chance() % 8 : 0; n; n--) yield();
+  for (; own.groups.size() > PENDING; own.groups.pop_front())
     for (const Product& product : own.groups.front()) multiply_now(product);
   __syncwarp();  // a warp's threads wait together
 }
-inline void hold(float&) {}
+inline void fence_operand(float&) {}
 template <int COUNT>
-inline void take_registers() {}
+inline void warpgroup_reg_alloc() {}
 template <int COUNT>
-inline void give_registers() {}
-inline void publish_shared() {}
+inline void warpgroup_reg_dealloc() {}
+inline void fence_proxy_async() {}
 
-inline void load_matrices(unsigned (&to)[4], unsigned row) {
+inline void ldmatrix_x4_trans(unsigned (&to)[4], unsigned row) {
   auto& values = exchanged[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
   values[lane][0] = row;
@@ -193,24 +193,24 @@ inline void load_matrices(unsigned (&to)[4], unsigned row) {
   __syncwarp();
 }
 
-inline void turn_if_complete(Barrier& barrier) {
+inline void complete_phase(Barrier& barrier) {
   if (barrier.left || barrier.bytes) return;
-  barrier.turn++, barrier.left = barrier.arrivals, progress++;
+  barrier.phase++, barrier.left = barrier.arrivals, progress++;
 }
-inline void open_barrier(unsigned at, int arrivals) { barriers[at] = {arrivals, arrivals, 0, 0}; }
-inline void arrive(unsigned at) {
+inline void mbarrier_init(unsigned at, int arrivals) { barriers[at] = {arrivals, arrivals, 0, 0}; }
+inline void mbarrier_arrive(unsigned at) {
   Barrier& barrier = barriers.at(at);
   barrier.left--;
-  turn_if_complete(barrier);
+  complete_phase(barrier);
 }
-inline void arrive_and_expect(unsigned at, int bytes) {
+inline void mbarrier_arrive_expect_tx(unsigned at, int bytes) {
   barriers.at(at).bytes += bytes;
-  arrive(at);
+  mbarrier_arrive(at);
 }
-inline void wait_barrier(unsigned at, int turn) {
-  while (barriers.at(at).turn % 2 == turn % 2) yield();
+inline void mbarrier_wait(unsigned at, int phase) {
+  while (barriers.at(at).phase % 2 == phase % 2) yield();
 }
-inline void copy_to_shared(unsigned to, const bf16* from, int bytes, unsigned barrier) {
+inline void cp_async_bulk(unsigned to, const bf16* from, int bytes, unsigned barrier) {
   const char* first = (const char*)from;
   const bool known = std::any_of(readable.begin(), readable.end(), [&](auto& range) {
     return first >= range.first && first + bytes <= range.second;
@@ -227,7 +227,7 @@ inline void finish_copies() {
     copies.pop_back();
     memcpy(memory + copy.to, copy.from, copy.bytes);
     barriers.at(copy.barrier).bytes -= copy.bytes;
-    turn_if_complete(barriers.at(copy.barrier));
+    complete_phase(barriers.at(copy.barrier));
     progress++;
   }
 }
@@ -249,7 +249,7 @@ void body() {
   swapcontext(&threads[threadIdx.x].context, &scheduler);
 }
 
-// Runs the programs of a grid one after the other; what was wrong, or "".
+// Runs the thread blocks of a grid one after the other; what was wrong, or "".
 //   given: where each of the kernel's values lies; ranges [count][2]: arrays that may be copied from
 extern "C" const char* run(int grid, int count, void** given, char** ranges, int range_count,
                            int seed) {

@@ -15,12 +15,12 @@ import torch
 
 pytest.importorskip("triton")  # made for Linux; without it training is plain
 
-from hopper_programs import Launcher
+from hopper_emulator import Launcher
 
 from hnerv_clip.config import ConfigError
 from hnerv_clip.engines import select
 from hnerv_clip.engines.compiled import CompiledEngine
-from hnerv_clip.engines.fused import layout, network
+from hnerv_clip.engines.fused import decoder, layout, network
 from hnerv_clip.engines.fused.decoding import Decoder
 from hnerv_clip.engines.fused.engine import FusedEngine
 from hnerv_clip.engines.plain import PlainEngine, SetupError
@@ -86,14 +86,14 @@ def test_fused_gradients_are_the_plain_ones(tiny, variant, monkeypatch):
     config, dataset = tiny
     config = config.replace(**VARIANTS[variant])
     if variant == "loss and boxes":
-        monkeypatch.setattr(network, "LARGE", 16)
+        monkeypatch.setattr(decoder, "LARGE", 16)
     plain, own = build(PlainEngine, config, dataset), build(FusedEngine, config, dataset)
     indices = torch.tensor([1, 7])
     step = dict(count=2, lr=1e-3, weight=0.5)
     torch.testing.assert_close(own.step(indices, **step), plain.step(indices, **step), rtol=1e-4,
                                atol=1e-6)
     for name, parameter in plain.model.named_parameters():
-        gradient = own.parameters.grad[own.parameters.places[name]]
+        gradient = own.parameters.grad[own.parameters.index[name]]
         error = (gradient - parameter.grad).norm() / (parameter.grad.norm() + 1e-9)
         assert error < 1e-3, f"{name}: {error:.1e}"
 
@@ -125,10 +125,10 @@ def test_gradients_by_hopper_kernels_are_the_plain_ones(tiny, variant, hopper_on
     step = dict(count=2, lr=0.0, weight=0.5)
     torch.testing.assert_close(own.step(torch.tensor([1, 7]), **step),
                                plain.step(torch.tensor([1, 7]), **step), rtol=0.01, atol=1e-3)
-    assert {hopper.sources(dict(macros))[-1] for macros in hopper.convolve.programs} == {
-        "convolution.cu", "rgb.cu", "rgb_back.cu", "weights.cu"}
+    assert {hopper.sources(dict(macros))[-1] for macros in hopper.convolve.kernels} == {
+        "conv.cu", "rgb_forward.cu", "rgb_backward.cu", "weight_gradient.cu"}
     for name, parameter in plain.model.named_parameters():
-        gradient = own.parameters.grad[own.parameters.places[name]]
+        gradient = own.parameters.grad[own.parameters.index[name]]
         error = (gradient - parameter.grad).norm() / (parameter.grad.norm() + 1e-9)
         assert error < 0.03, f"{name}: {error:.1e}"
     decode = Decoder(own.model, batch=2, centres=dataset.grid.centres)
@@ -211,12 +211,13 @@ def test_hopper_kernels_give_what_tritons_give(small_config, small_dataset, monk
         own = build(FusedEngine, small_config, small_dataset, device="cuda",
                     autocast=torch.bfloat16)
         network = own.networks[small_config.train.batch_size]
-        assert network.rgb.units == available == any(conv.units for conv in network.convs)
+        assert network.rgb_head.conv.blocked == available
+        assert any(conv.blocked for conv in network.convs) == available
         for count in (1, 2):
             indices = torch.arange(3, 3 + count, device="cuda")
             losses = own.step(indices, count=count, lr=0.0, weight=0.5).clone()
             gradients = {name: own.parameters.grad[place].clone()
-                         for name, place in own.parameters.places.items()}
+                         for name, place in own.parameters.index.items()}
             found.append((losses, gradients))
         head = small_config.model.predict_clip
         decode = Decoder(own.model, batch=2, centres=small_dataset.grid.centres if head else None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
+from hnerv_clip.engines import profile_marks as marks
 from hnerv_clip.losses import ClipObjective, needs_ssim, pixel_loss, ssim_constants
 from hnerv_clip.metrics import psnr
 from hnerv_clip.model import HNeRV, frame_times
@@ -79,16 +80,24 @@ class PlainEngine:
                           f"{self.part} at a time, which gives the same result", stacklevel=2)
         if dist.is_initialized():
             self._reduce_gradients()
-        self.optimizer.step()
+        with marks.span(marks.OPTIMIZER):
+            self.optimizer.step()
         return sums
+
+    def eager_step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
+        """`step` outside of CUDA graphs, for a profiler; only after a step of as many frames."""
+        return PlainEngine.step(self, indices, count=count, lr=lr, weight=weight)
 
     def _backward(self, indices: Tensor, count: int) -> Tensor:
         """Gradients of frames, and the sums [4] of their `COLUMNS`."""
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(len(COLUMNS), device=self.device)
         for part in indices.split(self.part) if len(indices) else ():
-            columns = self.frame_losses(part)
-            (columns[2].sum() / count).backward()
+            with marks.span(marks.RGB):  # what is in no part of its own
+                columns = self.frame_losses(part)
+            first = marks.CLIP if self.config.model.predict_clip else marks.RGB  # it begins there
+            with marks.span(first):
+                (columns[2].sum() / count).backward()
             sums += columns.detach().sum(1)
         return sums
 
@@ -98,15 +107,20 @@ class PlainEngine:
         seen = frames if self.mask is None else frames * self.mask
         with torch.autocast(self.device.type, self.autocast,
                             enabled=self.autocast != torch.float32):
-            stages = self.model.stages(self.model.embed(
-                seen, frame_times(indices, self.model.frame_count)))
+            with marks.span(marks.ENCODER):
+                embedding = self.model.embed(seen, frame_times(indices, self.model.frame_count))
+            marks.begin_backward(embedding, marks.ENCODER_BACKWARD)
+            with marks.span(marks.DECODER):
+                stages = self.model.stages(embedding)
             pred = self.model.rgb(stages[-1])
+            marks.begin_backward(pred, marks.DECODER_BACKWARD)
         pred = pred.float()
         pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask,
                            constants=self.ssim)
         clip, total = torch.zeros_like(pixel), pixel
         if self.config.model.predict_clip:
-            clip, term = self.clip(stages, indices, self.lr)  # 1 − cosine, and what is minimised
+            with marks.span(marks.CLIP):
+                clip, term = self.clip(stages, indices, self.lr)  # 1 − cosine; what is minimised
             total = pixel + self.weight * term
         return torch.stack([pixel, clip, total, psnr(pred.detach(), frames)])
 

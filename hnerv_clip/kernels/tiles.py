@@ -25,10 +25,10 @@ def program_columns(width: int, tile: dict[str, int]) -> int:
     return triton.cdiv(width, tile["BN"] + tile["BN2"])
 
 
-def product_tile(N: int, columns: int, run: int, *, back: bool = False) -> dict[str, int]:
+def product_tile(N: int, columns: int, run: int, *, transposed: bool = False) -> dict[str, int]:
     """Block sizes of a matrix product for N rows, an output of some columns and a run of values.
 
-    Chosen by measurements on an H100.
+    Chosen by measurements on an H100. `transposed`: for the gradient at the input.
     """
     if N >= 32768 and columns > 128:
         return _fit(BM=128, BN=128, BN2=16 if columns <= 144 else 0, BK=32, STAGES=4, num_warps=4)
@@ -36,7 +36,7 @@ def product_tile(N: int, columns: int, run: int, *, back: bool = False) -> dict[
         return _fit(BM=256, BN=128, BN2=0, BK=64, STAGES=3, num_warps=8)
     if N >= 32768:
         return _fit(BM=256, BN=64, BN2=power_of_two(columns - 64) if columns > 64 else 0,
-                    BK=32 if back else 64, STAGES=4, num_warps=8)
+                    BK=32 if transposed else 64, STAGES=4, num_warps=8)
     if N >= 4096 and columns > 64:
         return _fit(BM=64, BN=128, BN2=0, BK=64, STAGES=3, num_warps=4)
     BM = 128 if N >= 4096 else 64 if N >= 256 else 16
@@ -45,7 +45,7 @@ def product_tile(N: int, columns: int, run: int, *, back: bool = False) -> dict[
 
 
 def gradient_tile(N: int, columns: int, run: int) -> dict[str, int]:
-    """Block sizes of `convolve_weight_gradient`, likewise."""
+    """Block sizes of `conv.conv_weight_gradient`, likewise."""
     if N >= 4096 and run > 128 and columns > 64:
         return _fit(BM=256, BN=128, BN2=16 if 128 < columns <= 144 else 0, BK=32, STAGES=4,
                     num_warps=8)

@@ -11,7 +11,7 @@ from hnerv_clip.model import HNeRV
 
 
 class Decoder:
-    """Frames and CLIP vectors from stored embeddings, in bfloat16, a CUDA graph for each wish."""
+    """Frames and CLIP vectors in bfloat16, with a CUDA graph for each choice of outputs."""
 
     def __init__(self, model: HNeRV, *, batch: int, centres: Tensor | None = None,
                  network: Network | None = None):
@@ -24,10 +24,10 @@ class Decoder:
         """
         self.model = model
         self.network = network or Network(model, batch=batch, train=False)
-        self.places = None if centres is None else model.need_clip_head().places(
+        self.cells = None if centres is None else model.need_clip_head().places(
             centres.to(self.network.device))
         stem = self.network.convs[0]
-        self.input = self.network.with_room(batch * stem.H * stem.W, stem.CI)
+        self.input = self.network.work.zeros_with_guard(batch * stem.H * stem.W, stem.CI)
         self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}
         self.vectors: dict[tuple[bool, bool], Tensor | None] = {}
 
@@ -42,21 +42,22 @@ class Decoder:
             [B, 3, H, W] frames, uint8 but for a network that trains, and float32 [B, P, D] unit
             vectors, each None where not wanted; the next call overwrites them.
         """
-        wish = (rgb, clip)
+        wanted = (rgb, clip)
         self.input.copy_(embeddings.permute(0, 2, 3, 1).reshape(self.input.shape))
         if not self.network.cuda:  # Triton's interpreter, in tests
-            self.vectors[wish] = self._run(*wish)
-        elif wish not in self.graphs:
-            compile_all(lambda: self._run(*wish), self.network.device)
-            self._run(*wish)
+            self.vectors[wanted] = self._run(*wanted)
+        elif wanted not in self.graphs:
+            compile_all(lambda: self._run(*wanted), self.network.device)
+            self._run(*wanted)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as in `engine`
-                self.vectors[wish] = self._run(*wish)
-            self.graphs[wish] = graph
+                self.vectors[wanted] = self._run(*wanted)
+            self.graphs[wanted] = graph
         if self.network.cuda:
-            self.graphs[wish].replay()
+            self.graphs[wanted].replay()
         height, width = self.model.frame_hw  # without the padding
-        return self.network.pred[..., :height, :width] if rgb else None, self.vectors[wish]
+        frames = self.network.rgb_head.pred[..., :height, :width]
+        return frames if rgb else None, self.vectors[wanted]
 
     def _run(self, rgb: bool, clip: bool) -> Tensor | None:
         blocks = self.model.config.num_blks[1]
@@ -64,18 +65,18 @@ class Decoder:
         self.network.decode(self.input, last=last)
         vectors = None
         if clip:
-            with self.network.aside(-1):  # its small kernels, while the frame is drawn
+            with self.network.side_stream("clip"):  # its small kernels, while the frame is drawn
                 vectors = self._vectors(blocks)
         if rgb:
-            self.network.colour("pred" if self.network.train else "uint8")
+            self.network.rgb_forward("pred" if self.network.train else "uint8")
         self.network.join()
         return vectors
 
     def _vectors(self, blocks: int) -> Tensor:
         if self.model.config.clip_pool:
-            stages = [self.network.picture(stage * blocks)
+            stages = [self.network.features_nchw(stage * blocks)
                       for stage in range(self.model.clip_stages[-1] + 1)]
-            return self.model.clip_head.at_places(stages, self.places)
+            return self.model.clip_head.at_places(stages, self.cells)
         return self.model.clip_head.of_cells([
-            self.network.pick(stage * blocks, *place)
-            for stage, place in zip(self.model.clip_stages, self.places)])
+            self.network.gather_features(stage * blocks, *cells)
+            for stage, cells in zip(self.model.clip_stages, self.cells)])

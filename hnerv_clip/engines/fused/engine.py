@@ -15,6 +15,7 @@ from hnerv_clip.dataset import Dataset
 from hnerv_clip.engines.fused.decoding import Decoder
 from hnerv_clip.engines.fused.network import BUILD_ERRORS, Network
 from hnerv_clip.engines.plain import COLUMNS, PlainEngine, SetupError, explain
+from hnerv_clip.engines.profile_marks import CLIP, ENCODER, OPTIMIZER, RGB, span
 from hnerv_clip.kernels.launch import compile_all
 from hnerv_clip.losses import pixel_loss
 from hnerv_clip.metrics import psnr
@@ -72,7 +73,7 @@ class FusedEngine(PlainEngine):
             times = frame_times(torch.arange(model.frame_count, device=self.device),
                                 model.frame_count)
             self.positions = model.positions(times).to(
-                self.parameters.small.dtype)  # [T, h, w, 2·levels]
+                self.parameters.param_bf16.dtype)  # [T, h, w, 2·levels]
         self.centres, self.decoder = None, None
         if config.model.predict_clip:
             self.centres = dataset.grid.centres
@@ -86,7 +87,8 @@ class FusedEngine(PlainEngine):
         network, (size, count) = self.networks[key[0]], key
         indices = torch.zeros(size, dtype=torch.int64, device=self.device)
         compile_all(lambda: (self._gradients(network, indices, count),
-                             self.parameters.update(self.lr), network.colour("pred")), self.device)
+                             self.parameters.update(self.lr), network.rgb_forward("pred")),
+                    self.device)
         self.compile_s += time.perf_counter() - start
 
     def _prepare_clip(self) -> None:
@@ -94,7 +96,7 @@ class FusedEngine(PlainEngine):
         self.head: list[tuple[nn.Parameter, slice]] = []
         for name, parameter in self.model.named_parameters():
             if name.startswith("clip_head."):
-                start = int(self.parameters.places[name].flatten()[0])
+                start = int(self.parameters.index[name].flatten()[0])
                 self.head.append((parameter, slice(start, start + parameter.numel())))
                 parameter.data = self.parameters.param[self.head[-1][1]].view(parameter.shape)
         blocks = self.config.model.num_blks[1]
@@ -146,6 +148,13 @@ class FusedEngine(PlainEngine):
         self.graphs[key] = graph
         graph.replay()
         return self.sums[key]
+
+    def eager_step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
+        self.lr.fill_(lr)
+        self.weight.fill_(weight)
+        key = (len(indices), count)
+        self.indices[key].copy_(indices)
+        return self._update(key)
 
     def _make_optimizer(self) -> Moments:
         return Moments(self.model)
@@ -202,19 +211,24 @@ class FusedEngine(PlainEngine):
         if dist.is_initialized():
             dist.all_reduce(self.parameters.grad)
         self.parameters.count.add_(1)
-        self.parameters.update(self.lr)
+        with span(OPTIMIZER):
+            self.parameters.update(self.lr)
         return columns.sum(1)
 
     def _gradients(self, network: Network, indices: Tensor, count: int) -> Tensor:
         """Forward and back for frames [B]: `COLUMNS` of them, [4, B]."""
-        embedding = self._embed(network, indices)
+        with span(ENCODER):
+            embedding = self._embed(network, indices)
         network.decode(embedding)
-        extra, picked, places = {}, {}, {}
-        with network.aside(-1):
+        extra, gathered, cells = {}, {}, {}
+        with network.side_stream("clip"):
             if self.config.model.predict_clip:
-                clip, term = self._clip_gradients(network, indices, count, extra, picked, places)
-        pixel, psnr_db = self._pixel_gradients(network, indices, count)
-        network.backward(embedding, extra=extra, picked=picked, places=places)
+                with span(CLIP):
+                    clip, term = self._clip_gradients(network, indices, count, extra, gathered,
+                                                      cells)
+        with span(RGB):
+            pixel, psnr_db = self._pixel_gradients(network, indices, count)
+        network.backward(embedding, extra=extra, gathered=gathered, cells=cells)
         if not self.config.model.predict_clip:
             clip = term = torch.zeros_like(pixel)
         return torch.stack([pixel, clip, pixel + self.weight * term, psnr_db])
@@ -223,45 +237,47 @@ class FusedEngine(PlainEngine):
         """The embeddings of frames [B], in the network's rows [N, C]."""
         if self.model.kind == "hybrid":
             return network.encode(network.frame_patches(self.padded, indices, self.seen))
-        positions = network.take(self.positions[indices].flatten(0, 2))
+        positions = network.copy_input(self.positions[indices].flatten(0, 2))
         return network.encode(positions) if self.model.kind == "xyt" else positions
 
     def _pixel_gradients(self, network: Network, indices: Tensor, count: int
                          ) -> tuple[Tensor, Tensor]:
-        """Pixel loss and PSNR of frames, both [B]; leaves the gradient in `network.drgb`."""
+        """Pixel loss and PSNR of frames, both [B]; leaves the gradient in the RGB head."""
         height, width = self.model.frame_hw
         values = 3 * height * width
         if self.config.train.loss == "L2" and self.mask is None and not self.model.plan.pads:
-            network.colour("l2", video=self.frames, indices=indices, scale=1 / (values * count))
-            error = network.error.sum(1) / values
+            network.rgb_forward("l2", video=self.frames, indices=indices,
+                                scale=1 / (values * count))
+            error = network.rgb_head.squared_error.sum(1) / values
             return error, -10 * torch.log10(error)
-        network.colour("pred")
+        network.rgb_forward("pred")
         frames = self.frames[indices].float() / 255
-        pred = network.pred[..., :height, :width].detach().requires_grad_()
+        pred = network.rgb_head.pred[..., :height, :width].detach().requires_grad_()
         with torch.enable_grad():
             pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask,
                                constants=self.ssim)
             gradient, = torch.autograd.grad(pixel.sum() / count, pred)
         pred = pred.detach()
         bias = self.config.model.out_bias
-        slope = 2 * pred * (1 - pred) if bias == "tanh" else \
+        derivative = 2 * pred * (1 - pred) if bias == "tanh" else \
             pred * (1 - pred) if bias == "sigmoid" else 1
         below, right = (p - side for p, side in zip(self.model.plan.padded_hw, (height, width)))
-        network.set_colour_gradient(F.pad(gradient * slope, (0, right, 0, below)))
+        network.rgb_head.set_gradient(F.pad(gradient * derivative, (0, right, 0, below)))
         return pixel.detach(), psnr(pred, frames)
 
     def _clip_gradients(self, network: Network, indices: Tensor, count: int,
-                        extra: dict[int, Tensor], picked: dict[int, Tensor],
-                        places: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+                        extra: dict[int, Tensor], gathered: dict[int, Tensor],
+                        cells: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
         """The CLIP head's losses [B], its gradients, and those of the features that it read."""
         stages: list[Tensor | None] = [None] * (max(self.model.clip_stages) + 1)
         for i, (stage, layer) in enumerate(zip(self.model.clip_stages, self.clip_layers)):
             if self.cells is None:
-                features = network.picture(layer)
+                features = network.features_nchw(layer)
             else:
                 rows, cols = self.cells[i]
-                places[layer] = rows * self.model.stage_hw(stage)[1] + cols
-                features = network.pick(layer, rows, cols)[:, :self.model.plan.widths[stage], None]
+                cells[layer] = rows * self.model.stage_hw(stage)[1] + cols
+                width = self.model.plan.widths[stage]
+                features = network.gather_features(layer, rows, cols)[:, :width, None]
                 features = features.float()  # [B, C, 1, P]
             stages[stage] = features.detach().requires_grad_()
         read = [stages[stage] for stage in self.model.clip_stages]
@@ -269,11 +285,11 @@ class FusedEngine(PlainEngine):
             clip, term = self.clip(stages, indices, self.lr)
             gradients = torch.autograd.grad((self.weight * term).sum() / count,
                                             [*read, *(p for p, _ in self.head)])
-        for (_, place), gradient in zip(self.head, gradients[len(read):]):
-            self.parameters.grad[place] = gradient.flatten()
+        for (_, where), gradient in zip(self.head, gradients[len(read):]):
+            self.parameters.grad[where] = gradient.flatten()
         for layer, gradient in zip(self.clip_layers, gradients):
             if self.cells is not None:
-                picked[layer] = gradient[:, :, 0].transpose(1, 2).contiguous()
+                gathered[layer] = gradient[:, :, 0].transpose(1, 2).contiguous()
             else:
                 extra[layer] = gradient.permute(0, 2, 3, 1).contiguous()
         return clip.detach(), term.detach()

@@ -8,8 +8,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from hnerv_clip.kernels import decoder_kernels as kernels
-from hnerv_clip.kernels import hopper
+from hnerv_clip.kernels import adam, hopper
 from hnerv_clip.kernels.launch import launch
 from hnerv_clip.kernels.tiles import ceil_to
 
@@ -23,14 +22,14 @@ class Parameters:
 
     def __init__(self):
         self.size = 0
-        self.places: dict[str, Tensor] = {}  # of each parameter's values, in its own shape
+        self.index: dict[str, Tensor] = {}  # where a parameter's values lie, in its shape
 
-    def add(self, name: str, place: Tensor, size: int) -> slice:
-        """Reserve `size` values, of which `place` are the parameter's; the rest stays 0."""
-        own = slice(self.size, self.size + size)
-        self.places[name] = place + self.size
+    def add(self, name: str, index: Tensor, size: int) -> slice:
+        """Reserve `size` values, those at `index` for the parameter; the rest stays 0."""
+        reserved = slice(self.size, self.size + size)
+        self.index[name] = index + self.size
         self.size += ceil_to(size, self.ALIGN)
-        return own
+        return reserved
 
     def add_row(self, names: list[str], sizes: list[int]) -> dict[str, slice]:
         """Vectors side by side without gaps, as one kernel sums their gradients; "" is the row."""
@@ -38,7 +37,7 @@ class Parameters:
         row = {"": slice(start, start + sum(sizes))}
         for name, size in zip(names, sizes, strict=True):
             row[name] = slice(start, start + size)
-            self.places[name] = torch.arange(start, start + size)
+            self.index[name] = torch.arange(start, start + size)
             start += size
         self.size += ceil_to(sum(sizes), self.ALIGN)
         return row
@@ -46,39 +45,39 @@ class Parameters:
     def allocate(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Make the arrays once all is added; parameters that nothing packs lie as they are."""
         for name, parameter in model.named_parameters():
-            if name not in self.places:
+            if name not in self.index:
                 self.add(name, torch.arange(parameter.numel()).view(parameter.shape),
                          parameter.numel())
         self.model = model
         self.param, self.grad, self.mean, self.square = (
             torch.zeros(self.size, device=device) for _ in range(4))
-        self.small = torch.zeros(self.size, dtype=dtype, device=device)
-        self.places = {n: p.to(device) for n, p in self.places.items()}
+        self.param_bf16 = torch.zeros(self.size, dtype=dtype, device=device)
+        self.index = {n: index.to(device) for n, index in self.index.items()}
         self.count = torch.zeros((), device=device)  # steps taken
 
     def load(self, moments: dict[str, tuple[Tensor, Tensor]], count: float) -> None:
         """Take over the model's parameters, and the moments of its optimizer where it has some."""
         for name, parameter in self.model.named_parameters():
-            place = self.places[name]
-            self.param[place] = parameter.detach().clone()  # the CLIP head lies in it
+            index = self.index[name]
+            self.param[index] = parameter.detach().clone()  # the CLIP head lies in it
             for flat, moment in zip((self.mean, self.square), moments.get(name, ())):
-                flat[place] = moment
+                flat[index] = moment
         self.count.fill_(count)
-        self.small.copy_(self.param)
+        self.param_bf16.copy_(self.param)
 
     def store(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Write the parameters into the model, and return their moments by name."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(self.param[self.places[name]])
-        return {n: (self.mean[p], self.square[p]) for n, p in self.places.items()}
+                parameter.copy_(self.param[self.index[name]])
+        return {n: (self.mean[i], self.square[i]) for n, i in self.index.items()}
 
     def update(self, lr: Tensor) -> None:
         """One step of Adam, the one that `count` names."""
         block = 1024
-        launch(kernels.adam, (triton.cdiv(self.size, block),), self.param, self.grad, self.mean,
-               self.square, self.small, lr, self.count, self.size, BETA1=0.9, BETA2=0.999, EPS=1e-8,
-               BLOCK=block)
+        launch(adam.adam_step, (triton.cdiv(self.size, block),), self.param, self.grad, self.mean,
+               self.square, self.param_bf16, lr, self.count, self.size, BETA1=0.9, BETA2=0.999,
+               EPS=1e-8, BLOCK=block)
 
 
 @dataclass
@@ -100,7 +99,7 @@ class Conv:
     SW: int = 1
     CG: int = 0
     CN: int = 0
-    units: bool = False  # by `hopper`: input and gradients in units of 8 channels, weights too
+    blocked: bool = False  # by `hopper`: input, gradients and weights are channel-blocked
 
     @property
     def edge(self) -> int:
@@ -121,30 +120,30 @@ class Conv:
 
 
 def pack_convolution(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: tuple[int, int],
-                     in_width: int, factors: tuple[int, int], units: bool = False) -> Conv:
+                     in_width: int, factors: tuple[int, int], blocked: bool = False) -> Conv:
     """Lay a decoder convolution out for the kernels; see `Conv`.
 
     Args:
         in_width: channels of the input's memory, zeros after the convolution's own.
         factors: (rows, columns) of the pixel shuffle after it.
-        units: let `hopper` do it if it can, and if the image is large enough to be worth it.
+        blocked: let `hopper` do it if it can, and if the image is large enough to be worth it.
     """
     (out, inner, K, _), (SH, SW) = conv.weight.shape, factors
     width, CI = out // (SH * SW), in_width
     CG = _shuffle_width(width, SH * SW, 16)
-    units = units and K > 1 and hw[0] * hw[1] >= LARGE_IMAGE and hopper.knows(
+    blocked = blocked and K > 1 and hw[0] * hw[1] >= LARGE_IMAGE and hopper.supports(
         CI, SH * SW * CG, K, (hw[0] + K - 1, hw[1] + K - 1), CG=CG)
-    if not units:
+    if not blocked:
         CG = _shuffle_width(width, SH * SW, 8)
     CO = SH * SW * CG
     c, ij, ci, ky, kx = torch.meshgrid(*map(torch.arange, (width, SH * SW, inner, K, K)),
                                        indexing="ij")
     co = ij * CG + c
-    place = ((ky * K + kx) * CI + ci) * CO + co if not units else \
+    index = ((ky * K + kx) * CI + ci) * CO + co if not blocked else \
         ((ky * CO + co // 8 * 8) * K + kx * 8) * CI + ci * 8 + co % 8
-    weight = parameters.add(f"{name}.weight", place.reshape(conv.weight.shape), K * K * CI * CO)
+    weight = parameters.add(f"{name}.weight", index.reshape(conv.weight.shape), K * K * CI * CO)
     bias = parameters.add(f"{name}.bias", co[..., 0, 0, 0].reshape(out), CO)
-    return Conv(*hw, CI, CO, K, weight, bias, SH, SW, CG, ceil_to(width, 8), units)
+    return Conv(*hw, CI, CO, K, weight, bias, SH, SW, CG, ceil_to(width, 8), blocked)
 
 
 def _shuffle_width(width: int, factor: int, multiple: int) -> int:
@@ -158,7 +157,7 @@ def pack_patches(parameters: Parameters, name: str, conv: nn.Conv2d, *, hw: tupl
 
     Args:
         hw: of the output.
-        order: of a patch's values: "cyx" (colour first) or "yxc".
+        order: of a patch's values: "cyx" (channel first) or "yxc".
         bias: where it lies already, if so.
     """
     out, inner, K, _ = conv.weight.shape

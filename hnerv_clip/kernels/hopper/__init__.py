@@ -1,8 +1,8 @@
 """The decoder's large convolutions on Hopper GPUs, in CUDA, compiled when first needed.
 
-Triton's products read every pixel K times from the second-level cache, which bounds them. Here the
-copy engine brings a pixel to shared memory once for each row of the kernel. For that its channels
-lie in units of 8, see `layout.Conv.units`. Elsewhere, and for small images, `kernels` does it.
+Triton's products read every pixel K times from the L2 cache, which bounds them. Here TMA brings a
+pixel to shared memory once for each row of the kernel. For that images are channel-blocked, [C / 8,
+pixels, 8]. Elsewhere, and for small images, the Triton kernels of `conv` and `rgb_head` do it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime.cache import get_cache_manager
 
-from hnerv_clip.kernels.decoder_kernels import ACTIVATIONS
+from hnerv_clip.kernels.activations import ACTIVATIONS
 from hnerv_clip.kernels.tiles import H100_SHARED_BYTES, ceil_to
 
 try:
@@ -28,9 +28,9 @@ FOLDER = Path(__file__).parent
 HEADS = ("tanh", "sigmoid", "add")
 MODES = ("l2", "pred", "uint8")
 SIZES = {"forward": ((256, 3), (128, 3), (256, 2), (128, 2)),  # (BM, STAGES), the best first
-         "back": ((256, 4), (256, 3), (128, 4), (128, 3)), "rgb": ((256, 6), (256, 4)),
-         "rgb_back": ((256, 4), (256, 3), (128, 3)),
-         "weights": ((256, 6), (128, 3), (64, 3))}
+         "input_gradient": ((256, 4), (256, 3), (128, 4), (128, 3)),
+         "weight_gradient": ((256, 6), (128, 3), (64, 3)), "rgb_forward": ((256, 6), (256, 4)),
+         "rgb_backward": ((256, 4), (256, 3), (128, 3))}
 
 
 @cache
@@ -46,21 +46,22 @@ def available(device: torch.device) -> bool:
     return not status.value and major >= 12
 
 
-def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
-           **settings: int | str) -> dict[str, int | str] | None:
+def choose_macros(op: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
+                  **settings: int | str) -> dict[str, int | str] | None:
     """What the source is to be compiled for, as macros, or None where it cannot do that.
 
     Args:
-        way: "forward"; "back", from the gradient at the output to that at the input, by weights as
-            the way forward has them; "weights", their gradient; "rgb", forward to colours; or
-            "rgb_back", from their gradient to that before the last activation and pixel shuffle.
-        xc, yc: channels in memory: of the input and the output, on the ways back of the gradient at
-            the output and that at the input.
+        op: "forward"; "input_gradient", from the gradient at the output, by weights as the forward
+            pass has them; "weight_gradient"; "rgb_forward", the RGB head with its loss; or
+            "rgb_backward", from the head's gradient to that before the last activation and pixel
+            shuffle.
+        xc, yc: channels in memory of the input and the output; for input_gradient and rgb_backward,
+            of the gradient at the output and that at the input.
         hw: height and width of an image with its edges.
-        settings: of the way forward act, SH, SW, CG, CN, EDGE as in `kernels.convolve`, and
-            OUT_UNITS: 1 for an output in units of channels, 0 for channels last. Of the way to
-            colours head, OFFSET and mode as in `kernels.rgb_forward`; of the way back from them
-            act, SH, SW, CG as in `kernels.rgb_backward`, and EDGE of the images before the shuffle.
+        settings: for forward act, SH, SW, CG, CN, EDGE as in `conv.conv_forward`, and OUT_BLOCKED:
+            1 for a channel-blocked output, 0 for channels last. For rgb_forward head, OFFSET and
+            mode as in `rgb_head.rgb_forward`; for rgb_backward act, SH, SW, CG as in
+            `rgb_head.rgb_backward`, and EDGE of the images before the shuffle.
     Returns:
         {name: value} of the macros that the sources' first lines explain.
     """
@@ -69,101 +70,106 @@ def choose(way: str, *, xc: int, yc: int, kernel: int, hw: tuple[int, int],
         if name in settings:
             macros[name.upper()] = values.index(settings.pop(name))
     macros |= settings
-    if way == "weights":
+    if op == "weight_gradient":
         fold = yc == 8
-        units = (kernel if fold else kernel**2) * xc // 8
-        macros |= {"WEIGHTS": 1, "FOLD": int(fold), "BLOCK": 16 if units <= 16 else
-                   48 if 32 < units <= 48 and yc <= 104 else 32}
-    elif way == "back":
-        parts = -(-xc // 64)
-        macros |= {"BACK": 1, "PART": ceil_to(-(-xc // 8 // parts), 2)}
-    elif way == "rgb_back":
-        macros |= {"RGB_BACK": 1}
+        rows8 = (kernel if fold else kernel**2) * xc // 8
+        macros |= {"WEIGHT_GRADIENT": 1, "FOLD": int(fold), "ROWS8": 16 if rows8 <= 16 else
+                   48 if 32 < rows8 <= 48 and yc <= 104 else 32}
+    elif op == "input_gradient":
+        chunks = -(-xc // 64)
+        macros |= {"INPUT_GRADIENT": 1, "CHUNK": ceil_to(-(-xc // 8 // chunks), 2)}
+    elif op == "rgb_backward":
+        macros |= {"RGB_BACKWARD": 1}
         if xc != 8 or max(macros["SH"], macros["SW"]) > 2 or \
                 macros["SH"] * macros["SW"] * macros["CG"] % 8:
             return None
     else:
-        macros |= {"BACK": 0, "PART": xc // 8} | ({"RGB": 1} if way == "rgb" else {})
+        macros |= {"INPUT_GRADIENT": 0, "CHUNK": xc // 8}
+        macros |= {"RGB_FORWARD": 1} if op == "rgb_forward" else {}
     if kernel > 9 or xc % 8 or yc % 8 or yc > 256 or settings.get("CG", 0) % 2:
         return None
-    if way == "back" and xc % 16:
+    if op == "input_gradient" and xc % 16:
         return None
-    for size, stages in SIZES[way]:
+    for size, stages in SIZES[op]:
         macros |= {"BM": size, "STAGES": stages}
-        sums = macros["BLOCK"] // 16 * product_columns(macros) // 2 if way == "weights" else yc // 2
-        most = 160 if way == "weights" or size == 128 else 60  # of a thread
-        # A last copy reads on into the next unit's upper edge, where gradients are 0
-        far = way == "weights" and kernel // 2 * hw[1] < size
+        sums = yc // 2  # accumulators of a thread
+        if op == "weight_gradient":
+            sums = macros["ROWS8"] // 16 * wgmma_columns(macros) // 2
+        most = 160 if op == "weight_gradient" or size == 128 else 60
+        # A last copy reads on into the next block's upper edge, where gradients are 0
+        far = op == "weight_gradient" and kernel // 2 * hw[1] < size
         if shared_bytes(macros) <= H100_SHARED_BYTES and sums <= most and not far:
             return macros
     return None
 
 
-def knows(xc: int, yc: int, kernel: int, hw: tuple[int, int], **shuffle: int) -> bool:
-    """Whether a convolution from xc to yc channels can be done, all ways; see `choose`."""
-    return all(choose(way, xc=a, yc=b, kernel=kernel, hw=hw, **given) for way, a, b, given in (
-        ("forward", xc, yc, shuffle), ("back", yc, xc, {}), ("weights", xc, yc, {})))
+def supports(xc: int, yc: int, kernel: int, hw: tuple[int, int], **shuffle: int) -> bool:
+    """Whether a convolution from xc to yc channels can be done, forward and backward."""
+    return bool(choose_macros("forward", xc=xc, yc=yc, kernel=kernel, hw=hw, **shuffle)
+                and choose_macros("input_gradient", xc=yc, yc=xc, kernel=kernel, hw=hw)
+                and choose_macros("weight_gradient", xc=xc, yc=yc, kernel=kernel, hw=hw))
 
 
-def knows_rgb(xc: int, yc: int, kernel: int, hw: tuple[int, int]) -> bool:
+def supports_rgb(xc: int, yc: int, kernel: int, hw: tuple[int, int]) -> bool:
     """Whether the RGB head can be done, forward and its weights' gradient."""
-    return all(choose(way, xc=xc, yc=yc, kernel=kernel, hw=hw) for way in ("rgb", "weights"))
+    return all(choose_macros(op, xc=xc, yc=yc, kernel=kernel, hw=hw)
+               for op in ("rgb_forward", "weight_gradient"))
 
 
-def threads(macros: dict[str, int]) -> int:
-    """Threads of a program."""
-    return 384 if "WEIGHTS" in macros else 2 * macros["BM"] + 128
+def block_size(macros: dict[str, int]) -> int:
+    """Threads of a thread block."""
+    return 384 if "WEIGHT_GRADIENT" in macros else 2 * macros["BM"] + 128
 
 
 def shared_bytes(macros: dict[str, int]) -> int:
-    """Shared memory of a program, as the source lays it out."""
+    """Shared memory of a thread block, as the source lays it out."""
     K, BM, x8, y8 = macros["K"], macros["BM"], macros["XC"] // 8, macros["YC"] // 8
-    rest = BM // 2 * y8  # results on their way out
-    if "RGB_BACK" in macros:
-        units = BM * macros["SH"] * macros["CG"] // 8 + (macros["SH"] + K - 1) * (BM + 8)
-        return 16 * (macros["STAGES"] * (units + 1) + K * (K + 1) * macros["YC"])
-    if "WEIGHTS" in macros:
-        lines = 1 if macros["FOLD"] else min(K, (macros["BLOCK"] + K * x8 - 2) // (K * x8) + 1)
-        units, rest = BM * product_columns(macros) // 8 + lines * (BM + 8) * x8, 0
-    elif macros["BACK"]:
-        units = (BM + 8 + K * 8 * y8) * macros["PART"]
-    elif "RGB" in macros:
-        units, rest = (BM + 8) * x8, K * (K * 8 * x8 + 8)
+    rest = BM // 2 * y8  # results, staged in shared memory
+    if "RGB_BACKWARD" in macros:
+        stage = BM * macros["SH"] * macros["CG"] // 8 + (macros["SH"] + K - 1) * (BM + 8)
+        return 16 * (macros["STAGES"] * (stage + 1) + K * (K + 1) * macros["YC"])
+    if "WEIGHT_GRADIENT" in macros:
+        lines = 1 if macros["FOLD"] else min(K, (macros["ROWS8"] + K * x8 - 2) // (K * x8) + 1)
+        stage, rest = BM * wgmma_columns(macros) // 8 + lines * (BM + 8) * x8, 0
+    elif macros["INPUT_GRADIENT"]:
+        stage = (BM + 8 + K * 8 * y8) * macros["CHUNK"]
+    elif "RGB_FORWARD" in macros:
+        stage, rest = (BM + 8) * x8, K * (K * 8 * x8 + 8)
     else:
-        units = (BM + 8) * x8 + (K * 8 * x8 + 8) * y8
-    return 16 * (macros["STAGES"] * (units + 1) + rest)
+        stage = (BM + 8) * x8 + (K * 8 * x8 + 8) * y8
+    return 16 * (macros["STAGES"] * (stage + 1) + rest)  # 16 more: two mbarriers
 
 
-def programs(macros: dict[str, int], pixels: int, processors: int) -> int:
-    """Programs to start for so many pixels: one for each of so many multiprocessors, at most."""
-    if "WEIGHTS" in macros:
-        return _blocks(macros) * shares(macros, processors)
-    return min(processors, -(-pixels // macros["BM"]))
+def grid_size(macros: dict[str, int], pixels: int, num_sms: int) -> int:
+    """Thread blocks to start for so many pixels: at most one for each of so many SMs."""
+    if "WEIGHT_GRADIENT" in macros:
+        return _row_tiles(macros) * split_k(macros, num_sms)
+    return min(num_sms, -(-pixels // macros["BM"]))
 
 
-def shares(macros: dict[str, int], processors: int) -> int:
-    """Into how many partial sums a weight gradient is divided."""
-    return max(1, processors // _blocks(macros))
+def split_k(macros: dict[str, int], num_sms: int) -> int:
+    """Into how many partial sums a weight gradient is split."""
+    return max(1, num_sms // _row_tiles(macros))
 
 
-def _blocks(macros: dict[str, int]) -> int:
-    """Programs that it takes to have all rows of a weight gradient."""
+def _row_tiles(macros: dict[str, int]) -> int:
+    """Thread blocks that it takes to have all rows of a weight gradient."""
     rows = macros["K"] if macros["FOLD"] else macros["K"]**2
-    return -(-rows * macros["XC"] // 8 // macros["BLOCK"])
+    return -(-rows * macros["XC"] // 8 // macros["ROWS8"])
 
 
-def _products(columns: int, weights_first: bool) -> str:
+def _wgmma_macros(columns: int, b_k_major: bool) -> str:
     """The macros WGMMA and WGMMA_REGISTERS(d, a, b, add): d[columns / 2] += a·b, or = a·b.
 
     Args:
-        weights_first: b lies as [columns][sum], 8 values of the sum side by side; else the columns.
+        b_k_major: b is [columns][k], 8 values of k side by side; else 8 columns (MN-major).
     """
     count = columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"((d)[{i}])' for i in range(count))
     macros = ""
     for name, size, settings in (
-            ("WGMMA", 1, f"1, 1, 0, {0 if weights_first else 1}"),
+            ("WGMMA", 1, f"1, 1, 0, {0 if b_k_major else 1}"),
             ("WGMMA_REGISTERS", 4, "1, 1, 1")):
         first = f"%{count}" if size == 1 else \
             "{" + ", ".join(f"%{count + i}" for i in range(size)) + "}"
@@ -177,28 +183,28 @@ def _products(columns: int, weights_first: bool) -> str:
 
 
 def sources(macros: dict[str, int | str]) -> list[str]:
-    """The files of one way, in their order."""
-    if "WEIGHTS" in macros or "RGB_BACK" in macros:
-        return ["primitives.cu", "common.cu",
-                "weights.cu" if "WEIGHTS" in macros else "rgb_back.cu"]
-    return ["primitives.cu", "common.cu", "rows.cu",
-            "rgb.cu" if "RGB" in macros else "convolution.cu"]
+    """The files of one operation, in their order."""
+    if "WEIGHT_GRADIENT" in macros or "RGB_BACKWARD" in macros:
+        return ["ptx.cu", "pipeline.cu",
+                "weight_gradient.cu" if "WEIGHT_GRADIENT" in macros else "rgb_backward.cu"]
+    return ["ptx.cu", "pipeline.cu", "kernel_row.cu",
+            "rgb_forward.cu" if "RGB_FORWARD" in macros else "conv.cu"]
 
 
-def names() -> str:
+def enums() -> str:
     """The names of ACT's, HEAD's and MODE's values."""
     return "".join(f"enum {{ {', '.join(values).upper()} }};\n"
                    for values in (ACTIVATIONS, HEADS, MODES))
 
 
-def weights_first(macros: dict[str, int | str]) -> bool:
-    """Whether a product's second operand lies as [columns][sum], as weights on the ways back."""
-    return bool(macros.get("BACK") or "RGB_BACK" in macros)
+def b_k_major(macros: dict[str, int | str]) -> bool:
+    """Whether wgmma's operand b is [columns][k], as weights are for gradients at an input."""
+    return bool(macros.get("INPUT_GRADIENT") or "RGB_BACKWARD" in macros)
 
 
-def product_columns(macros: dict[str, int]) -> int:
-    """Of the matrix product that is started at once."""
-    rows = macros["K"] if "RGB" in macros or macros.get("FOLD") else 1  # beside each other
+def wgmma_columns(macros: dict[str, int]) -> int:
+    """Columns N of one wgmma."""
+    rows = macros["K"] if "RGB_FORWARD" in macros or macros.get("FOLD") else 1  # side by side
     return macros["YC"] * rows
 
 
@@ -210,7 +216,7 @@ def build(macros: dict[str, int]) -> bytes:
     """
     defined = macros | {"SHARED": shared_bytes(macros)}
     source = "".join(f"#define {name} {value}\n" for name, value in defined.items())
-    source += names() + _products(product_columns(macros), weights_first(macros))
+    source += enums() + _wgmma_macros(wgmma_columns(macros), b_k_major(macros))
     source += "".join((FOLDER / name).read_text(encoding="utf-8") for name in sources(macros))
     kept = get_cache_manager(hashlib.sha256(
         repr((nvrtc.nvrtcVersion()[1:], source)).encode()).hexdigest())
@@ -256,7 +262,7 @@ class _Convolution:
             plain = tuple(v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in values)
             kinds = tuple({int: ctypes.c_int, float: ctypes.c_float}.get(type(v), ctypes.c_void_p)
                           for v in values)
-            _check(driver.cuLaunchKernel(kernel, grid[0], 1, 1, threads(macros), 1, 1,
+            _check(driver.cuLaunchKernel(kernel, grid[0], 1, 1, block_size(macros), 1, 1,
                                          shared_bytes(macros),
                                          torch.cuda.current_stream(device).cuda_stream,
                                          (plain, kinds), 0))

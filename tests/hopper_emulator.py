@@ -12,34 +12,34 @@ from hnerv_clip.kernels import hopper
 
 EMULATOR = Path(__file__).with_name("hopper_emulator.cc")
 # Which of a source's values are in bfloat16, in its order: those that it reads, and writes
-HALVES = {"convolution.cu": ((0, 1), (3, 4)), "weights.cu": ((0, 1), ()),
-          "rgb.cu": ((0, 1), (6,)), "rgb_back.cu": ((0, 1, 2), (3,))}
+BF16_VALUES = {"conv.cu": ((0, 1), (3, 4)), "weight_gradient.cu": ((0, 1), ()),
+               "rgb_forward.cu": ((0, 1), (6,)), "rgb_backward.cu": ((0, 1, 2), (3,))}
 
 
-class Program:
+class EmulatedKernel:
     """The sources for some macros, compiled for this machine."""
 
     def __init__(self, macros: dict[str, int | str], folder: Path, *, old: str = "", new: str = ""):
         """Text of the sources can be replaced, to see that a mistake is found."""
         self.macros = macros
         folder = Path(tempfile.mkdtemp(dir=folder))  # a library is loaded once from each place
-        columns = hopper.product_columns(macros)
-        text = hopper.names() + "".join((hopper.FOLDER / name).read_text()
+        columns = hopper.wgmma_columns(macros)
+        text = hopper.enums() + "".join((hopper.FOLDER / name).read_text()
                                         for name in hopper.sources(macros)
-                                        if name != "primitives.cu")
+                                        if name != "ptx.cu")
         assert old in text
         text = text.replace(old, new) if old else text
         (folder / "sources.cu").write_text(text)
         given = macros | {"SHARED": hopper.shared_bytes(macros), "COLUMNS": columns,
-                          "WEIGHTS_FIRST": int(hopper.weights_first(macros))}
+                          "B_K_MAJOR": int(hopper.b_k_major(macros))}
         subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{folder}",
                         *(f"-D{name}={value}" for name, value in given.items()),
                         str(EMULATOR), "-o", str(folder / "program.so")], check=True)
         self.run = ctypes.CDLL(str(folder / "program.so")).run
         self.run.restype = ctypes.c_char_p
 
-    def __call__(self, programs: int, *values: Tensor | int | float | None, seed: int = 0) -> None:
-        """Launch; tensors may be copied from with the room around them.
+    def __call__(self, grid: int, *values: Tensor | int | float | None, seed: int = 0) -> None:
+        """Launch; tensors may be copied from with the guard around them.
 
         Raises:
             RuntimeError: the emulator's complaint.
@@ -53,7 +53,7 @@ class Program:
             if isinstance(value, Tensor):
                 memory = value.untyped_storage()
                 ranges += [memory.data_ptr(), memory.data_ptr() + memory.nbytes()]
-        complaint = self.run(programs, hopper.threads(self.macros), arguments,
+        complaint = self.run(grid, hopper.block_size(self.macros), arguments,
                              (ctypes.c_void_p * len(ranges))(*ranges), len(ranges) // 2, seed)
         if complaint:
             raise RuntimeError(complaint.decode())
@@ -65,41 +65,41 @@ class Launcher:
     __name__ = hopper.convolve.__name__
 
     def __init__(self, folder: Path):
-        self.folder, self.programs = folder, {}
+        self.folder, self.kernels = folder, {}
 
     def __getitem__(self, grid: tuple[int, ...]):
         def launch(*values: Tensor | float | int | None, **macros: int | str) -> None:
             key = tuple(macros.items())
-            if key not in self.programs:
-                self.programs[key] = Program(macros, self.folder)
-            read, written = HALVES[hopper.sources(macros)[-1]]
+            if key not in self.kernels:
+                self.kernels[key] = EmulatedKernel(macros, self.folder)
+            read, written = BF16_VALUES[hopper.sources(macros)[-1]]
             values = list(values)
             results = {i: values[i] for i in written if values[i] is not None}
             for i in (*read, *results):
-                values[i] = _half(values[i])
-            self.programs[key](grid[0], *values)
+                values[i] = _to_bf16(values[i])
+            self.kernels[key](grid[0], *values)
             for i, result in results.items():
                 result.copy_(values[i])
         return launch
 
 
-def _half(tensor: Tensor) -> Tensor:
-    """A copy in bfloat16, with the room around it."""
-    room = torch.empty(0).set_(tensor.untyped_storage()).to(torch.bfloat16)
-    return room.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def _to_bf16(tensor: Tensor) -> Tensor:
+    """A copy in bfloat16, with the guard around it."""
+    guard = torch.empty(0).set_(tensor.untyped_storage()).to(torch.bfloat16)
+    return guard.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def to_units(image: Tensor, edge: int, room: int) -> Tensor:
-    """[B, C, H, W] in bfloat16 as [C / 8, B, H, W, 8] with edges, and zeros around it all."""
+def to_blocked(image: Tensor, edge: int, guard: int) -> Tensor:
+    """[B, C, H, W] as bfloat16 [C / 8, B, H, W, 8] with edges, and a guard of zeros."""
     image = torch.nn.functional.pad(image, (edge,) * 4)
     B, C, H, W = image.shape
-    units = image.view(B, C // 8, 8, H, W).permute(1, 0, 3, 4, 2).to(torch.bfloat16)
-    flat = torch.zeros(units.numel() + 2 * room, dtype=torch.bfloat16)
-    flat[room:room + units.numel()] = units.flatten()
-    return flat[room:room + units.numel()].view(units.shape)
+    blocked = image.view(B, C // 8, 8, H, W).permute(1, 0, 3, 4, 2).to(torch.bfloat16)
+    flat = torch.zeros(blocked.numel() + 2 * guard, dtype=torch.bfloat16)
+    flat[guard:guard + blocked.numel()] = blocked.flatten()
+    return flat[guard:guard + blocked.numel()].view(blocked.shape)
 
 
-def to_runs(weight: Tensor) -> Tensor:
+def to_kernel_rows(weight: Tensor) -> Tensor:
     """[O, C, K, K] in bfloat16 as [K, O / 8, K·C, 8], see `layout.pack_convolution`."""
     out, inner, K, _ = weight.shape
     return weight.view(out // 8, 8, inner, K, K).permute(3, 0, 4, 2, 1).reshape(

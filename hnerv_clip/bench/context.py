@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.devices import synchronise
+from hnerv_clip.rows import run_row
 from hnerv_clip.runs import RunDir
 
 # Parts of a whole training's wall clock; what is left is `rest_s`
@@ -90,19 +91,17 @@ def run_record(run: RunDir) -> dict[str, Any]:
         RunError: the run is not finished.
     """
     config, facts, summary = run.config(), run.provenance(), run.summary()
-    metrics = run.metrics()
+    row, metrics = run_row(run, parts=("all",)), run.metrics()
     measured = metrics[metrics.eval_psnr_all.notna()]
     return {
-        "seed": facts["seed"], "engine": facts.get("engine", config.train.engine),
-        "precision": facts.get("precision", config.train.precision), "device": facts["device"],
-        "clip_head": config.model.predict_clip, "epochs": config.train.epochs,
-        "commit": facts["commit"], "dirty": facts["dirty"], "versions": facts["versions"],
-        "data_digest": facts["data_digest"], "config": config.params(),
-        "psnr_db": summary["eval_psnr_all"], "ms_ssim": summary.get("eval_ms_ssim_all"),
+        **{name: row[name] for name in ("seed", "engine", "precision", "device", "clip_head",
+                                        "epochs", "commit", "dirty")},
+        "versions": facts["versions"], "data_digest": facts["data_digest"],
+        "config": config.params(), "psnr_db": row["psnr_all_db"],
+        "ms_ssim": summary.get("eval_ms_ssim_all"),
         "clip_centred": summary.get("eval_clip_centred_all"),
         "quantised_psnr_db": summary["quantised_eval_psnr_all"],
-        "rate_bpp": summary["rate_bpp"], "size_bytes": summary["size_bytes"],
-        **{name: summary.get(name) for name in (
-            *CLOCKS[1:], "train_frames_per_s", "peak_memory_bytes")},
+        **{name: row[name] for name in ("rate_bpp", "size_bytes", *CLOCKS[1:],
+                                        "train_frames_per_s", "peak_memory_bytes")},
         "curve": [[int(epoch), psnr] for epoch, psnr in
                   zip(measured.epoch, measured.eval_psnr_all)]}

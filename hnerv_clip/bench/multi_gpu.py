@@ -24,6 +24,7 @@ from hnerv_clip.dataset import prepare_dataset
 from hnerv_clip.files import read_json
 from hnerv_clip.launch import Job, launch
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.rows import run_row
 from hnerv_clip.runs import RunDir, code_version, device_name, package_versions, write_json
 from hnerv_clip.train import LATEST
 
@@ -356,7 +357,7 @@ def run_figures(run_dir: Path) -> dict[str, Any]:
         training frames in dB) at each evaluation; and settings and figures of the run.
     """
     run = RunDir(run_dir)
-    config, summary, metrics = run.config().train, run.summary(), run.metrics()
+    row, metrics = run_row(run, parts=("train",)), run.metrics()
     evaluation = run.evaluation()
     frames = evaluation.frame[evaluation.split == "train"].nunique()
     rates = frames / np.diff(metrics.train_time_s)[WARM_UP_EPOCHS - 1:]
@@ -365,15 +366,15 @@ def run_figures(run_dir: Path) -> dict[str, Any]:
     provenance = run.provenance()
     submitted, ended = ((run.path / name).stat().st_mtime for name in ("job.json", "summary.json"))
     return {
-        "engine": provenance["engine"], "batch_size": config.batch_size, "lr": config.lr,
-        "epochs": config.epochs, "steps": int(metrics.step.iloc[-1]),
+        **{name: row[name] for name in ("engine", "batch_size", "lr", "epochs")},
+        "steps": int(metrics.step.iloc[-1]),
         "frames_per_s": median, "frames_per_s_p10": low, "frames_per_s_p90": high,
         "epochs_timed": len(rates),
         "wall_s": None if provenance["resumed_at_epoch"] else ended - submitted,
-        **{name: summary[name] for name in ("train_time_s", "compile_s", "eval_time_s",
-                                            "peak_memory_bytes")},
-        "psnr_db": summary["eval_psnr_train"],
-        "cosine_centred": summary.get("eval_clip_centred_train"),
+        **{name: row[name] for name in ("train_time_s", "compile_s", "eval_time_s",
+                                        "peak_memory_bytes")},
+        "psnr_db": row["psnr_train_db"],
+        "cosine_centred": run.summary().get("eval_clip_centred_train"),
         "curve": [[int(epoch), float(time_s), float(psnr_db)] for epoch, time_s, psnr_db in zip(
             measured.epoch, measured.train_time_s, measured.eval_psnr_train)]}
 

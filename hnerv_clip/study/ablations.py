@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from hnerv_clip.config import Config, ConfigError, embed_kind
+from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.rows import run_row
 from hnerv_clip.runs import RunDir
 
 PARTS = {"train": "training frames", "held_out": "held-out frames"}
@@ -75,24 +76,16 @@ def ablation_table(run_dirs: Mapping[str, str | Path]) -> pd.DataFrame:
 
 
 def _row(run: RunDir) -> dict[str, Any]:
-    config, summary = run.config(), run.summary()
-    kind = embed_kind(config.model.embed)
-    held_out = "val_interpolated" if kind == "hybrid" else "val"
+    config, row = run.config(), run_row(run)
     with_clip = config.model.predict_clip
-
-    def value(measure: str, part: str) -> float:
-        return summary.get(f"eval_{measure}_{part}", float("nan"))
-
     return {
-        "kind": kind, "clip_loss_weight": config.train.clip_loss_weight if with_clip else 0.0,
+        "kind": row["kind"],
+        "clip_loss_weight": config.train.clip_loss_weight if with_clip else 0.0,
         "warmup_epochs": config.train.pixel_loss_warmup_epochs if with_clip else None,
-        "psnr_train_db": value("psnr", "train"), "psnr_held_out_db": value("psnr", held_out),
-        "psnr_held_out_encoder_db": value("psnr", "val") if kind == "hybrid" else float("nan"),
-        "clip_similarity_train": value("clip_similarity", "train"),
-        "clip_similarity_held_out": value("clip_similarity", held_out),
-        "clip_centred_train": value("clip_centred", "train"),
-        "clip_centred_held_out": value("clip_centred", held_out),
-        "rate_bpp": summary["rate_bpp"], "train_time_s": summary["train_time_s"]}
+        **{name: row.get(name, float("nan")) for name in (
+            "psnr_train_db", "psnr_held_out_db", "psnr_held_out_encoder_db",
+            "clip_similarity_train", "clip_similarity_held_out", "clip_centred_train",
+            "clip_centred_held_out", "rate_bpp", "train_time_s")}}
 
 
 def ablation_answer(table: pd.DataFrame) -> list[str]:

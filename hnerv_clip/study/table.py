@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hnerv_clip.config import RUNTIME_PARAMS, embed_kind
+from hnerv_clip.config import RUNTIME_PARAMS
 from hnerv_clip.files import read_table, write_atomic
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.rows import MEASURES as FIGURES
+from hnerv_clip.rows import run_row
 from hnerv_clip.runs import RunDir
 from hnerv_clip.study.plan import plan_runs
 
@@ -142,18 +144,13 @@ def study_table(folder: str | Path) -> pd.DataFrame:
 def _row(run: RunDir) -> dict[str, Any]:
     from hnerv_clip.teachers import describe_teacher
 
-    config, summary, facts = run.config(), run.summary(), run.provenance()
+    config, figures = run.config(), run_row(run)
     study = run._read_json("study.json")
-    kind = embed_kind(config.model.embed)
-    parts = {"train": "train", "held_out": "val_interpolated" if kind == "hybrid" else "val"}
-    parts |= {"held_out_encoder": "val"} if kind == "hybrid" else {}
-    row = {"run": study["name"], "video": study["video"], "kind": kind,
-           "variant": study["variant"], "seed": config.train.seed}
-    for name, part in parts.items():
-        row[f"psnr_{name}_db"] = summary.get(f"eval_psnr_{part}", float("nan"))
-        row[f"ms_ssim_{name}"] = summary.get(f"eval_ms_ssim_{part}", float("nan"))
-        for measure in ("clip_similarity", "clip_centred"):  # as the run itself evaluated them
-            row[f"{measure}_{name}"] = summary.get(f"eval_{measure}_{part}", float("nan"))
+    row = {"run": study["name"], "video": study["video"], "kind": figures["kind"],
+           "variant": study["variant"], "seed": figures["seed"]}
+    for part in ("train", "held_out", "held_out_encoder"):  # as the run itself evaluated them
+        row |= {name: figures[name] for column in FIGURES
+                if (name := column.format(part)) in figures}
     if (run.path / "measures.csv").exists():
         measured = read_table(run.path / "measures.csv", ("source", "split", "place"),
                               fix="remove it and run the study again")
@@ -167,14 +164,11 @@ def _row(run: RunDir) -> dict[str, Any]:
                 measure = column.removesuffix("_se").removesuffix("_freedom")
                 if measure in measures and pd.notna(value):
                     row[f"{column}_{place}{part}"] = value
-    sizes = summary["part_sizes"]
-    return row | {
-        "rate_bpp": summary["rate_bpp"], "size_bytes": summary["size_bytes"],
-        "stored_values": sizes["stored"], "clip_head_values": sizes["clip_head"],
-        "train_time_s": summary["train_time_s"],
-        "train_frames_per_s": summary["train_frames_per_s"],
-        "runs_per_device": study["runs_per_device"], "device": facts["device"],
-        "commit": facts["commit"], "dirty": facts["dirty"],
+    names = ("rate_bpp", "size_bytes", "stored_values", "clip_head_values", "train_time_s",
+             "train_frames_per_s")
+    return row | {name: figures[name] for name in names} | {
+        "runs_per_device": study["runs_per_device"],
+        **{name: figures[name] for name in ("device", "commit", "dirty")},
         "teacher_label": describe_teacher(config.teacher).label if config.model.predict_clip
         else None}
 

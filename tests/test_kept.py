@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hnerv_clip import cli, inference, teachers
 from hnerv_clip.inference import load_run, predict_embeddings
 from hnerv_clip.runs import RunDir
+from hnerv_clip.search import kept
 from hnerv_clip.search.kept import encode_kept, predict_patches
 
 
@@ -70,12 +72,35 @@ def test_a_repeated_query_loads_nothing(trained_copy, cache_dir, capsys):
 def test_two_texts_of_one_meaning_are_refused_when_kept_too(trained_copy):
     teacher = RunDir(trained_copy).config().teacher
     encode_kept(["hare", "barn"], teacher, trained_copy, device="cpu")
-    kept = dict(np.load(trained_copy / "queries.npz"))
-    kept["vectors"][1] = kept["vectors"][0]
-    np.savez(trained_copy / "queries.npz", **kept)
-    assert json.loads(kept["about"].tobytes())["texts"] == ["hare", "barn"]
+    arrays = dict(np.load(trained_copy / "queries.npz"))
+    arrays["vectors"][1] = arrays["vectors"][0]
+    np.savez(trained_copy / "queries.npz", **arrays)
+    assert json.loads(arrays["about"].tobytes())["texts"] == ["hare", "barn"]
     with pytest.raises(ValueError, match="'hare' and 'barn' are the same"):
         encode_kept(["hare", "barn"], teacher, trained_copy, device="cpu")
+
+
+def test_a_warning_is_given_each_time(trained_copy, monkeypatch):
+    """Of a text that the teacher can do little with."""
+    teacher = RunDir(trained_copy).config().teacher
+
+    def encode(queries, _):
+        for query in queries:
+            warnings.warn(f"no class near {query!r}", stacklevel=2)
+        return np.eye(1280, dtype=np.float32)[:len(queries)]
+
+    monkeypatch.setattr(teachers, "load_teacher", lambda *args: None)
+    monkeypatch.setattr(teachers, "encode_queries", encode)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="no class near 'love'"):
+            encode_kept(["love"], teacher, trained_copy)
+        monkeypatch.setattr(teachers, "encode_queries", None)  # the second is kept
+
+
+def test_bundled_texts_depend_on_what_is_installed():
+    from hnerv_clip.teachers import efficientnet, sentences
+
+    assert kept.TEXT_PACKAGES == (efficientnet.BUNDLED_PACKAGE, sentences.PACKAGE)
 
 
 @pytest.mark.parametrize("command", [["search"], ["verify"], ["index", "INDEX"]])

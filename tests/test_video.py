@@ -98,7 +98,8 @@ def test_images_come_in_natural_order(tmp_path):
         Image.new("RGB", (8, 6), (level,) * 3).save(folder / name)
     (folder / "notes.txt").write_text("not an image")
     (folder / ".hidden.png").write_bytes(b"")
-    video = load_video(VideoConfig(str(folder), **WHOLE))
+    with pytest.warns(UserWarning, match="no images and are left out .notes.txt"):
+        video = load_video(VideoConfig(str(folder), **WHOLE))
     assert video.frames[:, 0, 0, 0].tolist() == [1, 2, 10, 20, 30]
     assert video.name == "images" and video.fps == 25
 
@@ -124,19 +125,35 @@ def test_orientation_of_a_photo_is_applied(tmp_path):
     assert frame[:, :12].min() > 200 and frame[:, 20:].max() < 50  # left became top
 
 
-@pytest.mark.parametrize("matrix, turns", [  # 16.16 fixed point a b / c d of the track header
-    ((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
-def test_rotation_of_a_phone_video_is_applied(clip, tmp_path, matrix, turns):
-    path, frames = clip
+def with_matrix(path, turned, a, b, c, d):
+    """A copy whose track header asks for x' = a·x + c·y, y' = b·x + d·y."""
     content = bytearray(path.read_bytes())
     at = content.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes
-    a, b, c, d = (value << 16 for value in matrix)
-    content[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    turned = tmp_path / "turned.mp4"
+    values = (int(value * 65536) for value in (a, b, 0, c, d, 0, 0, 0, 1 << 14))
+    content[at:at + 36] = struct.pack(">9i", *values)
     turned.write_bytes(content)
-    straight = load_video(VideoConfig(str(path), **WHOLE)).frames
-    video = load_video(VideoConfig(str(turned), **WHOLE))
-    assert torch.equal(video.frames, torch.rot90(straight, turns, (2, 3)))
+    return turned
+
+
+@pytest.mark.parametrize("matrix, shown", [
+    ((0, 1, -1, 0), lambda x: torch.rot90(x, -1, (2, 3))),
+    ((-1, 0, 0, -1), lambda x: torch.rot90(x, 2, (2, 3))),
+    ((0, -1, 1, 0), lambda x: torch.rot90(x, 1, (2, 3))),
+    ((-1, 0, 0, 1), lambda x: x.flip(3)),
+    ((1, 0, 0, -1), lambda x: x.flip(2)),
+    ((0, 1, 1, 0), lambda x: x.transpose(2, 3)),
+    ((0, -1, -1, 0), lambda x: torch.rot90(x, 2, (2, 3)).transpose(2, 3))])
+def test_turns_and_flips_of_a_phone_video_are_applied(clip, tmp_path, matrix, shown):
+    straight = load_video(VideoConfig(str(clip[0]), **WHOLE)).frames
+    straight[0, :, :5] += 90  # unlike under every flip
+    turned = with_matrix(clip[0], tmp_path / "turned.mp4", *matrix)
+    frames = load_video(VideoConfig(str(turned), **WHOLE)).frames
+    assert torch.equal(frames[1:], shown(straight)[1:])
+
+
+def test_any_other_turn_is_refused(clip, tmp_path):
+    turned = with_matrix(clip[0], tmp_path / "turned.mp4", 0.8, 0.6, -0.6, 0.8)
+    assert "no quarter turn" in error(VideoConfig(str(turned), **WHOLE))
 
 
 def test_odd_sizes_and_uprights_survive_writing(tmp_path):
@@ -207,10 +224,19 @@ def test_damaged_video(tmp_path):
 
 
 def test_video_cut_between_frames_warns(clip, tmp_path):
-    (tmp_path / "cut.mp4").write_bytes(clip[0].read_bytes()[:-200])  # the last frames are small
+    with av.open(str(clip[0])) as container:
+        at = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[20]
+    (tmp_path / "cut.mp4").write_bytes(clip[0].read_bytes()[:at])
     with pytest.warns(UserWarning, match="of the 24 frames"):
         video = load_video(VideoConfig(str(tmp_path / "cut.mp4"), **WHOLE))
-    assert 0 < len(video.frames) < 24
+    assert len(video.frames) == 20
+
+
+def test_video_cut_within_a_frame_is_refused_up_to_there(clip, tmp_path):
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(clip[0].read_bytes()[:-200])  # the last frames are small
+    assert "marks as corrupt" in error(VideoConfig(str(path), **WHOLE))
+    assert len(load_video(VideoConfig(str(path), frame_limit=4, **WHOLE)).frames) == 4
 
 
 def test_audio_only(tmp_path):

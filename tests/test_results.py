@@ -104,6 +104,7 @@ def test_text_is_escaped_once():
     assert markdown.escape("a|b *c* [d](e) `f` $g$") == \
         r"a\|b \*c\* \[d\](e) \`f\` \$g\$"
     assert markdown.escape("clip_pool _x_") == r"clip_pool \_x\_"
+    assert markdown.escape("≥\u00a01000 a\n b\u2028") == "≥\u00a01000 a b"
     assert markdown.escape(markdown.escape("<b>")) == "&lt;b&gt;"
     text = markdown.table([{"video": EVIL, "x": markdown.Markup("**1**"), "none": None}])
     assert text == "| video | x |\n| --- | --- |\n| &lt;svg onload=alert(1)&gt; | **1** |"

@@ -28,7 +28,7 @@ def escape(text: Any) -> Markup:
         return text
     text = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]{}|$~])|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
-    return Markup(" ".join(text.split()))
+    return Markup(re.sub(r"[^\S\u00a0]+", " ", text).strip())  # one line; no-break spaces stay
 
 
 def without_html(text: str) -> str:

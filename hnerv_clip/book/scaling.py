@@ -72,10 +72,9 @@ def speed_rows(measured: dict[str, Any]) -> list[Row]:
     if not part or not part["complete"]:
         return []
     reached = f"{part['quality_db']:.2f} dB after (s)"
-    rows = [{"ranks": run["ranks"], "learning rate": run["learning_rate"],
-             "frames/s": f"{run['frames_per_s']:.0f}" if run["frames_per_s"] >= 100
-             else three_digits(run["frames_per_s"]),
-             "efficiency": f"{run['efficiency']:.0%}", "PSNR (dB)": f"{run['psnr_db']:.2f}",
+    rows = [{"ranks": run["ranks"], "frames/s": three_digits(run["frames_per_s"]),
+             "PSNR (dB)": f"{run['psnr_db']:.2f}", "learning rate": run["learning_rate"],
+             "efficiency": f"{run['efficiency']:.0%}",
              reached: "never" if run["time_to_quality_s"] is None
              else f"{run['time_to_quality_s']:.1f}", "training (s)": f"{run['train_time_s']:.1f}",
              "whole run (s)": "resumed" if run["wall_s"] is None else f"{run['wall_s']:.0f}"}

@@ -379,11 +379,13 @@ def _fit_head(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
+    from hnerv_clip.field import has_field
     from hnerv_clip.runs import RunDir
 
     check_writable(resolve_path(args.folder))
     for outf in args.outf:
-        RunDir(outf).config_with_head()
+        if not has_field(resolve_path(outf)):
+            RunDir(outf).config_with_head()
     from hnerv_clip.inference import load_run
     from hnerv_clip.search.index import index_runs
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hnerv_clip.config import ConfigError
+from hnerv_clip.config import BUNDLED, ConfigError
 from hnerv_clip.files import RunError, write_atomic
 from hnerv_clip.heads.field import FieldConfig, FieldHead, check_boxes
 from hnerv_clip.inference import frame_embeddings, sources_of
@@ -217,5 +217,7 @@ def field_config(run: Run, **changes: Any) -> FieldConfig:
     values: dict[str, Any] = {
         "dim": run.config.model.clip_dim, "frame_hw": (height, width),
         "frame_count": run.model.frame_count, "source_channels": shape[1],
-        "map_hw": (rows, max(1, round(rows * width / height))), "up": max(1, -(-rows // shape[2]))}
+        "map_hw": (rows, max(1, round(rows * width / height))), "up": max(1, -(-rows // shape[2])),
+        # its embeddings are means of ReLU6 and never negative: 0.02 to 0.03 of skill at equal bytes
+        "output": "relu" if run.config.teacher.teacher == BUNDLED else "linear"}
     return FieldConfig(**{**values, **changes})

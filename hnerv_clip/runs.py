@@ -248,11 +248,11 @@ class RunDir:
             raise RunError(f"{file} is damaged: {error}; {fix}") from error
 
     def config_with_head(self) -> Config:
-        """The configuration of a run that predicts embeddings.
+        """The configuration of a run that predicts embeddings, by the original head.
 
         Raises:
             RunError: as `config`.
-            ConfigError: the run has no CLIP head; said before anything else is looked for.
+            ConfigError: the run has no such head; said before anything else is looked for.
         """
         config = self.config()
         if not config.model.predict_clip:

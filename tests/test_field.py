@@ -367,3 +367,20 @@ def test_the_command_line_fits_and_searches(run, field, cache_dir, capsys, monke
     assert "reaches outside the frame" in capsys.readouterr().err
     assert cli.main(["search", outf, "--region", "3,0", *rest]) == 2
     assert "is not FRAME,TOP" in capsys.readouterr().err
+
+
+def test_an_index_holds_a_fields_boxes(run, field, tmp_path):
+    index = pytest.importorskip("hnerv_clip.search.index")
+    pytest.importorskip("faiss")
+    built = index.index_runs([run])
+    boxes = search_boxes.square_boxes((80, 160), step=0.5)
+    assert len(built) == 12 * len(boxes)
+    loaded = index.load_index(built.save(tmp_path / "index"))
+    asked = load_field(run, source="interpolated").embed(3, boxes[20])
+    found = loaded.search(asked.numpy(), 3, apart=2)
+    best = found.iloc[0]
+    assert best.score == pytest.approx(1, abs=1e-4)
+    assert [best.top, best.left, best.height, best.width] == boxes[best.patch].tolist()
+    other = found.iloc[1]
+    assert abs(other.frame - best.frame) > 2 or search_boxes.overlap(
+        boxes[best.patch], [[other.top, other.left, other.height, other.width]])[0] <= 0.3

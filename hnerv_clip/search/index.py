@@ -49,6 +49,7 @@ class PatchIndex:
     network was trained. dim: values a vector. teacher: name of the teacher whose space this is.
     settings: that teacher's settings, where runs were indexed. label: its name for captions.
     times_s: when each frame of a video is shown, likewise.
+    boxes: top, left, height, width of the boxes [P][4] of each video with a field.
     """
 
     faiss_index: object
@@ -58,12 +59,15 @@ class PatchIndex:
     settings: dict[str, Any] = field(default_factory=dict)
     label: str = ""
     times_s: dict[str, list[float]] = field(default_factory=dict)
+    boxes: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.faiss_index.ntotal
 
     def search(self, query, top_k: int = 20, *, apart: int = 0) -> pd.DataFrame:
         """The patches nearest to a query: rank, video, frame, patch, score (cosine).
+
+        Where a video has a field: top, left, height, width too; empty for the others.
 
         Args:
             query: [D].
@@ -77,10 +81,14 @@ class PatchIndex:
         query, asked = check_query(query, self.dim), top_k
         while True:
             found = self._nearest(query, asked)
-            kept = found[np.array(_apart(found, apart), bool)]
+            kept = found[np.array(_apart(found, apart, self.boxes), bool)]
             if len(kept) >= top_k or len(found) < asked:
                 kept = kept.head(top_k).reset_index(drop=True)
                 kept.insert(0, "rank", np.arange(1, len(kept) + 1))
+                if self.boxes:
+                    kept[["top", "left", "height", "width"]] = [
+                        self.boxes[hit.video][hit.patch] if hit.video in self.boxes else
+                        [np.nan] * 4 for hit in kept.itertuples()]
                 return kept
             asked *= 4
 
@@ -131,7 +139,7 @@ class PatchIndex:
         path = folder / f"vectors-{digest[:16]}.faiss"
         write_atomic(path, lambda file: file.write(vectors))
         about = {"format": FORMAT, "dim": self.dim, "teacher": self.teacher, "label": self.label,
-                 "settings": self.settings, "times_s": self.times_s,
+                 "settings": self.settings, "times_s": self.times_s, "boxes": self.boxes,
                  "vectors": path.name, "sha256": digest,
                  "videos": self.videos.to_dict("records")}
         write_json(folder / "videos.json", {**about, "checksum": _checksum(about)})
@@ -193,19 +201,31 @@ def _sample(arrays: Iterable[np.ndarray], count: int) -> np.ndarray:
         flat, ends, np.split(chosen, np.searchsorted(chosen, ends[:-1])))])
 
 
-def _apart(found: pd.DataFrame, apart: int) -> list[bool]:
-    """Which hits, best first, have no better one of their position within so many frames."""
-    kept, frames = [], {}
+def _apart(found: pd.DataFrame, apart: int, boxes: dict[str, list[list[float]]]) -> list[bool]:
+    """Which hits, best first, have no better one of their position within so many frames.
+
+    Boxes of a field are of one position where they overlap by 0.3 (intersection over union).
+    """
+    from hnerv_clip.search.boxes import overlap
+
+    kept, before = [], {}
     for hit in found.itertuples():
-        near = frames.setdefault((hit.video, hit.patch), [])
-        kept.append(apart < 1 or all(abs(hit.frame - frame) > apart for frame in near))
+        own = boxes.get(hit.video)
+        near = before.setdefault(hit.video if own else (hit.video, hit.patch), [])
+        rivals = [patch for frame, patch in near if abs(hit.frame - frame) <= apart]
+        if own and rivals:
+            rivals = [patch for patch, shared in zip(rivals, overlap(
+                own[hit.patch], [own[patch] for patch in rivals])) if shared > 0.3]
+        kept.append(apart < 1 or not rivals)
         if kept[-1]:
-            near.append(hit.frame)
+            near.append((hit.frame, hit.patch))
     return kept
 
 
 def index_runs(runs: Iterable[Run]) -> PatchIndex:
     """Index what several runs predict, each named by its video, with its folder if shared.
+
+    Of a run with a field, square boxes of several sizes; of another, its patches.
 
     The embeddings are the prediction's (`evaluate.sources_of(…)[-1]`), so a hybrid network does not
     see the held-out frames. `videos` also says how each network was trained: run, source, epochs,
@@ -213,9 +233,11 @@ def index_runs(runs: Iterable[Run]) -> PatchIndex:
 
     Raises:
         ValueError: no run, runs of different teachers, or the same folder twice.
-        ConfigError: a run without the CLIP head.
+        ConfigError: a run with neither the original head nor a field.
     """
+    from hnerv_clip.field import has_field, load_field
     from hnerv_clip.inference import predict_embeddings, sources_of
+    from hnerv_clip.search.boxes import square_boxes
 
     runs = list(runs)
     folders = tell_apart(run.run_dir.path for run in runs)
@@ -227,8 +249,15 @@ def index_runs(runs: Iterable[Run]) -> PatchIndex:
     names = [name if names.count(name) == 1 else f"{name} ({folder})"
              for name, folder in zip(names, folders)]
     sources = [sources_of(run.model)[-1] for run in runs]
-    videos = {name: predict_embeddings(run.model, run.dataset, source=source)
-              for name, run, source in zip(names, runs, sources)}
+    videos, boxes = {}, {}
+    for name, run, source in zip(names, runs, sources):
+        if has_field(run.run_dir.path):
+            at = square_boxes(run.model.frame_hw, step=0.5)
+            videos[name] = load_field(run, source=source).embed(
+                np.arange(run.model.frame_count), at)
+            boxes[name] = at.tolist()
+        else:
+            videos[name] = predict_embeddings(run.model, run.dataset, source=source)
     built = build_index(videos, teacher=runs[0].dataset.teacher_name if runs else "")
     sizes = [run.dataset.video.frame_hw for run in runs]
     built.videos = built.videos.assign(
@@ -238,7 +267,7 @@ def index_runs(runs: Iterable[Run]) -> PatchIndex:
         fps=[run.dataset.video.fps for run in runs])
     params = runs[0].config.params()
     built.settings = {name: params[name] for name in TEACHER_SETTINGS}
-    built.label = runs[0].dataset.teacher_label
+    built.label, built.boxes = runs[0].dataset.teacher_label, boxes
     built.times_s = {name: frame_times_s(run.dataset.video).tolist()
                      for name, run in zip(names, runs)}
     return built
@@ -270,7 +299,8 @@ def load_index(folder, *, teacher: str | None = None) -> PatchIndex:
         raise ValueError(f"the index in {folder} is of the teacher {about['teacher']}, but queries "
                          f"are encoded by {teacher}: load that teacher, or build it again")
     return PatchIndex(index, videos, about["dim"], about["teacher"], about.get("settings", {}),
-                      about.get("label", about["teacher"]), about.get("times_s", {}))
+                      about.get("label", about["teacher"]), about.get("times_s", {}),
+                      about.get("boxes", {}))
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

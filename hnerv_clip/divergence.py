@@ -6,20 +6,23 @@ gradients that could bring it back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.losses import pixel_loss
 
-EPOCHS = 5  # in a row that must be bad; at the end of training one is enough
+EPOCHS = 5  # in a row that must be bad
 RISE = 1.05  # a loss above the lowest so far by this factor has got worse
 JUMP = 2.0  # likewise, so much worse that the network has come apart
 # Of the learning rate, at the first recovery, the second, ...
 LR_FACTORS = (1 / 2, 1 / 8, 1 / 64, 1 / 1024)
-FRAMES = 16  # to measure single colors on
+FRAMES, UNTRAINED_FRAMES = 16, 2  # to measure baselines on
+CLEARLY = 1.25  # as RISE, for one epoch alone, or above an untrained network
 
 
 class Diverged(RuntimeError):
@@ -30,66 +33,78 @@ class Diverged(RuntimeError):
         self.fell_at = fell_at
 
 
-@torch.no_grad()
-def color_losses(frames: Tensor, train: Sequence[int], *, loss: str, mask: Tensor | None = None
-                 ) -> tuple[float, float]:
-    """Pixel losses of two pictures of a single color: the mean of the video, and middle gray.
+class Baselines(NamedTuple):
+    """Pixel losses that a network which learns leaves behind."""
 
-    The first is about the best that a network does which has learned nothing of any frame, the
-    second what an untrained one begins with.
+    color: float  # of a picture of a single color, the mean of the video
+    untrained: float  # of the network with its initial weights
+
+
+@torch.no_grad()
+def measure_baselines(engine: PlainEngine, train: Sequence[int]) -> Baselines:
+    """Measure them on some frames, before the first step and before weights are loaded.
 
     Args:
-        frames: uint8 [T, 3, H, W].
-        train: the frames that train; `FRAMES` of them are looked at.
-        loss: a row of `PIXEL_LOSSES`.
-        mask: [H, W], 0 where pixels do not count.
+        train: the frames that train.
     """
-    chosen = frames[torch.as_tensor(list(train))[::-(-len(train) // FRAMES)].to(frames.device)]
-    mean = sum(frame.float().mean((1, 2)) for frame in chosen) / (255 * len(chosen))  # [3]
-    losses = [torch.stack([pixel_loss(color.view(1, 3, 1, 1).expand(1, *frame.shape),
-                                      frame[None].float() / 255, loss=loss, mask=mask)
-                           for frame in chosen]).mean()
-              for color in (mean, torch.full_like(mean, 0.5))]
-    return float(losses[0]), float(losses[1])
+    frames, loss = engine.frames, engine.config.train.loss
+    known = torch.as_tensor(list(train), device=frames.device)
+    chosen = known[::-(-len(known) // FRAMES)]
+    mean = sum(frames[i].float().mean((1, 2)) for i in chosen) / (255 * len(chosen))  # [3]
+
+    def color_loss(index: Tensor) -> Tensor:
+        frame = frames[index][None].float() / 255
+        return pixel_loss(mean.view(1, 3, 1, 1).expand_as(frame), frame, loss=loss,
+                          mask=engine.mask, constants=engine.ssim)[0]
+
+    color = torch.stack([color_loss(index) for index in chosen]).mean()
+    few, ratios = chosen[::-(-len(chosen) // UNTRAINED_FRAMES)], []
+    engine.model.eval()
+    for index in few:
+        frame, pred, _ = engine.reconstruct(index[None])
+        own = pixel_loss(pred, frame, loss=loss, mask=engine.mask, constants=engine.ssim)[0]
+        ratios.append(own / color_loss(index).clamp(min=1e-12))
+    engine.model.train()
+    return Baselines(float(color), float(color * torch.stack(ratios).mean()))
 
 
-def check_collapse(history: Sequence[dict[str, Any]], *, color: float, gray: float, warm_up: float,
+def check_collapse(history: Sequence[dict[str, Any]], baselines: Baselines, *, warm_up: float,
                    final: bool) -> None:
     """Raise `Diverged` where the last epochs show a network that has come apart.
 
-    Either the pictures are no better than a single color, and worse than they or gray have been;
-    or what is minimised, the total loss, has more than doubled within a phase of training, and
-    does not come back.
+    Either the pictures are no better than a single color, and worse than they have been; or what
+    is minimised, the total loss, has more than doubled within a phase of training, and does not
+    come back.
 
     Args:
         history: a row per epoch, with epoch, pixel_loss, total_loss and clip_weight.
-        color, gray: see `color_losses`.
         warm_up: epochs in which the learning rate rises; they may do what they like.
-        final: whether training ends here, so that waiting would not help.
+        final: whether training ends here, so that waiting would not help: then one epoch is enough
+            that is clearly bad.
     """
     rows, weight = list(history), history[-1]["clip_weight"]
-    count = 1 if final else EPOCHS
-    last = rows[-count:]
-    if len(last) < count or last[0]["epoch"] <= warm_up and not final:
-        return
-    lowest, dead = gray, []
+    ready = len(rows) >= EPOCHS and rows[-EPOCHS]["epoch"] > warm_up
+    lowest, dead, dead_now = baselines.untrained * CLEARLY / RISE, [], False
     for row in rows:
-        lowest = min(lowest, row["pixel_loss"])
-        dead.append(row["pixel_loss"] >= 0.99 * color and row["pixel_loss"] > RISE * lowest)
-    lowest, apart = float("inf"), []
+        loss, lowest = row["pixel_loss"], min(lowest, row["pixel_loss"])
+        no_better = loss >= 0.99 * baselines.color
+        dead.append(no_better and loss > RISE * lowest)
+        dead_now = no_better and loss > CLEARLY * lowest
+    lowest, apart = math.inf, []
     for row in rows:
-        if row["clip_weight"] != weight:
-            apart.append(False)
-            continue
-        lowest = min(lowest, row["total_loss"])
+        if row["clip_weight"] == weight:
+            lowest = min(lowest, row["total_loss"])
         apart.append(row["total_loss"] > JUMP * lowest)
-    if all(dead[-count:]):
-        raise Diverged(
-            f"the pictures are no better than a single color (loss {last[-1]['pixel_loss']:.4g}, "
-            f"one color {color:.4g})", _first_of_streak(rows, dead))
-    if all(apart[-count:]) and (final or last[-1]["total_loss"] > 0.8 * last[0]["total_loss"]):
-        raise Diverged(f"the loss rose from {lowest:.4g} to {last[-1]['total_loss']:.4g} and does "
-                       "not come back", _first_of_streak(rows, apart))
+    last = rows[-1]
+    if ready and all(dead[-EPOCHS:]) or final and dead_now:
+        raise Diverged(f"the pictures are no better than a single color (loss "
+                       f"{last['pixel_loss']:.4g}, one color {baselines.color:.4g})",
+                       _first_of_streak(rows, dead))
+    stays = ready and all(apart[-EPOCHS:]) and \
+        last["total_loss"] > 0.8 * rows[-EPOCHS]["total_loss"]
+    if stays or final and apart[-1]:
+        raise Diverged(f"the loss rose from {lowest:.4g} to {last['total_loss']:.4g} and does not "
+                       "come back", _first_of_streak(rows, apart))
 
 
 def _first_of_streak(rows: Sequence[dict[str, Any]], bad: list[bool]) -> int:

@@ -32,7 +32,7 @@ from hnerv_clip.config import Config, VideoConfig, parse_lr_type
 from hnerv_clip.dataset import Dataset, check_same_video, load_dataset, resolve_config
 from hnerv_clip.devices import set_precision, synchronise
 from hnerv_clip.distributed import agree, from_rank0, gather_rows, own_device, ranks
-from hnerv_clip.divergence import LR_FACTORS, Diverged, check_collapse, color_losses
+from hnerv_clip.divergence import LR_FACTORS, Diverged, check_collapse, measure_baselines
 from hnerv_clip.engines.plain import COLUMNS, PlainEngine, SetupError
 from hnerv_clip.engines.select import (
     can_fall_back,
@@ -204,8 +204,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best_psnr_db = float("-inf")
         self.recoveries: list[dict[str, Any]] = []  # from collapses
-        self.color, self.gray = color_losses(
-            self.engine.frames, dataset.split.train, loss=config.train.loss, mask=self.engine.mask)
+        self.baselines = measure_baselines(self.engine, dataset.split.train)
         self.train_time_s, self._clock = 0.0, None  # the clock stands still outside training steps
         # Of this process
         self.setup_time_s = self.stored_time_s = 0.0
@@ -273,7 +272,7 @@ class Trainer:
         if measured:
             row |= self._evaluate(board)
         self._record(row, board)
-        check_collapse(self.history, color=self.color, gray=self.gray, final=final,
+        check_collapse(self.history, self.baselines, final=final,
                        warm_up=parse_lr_type(train.lr_type)[0] * train.epochs)
         if measured or self._save_is_due():
             self._save_latest()

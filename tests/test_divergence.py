@@ -1,15 +1,18 @@
 """Training that collapses is noticed, and goes on with a lower learning rate or stops; never
 quietly."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
 from hnerv_clip import train as train_module
-from hnerv_clip.dataset import load_dataset
-from hnerv_clip.divergence import Diverged, check_collapse, color_losses
+from hnerv_clip.dataset import inpainting_mask, load_dataset
+from hnerv_clip.divergence import Baselines, Diverged, check_collapse, measure_baselines
 from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.losses import pixel_loss
+from hnerv_clip.model import build_model
 from hnerv_clip.runs import RunDir
 from hnerv_clip.train import TrainError, train
 
@@ -38,8 +41,8 @@ def found(history, *, final=False, warm_up=0.0):
     """(epoch in which a collapse is noticed, epoch that first shows it), or None."""
     for count in range(1, len(history) + 1):
         try:
-            check_collapse(history[:count], color=10 ** -1.254, gray=10 ** -1.181, warm_up=warm_up,
-                           final=final and count == len(history))
+            check_collapse(history[:count], Baselines(10 ** -1.254, 10 ** -1.181),
+                           warm_up=warm_up, final=final and count == len(history))
         except Diverged as error:
             return count, error.fell_at
     return None
@@ -66,17 +69,35 @@ def test_the_phases_of_training_are_judged_apart():
     assert found(rows([25.0, 30.0] + 12 * [12.28], clip=5)) == (7, 3)
 
 
-def test_a_single_color_by_hand(small_dataset):
-    frames, train = small_dataset.video.frames, small_dataset.split.train
-    mask = torch.ones(80, 160)
-    mask[20:40] = 0
-    known = frames[train].float() / 255
-    for loss, hidden in (("L2", None), ("L1", mask), ("Fusion6", None)):
-        mean = known.mean((0, 2, 3)).view(1, 3, 1, 1).expand_as(known)
-        expected = [pixel_loss(picture, known, loss=loss, mask=hidden).mean().item()
-                    for picture in (mean, torch.full_like(known, 0.5))]
-        got = color_losses(frames, train, loss=loss, mask=hidden)
-        assert got == pytest.approx(expected, rel=1e-4)
+def test_short_and_slow_runs_are_none():
+    """An untrained network may be worse than gray, and a few steps may not change that."""
+    baselines = Baselines(color=0.01, untrained=0.3)
+    for losses in ([0.31], [0.29, 0.31], 8 * [0.3], [0.3 - 1e-5 * epoch for epoch in range(20)]):
+        history = [dict(row, pixel_loss=loss, total_loss=loss)
+                   for row, loss in zip(rows([10.0] * len(losses)), losses)]
+        check_collapse(history, baselines, warm_up=0, final=True)
+    with pytest.raises(Diverged, match="single color"):
+        check_collapse([dict(rows([10.0])[0], pixel_loss=0.8, total_loss=0.8)], baselines,
+                       warm_up=0, final=True)
+
+
+@pytest.mark.parametrize("params", [{}, {"loss": "L1", "inpaint_size": 10}, {"norm": "bn"}])
+def test_baselines_by_hand(small_config, small_dataset, params):
+    config = small_config.replace(**params)
+    dataset = replace(small_dataset, mask=inpainting_mask((80, 160), config.train.inpaint_size))
+    model = build_model(config.model, frame_hw=(80, 160), frame_count=12)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = PlainEngine(config, model, dataset, autocast=torch.float32)
+    color, untrained = measure_baselines(engine, dataset.split.train)
+    known = dataset.video.frames[dataset.split.train].float() / 255
+    picture = known.mean((0, 2, 3)).view(1, 3, 1, 1).expand_as(known)
+    expected = pixel_loss(picture, known, loss=config.train.loss, mask=dataset.mask).mean().item()
+    assert color == pytest.approx(expected, rel=1e-4)
+    model.eval()
+    with torch.no_grad():
+        losses = [engine.frame_losses(torch.tensor([i]))[0].item() for i in dataset.split.train]
+    assert untrained == pytest.approx(sum(losses) / len(losses), rel=0.15)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @pytest.fixture(scope="module")

@@ -101,8 +101,8 @@ class PlainEngine:
             sums += columns.detach().sum(1)
         return sums
 
-    def frame_losses(self, indices: Tensor) -> Tensor:
-        """`COLUMNS` of frames [B]: [4, B]."""
+    def reconstruct(self, indices: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Frames [B, 3, H, W] as they are and as the network gives them, and its stages."""
         frames = (self.frames[indices].float() / 255).contiguous(memory_format=torch.channels_last)
         seen = frames if self.mask is None else frames * self.mask
         with torch.autocast(self.device.type, self.autocast,
@@ -114,7 +114,11 @@ class PlainEngine:
                 stages = self.model.stages(embedding)
             pred = self.model.rgb(stages[-1])
             marks.begin_backward(pred, marks.DECODER_BACKWARD)
-        pred = pred.float()
+        return frames, pred.float(), stages
+
+    def frame_losses(self, indices: Tensor) -> Tensor:
+        """`COLUMNS` of frames [B]: [4, B]."""
+        frames, pred, stages = self.reconstruct(indices)
         pixel = pixel_loss(pred, frames, loss=self.config.train.loss, mask=self.mask,
                            constants=self.ssim)
         clip, total = torch.zeros_like(pixel), pixel

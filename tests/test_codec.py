@@ -15,7 +15,12 @@ import torch
 
 from hnerv_clip.codec import FileError, decode_video, encode_video, entropy, quantise, read_header
 from hnerv_clip.codec.container import (
+    DEPTH_LIMIT,
+    FRAME_LIMIT,
+    HEADER_LIMIT,
     NETWORK,
+    PIXEL_LIMIT,
+    SIDE_LIMIT,
     START,
     TEACHER,
     expand_times,
@@ -24,7 +29,16 @@ from hnerv_clip.codec.container import (
     read_part,
 )
 from hnerv_clip.codec.entropy import pack_arrays
-from hnerv_clip.codec.video import About, StoredNetwork, _time_unit, open_network
+from hnerv_clip.codec.video import (
+    ACTIVATION_LIMIT,
+    CHUNK,
+    VALUES_FREE,
+    VALUES_PER_BYTE,
+    About,
+    StoredNetwork,
+    _time_unit,
+    open_network,
+)
 from hnerv_clip.config import Config, ModelConfig, TeacherConfig
 from hnerv_clip.evaluate import evaluate_stored, store_video
 from hnerv_clip.inference import embed_frames
@@ -295,6 +309,16 @@ def test_every_part_and_the_whole_are_checked(tmp_path):
     path.write_bytes(data + b"x")
     with pytest.raises(FileError, match="bytes, where its header"):
         decode_video(path)
+
+
+def test_the_books_page_gives_the_limits_of_the_code():
+    page = (Path(__file__).parents[1] / "book" / "file_format.md").read_text(encoding="utf-8")
+    for limit in (HEADER_LIMIT, SIDE_LIMIT, PIXEL_LIMIT, FRAME_LIMIT, VALUES_FREE,
+                  ACTIVATION_LIMIT):
+        assert f"{limit:,}".replace(",", " ") in page, limit
+    assert f"beyond {DEPTH_LIMIT} levels" in page and f"0…{entropy.CLASSES - 1}" in page
+    assert f"plus {entropy.CLASSES} for" in page and f"more than {VALUES_PER_BYTE} values" in page
+    assert f"(`chunk`, {CHUNK} here)" in page
 
 
 def test_fuzzing_finds_only_the_documented_error():

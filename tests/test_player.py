@@ -267,9 +267,10 @@ def test_export_computes_what_pytorch_does(path, tmp_path):
 
 def test_encode_makes_a_file_of_a_video(tmp_path, capsys):
     words = ["encode", "bunny", str(tmp_path / "b.hnerv"), "--work", str(tmp_path / "work"),
-             "--cache_dir", str(tmp_path / "cache"), "--predict_clip", "False", "--epochs", "20",
-             "--lr", "5e-3", "--frame_limit", "5", "--resize_list", "80_160",
-             "--enc_strds", "5 4 2 2", "--dec_strds", "5 4 2 2", "--modelsize", "0.02", "--device", "cpu"]
+             "--cache_dir", str(tmp_path / "cache"), "--predict_clip", "False",
+             "--epochs", "20", "--lr", "5e-3", "--frame_limit", "5", "--resize_list", "80_160",
+             "--enc_strds", "5 4 2 2", "--dec_strds", "5 4 2 2", "--modelsize", "0.02",
+             "--device", "cpu"]
     assert main(words) == 0
     assert "5" in capsys.readouterr().out
     video = hnerv_clip.open(tmp_path / "b.hnerv")

@@ -175,6 +175,7 @@ def test_the_fused_decoder_gives_the_models_frames_and_vectors(tiny):
         assert decode(embeddings, rgb=False, clip=True)[0] is None
 
 
+@pytest.mark.slow  # a minute; Triton compiles some dozens of kernels
 def test_every_kernel_compiles_for_a_gpu():
     """The interpreter allows what no GPU can do, such as products of 8 columns."""
     script = Path(__file__).with_name("compile_kernels.py")

@@ -107,6 +107,7 @@ def test_a_run_of_another_process_is_left_alone(done, small_config, cache_dir):
     assert states == {name: "busy"}
 
 
+@pytest.mark.slow
 def test_stopped_in_the_middle_the_next_call_goes_on(small_config, small_dataset, cache_dir,
                                                      tmp_path):
     """Twice SIGTERM in a run of many epochs: the worker ends too, and its checkpoint is there."""

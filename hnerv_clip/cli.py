@@ -173,9 +173,11 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--near", type=int, default=2, help="frames of tolerance in retrieval")
             sub.add_argument("--labels", default="", help="texts to rank and label patches by, "
                                                           "such as \"hare; barn\"")
+            sub.add_argument("--all_sources", action="store_true", help="also what a hybrid model "
+                             "answers when its encoder sees the held-out frame")
             sub.add_argument("--force", action="store_true", help="also where it is done already")
             sub.add_argument("--table", nargs="?", const="-", metavar="CSV",
-                             help="join the runs: mean over seeds, sd, intervals, baselines beaten")
+                             help="join the runs, phases and seeds pooled: measures and answers")
             sub.add_argument("--by", nargs="+", default=[], metavar="NAME",
                              help="parameters that tell settings apart in the table")
 
@@ -346,7 +348,8 @@ def _verify(args: argparse.Namespace) -> None:
     if args.table not in (None, "-"):
         check_writable(Path(args.table).absolute().parent)
     verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
-                              seed=args.seed, near=args.near, labels=args.labels, force=args.force,
+                              seed=args.seed, near=args.near, labels=args.labels,
+                              all_sources=args.all_sources, force=args.force,
                               data_paths=args.data_path)
     for folder in verified:
         print((folder / "verification.txt").read_text(encoding="utf-8"))

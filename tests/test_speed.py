@@ -6,11 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hnerv_clip.bench import results
+from hnerv_clip.bench import costs, results
 from hnerv_clip.book.markdown import three_digits
 from hnerv_clip.config import Config
 from hnerv_clip.figures.speed import plot_growth, plot_profile
-from hnerv_clip.verify import costs
 
 MADE = {"commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.11.0"}, "threads": 8}
 REFERENCE = {"source": "Somewhere", "rows": [

@@ -5,70 +5,40 @@ import pytest
 from scipy import stats
 
 from hnerv_clip.verify import simulation, time_series
-from hnerv_clip.verify.simulation import autoregression
 from hnerv_clip.verify.time_series import (
     holm,
     mean_interval,
     median_interval,
     pool_intervals,
-    shift_test,
     smooth_interval,
 )
 
 
-def test_shift_test_by_hand():
-    # Prediction -2 1 1, mirrored to -2 1 1 1 1 -2, and target -1 -1 2; both have length √6. What
-    # does not change, the 7, plays no part.
-    found = shift_test(np.array([[-2, 7], [1, 7], [1, 7]]), np.array([[-1, 7], [-1, 7], [2, 7]]))
-    assert found.observed == pytest.approx(3 / 6)
-    np.testing.assert_allclose(found.null[0] * 6, [0, 0, -6, -3, 6], atol=1e-12)
-    # The target mirrored to -1 -1 2 2 -1 -1 and the prediction as it is.
-    np.testing.assert_allclose(found.null[1] * 6, [6, -3, -6, 0, 0], atol=1e-12)
-    assert found.p == pytest.approx((2 + 1 + 1) / 12) and found.shifts == 12
+def autoregression(rng, count, frames, size, rho):
+    """[count, frames, size]"""
+    return np.moveaxis(simulation.autoregression(rng, (frames, count, size), rho), 0, 1)
 
 
-def test_shift_test_equals_shifting_one_by_one():
-    rng = np.random.default_rng(0)
-    p, g = rng.standard_normal((2, 9, 3, 4))
-    found = shift_test(p, g)
-    p, g = ((x - x.mean(0)) / np.linalg.norm(x - x.mean(0)) for x in (p, g))
-    by_hand = [[np.sum([(np.concatenate([a, a[::-1]])[(t + k) % 18] * b[t]).sum()
-                        for t in range(9)]) for k in range(18)] for a, b in ((p, g), (g, p))]
-    np.testing.assert_allclose(found.null, np.array(by_hand)[:, 1:])
-    assert found.observed == pytest.approx(by_hand[1][0])
-    assert found.observed == pytest.approx(np.corrcoef(p.ravel(), g.ravel())[0, 1])
-    assert found.p == np.mean(np.array(by_hand) >= by_hand[0][0] - 1e-12)
+def test_intervals_cover_and_tests_keep_their_level():
+    found = simulation.simulate_interval(datasets=500)
+    assert found.covered.between(0.9, 0.99).all() and (found.rejected < 0.08).all()
 
 
-def test_shift_test_finds_what_is_aligned_and_bounds_its_p():
-    series = autoregression(np.random.default_rng(0), 1, 40, 8, 0.8)[0]
-    found = shift_test(series, series)
-    assert found.p == 1 / 80 and found.effect > 3
-    constant = np.ones((40, 8))
-    assert shift_test(constant, series).p == 1 and shift_test(constant, series).observed == 0
+def test_a_plain_estimate_of_autocorrelation_would_not_keep_the_level(monkeypatch):
+    monkeypatch.setattr(time_series, "CAUTION", 0.0)
+    plain = simulation.simulate_interval(datasets=1000, designs=("quick",), rhos=(0.97,))
+    assert plain.covered.iloc[0] < 0.9
 
 
-@pytest.mark.parametrize("rho", [0, 0.5, 0.9, 0.99])
-def test_shift_test_keeps_its_level_on_autocorrelated_data(rho):
-    found = simulation.simulate_shift_test(datasets=2000, frames=60, rhos=(rho,), effects=(0,))
-    assert found.datasets[0] == 2000
-    assert 0.035 <= found.rejected[0] <= 0.06  # of slow series it rejects a little less than 5 %
-
-
-def test_shift_test_has_power():
-    found = simulation.simulate_shift_test(datasets=200, frames=60, rhos=(0, 0.9), effects=(0.3,))
-    assert found.rejected[0] > 0.99 and found.rejected[1] > 0.9
-
-
-def test_a_plain_circular_shift_would_not_keep_the_level():
-    """Why the series is mirrored: joined end to end, a slow series rejects far too often."""
-    rng, rejected = np.random.default_rng(0), 0
-    for _ in range(400):
-        p, g = np.cumsum(rng.standard_normal((2, 40, 4)), axis=1)
-        p, g = p - p.mean(0), g - g.mean(0)
-        shifted = np.array([(np.roll(p, k, axis=0) * g).sum() for k in range(40)])
-        rejected += np.mean(shifted >= shifted[0]) <= 0.05
-    assert rejected / 400 > 0.1
+def test_slow_series_count_as_few():
+    series = autoregression(np.random.default_rng(0), 200, 132, 1, 0.9)[..., 0]
+    sizes = time_series.effective_size(series)
+    exact = 132 / time_series.variance_inflation(132, 0.9)
+    assert 0.6 * exact < np.median(sizes) < 1.4 * exact
+    assert time_series.effective_size(np.ones(20)) == 20
+    bounded = mean_interval(np.ones(20), least_variance=0.5)
+    assert bounded.standard_error == pytest.approx((0.5 / 20) ** 0.5)
+    assert bounded.p_below(2) < 0.05 and not bounded.within(0.5) and bounded.within(2)
 
 
 def test_interval_of_independent_values_is_nearly_students():
@@ -80,58 +50,10 @@ def test_interval_of_independent_values_is_nearly_students():
                                     abs=1e-4)
 
 
-def test_standard_error_is_that_of_resampled_blocks():
-    """The closed form against drawing moving blocks, before the small-sample factor."""
-    rng = np.random.default_rng(0)
-    series = next(one for one in autoregression(rng, 50, 120, 1, 0.6)[..., 0]
-                  if 120 % time_series.block_length(one) == 0 and time_series.block_length(one) > 3)
-    found = mean_interval(series)
-    starts = rng.integers(0, 121 - found.block, (20000, 120 // found.block))
-    means = series[starts[..., None] + np.arange(found.block)].mean(axis=(1, 2))
-    rho, share = time_series.cautious_lag_one(series), found.block / 120
-    factor = time_series._inflation(120, rho) / (
-        time_series._inflation(found.block, rho) - share * time_series._inflation(120, rho))
-    assert found.standard_error == pytest.approx(means.std() * factor ** 0.5, rel=0.02)
-
-
 def test_inflation_against_the_sum_of_covariances():
     lags = np.abs(np.subtract.outer(np.arange(7), np.arange(7)))
-    assert time_series._inflation(7, 0.6) == pytest.approx((0.6 ** lags).sum() / 7)
-    assert time_series._inflation(7, 0.0) == 1
-
-
-def test_blocks_grow_with_autocorrelation():
-    rng = np.random.default_rng(0)
-    lengths = [np.mean([time_series.block_length(one[:, 0])
-                        for one in autoregression(rng, 50, 200, 1, rho)])
-               for rho in (0, 0.5, 0.9)]
-    assert lengths[0] < 3 < lengths[1] < 10 < lengths[2]
-    estimates = [time_series.lag_one(one[:, 0]) for one in autoregression(rng, 500, 40, 1, 0.7)]
-    assert np.mean(estimates) == pytest.approx(0.7, abs=0.03)
-
-
-def test_intervals_cover_and_tests_keep_their_level():
-    found = simulation.simulate_interval(datasets=2000, frames=(26, 53, 106),
-                                         rhos=(0, 0.5, 0.8))
-    assert set(found.datasets) == {2000} and (found.covered > 0.9).all()
-    assert (found.rejected <= 0.06 + 2 * 0.005).all()  # 5 % ± 1, and two standard errors
-    # A slower series needs more frames: the page must not promise more than this.
-    slow = simulation.simulate_interval(datasets=2000, frames=(13, 53), rhos=(0.9,)).rejected
-    assert 0.07 < slow[0] < 0.15 and slow[1] < 0.07
-
-
-def test_the_cautious_estimate_is_what_keeps_the_level(monkeypatch):
-    monkeypatch.setattr(time_series, "cautious_lag_one", time_series.lag_one)
-    plain = simulation.simulate_interval(datasets=2000, frames=(26,), rhos=(0.8, 0.9))
-    assert (plain.rejected > 0.07).all()
-
-
-def test_found_is_the_power_of_the_moved_series():
-    rng = np.random.default_rng(0)
-    series = autoregression(rng, 200, 26, 1, 0.5)[..., 0]
-    by_hand = np.mean([mean_interval(one + 0.5).p <= 0.05 for one in series])
-    found = simulation.simulate_interval(datasets=200, frames=(26,), rhos=(0.5,), seed=0)
-    assert found.found[0] == pytest.approx(by_hand)
+    assert time_series.variance_inflation(7, 0.6) == pytest.approx((0.6 ** lags).sum() / 7)
+    assert time_series.variance_inflation(7, 0.0) == 1
 
 
 def test_pseudo_values_of_a_mean_are_its_values():
@@ -203,9 +125,6 @@ def test_holm_by_hand():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: shift_test(np.ones((1, 2)), np.ones((1, 2))), "at least 2 frames, got 1"),
-    (lambda: shift_test(np.ones((3, 2)), np.ones((4, 2))), r"\(3, 2\).*\(4, 2\)"),
-    (lambda: shift_test(np.full((3, 2), np.nan), np.ones((3, 2))), "NaN"),
     (lambda: mean_interval(np.ones(7)), "at least 8 frames, got 7"),
     (lambda: mean_interval(np.full(9, np.nan)), "NaN"),
     (lambda: pool_intervals([], [], []), "each seed's mean"),

@@ -6,13 +6,12 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hnerv_clip.figures.style import PALETTE, caption, new_figure
 from hnerv_clip.verify.pool import Study
 from hnerv_clip.verify.scores import SOURCES
-from hnerv_clip.verify.verdict import name_of, p_words
+from hnerv_clip.verify.verdict import MARGIN, QUESTIONS, name_of
 
 MEASURES = {"clip_similarity": "raw cosine", "clip_centred": "cosine, training mean taken off"}
 SPLIT_NAMES = {"train": "training", "held_out": "held-out"}
@@ -87,61 +86,31 @@ def plot_similarity_over_time(scores: pd.DataFrame, teacher_label: str, source: 
         "Similarity to the teacher, mean over the patches of each frame.", teacher_label, source))
 
 
-def plot_comparisons(comparisons: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
-    """Centred cosine of the network minus that of every other condition, with intervals.
+def plot_answers(answers: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
+    """Every question's answer: the mean of its deciding test with its interval.
 
     Args:
-        comparisons: `Verification.comparisons`.
+        answers: `verdict.answer_table`.
         teacher_label, source: for the caption, as in `plot_conditions`.
     """
-    order, splits = list(comparisons.over.unique()), _splits(comparisons)
-    figure, panel = new_figure(height=0.4 * len(order) + 1.2)
+    colours = {"yes": PALETTE["learned"], "no": PALETTE["reference"], "cannot tell": "#b0b0b0"}
+    figure, panel = new_figure(height=0.4 * len(answers) + 1.2)
     panel.axvline(0, color="black", linewidth=1)
-    for split in splits:
-        rows = comparisons[comparisons.split == split].set_index("over").reindex(order)
-        places = np.arange(len(order)) + _side(split, splits)
-        panel.hlines(places, rows.low, rows.high, color=PALETTE[split], linewidth=2.5)
-        panel.plot(rows.difference, places, "o", color=PALETTE[split], markeredgecolor="black",
+    panel.axvspan(-MARGIN, MARGIN, color="#606060", alpha=0.15, linewidth=0)
+    for place, row in enumerate(answers.itertuples()):
+        colour = colours[row.answer]
+        panel.hlines(place, max(row.low, -1.2), min(row.high, 1.2), color=colour, linewidth=2.5)
+        panel.plot(row.estimate, place, "o", color=colour, markeredgecolor="black",
                    markeredgewidth=0.5)
-        for place, row in zip(places, rows.itertuples()):
-            if row.p_holm < 0.05:
-                panel.annotate("✱", (row.high, place), (4, 0), textcoords="offset points",
-                               va="center", fontsize=8)
-    panel.set_yticks(range(len(order)), [f"over {short_name(name)}" for name in order])
+    panel.set_yticks(range(len(answers)), [
+        f"{QUESTIONS[row.question][0]} {row.answer.upper()}" for row in answers.itertuples()])
     panel.invert_yaxis()
-    panel.set_xlabel("centred cosine, learned minus the other")
-    _split_legend(figure, splits)
-    count = ", ".join(f"{rows.frames.iloc[0]:.0f} {SPLIT_NAMES[split]}"
-                      for split, rows in comparisons.groupby("split", sort=False))
+    panel.set(xlabel="net wins over the baseline, or score of changes", xlim=(-1.1, 1.1))
     return caption(figure, _words(
-        "Right of zero the network is better. Bars: 95 % intervals of the mean over frames "
-        f"({count}), allowing for autocorrelation; none where frames are too few. Star: better at "
-        "5 % after Holm's correction over all rows of its colour.", teacher_label, source))
-
-
-def plot_shift_tests(shift_tests: dict, teacher_label: str, source: str = "") -> Figure:
-    """Correlation with the teacher under every shift in time, and as aligned.
-
-    Args:
-        shift_tests: `Verification.shift_tests`.
-        teacher_label, source: for the caption, as in `plot_conditions`.
-    """
-    figure, axes = new_figure(1, len(shift_tests), height=2.8, squeeze=False)
-    for panel, (split, test) in zip(axes[0], shift_tests.items()):
-        span = test.null.shape[1] + 1
-        shifts = (np.arange(span) + span // 2) % span - span // 2
-        for null, style in zip(test.null, ("-", ":")):
-            values = np.concatenate([[test.observed], null])[np.argsort(shifts)]
-            panel.plot(np.sort(shifts), values, style, color=PALETTE["temporal"], linewidth=1.4)
-        panel.plot(0, test.observed, "o", color=PALETTE["learned"], markeredgecolor="black",
-                   markersize=7, zorder=4)
-        panel.set(xlabel=f"shift ({SPLIT_NAMES[split]} frames)", ylabel="correlation")
-        panel.set_title(f"{SPLIT_NAMES[split]}: {p_words(test.p)}, {test.shifts} shifts")
-    return caption(figure, _words(
-        "What changes over time in the prediction, mirrored at its end and shifted against the "
-        "teacher by every number of frames (dotted: the other way round). The dot is the "
-        "prediction as it is; it knows when things happen if it stands out.",
-        teacher_label, source))
+        "Right of zero the network is better, or knows. Net wins: share of patches where its error "
+        "is smaller less the share where it is larger. Bars: 95 % intervals over "
+        f"{answers.frames.iloc[0]} held-out frames, allowing for autocorrelation; grey band: too "
+        "small to matter.", teacher_label, source))
 
 
 def plot_retrieval(measures: pd.DataFrame, teacher_label: str, source: str = "", *,
@@ -222,67 +191,37 @@ def plot_positions(scores: pd.DataFrame, teacher_label: str, source: str = "") -
         "cells.", teacher_label, source))
 
 
-STUDY_LINES = {"position": "--", "between": "-.", "Linear Map": ":", "Side File": "-"}
-STUDY_PANELS = {"clip_centred": "centred cosine", "r1": "R@1", "cka": "CKA"}
-
-
-def plot_study(study: Study, *, split: str = "held_out") -> Figure:
-    """Several runs at once: seeds as dots, pooled intervals as bars, baselines as lines.
+def plot_study(study: Study) -> Figure:
+    """The answers of several groups of runs side by side.
 
     Args:
-        study: `verify_runs.join_runs`.
-        split: train or held_out.
+        study: `pool.join_runs`.
     Raises:
-        ValueError: no run has frames of that split.
+        ValueError: no run held a frame out.
     """
-    place = list(study.table.columns[:list(study.table.columns).index("split")])
-    own = study.measures[study.measures.split == split]
-    if own.empty:
-        raise ValueError(f"no run of the study has {split} frames; it has "
-                         f"{', '.join(study.measures.split.unique())}: use another data_split")
-    videos = list(own.video.unique())
-    counts = [len(own[own.video == name][place].drop_duplicates()) for name in videos]
-    figure, axes = new_figure(
-        len(videos), len(STUDY_PANELS), height=0.42 * sum(counts) + 0.9 * len(videos) + 0.8,
-        squeeze=False, sharex="col", height_ratios=counts)
-    for panels, video in zip(axes, videos):
-        settings = own[own.video == video][place].drop_duplicates()
-        names = [" ".join(map(str, row[1:])) for row in settings.itertuples(index=False)]
-        for panel, measure in zip(panels, STUDY_PANELS):
-            for row, setting in enumerate(settings.itertuples(index=False, name=None)):
-                _study_row(panel, row, study, own, place, setting, split, measure)
-            panel.set_yticks(range(len(names)), names if measure == "clip_centred" else [])
-            panel.set_ylim(len(names) - 0.5, -0.5)
-        panels[0].set_title(video)
-    for panel, label in zip(axes[-1], STUDY_PANELS.values()):
-        panel.set_xlabel(label)
-    handles = [Line2D([], [], color="black", linestyle=style, label=short_name(name))
-               for name, style in STUDY_LINES.items()]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
-    seeds = study.table.seeds
-    count = str(seeds.min()) if seeds.nunique() == 1 else f"{seeds.min()} to {seeds.max()}"
-    return caption(figure, _words(
-        f"{SPLIT_NAMES[split].capitalize()} frames: a dot a seed ({count} a row), bar: 95 % "
-        "interval over frames and seeds, lines: baselines, averaged over seeds. A hybrid row is "
-        "named by where the embedding comes from; through the encoder the network sees the frame.",
-        study.teacher_label))
-
-
-def _study_row(panel, row, study, own, place, setting, split, measure):
-    def of(table):
-        return table[(table[place] == list(setting)).all(axis=1) & (table.split == split)
-                     & (table.measure == measure)].set_index("condition")
-
-    pooled, seeds = of(own), of(study.seeds)
-    for name, style in STUDY_LINES.items():
-        if name in pooled.index:
-            panel.plot([pooled["mean"][name]] * 2, [row - 0.42, row + 0.42], color="black",
-                       linestyle=style, linewidth=1.2)
-    learned, colour = pooled.loc["learned"], PALETTE[setting[1]]
-    panel.hlines(row, learned.low, learned.high, color=colour, linewidth=5, alpha=0.4)
-    values = seeds.loc[["learned"], "value"].astype(float)
-    panel.plot(values, [row] * len(values), "o", color=colour, markeredgecolor="black",
-               markeredgewidth=0.5)
+    if study.answers.empty:
+        raise ValueError("no run of the study held a frame out: use another data_split")
+    keys = list(study.answers.columns[:study.answers.columns.get_loc("question")])
+    groups = list(study.answers.groupby(keys, sort=False))
+    questions = list(dict.fromkeys(study.answers.question))
+    codes = {"no": 0, "cannot tell": 1, "yes": 2}
+    grid = np.full((len(groups), len(questions)), np.nan)
+    figure, panel = new_figure(height=0.5 * len(groups) + 2.2)
+    for row, (_, part) in enumerate(groups):
+        for found in part.itertuples():
+            column = questions.index(found.question)
+            grid[row, column] = codes[found.answer]
+            panel.text(column, row, f"{found.answer}\n{found.estimate:.2f}", ha="center",
+                       va="center", fontsize=7)
+    panel.imshow(grid, cmap="RdYlGn", vmin=-1, vmax=3, aspect="auto", alpha=0.6)
+    panel.set_xticks(range(len(questions)), [name.replace("_", " ") for name in questions],
+                     rotation=30, ha="right")
+    panel.set_yticks(range(len(groups)), [
+        " ".join(map(str, key[:-2])) + f" ({key[-1]} runs)" for key, _ in groups])
+    panel.grid(False)
+    return caption(figure, _words("Every group of runs, pooled over phases and seeds: the answer "
+                                  "to each question, and the mean of its deciding test.",
+                                  study.teacher_label))
 
 
 def plot_side_files(files, head_bytes: int, learned: float, teacher_label: str,
@@ -311,37 +250,33 @@ def plot_side_files(files, head_bytes: int, learned: float, teacher_label: str,
                            f" Teacher: {teacher_label}.")
 
 
-def plot_simulations(shifts: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
-    """What the tests do on made data with a known answer.
+def plot_calibration(planted: pd.DataFrame) -> Figure:
+    """How often each question is answered yes on made data.
 
     Args:
-        shifts: `statistics.simulate_shift_test`.
-        intervals: `statistics.simulate_interval`.
+        planted: `simulation.simulate_all`.
     """
-    figure, axes = new_figure(1, 3, height=3.0)
-    colours = sns.color_palette("viridis", intervals.rho.nunique())
-    for effect, style in zip(sorted(shifts.effect.unique()), ("o-", "s--", "^:", "v-.")):
-        rows = shifts[shifts.effect == effect]
-        axes[0].errorbar(rows.rho, rows.rejected, 2 * rows.error, fmt=style, capsize=3,
-                         label=f"effect {effect:g}")
-    axes[0].axhline(0.05, color=PALETTE["reference"], linestyle="--", linewidth=1)
-    axes[0].set(xlabel="autocorrelation ρ", ylabel="share rejected", ylim=(0, 1.03),
-                title="test in time")
-    for panel, column, wanted, title in ((axes[1], "covered", 0.95, "95 % interval covers"),
-                                         (axes[2], "rejected", 0.05, "no effect, rejected")):
-        for colour, (rho, rows) in zip(colours, intervals.groupby("rho")):
-            panel.errorbar(rows.frames, rows[column], 2 * rows.error, fmt="o-", capsize=3,
-                           color=colour, label=f"ρ = {rho:g}")
+    figure, axes = new_figure(1, 2, height=3.0, sharey=False)
+    designs, questions = list(planted.design.unique()), list(planted.question.unique())
+    for panel, kind, wanted, title in ((axes[0], "null", 0.05, "nothing planted"),
+                                       (axes[1], "truth", 0.9, "a truth planted")):
+        rows = planted[planted.kind == kind]
+        column = "rejected" if kind == "null" else "yes"
+        worst = rows.groupby(["design", "question"])[column].agg("max" if kind == "null" else "min")
+        for shift, design in zip(np.linspace(-0.25, 0.25, len(designs)), designs):
+            panel.bar(np.arange(len(questions)) + shift,
+                      [worst.get((design, name), np.nan) for name in questions],
+                      width=0.5 / len(designs), label=design)
         panel.axhline(wanted, color=PALETTE["reference"], linestyle="--", linewidth=1)
-        panel.set(xlabel="frames", xscale="log", title=title)
-        panel.set_xticks(rows.frames, rows.frames)
-        panel.minorticks_off()
-    axes[0].legend()
-    axes[2].legend()
-    return caption(figure, f"Tests on {shifts.datasets.iloc[0]} and {intervals.datasets.iloc[0]} "
-                           "made data sets a point, of autocorrelated series; dashed: as promised. "
-                           f"Left: {shifts.frames.iloc[0]} frames, share rejected at 5 %. Bars: two"
-                           " standard errors.")
+        panel.set_xticks(range(len(questions)), [name.replace("_", " ") for name in questions],
+                         rotation=30, ha="right")
+        panel.set_title(title)
+    axes[0].set_ylabel("largest share with p of 5 % or less")
+    axes[1].set_ylabel("smallest share answered yes")
+    axes[1].legend()
+    return caption(figure, "The worst case of each question over what was planted; "
+                           f"{planted.datasets.iloc[0]} made data sets each. Dashed: at most 5 %, "
+                           "at least 90 %.")
 
 
 def _splits(table):

@@ -7,9 +7,10 @@ the teacher's embeddings of the training frames only.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.linear_model import RidgeCV
 
 from hnerv_clip.metrics import bracket_frames, unit
+
+GRAM_ROWS = 4000  # embeddings up to which all products are made at once
 
 
 def conditions(predicted: np.ndarray, teacher: np.ndarray, train_frames: np.ndarray,
@@ -76,8 +77,7 @@ def interpolate_teacher(teacher: np.ndarray, train_frames: np.ndarray,
 
 def shuffle_pairs(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Move every (frame, patch) embedding [N, P, D] to another (frame, patch), at random."""
-    flat = embeddings.reshape(-1, embeddings.shape[-1])
-    return flat[_cycle(len(flat), rng)].reshape(embeddings.shape)
+    return _reorder(embeddings, "shuffled", rng)
 
 
 def shuffle_time(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -85,9 +85,7 @@ def shuffle_time(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
     Positions keep their content and lose their time; `shuffle_pairs` loses both.
     """
-    moved = [embeddings[_cycle(len(embeddings), rng), patch]
-             for patch in range(embeddings.shape[1])]
-    return np.stack(moved, axis=1)
+    return _reorder(embeddings, "temporal", rng)
 
 
 def shuffle_space(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -101,7 +99,51 @@ def shuffle_space(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarra
     if embeddings.shape[1] < 2:
         raise ValueError("a spatial shuffle needs at least 2 patches a frame, got 1: "
                          "use another patch_grid")
-    return np.stack([frame[_cycle(len(frame), rng)] for frame in embeddings])
+    return _reorder(embeddings, "spatial", rng)
+
+
+def _reorder(embeddings, control, rng):
+    frames, patches, size = embeddings.shape
+    return embeddings.reshape(-1, size)[_order(control, frames, patches, rng)].reshape(
+        embeddings.shape)
+
+
+def _order(control, frames, patches, rng):
+    """[frames·patches] which of all embeddings a control puts at each (frame, patch)."""
+    if control == "shuffled":
+        return _cycle(frames * patches, rng)
+    places = np.arange(frames * patches).reshape(frames, patches)
+    if control == "temporal":
+        return np.stack([places[_cycle(frames, rng), patch] for patch in range(patches)],
+                        axis=1).ravel()
+    return np.concatenate([row[_cycle(patches, rng)] for row in places])
+
+
+def control_cosines(learned: np.ndarray, target: np.ndarray, rng: np.random.Generator,
+                    draws: int = 200) -> dict[str, np.ndarray]:
+    """Raw cosines of the controls with the teacher, drawn many times.
+
+    Random embeddings of D values have cosine 2B - 1 with any vector, where B has the Beta
+    distribution of (D - 1) / 2 twice, so that none needs to be drawn in full.
+
+    Args:
+        learned, target: [N, P, D] unit vectors of the same frames.
+    Returns:
+        {random, shuffled, temporal and, with two or more patches, spatial: [draws, N, P] float32}.
+    """
+    frames, patches, size = learned.shape
+    half = (size - 1) / 2
+    found = {"random": (2 * rng.beta(half, half, (draws, frames, patches)) - 1).astype(np.float32)
+             if size > 1 else rng.choice(np.float32([-1, 1]), (draws, frames, patches))}
+    own, right = (x.reshape(-1, size) for x in (learned, target))
+    gram = own @ right.T if len(own) <= GRAM_ROWS else None
+    columns = np.arange(len(own))
+    for control in ("shuffled", "temporal", "spatial") if patches > 1 else ("shuffled", "temporal"):
+        orders = [_order(control, frames, patches, rng) for _ in range(draws)]
+        rows = [np.einsum("nd,nd->n", own[order], right) if gram is None else gram[order, columns]
+                for order in orders]
+        found[control] = np.stack(rows).reshape(draws, frames, patches)
+    return found
 
 
 def _cycle(count: int, rng: np.random.Generator) -> np.ndarray:
@@ -110,27 +152,3 @@ def _cycle(count: int, rng: np.random.Generator) -> np.ndarray:
     moved = np.empty(count, dtype=int)
     moved[order] = np.roll(order, 1)
     return moved
-
-
-def linear_map(inputs: np.ndarray, teacher: np.ndarray, train_frames: np.ndarray) -> np.ndarray:
-    """Teacher embeddings from the network's per-frame embeddings, by ridge regression.
-
-    Says how much of the task is in the per-frame embedding already. The penalty is chosen by
-    leave-one-out on the training frames.
-
-    Args:
-        inputs: [T, ...] per-frame embeddings, as stored or interpolated.
-        teacher: [T, P, D]; only `train_frames` are read.
-    Returns:
-        [T, P, D] unit vectors.
-    Raises:
-        ValueError: another number of frames, or NaN.
-    """
-    inputs = np.asarray(inputs, np.float64).reshape(len(inputs), -1)
-    if len(inputs) != len(teacher) or not np.isfinite(inputs).all():
-        raise ValueError(f"inputs of {len(inputs)} frames for {len(teacher)} frames of embeddings; "
-                         "give one finite row a frame")
-    scale = inputs[train_frames].std() + 1e-12
-    model = RidgeCV(alphas=np.logspace(-3, 4, 8) * inputs.shape[1])
-    model.fit(inputs[train_frames] / scale, teacher[train_frames].reshape(len(train_frames), -1))
-    return unit(model.predict(inputs / scale).reshape(teacher.shape)).astype(np.float32)

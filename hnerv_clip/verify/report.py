@@ -7,8 +7,137 @@ import textwrap
 import numpy as np
 import pandas as pd
 
-from hnerv_clip.verify.scores import MEASURES, SOURCES, SPLIT_LABELS, Verification
-from hnerv_clip.verify.verdict import name_of, p_words
+from hnerv_clip.labels import gap_band, similarity_band
+from hnerv_clip.verify.scores import MEASURES, SOURCES, Verification
+from hnerv_clip.verify.verdict import KNOWS, QUESTIONS, Answer, name_of, p_words
+
+WIDTH = 78
+CLAIMS = {"constant": "beats a constant", "when": "knows when things happen",
+          "where": "knows where", "neighbour": "beats the nearest training frame",
+          "between": "beats interpolating the teacher",
+          "side_file": "beats a side file of equal bytes",
+          "decoded": "beats the teacher on the decoded frame"}
+DENIALS = {"constant": "does not beat a constant", "when": "does not know when things happen",
+           "where": "does not know where",
+           "neighbour": "is no better than the nearest training frame",
+           "between": "is no better than interpolating the teacher",
+           "side_file": "is no better than a side file of equal bytes",
+           "decoded": "is no better than the teacher on the decoded frame"}
+
+
+def verdict_sentence(answers: list[Answer], source: str = "") -> str:
+    """The verdict in plain sentences."""
+    if not answers:
+        return ("No verdict: no frame was held out, and training frames only show what was "
+                "memorised. Use data_split=\"4_5_5\".")
+    parts = {kind: [answer.question for answer in answers if answer.answer == kind]
+             for kind in ("yes", "no", "cannot tell")}
+    about = "On frames that it was shown but not trained on" if source == "encoder" \
+        else "On held-out frames"
+    said = []
+    if parts["yes"]:
+        said.append(f"{about} the network {_join([CLAIMS[x] for x in parts['yes']])}.")
+    if parts["no"]:
+        start = "It" if said else f"{about} the network"
+        said.append(f"{start} {_join([DENIALS[x] for x in parts['no']])}.")
+    if parts["cannot tell"]:
+        frames = min(answer.frames for answer in answers)
+        said.append(f"{frames} frames cannot tell whether it "
+                    f"{_join([CLAIMS[x] for x in parts['cannot tell']], 'or')}.")
+    return " ".join(said)
+
+
+def _join(words, last="and"):
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def answer_words(answer: Answer) -> str:
+    """The evidence of one answer: "net wins 0.61 [0.55, 0.67], p < 0.0001"."""
+    what = "correlation of changes" if answer.test in KNOWS else "net wins"
+    if answer.test == "where":
+        what += " beyond other places"
+    interval = f" [{answer.low:.2f}, {answer.high:.2f}], {p_words(answer.p_holm)}" \
+        if np.isfinite(answer.p) else ", too few frames for a test"
+    ratio = f"error {answer.error_ratio:.2f} of its, " if np.isfinite(answer.error_ratio) else ""
+    same = "; equal within the margin" if answer.equivalent else ""
+    return f"{ratio}{what} {answer.estimate:.2f}{interval}{same}"
+
+
+def answer_rows(answers: list[Answer]) -> pd.DataFrame:
+    """A row per question for reading: question, answer, evidence, frames."""
+    return pd.DataFrame([{
+        "question": QUESTIONS[answer.question][0], "answer": answer.answer,
+        "evidence": answer_words(answer),
+        "decided by": name_of(answer.test).lower(), "frames": answer.frames,
+        "independent frames": f"{answer.effective_size:.0f}"
+        if np.isfinite(answer.effective_size) else ""} for answer in answers])
+
+
+def report_text(verification: Verification) -> str:
+    """The verification as text: the verdict, then the summary in the original format."""
+    wide, thin = "=" * WIDTH, "-" * WIDTH
+    lines = [wide, "CLIP LEARNING VERIFICATION RESULTS", wide]
+    lines += [f"Teacher: {verification.teacher_label}"] if verification.teacher_label else []
+    lines += [f"Source: {SOURCES[verification.source]}"] if verification.source else []
+    lines += ["", *textwrap.wrap(verdict_sentence(verification.answers, verification.source),
+                                 WIDTH), ""]
+    for answer in verification.answers:
+        lines += [f"{QUESTIONS[answer.question][0]:<52}{answer.answer.upper()}",
+                  f"    {answer_words(answer)}"]
+    splits = list(dict.fromkeys(verification.table.split))[::-1]  # held-out frames first
+    table = verification.table.set_index(["condition", "split"])
+    head = "".join(f"{name:>24}" for name in map(_split_head, splits))
+    columns = f"{'Mean':>14}{'Std':>10}" * len(splits)
+    lines += ["", f"{'':<30}{head}", f"{'Condition':<30}{columns}", thin]
+    for condition in dict.fromkeys(verification.table.condition):
+        cells = [table.loc[(condition, split)] if (condition, split) in table.index else None
+                 for split in splits]
+        lines += [f"{name_of(condition):<30}" + "".join(
+            f"{'':>24}" if cell is None else
+            f"{cell.clip_similarity_mean:>14.4f}{cell.clip_similarity_std:>10.4f}"
+            for cell in cells)]
+    lines += [thin, "", "IMPROVEMENT ANALYSIS" + (
+        f" (controls: mean of {verification.draws} draws)")]
+    for row in verification.improvements.itertuples():
+        if row.over in ("random", "shuffled") and row.split == splits[0]:
+            mark = "too few frames" if np.isnan(row.p) else \
+                "✓ Significant" if row.significant else "✗ Not significant"
+            words = f"Improvement over {name_of(row.over).split()[0].lower()}:"
+            lines += [f"{words:<31}{row.clip_similarity:>8.4f}  {mark}"]
+    return "\n".join(lines + ["", *_quality(verification), wide, ""])
+
+
+def _split_head(split):
+    return {"train": "Training frames", "held_out": "Held-out frames"}[split]
+
+
+def summary(verification: Verification) -> dict:
+    """Means of raw and centered cosine and skill by split, quality in the original bands, gap."""
+    rows = verification.table[verification.table.condition == "learned"].set_index("split")
+    found = {f"{name}_{split}": float(rows[column][split]) for split in rows.index
+             for name, column in (("clip_similarity", "clip_similarity_mean"),
+                                  ("clip_centred", "clip_centred_mean"), ("skill", "skill"))}
+    overall = float(np.average(rows.clip_similarity_mean, weights=rows.n))
+    found |= {"clip_similarity_all": overall,
+              **dict(zip(("quality", "quality_meaning"), similarity_band(overall)))}
+    if "held_out" in rows.index:
+        gap = found["clip_similarity_train"] - found["clip_similarity_held_out"]
+        found |= {"gap": gap, **dict(zip(("gap_band", "gap_meaning"), gap_band(gap)))}
+    return found
+
+
+def _quality(verification):
+    found = summary(verification)
+    lines = [f"Overall Quality: {found['quality'].upper()} by raw cosine "
+             f"({found['clip_similarity_all']:.4f}: {found['quality_meaning']})"]
+    if "gap" in found:
+        lines += [f"Train-validation gap: {found['gap']:.4f}, {found['gap_band'].lower()} "
+                  f"({found['gap_meaning']})",
+                  f"Centered cosine: {found['clip_centred_train']:.4f} on training, "
+                  f"{found['clip_centred_held_out']:.4f} on held-out frames",
+                  f"Skill against the constant: {found['skill_train']:.4f} on training, "
+                  f"{found['skill_held_out']:.4f} on held-out frames"]
+    return lines
 
 
 def measure_table(measures: pd.DataFrame, names=tuple(MEASURES)) -> pd.DataFrame:
@@ -21,53 +150,3 @@ def measure_table(measures: pd.DataFrame, names=tuple(MEASURES)) -> pd.DataFrame
     table = cells.pivot_table(index=["split", "condition"], columns="measure", values="cell",
                               aggfunc="first", sort=False)[names]
     return table.rename(columns=MEASURES, index=name_of).rename_axis(columns=None).reset_index()
-
-
-def comparison_table(comparisons: pd.DataFrame) -> pd.DataFrame:
-    """`compare` for reading: differences, intervals, effect sizes, p after Holm's correction."""
-    return pd.DataFrame([{
-        "split": row.split, "over": name_of(row.over),
-        "difference": f"{row.difference:.3f}" + (
-            f" [{row.low:.3f}, {row.high:.3f}]" if np.isfinite(row.low) else ""),
-        "effect size": f"{row.effect_size:.2f}", "frames": row.frames,
-        "better": f"{row.share_better:.0%}",
-        "independent frames": f"{max(row.independent, 1):.0f}" if np.isfinite(row.independent)
-        else "",
-        "p (Holm)": p_words(row.p_holm).removeprefix("p ").removeprefix("= ")
-        if np.isfinite(row.p_holm) else "too few frames"} for row in comparisons.itertuples()])
-
-
-def report_text(verification: Verification) -> str:
-    """The verification as the plain table of the project's description."""
-    wide, thin = "=" * 78, "-" * 78
-    verdict = verification.verdict
-    lines = [wide, "CLIP LEARNING VERIFICATION RESULTS", wide]
-    lines += [f"Teacher: {verification.teacher_label}"] if verification.teacher_label else []
-    lines += [f"Source: {SOURCES[verification.source]}"] if verification.source else []
-    for split, part in verification.table.groupby("split", sort=False):
-        lines += ["", f"{SPLIT_LABELS[split].capitalize()} (n = {part.n.iloc[0]} embeddings)", "",
-                  f"{'Condition':<34}{'Mean':>10}{'Std':>10}{'Centred':>12}{'Std':>10}", thin]
-        lines += [f"{name_of(row.condition):<34}{row.clip_similarity_mean:>10.4f}"
-                  f"{row.clip_similarity_std:>10.4f}{row.clip_centred_mean:>12.4f}{row.clip_centred_std:>10.4f}"
-                  for row in part.itertuples()]
-        lines += [thin]
-    lines += ["", "IMPROVEMENT ANALYSIS", "raw and centred difference; 95 % interval of the "
-              "centred one; p after Holm's correction"]
-    rows = verification.improvements.merge(verification.comparisons, on=["split", "over"])
-    for row in rows.itertuples():
-        tested = f"[{row.low:7.4f}, {row.high:7.4f}]  {p_words(row.p_holm)}" \
-            if np.isfinite(row.p_holm) else "too few frames for a test"
-        mark = "✓" if row.p_holm < 0.05 else "✗"
-        lines += [f"{row.split:<9}over {name_of(row.over).lower():<26}{row.clip_similarity:>8.4f}"
-                  f"{row.clip_centred:>9.4f}  {mark} {tested}"]
-    for row in verification.alignment.itertuples():
-        lines += [f"{row.split:<9}in time: correlation {row.observed:.3f} with what changes, "
-                  f"{p_words(row.p)} of {row.shifts} shifts"]
-    lines += ["", f"Overall Quality: {verdict['quality'].upper()} by raw cosine "
-                  f"({verdict['clip_similarity_all']:.4f}: {verdict['quality_meaning']})"]
-    if "gap" in verdict:
-        lines += [f"Train-validation gap: {verdict['gap']:.4f}, {verdict['gap_band'].lower()} "
-                  f"({verdict['gap_meaning']})",
-                  f"Skill against the constant: {verdict['skill_train']:.4f} on training, "
-                  f"{verdict['skill_held_out']:.4f} on held-out frames"]
-    return "\n".join(lines + [*textwrap.wrap(verdict["honest"], 78), wide, ""])

@@ -9,23 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from hnerv_clip.config import embed_kind
 from hnerv_clip.files import check_keys, read_json
 from hnerv_clip.inference import (
-    BATCH,
     Run,
     check_head,
     decode_frames,
-    embed_frames,
-    interpolate_embeddings,
     load_run,
+    predict_embeddings,
     sources_of,
 )
 from hnerv_clip.metrics import check_embeddings
-from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.paths import match_paths, resolve_path
 from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json
 from hnerv_clip.teachers import (
@@ -35,16 +31,17 @@ from hnerv_clip.teachers import (
     parse_queries,
     run_teacher,
 )
-from hnerv_clip.verify.baselines import linear_map
-from hnerv_clip.verify.report import report_text
+from hnerv_clip.verify.evidence import Evidence
+from hnerv_clip.verify.report import report_text, summary
 from hnerv_clip.verify.scores import Verification, verify_embeddings
 from hnerv_clip.verify.side_file import store_embeddings
+from hnerv_clip.verify.verdict import answer_table
 
-FORMAT = 2  # of verification.json
+FORMAT = 3  # of verification.json
 # What it must hold besides
-KEYS = {"video": str, "kind": str, "seed": int, "teacher": str, "shuffle_seed": int, "near": int,
-        "checkpoint": str, "params": dict, "sources": dict}
-TABLES = ("table", "improvements", "comparisons", "alignment", "measures")
+KEYS = {"video": str, "kind": str, "seed": int, "phase": int, "teacher": str, "shuffle_seed": int,
+        "near": int, "checkpoint": str, "params": dict, "sources": dict}
+TABLES = ("table", "improvements", "measures")
 
 
 def held_out_frames(run: Run) -> np.ndarray:
@@ -53,20 +50,21 @@ def held_out_frames(run: Run) -> np.ndarray:
 
 
 def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near: int = 2,
-               labels: str | Iterable[str] = "") -> dict[str, Verification]:
-    """Verify a run in every way in which its embeddings come about.
+               labels: str | Iterable[str] = "", all_sources: bool = False
+               ) -> dict[str, Verification]:
+    """Verify what a run predicts for the frames that it did not train on.
 
-    Beside the baselines of `verify_embeddings`, the prediction meets an untrained head on the
-    trained network, a linear map of the per-frame embedding, a side file of as many bytes as the
-    head takes, and on held-out frames the teacher run on the decoded frame.
+    Beside the baselines of `verify_embeddings`, the prediction meets a side file of as many bytes
+    as the head takes, and on held-out frames the teacher run on the decoded frame.
 
     Args:
         teacher: the run's, loaded if it is not given.
-        seed: of the random embeddings, the shuffles and the untrained head.
+        seed: of the random embeddings and the shuffles.
         near: see `verify_embeddings`.
         labels: texts to rank and label patches by, see `teachers.parse_queries`; none by default.
+        all_sources: also what a hybrid model answers when its encoder sees the held-out frame.
     Returns:
-        {source: its Verification}, the prediction last; see `evaluate.sources_of`.
+        {source: its Verification}, the prediction last; see `inference.sources_of`.
     Raises:
         ConfigError: the run has no CLIP head, its teacher's weights are not there, or the teacher
             does not know a label.
@@ -76,65 +74,26 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
     model, dataset = run.model, run.dataset
     reference = check_embeddings(dataset.embeddings, "teacher")
     train, held_out = dataset.split.train, held_out_frames(run)
-    teacher = teacher or load_teacher(run.config.teacher, _device(model))
+    teacher = teacher or load_teacher(run.config.teacher, next(model.parameters()).device)
     texts = encode_queries(parse_queries(labels), teacher) if labels else None
-    untrained, (_, side_file) = _untrained_head(run, seed + 1), store_embeddings(
-        reference, train, head_bytes(run))
+    _, side_file = store_embeddings(reference, train, head_bytes(run))
     studies = {}
-    for source, (per_frame, predicted, by_untrained) in _ask_heads(run, untrained).items():
-        others = {"Untrained Head": by_untrained,
-                  "Linear Map": linear_map(per_frame, reference, train), "Side File": side_file}
+    for source in sources_of(model) if all_sources else sources_of(model)[-1:]:
+        others = {"side_file": side_file}
         if len(held_out):
             decoded = decode_frames(model, dataset, held_out.tolist(), source=source)
-            others["Teacher on Decoded Frame"] = held_out, run_teacher(
-                teacher, decoded, dataset.grid, progress=False)
+            others["decoded"] = held_out, run_teacher(teacher, decoded, dataset.grid,
+                                                      progress=False)
         studies[source] = verify_embeddings(
-            predicted, reference, train, held_out, seed=seed, source=source, others=others,
-            teacher_label=dataset.teacher_label, near=near, texts=texts)
+            predict_embeddings(model, dataset, source=source), reference, train, held_out,
+            seed=seed, source=source, others=others, teacher_label=dataset.teacher_label,
+            near=near, texts=texts)
     return studies
-
-
-@torch.inference_mode()
-def _ask_heads(run: Run, untrained: HNeRV) -> dict[str, tuple[np.ndarray, ...]]:
-    """{source: (per-frame embeddings, the run's answers, the untrained head's)}, [T, …] each.
-
-    The decoder runs once for both heads, and only where an embedding differs from another source's.
-    """
-    model, dataset, found = run.model, run.dataset, {}
-    centres = dataset.grid.centres.to(_device(model))
-    frames, embeddings = np.arange(model.frame_count), embed_frames(model, dataset)
-    answers = [torch.zeros(dataset.embeddings.shape) for _ in range(2)]
-    for source in sources_of(model):
-        if source == "interpolated":  # training frames keep their own embedding
-            frames = held_out_frames(run)
-            embeddings = interpolate_embeddings(embeddings, dataset.split.train)
-        answers = [answer.clone() for answer in answers]
-        for start in range(0, len(frames), BATCH):
-            part = frames[start:start + BATCH]
-            stages = model.stages(embeddings[part], last=model.clip_stages[-1])
-            for answer, network in zip(answers, (model, untrained)):
-                answer[part] = network.clip_at(stages, centres).float().cpu()
-        found[source] = (embeddings.cpu().numpy(), *(answer.numpy() for answer in answers))
-    return found
 
 
 def head_bytes(run: Run) -> int:
     """Bytes of the CLIP head at the width in which a run stores its weights."""
     return run.model.part_sizes()["clip_head"] * run.config.train.quant_model_bit // 8
-
-
-def _untrained_head(run: Run, seed: int) -> HNeRV:
-    """The trained network with a head as it was before training."""
-    model = build_model(run.config.model, frame_hw=run.model.frame_hw,
-                        frame_count=run.model.frame_count, seed=seed)
-    body = {name: value for name, value in run.model.state_dict().items()
-            if not name.startswith("clip_head")}
-    model.load_state_dict(body, strict=False)
-    return model.to(_device(run.model)).eval()
-
-
-def _device(model: HNeRV) -> torch.device:
-    return next(model.parameters()).device
 
 
 def write_verification(run: Run, studies: dict[str, Verification], *,
@@ -161,9 +120,8 @@ def write_verification(run: Run, studies: dict[str, Verification], *,
         "labels": parse_queries(labels) if labels else [],
         "checkpoint": checkpoint_digest(folder), "commit": commit, "dirty": dirty,
         "params": run.config.params(),
-        "sources": {source: {"verdict": study.verdict,
-                             **{name: _records(getattr(study, name)) for name in TABLES}}
-                    for source, study in studies.items()}}
+        "phase": run.config.video.split_phase,
+        "sources": {source: _contents(study) for source, study in studies.items()}}
     paths = [folder / f"verification.{ending}" for ending in ("csv", "txt", "json")]
     order = [*facts, "source", *first.measures.columns]
     write_atomic(paths[0], lambda file: file.write(long[order].to_csv(index=False).encode()))
@@ -171,6 +129,13 @@ def write_verification(run: Run, studies: dict[str, Verification], *,
     write_atomic(paths[1], lambda file: file.write(text.encode()))
     write_json(paths[2], content)  # last: where it stands, the others do
     return paths
+
+
+def _contents(study):
+    held_out = study.evidence or Evidence(pd.DataFrame(), pd.DataFrame())
+    return {"summary": summary(study), "answers": _records(answer_table(study.answers)),
+            "evidence": {"frames": _records(held_out.frames), "knows": _records(held_out.knows)},
+            **{name: _records(getattr(study, name)) for name in TABLES}}
 
 
 def _records(table):
@@ -208,11 +173,11 @@ def read_verification(folder) -> dict:
     return content
 
 
-def is_verified(folder, *, seed: int = 0, near: int = 2, labels: str | Iterable[str] = ""
-                ) -> bool:
+def is_verified(folder, *, seed: int = 0, near: int = 2, labels: str | Iterable[str] = "",
+                all_sources: bool = False) -> bool:
     """Whether a run's verification is there, of its checkpoint as it is, made in the same way.
 
-    Without labels, one with any will do.
+    Without labels, one with any will do; so will one of more sources.
     """
     try:
         content = read_verification(folder)
@@ -221,13 +186,14 @@ def is_verified(folder, *, seed: int = 0, near: int = 2, labels: str | Iterable[
     digest = checkpoint_digest(folder)
     return (content["shuffle_seed"], content["near"]) == (seed, near) \
         and (not labels or content.get("labels", []) == parse_queries(labels)) \
-        and digest in ("", content["checkpoint"])
+        and digest in ("", content["checkpoint"]) \
+        and not (all_sources and list(content["sources"]) == ["interpolated"])
 
 
 def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
                    device: str = "auto", seed: int = 0, near: int = 2,
-                   labels: str | Iterable[str] = "", force: bool = False,
-                   data_paths: Iterable[str] = ()) -> list[Path]:
+                   labels: str | Iterable[str] = "", all_sources: bool = False,
+                   force: bool = False, data_paths: Iterable[str] = ()) -> list[Path]:
     """Verify runs one after the other, and keep the answers in their folders.
 
     A run whose verification is there, of the same checkpoint, seed, near and labels, is left as it
@@ -245,7 +211,8 @@ def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
     paths = match_paths(data_paths, len(folders))
     for folder, data_path in tqdm(list(zip(folders, paths, strict=True)), desc="verify", unit="run",
                                   disable=len(folders) < 2):
-        if not force and is_verified(folder, seed=seed, near=near, labels=labels):
+        asked = {"seed": seed, "near": near, "labels": labels, "all_sources": all_sources}
+        if not force and is_verified(folder, **asked):
             continue
         try:
             run = load_run(folder, cache_dir=cache_dir, device=device, needs_head=True,
@@ -253,8 +220,8 @@ def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
             name = run.dataset.teacher_name
             if name not in teachers:
                 teachers[name] = load_teacher(run.config.teacher, device)
-            write_verification(run, verify_run(
-                run, teacher=teachers[name], seed=seed, near=near, labels=labels), labels=labels)
+            write_verification(run, verify_run(run, teacher=teachers[name], **asked),
+                               labels=labels)
         except (RunError, ValueError) as error:
             failed[folder] = error
     if failed:

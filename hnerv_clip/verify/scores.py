@@ -3,8 +3,9 @@
 Pure functions on arrays: predicted p and teacher g, unit vectors [T, P, D]. A raw cosine flatters,
 because the embeddings of one video share most of their direction; so beside it (`clip_similarity`)
 every condition is measured after the mean of the training frames' teacher embeddings is taken off
-(`clip_centred`), and stands beside what needs no learning (`controls`). No model and no teacher is
-touched here: trained runs are put to it by `run`.
+(`clip_centred`), and stands beside what needs no learning (`baselines`). The verdict is that of
+`verdict`, from held-out frames alone. No model and no teacher is touched here: trained runs are put
+to it by `run`.
 """
 
 from __future__ import annotations
@@ -16,25 +17,18 @@ import numpy as np
 import pandas as pd
 
 from hnerv_clip.metrics import centred_cosine, check_pair, cosine, skill
-from hnerv_clip.verify.baselines import conditions
+from hnerv_clip.verify.baselines import conditions, control_cosines
 from hnerv_clip.verify.cka import cka_without_frames, debiased_cka
+from hnerv_clip.verify.evidence import Evidence, collect_evidence
 from hnerv_clip.verify.retrieval import retrieval_ranks, retrieval_summary
 from hnerv_clip.verify.time_series import (
     MIN_FRAMES,
     Interval,
-    ShiftTest,
     mean_interval,
     median_interval,
-    shift_test,
     smooth_interval,
 )
-from hnerv_clip.verify.verdict import (
-    CONDITIONS,
-    compare,
-    improvement_table,
-    judge,
-    summarise_scores,
-)
+from hnerv_clip.verify.verdict import CONDITIONS, CONTROLS, Answer, judge
 from hnerv_clip.verify.zero_shot import score_words, word_agreement
 
 SPLIT_LABELS = {"train": "training frames", "held_out": "held-out frames"}
@@ -45,12 +39,6 @@ MEASURES = {
     "r5_near": "R@5 near", "median_rank_near": "median rank near", "cka": "CKA",
     "text_rank": "rank correlation", "text_top20": "top 20 found", "label_top1": "same label",
 }
-# The values that a measure can take, where an interval ends.
-LIMITS = {**dict.fromkeys(("clip_similarity", "clip_centred", "text_rank"), (-1, 1)),
-          **dict.fromkeys(("skill", "cka"), (-np.inf, 1)),
-          **dict.fromkeys(("r1", "r5", "r1_near", "r5_near", "text_top20", "label_top1"),
-                          (0, 1)),
-          **dict.fromkeys(("median_rank", "median_rank_near"), (1, np.inf))}
 CKA_ROWS = 4000  # patches up to which a CKA gets an interval, which needs a matrix of their square
 SOURCES = {
     "encoder": "held-out frames go through the encoder: the model sees the frame it is asked about",
@@ -65,63 +53,59 @@ class Verification:
     """The outcome of `verify_embeddings`. Tables have a column `split`, train or held_out.
 
     predicted: [T, P, D], what was verified.
-    scores: a row per condition, frame and patch, with `clip_similarity` and `clip_centred`.
-    table: a row per condition: mean and standard deviation of both, and `n`.
-    improvements: a row per other condition: learned minus it, in both, and `clear`:
-        whether the raw improvement exceeds twice the other's standard deviation (the user's rule;
-        a rule of thumb, not a test).
-    comparisons: the same with intervals and tests, see `compare`.
-    shift_tests: by split, whether the prediction knows when things happen
-        (`statistics.shift_test`); `alignment` is the same as a table.
+    evidence: of the held-out frames, see `evidence.Evidence`; None without any.
+    answers: what follows from it, see `verdict.judge`.
+    scores: a row per condition, frame and patch, with `clip_similarity` and `clip_centred`; of a
+        control, one draw.
+    table: a row per split and condition: mean and standard deviation of both and `skill` against
+        the constant, and n. Of the controls, over `draws` draws, raw alone.
+    improvements: a row per split and other condition: learned minus it in raw cosine, its interval
+        low to high, p (one-sided, uncorrected), and `significant` (p below 5 %). No answer rests
+        on these.
     measures: a row per condition and measure (a key of `MEASURES`): value, its 95 % interval low
         to high, standard_error and freedom of Student's t, the value that chance gives (NaN where
         that is not known), and frames. Without an interval where frames are fewer than 8, where
-        they do not vary, and for a CKA of more than `CKA_ROWS` patches.
+        they do not vary, and for a CKA other than the network's or of more than `CKA_ROWS` patches.
     candidates, near: how many patches retrieval looks among, and its tolerance in frames.
-    verdict: what `judge` says.
     source: where held-out embeddings came from, a key of `SOURCES` or "".
+    draws, seed: of the controls.
     """
 
     predicted: np.ndarray
+    evidence: Evidence | None
+    answers: list[Answer]
     scores: pd.DataFrame
     table: pd.DataFrame
     improvements: pd.DataFrame
-    comparisons: pd.DataFrame
-    shift_tests: dict[str, ShiftTest]
     measures: pd.DataFrame
     candidates: int
     near: int
-    verdict: dict
     teacher_label: str
     source: str
+    draws: int
     seed: int
-
-    @property
-    def alignment(self) -> pd.DataFrame:
-        """A row per split: the correlation as aligned, and under all other shifts in time."""
-        return pd.DataFrame([
-            {"split": split, "observed": test.observed, "null_mean": test.null.mean(),
-             "null_std": test.null.std(ddof=1), "effect": test.effect, "p": test.p,
-             "shifts": test.shifts} for split, test in self.shift_tests.items()])
 
 
 def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed: int = 0,
                       source: str = "", teacher_label: str = "", others: dict | None = None,
-                      near: int = 2, texts: np.ndarray | None = None) -> Verification:
+                      near: int = 2, texts: np.ndarray | None = None, draws: int = 200
+                      ) -> Verification:
     """Measure the predicted embeddings against controls and baselines.
 
     Args:
         predicted, teacher: [T, P, D] unit vectors of the same frames and patches.
         train_frames, held_out_frames: frame numbers, or boolean masks [T]. Held-out frames may be
             none (a split such as 1_1_1).
-        seed: of the random embeddings and the shuffles.
+        seed: of the random embeddings and the shuffles, on which no answer rests.
         source: how held-out frames were predicted, a key of `SOURCES` or "".
         teacher_label: the teacher in words, for the report.
         others: more baselines, {name: [T, P, D] unit vectors}, or {name: (frames, [N, P, D])} for
             one that answers only those frames; a part that it does not cover goes without it.
-        near: frames of tolerance in the near retrieval, see `measures.retrieval_ranks`.
+            The verdict reads `side_file` and `decoded`.
+        near: frames of tolerance in the near retrieval, see `retrieval.retrieval_ranks`.
         texts: [K, D] vectors of the teacher's text space; with them the measures include how far
             patches are ranked by each text, and labelled, as the teacher does.
+        draws: of each control, of which the summary gives the mean.
     Raises:
         ValueError: shapes differ, NaN, another teacher's size, a frame in both parts, or a part
             of one frame, for which no shuffle in time exists.
@@ -133,7 +117,7 @@ def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed
         raise ValueError(f"source={source!r} is unknown; use one of {', '.join(SOURCES)}")
     centre = teacher[parts["train"]].mean(axis=(0, 1))
     rng = np.random.default_rng(seed)
-    scores, shift_tests, measures = [], {}, []
+    scores, measures, table, improvements, evidence = [], [], [], [], None
     for split, frames in parts.items():
         target = teacher[frames]
         answers = conditions(predicted, teacher, parts["train"], frames, rng)
@@ -144,22 +128,56 @@ def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed
         for condition, answer in answers.items():
             where = {"split": split, "condition": condition}
             scores.append(_score_rows(where, frames, answer, target, centre))
-            cosines = [scores[-1][name].to_numpy().reshape(target.shape[:2])
-                       for name in ("clip_similarity", "clip_centred")]
+            if condition in CONTROLS:
+                continue
+            raw, centred = (scores[-1][name].to_numpy().reshape(target.shape[:2])
+                            for name in ("clip_similarity", "clip_centred"))
+            table.append(where | _summary(raw, constant) | {
+                "clip_centred_mean": centred.mean(), "clip_centred_std": centred.std(ddof=1)})
             measures += [where | row for row in
-                         _measure_rows(answer, teacher, frames, *cosines, constant, near)]
+                         _measure_rows(answer, teacher, frames, raw, centred, constant, near,
+                                       spread=condition == "learned")]
             if words is not None:
                 measures += [where | row for row in _word_rows(
                     score_words(answer, texts, centre=centre), words)]
-        shift_tests[split] = shift_test(predicted[frames], target)
-    scores = pd.concat(scores, ignore_index=True)
-    table, comparisons = summarise_scores(scores), compare(scores)
+            if condition == "learned":
+                own = raw
+            else:
+                improvements.append(_improvement(split, condition, own - raw))
+        for control, drawn in control_cosines(predicted[frames], target, rng, draws).items():
+            table.append({"split": split, "condition": control, **_summary(drawn, constant)})
+            improvements.append(_improvement(split, control, own - drawn.mean(axis=0)))
+        if split == "held_out":
+            evidence = collect_evidence({name: answer for name, answer in answers.items()
+                                         if name not in CONTROLS}, target, frames)
+    order = {name: i for i, name in enumerate([*CONDITIONS, *others])}
+    table = pd.DataFrame(table).sort_values(
+        ["split", "condition"], kind="stable", ignore_index=True,
+        key=lambda x: x.map(order) if x.name == "condition" else x == "held_out")
     return Verification(
-        predicted=predicted, scores=scores, table=table, improvements=improvement_table(table),
-        comparisons=comparisons, shift_tests=shift_tests, measures=pd.DataFrame(measures),
-        candidates=teacher.shape[0] * teacher.shape[1], near=near,
-        verdict=judge(table, comparisons, source), teacher_label=teacher_label, source=source,
-        seed=seed)
+        predicted=predicted, evidence=evidence, answers=judge(evidence) if evidence else [],
+        scores=pd.concat(scores, ignore_index=True), table=table,
+        improvements=pd.DataFrame(improvements), measures=pd.DataFrame(measures),
+        candidates=teacher.shape[0] * teacher.shape[1], near=near, teacher_label=teacher_label,
+        source=source, draws=draws, seed=seed)
+
+
+def _summary(raw, constant):
+    """Mean, spread and skill of raw cosines [..., N, P]."""
+    return {"clip_similarity_mean": raw.mean(), "clip_similarity_std": raw.std(ddof=1),
+            "skill": float(skill(raw.mean(), constant.mean())), "n": raw.shape[-2] * raw.shape[-1]}
+
+
+def _improvement(split, over, difference):
+    """A row of `Verification.improvements` from differences [N, P]."""
+    series = difference.mean(axis=1)
+    row = {"split": split, "over": over, "clip_similarity": series.mean(), "low": np.nan,
+           "high": np.nan, "p": np.nan, "significant": False}
+    if len(series) < MIN_FRAMES:
+        return row
+    found = mean_interval(series)
+    return row | {"low": found.low, "high": found.high, "p": found.p,
+                  "significant": found.p < 0.05}
 
 
 def frame_indices(frames, frame_count: int, name: str = "frames") -> np.ndarray:
@@ -202,7 +220,7 @@ def _whole(answer, teacher, name):
     """(frames answered, [T, P, D]) of a baseline that the caller gave."""
     known, answer = answer if isinstance(answer, tuple) else (np.arange(len(teacher)), answer)
     known = np.asarray(known)
-    if name in CONDITIONS:
+    if name in CONDITIONS and name not in ("side_file", "decoded"):
         raise ValueError(f"{name!r} is one of the study's own conditions; choose another name")
     answer, _ = check_pair(answer, teacher[known])
     whole = np.zeros_like(teacher)
@@ -220,7 +238,7 @@ def _score_rows(where, frames, answer, target, centre):
     })
 
 
-def _measure_rows(answer, teacher, frames, raw, centred, constant, near):
+def _measure_rows(answer, teacher, frames, raw, centred, constant, near, *, spread):
     """A row per measure of one condition; raw, centred and constant [N, P] are cosines."""
     ranks = retrieval_ranks(answer, teacher, frames, near=near)
     summary = retrieval_summary(ranks)
@@ -242,7 +260,7 @@ def _measure_rows(answer, teacher, frames, raw, centred, constant, near):
         name = f"median_rank{near_by}"
         rows.append(_measured(name, summary[name], found,
                               lambda found=found: median_interval(found)))
-    rows.append(_cka_row(answer, teacher[frames]) | {"chance": 0.0})
+    rows.append(_cka_row(answer, teacher[frames], spread) | {"chance": 0.0})
     return rows
 
 
@@ -269,16 +287,16 @@ def _measured(measure: str, value: float, series, interval: Callable[[], Interva
            "standard_error": np.nan, "freedom": np.nan, "chance": np.nan, "frames": len(series)}
     if len(series) < MIN_FRAMES or np.ptp(series) < 1e-9:
         return row
-    found, (low, high) = interval(), LIMITS[measure]
-    return row | {"low": max(found.low, low), "high": min(found.high, high),
-                  "standard_error": found.standard_error, "freedom": found.freedom}
+    found = interval()
+    return row | {"low": found.low, "high": found.high, "freedom": found.freedom,
+                  "standard_error": found.standard_error}
 
 
-def _cka_row(answer, target):
+def _cka_row(answer, target, spread):
     flat = [x.reshape(-1, x.shape[-1]) for x in (answer, target)]
     if len(flat[0]) < 4 or min(np.ptp(x, axis=0).max() for x in flat) < 1e-5:
         return _measured("cka", np.nan, np.zeros(len(target)), None)
-    if len(target) < MIN_FRAMES or len(flat[0]) > CKA_ROWS:
+    if not spread or len(target) < MIN_FRAMES or len(flat[0]) > CKA_ROWS:
         return _measured("cka", debiased_cka(*flat), np.zeros(len(target)), None)
     value, without = cka_without_frames(answer, target)
     if not np.isfinite(without).all():

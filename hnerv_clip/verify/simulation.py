@@ -1,74 +1,249 @@
-"""How often the tests and intervals of `time_series` err, on made data with a known answer."""
+"""How often the verdict errs, on made data with a known answer.
+
+`simulate_planted` plants a truth (the teacher plus noise) or nothing (an unrelated series, the
+teacher rolled in time, another video, ...) in place of a network's prediction, and counts how often
+each question is answered yes. `simulate_interval` counts how often an interval holds the truth.
+
+    python -m hnerv_clip.verify.simulation --out book/results/verification_calibration.json
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
-from scipy import stats
 from scipy.signal import lfilter
 
-from hnerv_clip.verify.time_series import mean_interval, shift_test
+from hnerv_clip.config import Split
+from hnerv_clip.metrics import unit
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.verify.baselines import interpolate_teacher, nearest_training_frame
+from hnerv_clip.verify.evidence import KNOWS, Evidence, collect_evidence, pool_evidence
+from hnerv_clip.verify.time_series import mean_interval
+from hnerv_clip.verify.verdict import judge
+from hnerv_clip.video import split_frames
 
 
-def autoregression(rng: np.random.Generator, count: int, frames: int, size: int,
-                   rho: float) -> np.ndarray:
-    """Stationary AR(1) series of unit variance: [count, frames, size]."""
-    noise = rng.standard_normal((count, frames, size))
-    noise[:, 1:] *= np.sqrt(1 - rho ** 2)
-    return lfilter([1], [1, -rho], noise, axis=1)
+class Design(NamedTuple):
+    """Which frames are asked about: of `frames`, those that runs of these phases hold out."""
+
+    frames: int
+    split: Split
+    phases: tuple[int, ...] = (0,)
 
 
-def simulate_shift_test(*, datasets: int = 1000, frames: int = 60, size: int = 16,
-                        rhos=(0, 0.5, 0.9), effects=(0, 0.2), level: float = 0.05,
-                        seed: int = 0) -> pd.DataFrame:
-    """How often `shift_test` rejects on made data: its level without an effect, its power with one.
+DESIGNS = {"quick": Design(44, Split(1, 2, 2)), "one run": Design(132, Split(4, 5, 5)),
+           "cross-fitted": Design(132, Split(4, 5, 5), (0, 1, 2, 3, 4))}
+RHOS = (0.5, 0.9, 0.97)  # lag-one autocorrelations of the teacher's embeddings
+NOISES = (0.25, 0.5)  # of a planted truth, in standard deviations of what changes
+# Planted in place of a prediction → what it is.
+PLANTED = {
+    "perfect": "the teacher itself",
+    **{f"noise {level}": f"the teacher with noise of {level} of its standard deviation"
+       for level in NOISES},
+    "unrelated": "an unrelated series around the same constant",
+    "position means": "an unrelated series around the right means per position",
+    "trend": "an unrelated series; both have trends",
+    "shared trend": "an unrelated series; both have the same trend",
+    "rolled": "the teacher a quarter to three quarters of the video later",
+    "reversed": "the teacher backwards",
+    "another video": "an unrelated series around another constant",
+    "permuted": "the teacher at other positions",
+    "equal": "as good as the teacher on the decoded frame",
+}
+TRUTHS = tuple(name for name in PLANTED if name == "perfect" or name.startswith("noise"))
+DECODED_NOISE = 0.6  # of the teacher on decoded frames, as slow as what changes
+SIDE_FILE_NOISE = 0.3  # of a side file, interpolated in time
+PATCHES, SIZE, TREND = 8, 16, 4.0
+# Mean from which on a yes is expected: net wins (closer at four of five patches), or a score
+TRUTH = {"wins": 0.6, "score": 0.4}
 
-    Target and prediction are AR(1) series of `size` values a frame; the correlation between them is
-    `effect`.
+
+def autoregression(rng: np.random.Generator, shape: tuple[int, ...], rho: float) -> np.ndarray:
+    """Stationary AR(1) series of unit variance along the first axis."""
+    noise = rng.standard_normal(shape)
+    noise[1:] *= np.sqrt(1 - rho ** 2)
+    return lfilter([1], [1, -rho], noise, axis=0)
+
+
+def plant(rng: np.random.Generator, planted: str, *, frames: int, datasets: int, rho: float
+          ) -> tuple[np.ndarray, ...]:
+    """Made data: what stands for the prediction, the teacher, and the teacher on decoded frames.
+
+    A teacher's embedding is a constant, a mean per position, and an AR(1) of which half the
+    variance is common to all positions.
 
     Returns:
-        rho, effect, rejected (share of the data sets), error (its standard error), datasets,
-        frames, shifts.
+        predicted, teacher, decoded: unit vectors [T, M, P, D] of M data sets.
     """
-    rng, rows = np.random.default_rng(seed), []
-    for rho in rhos:
-        for effect in effects:
-            target = autoregression(rng, datasets, frames, size, rho)
-            own = autoregression(rng, datasets, frames, size, rho)
-            own = effect * target + np.sqrt(1 - effect ** 2) * own
-            rejected = np.mean([shift_test(a, b).p <= level for a, b in zip(own, target)])
-            rows.append({"rho": rho, "effect": effect, "rejected": rejected,
-                         "error": np.sqrt(rejected * (1 - rejected) / datasets),
-                         "datasets": datasets, "frames": frames, "shifts": 4 * frames})
+    shape = (frames, datasets, PATCHES, SIZE)
+
+    def moving():
+        return np.sqrt(0.5) * (autoregression(rng, shape, rho)
+                               + autoregression(rng, (frames, datasets, 1, SIZE), rho))
+
+    def around(series, constant, places):
+        return unit(3 * constant + places + series)
+
+    constant, other = unit(rng.standard_normal((2, datasets, 1, SIZE))) * np.sqrt(SIZE)
+    places, elsewhere = 0.7 * rng.standard_normal((2, datasets, PATCHES, SIZE))
+    truth, own = moving(), moving()
+    if planted in ("trend", "shared trend"):
+        slopes = rng.standard_normal((2, *shape[1:]))
+        time = TREND * np.linspace(-0.5, 0.5, frames)[:, None, None, None]
+        truth = truth + time * slopes[0]
+        own = own + time * slopes[0 if planted == "shared trend" else 1]
+    teacher = around(truth, constant, places)
+    decoded = around(truth + DECODED_NOISE * moving(), constant, places)
+    if planted == "perfect":
+        predicted = teacher
+    elif planted.startswith("noise"):
+        noise = float(planted.split()[1]) * rng.standard_normal(shape)
+        predicted = around(truth + noise, constant, places)
+    elif planted == "equal":
+        predicted = around(truth + DECODED_NOISE * own, constant, places)
+    elif planted == "rolled":
+        predicted = np.roll(teacher, rng.integers(frames // 4, 3 * frames // 4), axis=0)
+    elif planted == "reversed":
+        predicted = teacher[::-1]
+    elif planted == "permuted":
+        predicted = np.roll(teacher, rng.integers(1, PATCHES), axis=2)
+    elif planted == "another video":
+        predicted = around(own, other, elsewhere)
+    elif planted == "position means":
+        predicted = around(own, constant, places)
+    else:
+        predicted = around(own, constant, elsewhere)
+    return predicted, teacher, decoded
+
+
+def made_evidence(predicted, teacher, decoded, train, held_out, rng) -> list[Evidence]:
+    """`evidence.collect_evidence` of each of M data sets: [T, M, P, D] each."""
+    right, known = teacher[held_out], teacher[train]
+    flat = teacher.reshape(len(teacher), -1, teacher.shape[-1])
+    between = interpolate_teacher(flat, train, held_out).reshape(right.shape)
+    spread = SIDE_FILE_NOISE / np.sqrt(10 * SIZE) * rng.standard_normal(right.shape)
+    answers = {
+        "learned": predicted[held_out], "mean": unit(known.mean(axis=(0, 2), keepdims=True)),
+        "position": unit(known.mean(axis=0, keepdims=True)),
+        "neighbour": teacher[nearest_training_frame(held_out, train)], "between": between,
+        "side_file": unit(between + spread), "decoded": decoded[held_out]}
+    whole = {name: np.broadcast_to(answer, right.shape) for name, answer in answers.items()}
+    return [collect_evidence({name: answer[:, i] for name, answer in whole.items()}, right[:, i],
+                             held_out) for i in range(right.shape[1])]
+
+
+def simulate_planted(planted: str, design: str, *, rho: float = 0.9, datasets: int = 1000,
+                     seed: int = 0) -> pd.DataFrame:
+    """Put planted predictions to the verdict.
+
+    Args:
+        planted: a key of `PLANTED`. design: a key of `DESIGNS`.
+        rho: lag-one autocorrelation of everything that moves, per frame.
+    Returns:
+        A row per question: planted, design, rho, question, kind (null where the planted thing has
+        no such merit, truth where one of `TRUTHS` has it by `TRUTH` or more, else between), yes
+        (share of data sets, after Holm's correction), rejected (share with p of 5 % or less,
+        uncorrected), no, estimate (mean), datasets.
+    """
+    seeds = [list(PLANTED).index(planted), list(DESIGNS).index(design), round(100 * rho), seed]
+    rng, (frames, split, phases), answers = np.random.default_rng(seeds), DESIGNS[design], []
+    for start in range(0, datasets, 50):
+        made = plant(rng, planted, frames=frames, datasets=min(50, datasets - start), rho=rho)
+        runs = [made_evidence(*made, parts.train, parts.val, rng)
+                for parts in (split_frames(frames, split, phase) for phase in phases)]
+        answers += [judge(pool_evidence(tables)) for tables in zip(*runs)]
+    rows = []
+    for found in zip(*answers):
+        estimate = np.mean([answer.estimate for answer in found])
+        rows.append({
+            "planted": planted, "design": design, "rho": rho, "question": found[0].question,
+            "kind": _kind(planted, found[0].question, estimate),
+            "yes": np.mean([answer.answer == "yes" for answer in found]),
+            "rejected": np.mean([answer.p <= 0.05 for answer in found]),
+            "no": np.mean([answer.answer == "no" for answer in found]),
+            "estimate": estimate, "datasets": datasets})
     return pd.DataFrame(rows)
 
 
-def simulate_interval(*, datasets: int = 1000, frames=(13, 26, 53, 106),
-                      rhos=(0, 0.5, 0.8, 0.9),
-                      effect: float = 0.5, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """How often `mean_interval` covers the truth, rejects a mean of 0, and finds a true effect.
+def _kind(planted, question, estimate):
+    knows = planted in (*TRUTHS, "equal") or (planted, question) == ("permuted", "when")
+    if question in KNOWS and not knows:
+        return "null"
+    # "equal" is made so that it wins as often as the teacher on the decoded frame
+    if estimate <= 0 or (planted, question) == ("equal", "decoded"):
+        return "null"
+    enough = TRUTH["score" if question in KNOWS else "wins"]
+    return "truth" if planted in TRUTHS and estimate >= enough else "between"
 
-    Measured at 2000 data sets a point: up to ρ = 0.8, 5 % means 3 to 6 % and 95 % means 92 to 97 %
-    from 13 frames on; at ρ = 0.9 it means 10 % with 13 frames, 7 to 8 % with 26, 5 % from 53 on.
 
-    Series are AR(1) of unit variance. `covered`: the interval holds the true mean. `rejected`: p of
-    5 % or less although the mean is 0. `found`: p of 5 % or less when the mean is `effect`.
+def simulate_interval(*, datasets: int = 1000, designs=tuple(DESIGNS), rhos=(0, *RHOS),
+                      seed: int = 0) -> pd.DataFrame:
+    """How often `mean_interval` holds the true mean of an AR(1), and rejects a true mean of 0.
 
     Returns:
-        frames, rho, covered, rejected, found, effect, error (largest standard error of `covered`
-        and `rejected`), datasets.
+        design, frames (held out), rho (per frame of the video), covered, rejected (p of 5 % or
+        less), datasets.
     """
     rng, rows = np.random.default_rng(seed), []
-    for count in frames:
+    for design in designs:
+        frames, split, phases = DESIGNS[design]
+        held_out = np.sort(np.concatenate([split_frames(frames, split, x).val for x in phases]))
         for rho in rhos:
-            series = autoregression(rng, datasets, count, 1, rho)[..., 0]
-            results = [mean_interval(one, level=level) for one in series]
-            covered = np.mean([result.low <= 0 <= result.high for result in results])
-            rejected = np.mean([result.p <= 0.05 for result in results])
-            moved = [stats.t.sf((result.mean + effect) / result.standard_error,
-                                count / result.block - 1) for result in results]
-            found = np.mean(np.array(moved) <= 0.05)  # as mean_interval(series + effect).p
-            error = max(np.sqrt(share * (1 - share) / datasets) for share in (covered, rejected))
-            rows.append({"frames": count, "rho": rho, "covered": covered, "rejected": rejected,
-                         "found": found, "effect": effect, "error": error, "datasets": datasets})
+            series = autoregression(rng, (frames, datasets), rho)[held_out]
+            found = [mean_interval(x) for x in series.T]
+            rows.append({"design": design, "frames": len(held_out), "rho": rho,
+                         "datasets": datasets,
+                         "covered": np.mean([x.low <= 0 <= x.high for x in found]),
+                         "rejected": np.mean([x.p <= 0.05 for x in found])})
     return pd.DataFrame(rows)
+
+
+def simulate_all(*, datasets: int = 1000, seed: int = 0, designs=tuple(DESIGNS)) -> pd.DataFrame:
+    """`simulate_planted` of everything, unrelated series at every autocorrelation."""
+    plans = [(planted, rho) for planted in PLANTED
+             for rho in (RHOS if planted in ("unrelated", *TRUTHS) else (0.9,))]
+    return pd.concat([simulate_planted(planted, design, rho=rho, datasets=datasets, seed=seed)
+                      for design in designs for planted, rho in plans], ignore_index=True)
+
+
+def worst_cases(planted: pd.DataFrame) -> pd.DataFrame:
+    """A row per design and question: the largest shares of wrong answers, the smallest power.
+
+    Returns:
+        design, question, wrong yes (after Holm's correction), p ≤ 5 % (without), power.
+    """
+    keys = ["design", "question"]
+    null, truth = (planted[planted.kind == kind].groupby(keys, sort=False)
+                   for kind in ("null", "truth"))
+    return pd.DataFrame({"wrong yes": null.yes.max(), "p ≤ 5 %": null.rejected.max(),
+                         "power": truth.yes.min()}).reset_index()
+
+
+def read_calibration(path: str) -> dict[str, pd.DataFrame] | None:
+    """The tables that `main` wrote: planted and intervals; None where there is no such file."""
+    path = resolve_path(path)
+    if not path.is_file():
+        return None
+    return {name: pd.DataFrame(rows) for name, rows in json.loads(path.read_text()).items()}
+
+
+def main() -> None:
+    """Write the tables as JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--datasets", type=int, default=1000)
+    args = parser.parse_args()
+    tables = {"planted": simulate_all(datasets=args.datasets),
+              "intervals": simulate_interval(datasets=4 * args.datasets)}
+    path = resolve_path(args.out)
+    path.write_text(json.dumps({name: table.round(5).to_dict("records")
+                                for name, table in tables.items()}, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

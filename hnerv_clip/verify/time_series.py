@@ -1,9 +1,10 @@
-"""Tests and intervals for series in time, where neighbouring frames are not independent.
+"""Means of series in time, where neighbouring frames are not independent: intervals and tests.
 
-`shift_test`: is a prediction aligned in time with its target? `mean_interval`: how sure is the mean
-of a per-frame difference? `median_interval` and `smooth_interval` carry that over to other
-statistics, `pool_intervals` to several seeds. `holm`: what remains when several comparisons are
-made. How often they err on made data: `simulation`.
+A series of n frames counts as `effective_size` independent values, the *equivalent sample size* of
+a first-order autoregression (Zwiers and von Storch 1995, J. Climate 8, 336–351), and its mean is
+tested with Student's t of that many values. `mean_interval` does this for a mean,
+`smooth_interval` and `median_interval` for other statistics, `pool_intervals` for several seeds.
+How often they err is measured in `simulation`.
 """
 
 from __future__ import annotations
@@ -11,116 +12,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 MIN_FRAMES = 8  # fewer frames tell nothing about autocorrelation
-
-
-@dataclass(frozen=True)
-class ShiftTest:
-    """observed: the correlation as aligned. p: one-sided.
-
-    null: [2, 2T - 1], the statistic under every other shift, by 1 to 2T - 1 frames, of the mirrored
-        prediction and of the mirrored target.
-    effect: (observed - mean of null) / standard deviation of null.
-    shifts: how many shifts were made in all, the aligned one counted for both series: 4T. No p is
-        below 2 / shifts.
-    """
-
-    observed: float
-    null: np.ndarray
-    p: float
-    effect: float
-    shifts: int
-
-
-def shift_test(predicted: np.ndarray, target: np.ndarray) -> ShiftTest:
-    """Test whether a prediction knows when things happen, by all circular shifts in time.
-
-    The statistic is the correlation of what changes: the mean over time is taken off every value,
-    since a position that always looks alike says nothing about time. Under the null hypothesis the
-    prediction is stationary and independent of the target, so it could as well
-    have been shifted; the autocorrelation of both stays whole. A plain circular shift joins the
-    last frame to the first, a break that the aligned series lacks, and so rejects too often on slow
-    series (10 to 20 % in place of 5 where they drift). Therefore one of the two is first mirrored,
-    to 2T frames without a break, and all 2T shifts of that are made; then the same with the other,
-    and p is the share of all 4T that do as well as the aligned one. This supposes in addition that
-    under the null a series is as likely as its reverse. Measured on AR(1) series with lag-one
-    autocorrelation up to 0.99 (`simulate_shift_test`), 5 % means 4 to 5 % at 60 and more frames,
-    4 to 5 % at 26, and 2 to 3 % at 13.
-
-    Args:
-        predicted, target: [T, ...] floats of the same shape. One that does not change at all has
-            correlation 0 and p 1.
-    Raises:
-        ValueError: shapes differ, NaN, or fewer than 2 frames.
-    """
-    predicted, target = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
-    frames = len(target)
-    if predicted.shape != target.shape:
-        raise ValueError(f"predicted has shape {predicted.shape}, the target {target.shape}; "
-                         "give the same frames of both")
-    if frames < 2:
-        raise ValueError(f"a shift in time needs at least 2 frames, got {frames}")
-    moving = [(series - series.mean(axis=0)).reshape(frames, -1) for series in (target, predicted)]
-    if not all(np.isfinite(series).all() for series in moving):
-        raise ValueError("the embeddings hold NaN or infinite values; encode or train again")
-    sizes = [max(np.linalg.norm(series), 1e-6) for series in moving]  # less is rounding
-    products = (moving[0] / sizes[0]) @ (moving[1] / sizes[1]).T  # [T, T]
-    places = (np.arange(frames)[:, None] + np.arange(2 * frames)) % (2 * frames)
-    totals = np.stack([
-        np.take_along_axis(np.concatenate([side, side[:, ::-1]], axis=1), places, axis=1).sum(0)
-        for side in (products, products.T)])
-    observed, null = totals[0, 0], totals[:, 1:]
-    tolerance = 1e-9  # equal up to rounding counts as equal
-    p = (2 + (null >= observed - tolerance).sum()) / (4 * frames)
-    spread = null.std(ddof=1)
-    effect = (observed - null.mean()) / spread if spread > tolerance else 0.0
-    return ShiftTest(float(observed), null, float(p), float(effect), 4 * frames)
-
-
-def lag_one(series: np.ndarray) -> float:
-    """Autocorrelation at lag 1, corrected for its bias towards 0 in short series.
-
-    Kendall (1954): the estimate r of a series of n lies about (1 + 3ρ) / n below ρ. Clipped to
-    [0, 0.9]: negative values are taken as none, which makes intervals wider, and beyond 0.9 the
-    corrections that are made with it get wild in short series without covering better.
-    """
-    series = np.asarray(series, np.float64) - np.mean(series)
-    count, power = len(series), series @ series
-    if count < 4 or power < 1e-24:
-        return 0.0
-    raw = (series[1:] @ series[:-1]) / power
-    return float(np.clip((count * raw + 1) / (count - 3), 0, 0.9))
-
-
-def cautious_lag_one(series: np.ndarray) -> float:
-    """`lag_one` and its standard error √((1 - ρ²) / n) on top, where it is above 0; at most 0.95.
-
-    An estimate that happens to be low makes an interval too narrow, and costs more than one that is
-    high. With the plain estimate the interval of a slow series of 26 frames (ρ = 0.8) rejects a
-    true mean of 0 in 8 to 9 % in place of 5, with this one in 6 (`simulate_interval`).
-    """
-    rho = lag_one(series)
-    return float(min(rho + np.sqrt((1 - rho ** 2) / len(series)), 0.95)) if rho > 0 else 0.0
-
-
-def block_length(series: np.ndarray) -> int:
-    """Length of the blocks of `mean_interval`, from the autocorrelation.
-
-    The rule of Künsch (1989), for a series that decays as an AR(1):
-    (√6 ρ / (1 - ρ²))^(2/3) n^(1/3); at most a third of the series.
-    """
-    count, rho = len(series), cautious_lag_one(series)
-    wanted = np.ceil((np.sqrt(6) * rho / (1 - rho ** 2)) ** (2 / 3) * count ** (1 / 3))
-    return int(np.clip(wanted, 1, max(1, count // 3)))
+CAUTION = 1.0  # standard errors that are added to an estimated autocorrelation
+LARGEST = 0.99  # autocorrelation at most
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval, and the one-sided p-value of a mean of 0 or less.
+    """A mean with its 95 % interval, and the one-sided p-value of a mean of 0 or less.
 
-    freedom: degrees of freedom of Student's t in both. block: frames a block, of n.
+    effective_size: how many independent frames tell as much. freedom: degrees of freedom of
+    Student's t. n: frames, or seeds where those were pooled.
     """
 
     mean: float
@@ -129,54 +33,106 @@ class Interval:
     p: float
     standard_error: float
     freedom: float
-    block: int
+    effective_size: float
     n: int
 
+    def p_below(self, bound: float) -> float:
+        """One-sided p-value of a mean of `bound` or more; small: the mean lies below it."""
+        return _tail(bound - self.mean, self.standard_error, self.freedom)
 
-def mean_interval(series: np.ndarray, *, level: float = 0.95) -> Interval:
-    """Confidence interval of the mean of a series in time, by the moving-block bootstrap.
+    def within(self, margin: float, level: float = 0.05) -> bool:
+        """Whether the mean lies in ±margin, by two one-sided tests (Schuirmann 1987)."""
+        above = _tail(margin + self.mean, self.standard_error, self.freedom)
+        return max(above, self.p_below(margin)) < level
 
-    The standard error is that of the moving-block bootstrap (Künsch 1989), which for a mean needs
-    no resampling: the spread of all block means times the square root of blocks per series. Blocks
-    cut off long correlations and their mean varies less than it should in short series; the factor
-    for both is computed for an AR(1) of `cautious_lag_one`. The interval uses Student's t with
-    n / block - 1 degrees of freedom. How often it covers: `simulate_interval`.
+
+def lag_one(series: np.ndarray) -> np.ndarray:
+    """Autocorrelation at lag 1 over the last axis, cautiously estimated.
+
+    The estimate r of a series of n lies about (1 + 3ρ) / n below ρ, which is corrected (Kendall
+    1954), and one that is above 0 gets `CAUTION` standard errors √((1 - ρ²) / n + 4 / n²) on top
+    (at most its own size), since one that is too low costs more; the second term stands for the
+    wider spread near 1. Negative values count as 0, none is above `LARGEST`.
+
+    Args:
+        series: [..., n], n of at least 4.
+    """
+    series = np.asarray(series, np.float64)
+    series = series - series.mean(axis=-1, keepdims=True)
+    count, power = series.shape[-1], (series ** 2).sum(axis=-1)
+    raw = (series[..., 1:] * series[..., :-1]).sum(axis=-1) / np.maximum(power, 1e-30)
+    rho = np.clip((count * raw + 1) / (count - 3), 0, 0.99)
+    caution = CAUTION * np.sqrt((1 - rho ** 2) / count + 4 / count ** 2)
+    raised = np.minimum(rho + np.minimum(caution, rho), LARGEST)
+    return np.where((power > 1e-24) & (rho > 0), raised, 0.0)
+
+
+def effective_size(series: np.ndarray) -> np.ndarray:
+    """Independent values whose mean varies as that of a series, over the last axis [..., n]."""
+    count = np.shape(series)[-1]
+    return count / variance_inflation(count, lag_one(series))
+
+
+def variance_inflation(count: int, rho):
+    """Variance of the mean of `count` values of an AR(1), times count, for unit variance."""
+    return (1 + rho) / (1 - rho) - 2 * rho * (1 - rho ** count) / (count * (1 - rho) ** 2)
+
+
+def mean_statistics(series: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(mean, standard error, degrees of freedom, effective size) over the last axis [..., n].
+
+    The sample variance of a persistent series is too small by its mean's own variance, which is
+    put right. There is always at least one degree of freedom.
+    """
+    series = np.asarray(series, np.float64)
+    size = effective_size(series)
+    variance = series.var(axis=-1) / size / np.maximum(1 - 1 / size, 0.05)
+    return series.mean(axis=-1), np.sqrt(variance), np.maximum(size - 1, 1), size
+
+
+def mean_interval(series: np.ndarray, *, level: float = 0.95, least_variance: float = 0.0
+                  ) -> Interval:
+    """Confidence interval of the mean of a series in time; see the module's top.
+
+    Measured over AR(1) series of 22, 26 and 132 frames with autocorrelations to 0.97: 95 % holds
+    the true mean in 94 to 97 %, and a true mean of 0 is rejected in 3 to 5 % at 5 % (`simulation`).
 
     Args:
         series: [n] values in order of time.
+        least_variance: of the values, for those that are bounded and may all be equal.
     Raises:
         ValueError: fewer than 8 values, or NaN.
     """
     series = np.asarray(series, np.float64).ravel()
-    count = len(series)
-    if count < MIN_FRAMES:
-        raise ValueError(f"an interval needs at least {MIN_FRAMES} frames, got {count}: their "
-                         "autocorrelation can't be told; hold out more frames")
+    if len(series) < MIN_FRAMES:
+        raise ValueError(f"an interval needs at least {MIN_FRAMES} frames, got {len(series)}: their"
+                         " autocorrelation can't be told; hold out more frames")
     if not np.isfinite(series).all():
         raise ValueError("the series holds NaN or infinite values; look for NaN embeddings")
-    block, mean = block_length(series), series.mean()
-    sums = np.concatenate([[0], np.cumsum(series)])
-    block_means = (sums[block:] - sums[:-block]) / block
-    variance = block_means.var() * block / count
-    rho, ratio = cautious_lag_one(series), block / count
-    variance *= _inflation(count, rho) / (_inflation(block, rho) - ratio * _inflation(count, rho))
-    return _interval(mean, np.sqrt(variance), count / block - 1, level, block, count)
+    mean, error, freedom, size = (float(x) for x in mean_statistics(series))
+    error = max(error, np.sqrt(least_variance / size))
+    return make_interval(mean, error, freedom, level=level, size=size, count=len(series))
 
 
-def _interval(mean, error, freedom, level, block, count):
-    reach = stats.t.ppf((1 + level) / 2, freedom) * error
-    p = float(stats.t.sf(mean / error, freedom)) if error > 1e-12 else float(mean <= 1e-12)
-    return Interval(float(mean), float(mean - reach), float(mean + reach), p, float(error),
-                    float(freedom), block, count)
+def make_interval(mean: float, error: float, freedom: float, *, level: float = 0.95,
+                  size: float = np.nan, count: int = 0) -> Interval:
+    """Student's interval of a mean with its standard error and degrees of freedom."""
+    reach = stdtrit(freedom, (1 + level) / 2) * error
+    return Interval(float(mean), float(mean - reach), float(mean + reach),
+                    _tail(mean, error, freedom), float(error), float(freedom), float(size), count)
+
+
+def _tail(distance, error, freedom):
+    if error <= 1e-12:
+        return float(distance <= 1e-12)
+    return float(stdtr(freedom, -distance / error))
 
 
 def smooth_interval(value: float, without: np.ndarray, *, level: float = 0.95) -> Interval:
     """Confidence interval of a smooth statistic of frames in time, such as a ratio or a CKA.
 
     Its jackknife pseudo-values n·value - (n - 1)·without (Tukey 1958) are a series whose mean
-    stands for it; for a mean they are the values themselves. `mean_interval` of them is the
-    moving-block bootstrap to first order. Drawing frames again would not do for a CKA, where a
-    frame drawn twice counts as two that agree.
+    stands for it; for a mean they are the values themselves.
 
     Args:
         value: the statistic of all frames.
@@ -184,7 +140,8 @@ def smooth_interval(value: float, without: np.ndarray, *, level: float = 0.95) -
     """
     without = np.asarray(without, np.float64)
     found = mean_interval(len(without) * value - (len(without) - 1) * without, level=level)
-    return _interval(value, found.standard_error, found.freedom, level, found.block, found.n)
+    return make_interval(value, found.standard_error, found.freedom, level=level,
+                         size=found.effective_size, count=found.n)
 
 
 def median_interval(values: np.ndarray, *, level: float = 0.95) -> Interval:
@@ -202,8 +159,9 @@ def median_interval(values: np.ndarray, *, level: float = 0.95) -> Interval:
     share = mean_interval(below, level=level)
     reach = (share.high - share.low) / 2
     low, high = np.quantile(values, np.clip([0.5 - reach, 0.5 + reach], 0, 1))
-    error = (high - low) / 2 / stats.t.ppf((1 + level) / 2, share.freedom)
-    found = _interval(median, error, share.freedom, level, share.block, share.n)
+    error = (high - low) / 2 / stdtrit(share.freedom, (1 + level) / 2)
+    found = make_interval(median, error, share.freedom, level=level, size=share.effective_size,
+                          count=share.n)
     return replace(found, low=float(low), high=float(high))
 
 
@@ -217,7 +175,7 @@ def pool_intervals(means, errors, freedoms, *, level: float = 0.95) -> Interval:
     Args:
         means, errors, freedoms: [n] of each seed: value, standard error and degrees of freedom.
     Returns:
-        An Interval whose n is the number of seeds; block is 0.
+        An Interval whose n is the number of seeds; effective_size is NaN.
     Raises:
         ValueError: no seed, NaN, or other numbers of values.
     """
@@ -233,12 +191,7 @@ def pool_intervals(means, errors, freedoms, *, level: float = 0.95) -> Interval:
     variance = sum(part for part, _ in parts)
     weights = sum(part ** 2 / freedom for part, freedom in parts)
     freedom = variance ** 2 / weights if weights > 0 else parts[0][1]
-    return _interval(means.mean(), np.sqrt(variance), freedom, level, 0, seeds)
-
-
-def _inflation(count: int, rho: float) -> float:
-    """Variance of the mean of `count` values of an AR(1), times count, for unit variance."""
-    return (1 + rho) / (1 - rho) - 2 * rho * (1 - rho ** count) / (count * (1 - rho) ** 2)
+    return make_interval(means.mean(), np.sqrt(variance), freedom, level=level, count=seeds)
 
 
 def holm(p_values) -> np.ndarray:

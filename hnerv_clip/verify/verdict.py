@@ -1,16 +1,29 @@
-"""Learned against every other condition, and what follows."""
+"""Answers, each yes, no or cannot tell: what a prediction knows, and what it is better than.
+
+**What is estimated.** For one video and one setting: the mean, over the moments of a long video of
+which the frames at hand are a stretch, of net wins or of a change score (`evidence`), for a
+network that did not train on the moment asked about. With cross-fitting every frame of the video is
+asked about, once by the run that held it out; with several seeds, frame by frame for their mean.
+**Why the interval is valid.** The mean of such a series is about normal, and its variance is that
+of `effective_size` independent frames, estimated from the series; `simulation` measures how often
+the intervals hold the truth, and how often each answer is a wrong yes. It says nothing about other
+videos: for these, videos are the units (`paired.compare_paired`).
+"""
 
 from __future__ import annotations
+
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 
-from hnerv_clip.labels import gap_band, similarity_band
-from hnerv_clip.metrics import skill
-from hnerv_clip.verify.time_series import MIN_FRAMES, holm, mean_interval
+from hnerv_clip.verify.evidence import KNOWS, Evidence
+from hnerv_clip.verify.time_series import MIN_FRAMES, Interval, holm, make_interval, mean_interval
 
-# Condition → how a table names it. The first four are the user's, the fifth is a control like them;
-# the others need no learning. More baselines can be given by name to `verify_embeddings`.
+MARGIN = 0.1  # net wins and scores smaller than this count as none: 45 to 55 % of the patches
+LEVEL = 0.05  # of the whole family, after Holm's correction
+
+# Condition → how a table names it. The first four are those of the project's description.
 CONDITIONS = {
     "learned": "Learned (Your Model)",
     "random": "Random Embeddings",
@@ -21,142 +34,116 @@ CONDITIONS = {
     "position": "Mean per Position",
     "neighbour": "Nearest Training Frame",
     "between": "Between Training Frames",
+    "side_file": "Side File of Equal Bytes",
+    "decoded": "Teacher on Decoded Frame",
 }
 CONTROLS = ("random", "shuffled", "temporal", "spatial")
+
+# Question → (how a report asks it, the tests that must all say yes). A test is a score of
+# `evidence.KNOWS`, or the net wins over a condition.
+QUESTIONS = {
+    "constant": ("Does it beat a constant?", ("mean",)),
+    "when": ("Does it know when?", ("when",)),
+    "where": ("Does it know where?", ("where", "position")),
+    "neighbour": ("Is it better than the nearest training frame?", ("neighbour",)),
+    "between": ("Is it better than interpolating the teacher?", ("between",)),
+    "side_file": ("Is it better than a side file of equal bytes?", ("side_file",)),
+    "decoded": ("Is it better than the teacher on the decoded frame?", ("decoded",)),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question answered.
+
+    answer: `yes` (p_holm below 5 %, and not by small wins that cost more elsewhere: error_ratio
+        below 1), `no` (below the margin, with 95 % confidence), else `cannot tell`.
+    test: which of the question's tests decides, the one of the largest p.
+    estimate, low, high: its mean with the 95 % interval; p and p_holm: one-sided, of 0 or less.
+    equivalent: within the margin on both sides, see `time_series.Interval.within`.
+    error_ratio: error of the network over that of the baseline, NaN for a score.
+    frames, effective_size: how many, and how many independent ones tell as much.
+    """
+
+    question: str
+    answer: str
+    test: str
+    estimate: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    equivalent: bool
+    error_ratio: float
+    frames: int
+    effective_size: float
+
+
+def judge(evidence: Evidence) -> list[Answer]:
+    """Answer every question that the evidence bears on; Holm's family is these questions.
+
+    A question of two tests needs both, so its p is the larger one (intersection-union, Berger
+    1982). With fewer than 8 frames every answer is `cannot tell`, without p.
+
+    Args:
+        evidence: see `evidence.collect_evidence`, of one run or pooled.
+    """
+    frames = evidence.frames.sort_values("frame")
+    found = []
+    for question, (_, tests) in QUESTIONS.items():
+        if all(test in KNOWS or f"wins_{test}" in frames for test in tests):
+            results = {test: _interval(evidence, frames, test) for test in tests}
+            found.append(_answer(question, results, frames))
+    asked = [answer for answer in found if np.isfinite(answer["p"])]
+    for answer, p in zip(asked, holm([answer["p"] for answer in asked])):
+        answer["p_holm"] = float(p)
+        if p < LEVEL and not answer["error_ratio"] >= 1:
+            answer["answer"] = "yes"
+    return [Answer(**answer) for answer in found]
+
+
+def _interval(evidence, frames, test) -> Interval | None:
+    """The mean of what a test is about, None with too few frames."""
+    if len(frames) < MIN_FRAMES:
+        return None
+    if test not in KNOWS:
+        wins, count = frames[f"wins_{test}"], len(frames)
+        lost = 1 + abs(wins.mean())  # where all frames are alike, one more might be the opposite
+        return mean_interval(wins, least_variance=lost ** 2 * count / (count + 1) ** 2)
+    own = evidence.knows[evidence.knows.test == test]
+    if own.empty:
+        return None
+    # Runs of one video are not independent: the standard error of their mean is at most the mean of
+    # theirs, whatever their dependence (Minkowski), so that is taken.
+    return make_interval(own.estimate.mean(), own.standard_error.mean(), own.freedom.min(),
+                         count=len(frames))
+
+
+def _answer(question, results: dict[str, Interval | None], frames):
+    if None in results.values():
+        test, found, below = next(iter(results)), None, False
+    else:
+        test = max(results, key=lambda name: results[name].p)
+        found, below = results[test], min(x.p_below(MARGIN) for x in results.values()) < LEVEL
+    nan = float("nan")
+    values = (found.mean, found.low, found.high, found.p, found.effective_size) if found else \
+        (nan,) * 5
+    return {"question": question, "answer": "no" if below else "cannot tell", "test": test,
+            **dict(zip(("estimate", "low", "high", "p", "effective_size"), values)),
+            "p_holm": nan, "equivalent": bool(found and found.within(MARGIN, LEVEL)),
+            "error_ratio": nan if test in KNOWS else float(
+                frames.error_learned.mean() / max(frames[f"error_{test}"].mean(), 1e-12)),
+            "frames": len(frames)}
+
+
+def answer_table(answers: list[Answer]) -> pd.DataFrame:
+    """A row per `Answer`, with its fields as columns."""
+    return pd.DataFrame([asdict(answer) for answer in answers])
 
 
 def name_of(condition: str) -> str:
     """A condition as a table names it; one that the caller added is its own name."""
     return CONDITIONS.get(condition, condition)
-
-
-def summarise_scores(scores: pd.DataFrame) -> pd.DataFrame:
-    """Mean and sample standard deviation over (frame, patch) for each split and condition."""
-    table = scores.groupby(["split", "condition"], sort=False).agg(
-        clip_similarity_mean=("clip_similarity", "mean"),
-        clip_similarity_std=("clip_similarity", "std"), clip_centred_mean=("clip_centred", "mean"),
-        clip_centred_std=("clip_centred", "std"), n=("frame", "size"))
-    return table.reset_index()
-
-
-def improvement_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Learned minus every other condition, a row per split and condition."""
-    rows = []
-    for split, part in table.groupby("split", sort=False):
-        part = part.set_index("condition")
-        for other in part.index.drop("learned"):
-            raw = part.clip_similarity_mean["learned"] - part.clip_similarity_mean[other]
-            rows.append({
-                "split": split, "over": other, "clip_similarity": raw,
-                "clip_centred": part.clip_centred_mean["learned"] - part.clip_centred_mean[other],
-                "clear": bool(raw > 2 * part.clip_similarity_std[other]),
-            })
-    return pd.DataFrame(rows)
-
-
-def compare(scores: pd.DataFrame, *, measure: str = "clip_centred", level: float = 0.95
-            ) -> pd.DataFrame:
-    """Learned against every other condition, frame by frame, with intervals and tests.
-
-    The unit is the frame: patches of one frame overlap, so their mean counts once. The interval
-    and the one-sided p-value allow for autocorrelation (`statistics.mean_interval`): circular
-    shifts, which test whether a prediction is aligned in time (`shift_tests`), leave the mean of a
-    difference as it is, so they cannot test that. Holm's correction is over all comparisons of a
-    split.
-
-    Args:
-        scores: `Verification.scores`.
-    Returns:
-        split, over, difference, low, high, effect_size (mean over standard deviation of the
-        per-frame differences), share_better (of the frames), standard_error and freedom of
-        Student's t, block, frames, independent (how many independent frames would give the same
-        standard error), p, p_holm. With fewer than 8 frames
-        there are differences, and no interval or p.
-    """
-    rows = []
-    for split, part in scores.groupby("split", sort=False):
-        series = part.pivot_table(index="frame", columns="condition", values=measure, sort=False)
-        others = [name for name in part.condition.unique() if name != "learned"]
-        family = [{"split": split, "over": other,
-                   **_difference((series["learned"] - series[other]).sort_index(), level)}
-                  for other in others]
-        tested = [row for row in family if np.isfinite(row["p"])]
-        for row, p in zip(tested, holm([row["p"] for row in tested])):
-            row["p_holm"] = p
-        rows += family
-    return pd.DataFrame(rows)
-
-
-def _difference(series, level):
-    spread = series.std()
-    row = {"difference": series.mean(), "low": np.nan, "high": np.nan,
-           "effect_size": series.mean() / spread if spread > 1e-12 else 0.0,
-           "share_better": (series > 1e-9).mean(), "standard_error": np.nan, "freedom": np.nan,
-           "block": np.nan, "frames": len(series),
-           "independent": np.nan, "p": np.nan, "p_holm": np.nan}
-    if len(series) >= MIN_FRAMES:
-        found = mean_interval(series.to_numpy(), level=level)
-        alike = (spread / found.standard_error) ** 2 if found.standard_error > 1e-12 else np.nan
-        row |= {"low": found.low, "high": found.high, "block": found.block, "p": found.p,
-                "standard_error": found.standard_error, "freedom": found.freedom,
-                "independent": min(alike, len(series))}
-    return row
-
-
-def judge(table: pd.DataFrame, comparisons: pd.DataFrame, source: str = "") -> dict:
-    """The user's verdict by raw cosine, and beside it the honest one by held-out skill.
-
-    The user's: the band of the mean raw cosine, and that of the gap between training and held-out
-    frames. The
-    honest one sorts the baselines by the centred cosine on held-out frames: `beaten` (at 5 % after
-    Holm's correction), `unproven` (the network is above, but that may be chance), `not_beaten` (it
-    is not above). `learned` is True when all are beaten, False when one is not, else None.
-    """
-    mean = table.set_index(["split", "condition"])
-    splits = list(dict.fromkeys(table.split))
-    verdict = {f"clip_similarity_{split}": float(mean.clip_similarity_mean[split, "learned"])
-               for split in splits}
-    overall = np.average([mean.clip_similarity_mean[split, "learned"] for split in splits],
-                         weights=[mean.n[split, "learned"] for split in splits])
-    verdict |= {"clip_similarity_all": float(overall), "quality": similarity_band(overall)[0],
-                "quality_meaning": similarity_band(overall)[1]}
-    for split in splits:
-        verdict[f"skill_{split}"] = float(skill(mean.clip_similarity_mean[split, "learned"],
-                                                mean.clip_similarity_mean[split, "mean"]))
-        verdict[f"clip_centred_{split}"] = float(mean.clip_centred_mean[split, "learned"])
-    if "held_out" not in splits:
-        return verdict | {"beaten": [], "unproven": [], "not_beaten": [], "learned": None,
-                          "honest": "No verdict: no frame was held out, and training frames only "
-                                    "show what was memorised. Use data_split=\"4_5_5\"."}
-    gap = verdict["clip_similarity_train"] - verdict["clip_similarity_held_out"]
-    rows = comparisons[(comparisons.split == "held_out") & ~comparisons.over.isin(CONTROLS)]
-    sure, above = rows.p_holm < 0.05, rows.difference > 1e-9
-    sorted_out = {"beaten": list(rows.over[sure]), "unproven": list(rows.over[above & ~sure]),
-                  "not_beaten": list(rows.over[~above & ~sure])}
-    learned = False if sorted_out["not_beaten"] else None if sorted_out["unproven"] else True
-    return verdict | sorted_out | {
-        "gap": float(gap), "gap_band": gap_band(gap)[0], "gap_meaning": gap_band(gap)[1],
-        "learned": learned, "honest": _honest_words(sorted_out, source, rows)}
-
-
-def _honest_words(sorted_out, source, rows):
-    def named(kind):
-        return ", ".join(name_of(condition).lower() for condition in sorted_out[kind])
-
-    # With the encoder, the model sees the held-out frame: recognising it is not predicting it.
-    what = "Held-out skill" + (" (frame seen, no prediction)" if source == "encoder" else "")
-    beaten, unproven, below = (named(kind) for kind in ("beaten", "unproven", "not_beaten"))
-    answer = "YES" if not unproven and not below else \
-        "IN PART" if beaten and below else "NO" if below else "NOT PROVEN"
-    words = f"{what}: {answer}."
-    words += f" Centred cosine beats {beaten}." if beaten else ""
-    words += f" It is no better than {below}." if below else ""
-    if unproven:
-        frames, alike = int(rows.frames.iloc[0]), rows.independent.min()
-        words += f" It is above {unproven}, but that may be chance: {frames} held-out frames "
-        words += f"tell as much as {max(1, round(alike))} independent ones." \
-            if np.isfinite(alike) else f"are too few for a test, which needs {MIN_FRAMES}."
-    return words
 
 
 def p_words(p: float) -> str:

@@ -451,7 +451,7 @@ def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
         asked += [(query, vector, None) for query, vector in zip(queries, texts)]
     for words, vector, near in asked:
         found = search_boxes(field, vector, args.top_k, apart=args.apart, not_near=near)
-        found["time_s"] = found.frame / run.dataset.video.fps
+        found["time_s"] = run.dataset.video.times_s[found.frame.to_numpy()]
         _show_found(f"{words}  ({run.dataset.teacher_label}; embeddings: {source})", found)
 
 

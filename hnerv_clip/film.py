@@ -54,6 +54,7 @@ def write_film(path: Path, video: StoredVideo, chosen: Sequence[int], *, crf: in
         stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
         stream.options = {"crf": str(crf), "preset": preset}
         context = stream.codec_context
+        context.thread_count = 0  # as many as there are cores
         context.time_base = stream.time_base = unit
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED

@@ -95,7 +95,8 @@ class Tuner:
     """Weights, embeddings and steps that are fine-tuned, and their optimizer."""
 
     def __init__(self, model: HNeRV, dataset: Dataset, config: Config, *,
-                 compiled: bool | None = None):
+                 compiled: bool | None = None, mode: str | None = None):
+        """`mode` is that of `torch.compile`, such as `reduce-overhead` for CUDA graphs."""
         self.config = config
         self.device = next(model.parameters()).device
         self.autocast = set_precision(config.train.precision, self.device)
@@ -108,7 +109,7 @@ class Tuner:
         self.position[self.train] = torch.arange(len(self.train), device=self.device)
         on_gpu = self.device.type == "cuda"
         compiled = on_gpu if compiled is None else compiled
-        self.loss = torch.compile(self._loss, dynamic=False) if compiled else self._loss
+        self.loss = torch.compile(self._loss, dynamic=False, mode=mode) if compiled else self._loss
         self.weights: dict[str, Tensor] = {}
 
     def reset(self, model: HNeRV) -> None:

@@ -114,7 +114,7 @@ def _mutate_json(value, rng: random.Random) -> None:
     node, key = rng.choice(places)
     kind = rng.randrange(8)
     if kind < 4:
-        node[key] = rng.choice(ODD)
+        node[key] = copy.deepcopy(rng.choice(ODD))  # lists in it are changed later
     elif kind == 4 and type(node[key]) in (int, float):
         node[key] = node[key] * rng.choice((0, 2, -1, 100)) + rng.choice((0, 1, -1))
     elif kind == 5:
@@ -126,7 +126,7 @@ def _mutate_json(value, rng: random.Random) -> None:
     elif isinstance(node, list):
         node.insert(key, json.loads(json.dumps(node[key])))
     else:
-        node[str(rng.choice(ODD))[:40]] = rng.choice(ODD)
+        node[str(rng.choice(ODD))[:40]] = copy.deepcopy(rng.choice(ODD))
 
 
 def _mutate_packed(data: bytes, at: int, size: int, rng: random.Random) -> bytes:

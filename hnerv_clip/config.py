@@ -141,7 +141,7 @@ class TrainConfig:
     clip_jitter: int = setting(
         0, "training moves each position and its target by up to so many pixels")
     field_boxes: int = setting(256, "random boxes a frame that a field is fitted to")
-    field_steps: int = setting(4000, "steps of its fit, of 32 frames × 64 boxes")
+    field_steps: int = setting(4000, "steps of its fit, on a GPU of 32 frames × 64 boxes")
     field_rate_weight: float = setting(1e-7, "of its estimated bits in its loss; more is smaller")
     inpaint_size: int = setting(0, "side of the five boxes that the loss leaves out; 0 for none")
     eval_freq: int = setting(30, "epochs between evaluations")
@@ -559,6 +559,8 @@ PROFILES: dict[str, dict[str, Any]] = {
         "lr": 5e-3,
         "clip_loss_weight": 0.1,
         "pixel_loss_warmup_epochs": 5,
+        "field_boxes": 32,
+        "field_steps": 2000,
         "eval_freq": 10,
     },
     "full": {

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hnerv_clip.codec import FileError, decode_video, encode_video, entropy, quantise, read_header
+from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.container import (
     DEPTH_LIMIT,
     FRAME_LIMIT,
@@ -205,6 +206,14 @@ def test_a_file_keeps_all_settings_of_network_and_patches():
 def test_times_must_rise():
     with pytest.raises(ValueError, match="do not rise at frame 2"):
         pack_times([0, 5, 5], (1, 25))
+
+
+def test_times_that_do_not_rise_become_even(small_dataset, small_config):
+    video = dataclasses.replace(small_dataset.video, times_s=np.zeros(12))
+    with pytest.warns(UserWarning, match="do not rise"):
+        about = describe_dataset(dataclasses.replace(small_dataset, video=video), small_config)
+    np.testing.assert_allclose(about.times_s, np.arange(12) / video.fps)
+    assert about.weights.startswith("sha256:")
 
 
 def test_some_embeddings_read_some_parts(tmp_path, monkeypatch):

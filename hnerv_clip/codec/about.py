@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,10 @@ def describe_dataset(dataset: Dataset, config: Config) -> About:
     video = dataset.video
     times = getattr(video, "times_s", None)
     if times is None:
+        times = [i / video.fps for i in range(len(video.frames))]
+    if any(after - before < 2e-6 for before, after in zip(times, times[1:])):
+        warnings.warn(f"the times of {video.name} do not rise; its file gets even ones, "
+                      f"{video.fps:g} frames a second", stacklevel=2)
         times = [i / video.fps for i in range(len(video.frames))]
     with_teacher = config.model.predict_clip or config.model.head == "field"
     return About(name=video.name, times_s=[float(t) for t in times],

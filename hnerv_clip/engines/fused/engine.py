@@ -216,7 +216,7 @@ class FusedEngine(PlainEngine):
         return columns.sum(1)
 
     def _gradients(self, network: Network, indices: Tensor, count: int) -> Tensor:
-        """Forward and back for frames [B]: `COLUMNS` of them, [4, B]."""
+        """Forward and backward pass for frames [B]: `COLUMNS` of them, [4, B]."""
         with span(ENCODER):
             embedding = self._embed(network, indices)
         network.decode(embedding)

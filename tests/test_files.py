@@ -232,7 +232,7 @@ def test_a_damaged_job_record_is_told(tmp_path, content):
     assert job.epoch == 0 and job.figures() == ""  # only shown
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"format": 2}', b'{"format": "2"}'])
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"format": 3}', b'{"format": "2"}'])
 def test_a_damaged_verification_is_told(tmp_path, content):
     (tmp_path / "verification.json").write_bytes(content)
     with pytest.raises(RunError, match="verification.json is damaged.*verify again"):

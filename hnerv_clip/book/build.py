@@ -293,6 +293,9 @@ def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbf
     for kind, value in output.get("data", {}).items():
         if isinstance(value, str) and (kind.startswith("text/") or kind == "image/svg+xml"):
             output.data[kind] = _hide_folders(value, folders)
+    if "image/svg+xml" in output.get("data", {}):  # the same figure gives the same page
+        output.data["image/svg+xml"] = re.sub(r"\s*<dc:date>[^<]*</dc:date>", "",
+                                              output.data["image/svg+xml"])
     if "text/markdown" in output.get("data", {}):
         output.data["text/markdown"] = without_html(output.data["text/markdown"])
     return output

@@ -91,8 +91,8 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     again, table = (tmp_path / "main/verification.json").stat(), str(tmp_path / "study.csv")
     assert cli.main(["verify", outf, *cache, "--table", table]) == 0
     assert (tmp_path / "main/verification.json").stat().st_mtime_ns == again.st_mtime_ns
-    assert "not beaten" in capsys.readouterr().out
-    assert len(pd.read_csv(table)) == 3  # training frames, held out by encoder and interpolated
+    assert "Is it better than the nearest training frame?" in capsys.readouterr().out
+    assert pd.read_csv(table).when.tolist() == ["cannot tell"]  # of 2 held-out frames
     assert cli.main(["search", outf, "hare", "wood rabbit", "--top_k", "2", *cache]) == 0
     found = capsys.readouterr().out
     assert found.count("not CLIP); embeddings: interpolated") == 2 and "wood rabbit" in found

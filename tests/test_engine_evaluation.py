@@ -22,8 +22,10 @@ STEP = dict(count=2, lr=1e-3, weight=0.5)
 
 def first_frames(dataset, count, split):
     """The dataset cut to some frames."""
-    return replace(dataset, video=replace(dataset.video, frames=dataset.video.frames[:count]),
-                   embeddings=dataset.embeddings[:count], split=split_frames(count, split))
+    video = replace(dataset.video, frames=dataset.video.frames[:count],
+                    times_s=dataset.video.times_s[:count])
+    return replace(dataset, video=video, embeddings=dataset.embeddings[:count],
+                   split=split_frames(count, split))
 
 
 @pytest.mark.parametrize("changes", [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hnerv_clip.player import StoredVideo
+    from hnerv_clip.stored.video import StoredVideo
 
 
 def open(path: str | Path, *, device: str = "auto") -> StoredVideo:
@@ -19,6 +19,6 @@ def open(path: str | Path, *, device: str = "auto") -> StoredVideo:
     Raises:
         FileError: (`hnerv_clip.codec`) not such a file, truncated, altered, or beyond the limits.
     """
-    from hnerv_clip.player import StoredVideo  # so that `import hnerv_clip` stays light
+    from hnerv_clip.stored.video import StoredVideo  # so that `import hnerv_clip` stays light
 
     return StoredVideo(path, device=device)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hnerv_clip.config import PROFILES, Config, ConfigError, param_names, settings_table
-from hnerv_clip.file_commands import add_commands, search_file
 from hnerv_clip.files import check_writable, explain, write_atomic
 from hnerv_clip.paths import match_paths, resolve_path
+from hnerv_clip.stored.commands import add_commands, search_file
 
 SHORT = {"b": "batch_size", "batchSize": "batch_size", "e": "epochs", "d": "distributed"}
 # Options of the original scripts that are something else here
@@ -241,7 +241,7 @@ def _train(args: argparse.Namespace) -> None:
 
     from hnerv_clip.dataset import prepare_dataset
     from hnerv_clip.launch import follow, launch
-    from hnerv_clip.runs import RunDir
+    from hnerv_clip.runs.run_dir import RunDir
     from hnerv_clip.train import check_run
 
     RunDir.check(args.outf, args.config)  # before the teacher runs
@@ -365,7 +365,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _fit_head(args: argparse.Namespace) -> None:
-    from hnerv_clip.fit_head import evaluate_field, fit_head, summarise_field
+    from hnerv_clip.field.fit_run import evaluate_field, fit_head, summarise_field
 
     run = _load_run(args)
     names = ("boxes", "steps", "rank", "hidden", "rate_weight")
@@ -382,8 +382,8 @@ def _fit_head(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from hnerv_clip.field import has_field
-    from hnerv_clip.runs import RunDir
+    from hnerv_clip.field.query import has_field
+    from hnerv_clip.runs.run_dir import RunDir
 
     check_writable(resolve_path(args.folder))
     for outf in args.outf:
@@ -400,7 +400,7 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
-    from hnerv_clip.runs import FIELD, RunDir
+    from hnerv_clip.runs.run_dir import FIELD, RunDir
     from hnerv_clip.search.kept import encode_kept, predict_patches
     from hnerv_clip.search.rank import rank_patches
     from hnerv_clip.teachers.text import parse_queries
@@ -433,7 +433,7 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
-    from hnerv_clip.field import load_field
+    from hnerv_clip.field.query import load_field
     from hnerv_clip.inference import sources_of
     from hnerv_clip.search.boxes import search_boxes
     from hnerv_clip.search.kept import encode_kept

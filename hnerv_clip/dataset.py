@@ -13,7 +13,7 @@ from torch import Tensor
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.metrics import mean_energy
 from hnerv_clip.patches import PatchGrid, make_grid
-from hnerv_clip.runs import RunDir, RunError
+from hnerv_clip.runs.run_dir import RunDir, RunError
 from hnerv_clip.teachers import (
     cache_path,
     cached_embeddings,

@@ -35,7 +35,7 @@ from hnerv_clip.inference import (
 from hnerv_clip.losses import MS_SSIM_MIN_SIDE
 from hnerv_clip.metrics import psnr
 from hnerv_clip.model import HNeRV
-from hnerv_clip.runs import BEST, RunDir
+from hnerv_clip.runs.run_dir import BEST, RunDir
 
 if TYPE_CHECKING:
     from hnerv_clip.engines.fused.engine import FusedEngine  # stands above this module

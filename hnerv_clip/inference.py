@@ -20,7 +20,7 @@ from hnerv_clip.dataset import Dataset, check_same_video, load_dataset
 from hnerv_clip.devices import select_device, set_precision
 from hnerv_clip.metrics import bracket_frames
 from hnerv_clip.model import HNeRV, build_model, frame_times
-from hnerv_clip.runs import BEST, RunDir, RunError, load_weights
+from hnerv_clip.runs.run_dir import BEST, RunDir, RunError, load_weights
 from hnerv_clip.video import has_source
 
 BATCH = 4  # frames decoded at once

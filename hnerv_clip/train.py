@@ -50,22 +50,14 @@ from hnerv_clip.evaluate import (
     summarise,
     warm_up,
 )
-from hnerv_clip.field import has_field
-from hnerv_clip.fit_head import fit_head
+from hnerv_clip.field.fit_run import fit_head
+from hnerv_clip.field.query import has_field
 from hnerv_clip.inference import load_run
 from hnerv_clip.losses import PIXEL_LOSSES, check_ms_ssim_size, clip_weight, learning_rate
 from hnerv_clip.model import build_model, plan_model
 from hnerv_clip.patches import make_grid
-from hnerv_clip.runs import (
-    BEST,
-    LATEST,
-    RunDir,
-    RunError,
-    commit_words,
-    load_weights,
-    make_provenance,
-    write_json,
-)
+from hnerv_clip.runs.provenance import commit_words, make_provenance
+from hnerv_clip.runs.run_dir import BEST, LATEST, RunDir, RunError, load_weights, write_json
 from hnerv_clip.video import NAMED_VIDEOS, find_source, load_video, split_frames
 
 ROOM_TO_WARM_UP = 16 * 2**30  # free bytes of a GPU, for an evaluation beside the engine

@@ -44,7 +44,7 @@ def _load_video(config: VideoConfig, *args, **options):
 video.load_video = _load_video  # before any module takes it from there
 
 from hnerv_clip.dataset import prepare_dataset  # noqa: E402
-from hnerv_clip.runs import hold  # noqa: E402
+from hnerv_clip.runs.locks import hold  # noqa: E402
 
 matplotlib.use("agg")
 torch.set_num_threads(1)

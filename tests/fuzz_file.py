@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from hnerv_clip.codec import FileError, decode_video, encode_video, video
+from hnerv_clip.codec import FileError, decode_video, encode_video, network
 from hnerv_clip.codec.container import END_SIZE, START, pack_file
 from hnerv_clip.codec.video import About, StoredNetwork
 from hnerv_clip.config import Config
@@ -253,8 +253,8 @@ def read(path: Path, rng: random.Random) -> str:
 def fuzz(count: int, *, seed: int) -> Counter:
     """Read so many damaged files; counts of outcomes."""
     seeds, outcomes = make_seeds(), Counter()
-    build = functools.lru_cache(64)(video._without_memory)  # the same network again and again
-    video._without_memory = lambda *args: copy.deepcopy(build(*args))
+    build = functools.lru_cache(64)(network._without_memory)  # the same network again and again
+    network._without_memory = lambda *args: copy.deepcopy(build(*args))
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -275,7 +275,7 @@ def fuzz(count: int, *, seed: int) -> Counter:
                 finally:
                     signal.setitimer(signal.ITIMER_PROF, 0)
     finally:
-        video._without_memory = build.__wrapped__
+        network._without_memory = build.__wrapped__
         resource.setrlimit(resource.RLIMIT_AS, before)
     return outcomes
 

@@ -13,7 +13,7 @@ from hnerv_clip.config import Config
 from hnerv_clip.dataset import prepare_dataset
 from hnerv_clip.inference import decode_frames, load_run, predict_embeddings
 from hnerv_clip.paths import match_paths
-from hnerv_clip.runs import RunDir, RunError
+from hnerv_clip.runs.run_dir import RunDir, RunError
 from hnerv_clip.train import check_run, train
 from hnerv_clip.video import write_video
 

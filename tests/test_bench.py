@@ -10,7 +10,7 @@ from hnerv_clip import cli
 from hnerv_clip.bench import context, flops, harness, measure
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.model import build_model, plan_model
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs.run_dir import RunDir
 
 
 def work(config, frame_hw, frame_count=132, patch_count=8):

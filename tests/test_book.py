@@ -10,7 +10,7 @@ import pytest
 
 from hnerv_clip.book import BookError, build, pages
 from hnerv_clip.config import Config, ConfigError, profile_params
-from hnerv_clip.runs import RunDir, RunError
+from hnerv_clip.runs.run_dir import RunDir, RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK, FULL = profile_params("quick"), profile_params("full")

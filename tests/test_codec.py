@@ -30,16 +30,8 @@ from hnerv_clip.codec.container import (
     read_part,
 )
 from hnerv_clip.codec.entropy import pack_arrays
-from hnerv_clip.codec.video import (
-    ACTIVATION_LIMIT,
-    CHUNK,
-    VALUES_FREE,
-    VALUES_PER_BYTE,
-    About,
-    StoredNetwork,
-    _time_unit,
-    open_network,
-)
+from hnerv_clip.codec.network import ACTIVATION_LIMIT, VALUES_FREE, VALUES_PER_BYTE
+from hnerv_clip.codec.video import CHUNK, About, StoredNetwork, _time_unit, open_network
 from hnerv_clip.config import Config, ModelConfig, TeacherConfig
 from hnerv_clip.evaluate import evaluate_stored, store_video
 from hnerv_clip.inference import embed_frames

@@ -13,7 +13,7 @@ from hnerv_clip.divergence import Baselines, Diverged, check_collapse, measure_b
 from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.losses import pixel_loss
 from hnerv_clip.model import build_model
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.train import TrainError, train
 
 # PSNR of epochs of the network below, at several learning rates; a single color has 12.54 dB

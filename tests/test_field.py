@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hnerv_clip import cli, fit_head
+from hnerv_clip import cli
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.field import FIELD, Field, field_config, has_field, load_field, make_field
+from hnerv_clip.field import fit_run
+from hnerv_clip.field.fit import FitSettings, fit_field
+from hnerv_clip.field.query import FIELD, Field, field_config, has_field, load_field, make_field
 from hnerv_clip.heads.field import (
     FieldConfig,
     FieldHead,
@@ -17,9 +19,8 @@ from hnerv_clip.heads.field import (
     encode_boxes,
     sample_boxes,
 )
-from hnerv_clip.heads.fit import FitSettings, fit_field
 from hnerv_clip.inference import Run, load_run
-from hnerv_clip.runs import RunError
+from hnerv_clip.runs.run_dir import RunError
 from hnerv_clip.search import boxes as search_boxes
 from hnerv_clip.teachers import boxes as box_targets
 from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes, embed_boxes
@@ -180,7 +181,7 @@ def run(small_config, small_dataset, cache_dir, tmp_path_factory) -> Run:
 @pytest.fixture(scope="module")
 def field(run, cache_dir) -> Field:
     if not has_field(run.run_dir):
-        fit_head.fit_head(run, cache_dir=cache_dir, device="cpu", progress=False)
+        fit_run.fit_head(run, cache_dir=cache_dir, device="cpu", progress=False)
     return load_field(run)
 
 
@@ -258,9 +259,9 @@ def test_a_field_of_another_network_is_refused(run, field):
 
 
 def test_evaluation_tells_patches_from_any_box(run, field, cache_dir, monkeypatch):
-    monkeypatch.setattr(fit_head, "TEST_BOXES", 4)
-    table = fit_head.evaluate_field(run, field, cache_dir=cache_dir, device="cpu", progress=False)
-    means = fit_head.summarise_field(table)
+    monkeypatch.setattr(fit_run, "TEST_BOXES", 4)
+    table = fit_run.evaluate_field(run, field, cache_dir=cache_dir, device="cpu", progress=False)
+    means = fit_run.summarise_field(table)
     keys = set(zip(means.source, means["where"], means.split))
     assert ("interpolated", "any box", "held_out") in keys
     assert ("interpolated", "any box", "train") not in keys
@@ -269,12 +270,12 @@ def test_evaluation_tells_patches_from_any_box(run, field, cache_dir, monkeypatc
     constant = make_field(run, FieldHead(field_config(run, rank=1)))
     truth = box_targets.box_targets(
         run.dataset.video, np.arange(12), run.config.teacher, BoxSampling(
-            count=fit_head.TEST_BOXES, shapes=fit_head.TEST_BOXES, seed=fit_head.TEST_SEED),
+            count=fit_run.TEST_BOXES, shapes=fit_run.TEST_BOXES, seed=fit_run.TEST_SEED),
         cache_dir=cache_dir, device="cpu", progress=False)[1].float()
     with torch.no_grad():
         constant.head.basis.weight.zero_()
         constant.head.basis.bias.copy_(truth[run.dataset.split.train].mean((0, 1)))
-    means = fit_head.summarise_field(fit_head.evaluate_field(
+    means = fit_run.summarise_field(fit_run.evaluate_field(
         run, constant, cache_dir=cache_dir, device="cpu", progress=False))
     assert np.abs(means.skill[means["where"] == "any box"]).max() < 1e-3
 
@@ -352,7 +353,7 @@ def test_square_boxes_cover_the_frame_at_every_size():
 
 
 def test_the_command_line_fits_and_searches(run, field, cache_dir, capsys, monkeypatch):
-    monkeypatch.setattr(fit_head, "TEST_BOXES", 4)
+    monkeypatch.setattr(fit_run, "TEST_BOXES", 4)
     outf, rest = str(run.run_dir.path), ["--cache_dir", str(cache_dir), "--device", "cpu"]
     assert cli.main(["fit-head", outf, "--steps", "20", "--rank", "4", *rest]) == 0
     assert "any box" in capsys.readouterr().out

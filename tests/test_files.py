@@ -25,7 +25,8 @@ from hnerv_clip.files import (
 )
 from hnerv_clip.launch.jobs import Job
 from hnerv_clip.launch.ranks import Task
-from hnerv_clip.runs import RunDir, hold
+from hnerv_clip.runs.locks import hold
+from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.study.table import read_study
 from hnerv_clip.verify.run import is_verified, read_verification
 
@@ -140,7 +141,7 @@ def test_links_are_not_followed_out_of_the_folder(tmp_path):
 def test_files_are_utf8_in_every_locale(tmp_path):
     """A run whose video has a name of its own is read where the locale is Latin-1 or C."""
     run = RunDir.create(tmp_path / "run", CONFIG.replace(data_path="вело.mp4"))
-    code = ("import sys; from hnerv_clip.runs import RunDir; run = RunDir(sys.argv[1]);"
+    code = ("import sys; from hnerv_clip.runs.run_dir import RunDir; run = RunDir(sys.argv[1]);"
             "run.log('\\xe9'); assert run.config().video.data_path == sys.argv[2].encode().decode("
             "'unicode_escape')")
     done = subprocess.run(

@@ -11,7 +11,7 @@ import torch
 
 from hnerv_clip import cli, inference, teachers
 from hnerv_clip.inference import load_run, predict_embeddings
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.search import kept
 from hnerv_clip.search.kept import encode_kept, predict_patches
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from hnerv_clip.config import Config
 from hnerv_clip.devices import visible_gpus
 from hnerv_clip.launch import JobFailed, LaunchError, follow, launch
-from hnerv_clip.runs import RunDir, RunError, write_json
+from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 
 CONFIG = Config.from_params(epochs=3)
 

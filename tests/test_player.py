@@ -15,8 +15,8 @@ from hnerv_clip.cli import main
 from hnerv_clip.codec import FileError, encode_video
 from hnerv_clip.codec.video import About
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.file_commands import parse_frames
 from hnerv_clip.model import build_model
+from hnerv_clip.stored.commands import parse_frames
 
 TIMES = [0.0, 0.04, 0.08, 0.16, 0.2, 0.24]  # one frame lasts twice as long
 SIZE = (37, 70)  # which the network pads to 40 × 80
@@ -252,7 +252,7 @@ def test_ranges_of_frames():
 def test_export_computes_what_pytorch_does(path, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    from hnerv_clip.export import export_onnx
+    from hnerv_clip.stored.export import export_onnx
 
     difference = export_onnx(path, tmp_path / "d.onnx")
     assert set(difference) == {"frames", "embeddings"} and max(difference.values()) < 1e-4

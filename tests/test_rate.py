@@ -7,7 +7,7 @@ import torch
 from hnerv_clip.codec import decode_video, entropy
 from hnerv_clip.evaluate import evaluate_stored, store_video
 from hnerv_clip.inference import load_run
-from hnerv_clip.rate import estimate_bits, fine_tune
+from hnerv_clip.stored.fine_tune import estimate_bits, fine_tune
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from hnerv_clip import runs
 from hnerv_clip.config import Config
-from hnerv_clip.runs import RunDir, RunError, load_checkpoint, make_provenance, write_atomic
+from hnerv_clip.runs import locks, provenance, run_dir
+from hnerv_clip.runs.provenance import make_provenance
+from hnerv_clip.runs.run_dir import RunDir, RunError, load_checkpoint, write_atomic
 
 CONFIG = Config.from_params(epochs=3)
 STATE = {"config": CONFIG.params(), "model": {"w": torch.arange(5000.0)}, "epoch": 2}
@@ -128,7 +129,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_one_process_at_a_time(run):
-    code = ("from hnerv_clip.runs import RunDir, RunError\nimport sys\n"
+    code = ("from hnerv_clip.runs.run_dir import RunDir, RunError\nimport sys\n"
             "try:\n    with RunDir(sys.argv[1]).lock(): print('got it')\n"
             "except RunError as error: print(error)")
 
@@ -145,7 +146,7 @@ def no_flock(monkeypatch):
     def unsupported(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(runs.fcntl, "flock", unsupported)
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
 
 
 def test_one_process_at_a_time_where_the_disk_has_no_locks(run, no_flock):
@@ -180,7 +181,7 @@ def test_a_process_of_another_machine_holds_it_until_the_run_is_silent(run, no_f
     with pytest.raises(RunError, match="process 1 on node7"):
         with run.lock():
             pass
-    long_ago = time.time() - runs.SILENT_S - 60
+    long_ago = time.time() - locks.SILENT_S - 60
     for file in run.path.iterdir():
         os.utime(file, (long_ago, long_ago))
     with run.lock():
@@ -191,10 +192,11 @@ def test_of_many_processes_one_takes_over(run):
     """Four processes find a dead one's file; whoever gets it says so, alone."""
     held = run.path / ".lock.held"
     held.write_text(json.dumps({"pid": 2**22 + 1, "start": 1.0, "host": platform.node()}))
-    code = ("import sys, time\nfrom hnerv_clip import runs\nruns.fcntl = None\n"
-            "run = runs.RunDir(sys.argv[1])\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+    code = ("import sys, time\nfrom hnerv_clip.runs import locks, run_dir\n"
+            "locks.fcntl = None\nrun = run_dir.RunDir(sys.argv[1])\n"
+            "print('ready', flush=True)\nsys.stdin.readline()\n"
             "try:\n    with run.lock():\n        print('got it', flush=True)\n"
-            "        sys.stdin.readline()\nexcept runs.RunError as e: print(e, flush=True)")
+            "        sys.stdin.readline()\nexcept run_dir.RunError as e: print(e, flush=True)")
     others = [subprocess.Popen([sys.executable, "-c", code, str(run.path)], text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(4)]
     for other in others:
@@ -232,8 +234,8 @@ def test_provenance(run):
     assert json.loads(json.dumps(facts)) == facts
     assert facts["versions"]["torch"] == torch.__version__.split("+")[0] or \
         torch.__version__.startswith(facts["versions"]["torch"])
-    runs.write_json(run.path / "provenance.json", facts)
-    table = runs.provenance_table(run.path)
+    run_dir.write_json(run.path / "provenance.json", facts)
+    table = provenance.provenance_table(run.path)
     assert table.loc["data"].iloc[0].startswith("bunny") and table.loc["seed"].iloc[0] == 0
 
 
@@ -241,27 +243,27 @@ def test_runs_of_one_name_stand_beside_each_other(tmp_path):
     folders = [tmp_path / "a" / "main", tmp_path / "b" / "main", tmp_path / "b" / "other"]
     for seed, folder in enumerate(folders):
         own = RunDir.create(folder, CONFIG.replace(seed=seed))
-        runs.write_json(own.path / "provenance.json", make_provenance(
+        run_dir.write_json(own.path / "provenance.json", make_provenance(
             own.config(), device=torch.device("cpu"), data_digest="abc", teacher=None))
-    table = runs.provenance_table(*folders)
+    table = provenance.provenance_table(*folders)
     assert table.loc["seed"].to_dict() == {"a/main": 0, "b/main": 1, "b/other": 2}
     with pytest.raises(ValueError, match="given twice"):
-        runs.provenance_table(folders[0], folders[0])
+        provenance.provenance_table(folders[0], folders[0])
 
 
 def test_a_copy_without_its_checkout_does_not_claim_to_be_unchanged(tmp_path, monkeypatch):
     package = tmp_path / "hnerv_clip"
     package.mkdir()
-    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    monkeypatch.setattr(run_dir, "__file__", str(package / "runs.py"))
     monkeypatch.setenv("HNERV_CLIP_COMMIT", "abc1234")
-    assert runs.code_version() == ("abc1234", None)
+    assert provenance.code_version() == ("abc1234", None)
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # someone else's
-    assert runs.code_version() == ("abc1234", None)
+    assert provenance.code_version() == ("abc1234", None)
     monkeypatch.delenv("HNERV_CLIP_COMMIT")
-    assert runs.code_version()[0].startswith("package ")
+    assert provenance.code_version()[0].startswith("package ")
 
 
 @pytest.mark.parametrize("dirty, words", [(True, "abc with uncommitted changes"), (False, "abc"),
                                           (None, "abc (changes unknown)")])
 def test_a_commit_in_words(dirty, words):
-    assert runs.commit_words({"commit": "abc", "dirty": dirty}) == words
+    assert provenance.commit_words({"commit": "abc", "dirty": dirty}) == words

@@ -29,7 +29,7 @@ from hnerv_clip.book.scaling import (
 )
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.figures.scaling import plot_scaling
-from hnerv_clip.runs import RunDir, RunError, write_json
+from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from test_launch import CONFIG, calls, make_run, ranked, sum_of_ranks, wait_for_
 
 from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.launch import Job, JobFailed, LaunchError, follow, launch
-from hnerv_clip.runs import RunDir, write_json
+from hnerv_clip.runs.run_dir import RunDir, write_json
 from hnerv_clip.train import train
 
 SEED = 20261123

@@ -12,7 +12,7 @@ import pytest
 from hnerv_clip import cli
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.inference import load_run, predict_embeddings
-from hnerv_clip.runs import RunDir, load_checkpoint
+from hnerv_clip.runs.run_dir import RunDir, load_checkpoint
 from hnerv_clip.study import plan as study_plan
 from hnerv_clip.study import run as study_run
 from hnerv_clip.study import table as study_table

@@ -435,7 +435,7 @@ def test_a_damaged_cache_file_says_so_and_is_written_anew(tiny_clip, tiny_video,
     path = cache_path(*tiny_video, config, tmp_path)
     content = bytearray(path.read_bytes())
     if damage == "other tensor":
-        cache._write_cache(path, first[:5], {})
+        cache.write_cache(path, first[:5], {})
     else:
         content[-3] ^= 1
         path.write_bytes({"truncated": content[:-50], "empty": b"", "bit flip": content}[damage])
@@ -452,7 +452,7 @@ def test_many_writers_and_readers_never_see_half_a_file(tiny_clip, tiny_video, t
 
     def write():
         while not stop.is_set():
-            cache._write_cache(path, embeddings, {})
+            cache.write_cache(path, embeddings, {})
 
     writers = [threading.Thread(target=write) for _ in range(3)]
     for writer in writers:
@@ -472,5 +472,5 @@ def test_many_writers_and_readers_never_see_half_a_file(tiny_clip, tiny_video, t
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cache.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(RunError, match="cannot write .*full"):
-        cache._write_cache(tmp_path / "x.safetensors", torch.ones(1, 1, 1), {})
+        cache.write_cache(tmp_path / "x.safetensors", torch.ones(1, 1, 1), {})
     assert list(tmp_path.iterdir()) == []

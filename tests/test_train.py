@@ -26,7 +26,7 @@ from hnerv_clip.engines.plain import PlainEngine, SetupError
 from hnerv_clip.evaluate import evaluate_model, evaluate_run
 from hnerv_clip.inference import load_run
 from hnerv_clip.model import build_model
-from hnerv_clip.runs import RunDir, RunError
+from hnerv_clip.runs.run_dir import RunDir, RunError
 from hnerv_clip.train import TrainError, check_run, epoch_order, train
 
 FORK = torch.multiprocessing.get_context("fork")  # a new process would import torch for seconds

@@ -13,7 +13,7 @@ from test_verify import HELD_OUT, slow_video, unit_vectors
 from hnerv_clip import figures, inference, metrics
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.model import build_model
-from hnerv_clip.runs import RunDir, RunError
+from hnerv_clip.runs.run_dir import RunDir, RunError
 from hnerv_clip.verify import pool as verify_pool
 from hnerv_clip.verify import positions, side_file, time_series, verdict
 from hnerv_clip.verify import run as verifying

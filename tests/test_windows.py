@@ -5,7 +5,7 @@ import torch
 
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.model import build_model
-from hnerv_clip.windows import clip_at
+from hnerv_clip.stored.windows import clip_at
 
 
 @pytest.mark.parametrize("changes", [

@@ -17,8 +17,8 @@ from torch.nn.functional import normalize
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset, load_dataset
 from hnerv_clip.devices import synchronise
-from hnerv_clip.rows import run_row
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs.rows import run_row
+from hnerv_clip.runs.run_dir import RunDir
 
 # Parts of a whole training's wall clock; what is left is `rest_s`
 CLOCKS = ("data_s", "setup_time_s", "compile_s", "train_time_s", "eval_time_s", "stored_time_s",

@@ -27,7 +27,9 @@ from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.devices import select_device
 from hnerv_clip.files import read_json
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.runs import code_version, device_name, package_versions, process_start, write_json
+from hnerv_clip.runs.locks import process_start
+from hnerv_clip.runs.provenance import code_version, device_name, package_versions
+from hnerv_clip.runs.run_dir import write_json
 
 PARTS = ("ceilings", "train", "profile", "scaling", "decode", "teacher", "fit")
 DEFAULT_PARTS = PARTS[:-1]  # `fit` takes a whole training

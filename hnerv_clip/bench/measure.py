@@ -33,7 +33,7 @@ from hnerv_clip.devices import resolve_precision, set_precision, synchronise
 from hnerv_clip.engines.select import make_engine
 from hnerv_clip.model import build_model, plan_model
 from hnerv_clip.patches import make_grid
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.teachers import load_teacher, run_teacher
 from hnerv_clip.train import epoch_order, train
 from hnerv_clip.video import split_frames

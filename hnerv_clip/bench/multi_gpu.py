@@ -24,8 +24,9 @@ from hnerv_clip.dataset import prepare_dataset
 from hnerv_clip.files import read_json
 from hnerv_clip.launch import Job, launch
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.rows import run_row
-from hnerv_clip.runs import RunDir, code_version, device_name, package_versions, write_json
+from hnerv_clip.runs.provenance import code_version, device_name, package_versions
+from hnerv_clip.runs.rows import run_row
+from hnerv_clip.runs.run_dir import RunDir, write_json
 from hnerv_clip.train import LATEST
 
 # What `hnerv-clip scale` trains unless told: the paper's network and the bundled teacher, which is

@@ -12,7 +12,7 @@ import pandas as pd
 from hnerv_clip.config import Config
 from hnerv_clip.files import read_json
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.runs import commit_words
+from hnerv_clip.runs.provenance import commit_words
 
 Bench = dict[str, Any]  # a file of `hnerv-clip bench`
 Row = dict[str, Any]

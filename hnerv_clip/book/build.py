@@ -27,14 +27,8 @@ from hnerv_clip.book.markdown import without_html
 from hnerv_clip.config import Config, param_names, profile_params
 from hnerv_clip.devices import select_device
 from hnerv_clip.paths import find_checkout, resolve_path
-from hnerv_clip.runs import (
-    RunDir,
-    code_version,
-    commit_words,
-    device_name,
-    package_versions,
-    write_json,
-)
+from hnerv_clip.runs.provenance import code_version, commit_words, device_name, package_versions
+from hnerv_clip.runs.run_dir import RunDir, write_json
 
 # Values of notebook parameters that are not settings of a run, where a profile differs from the
 # defaults in the notebooks, which are the quick profile's.

@@ -16,7 +16,8 @@ from hnerv_clip.book.markdown import Markup, escape, spread, table, three_digits
 from hnerv_clip.book.results import mean_over_seeds, read_json
 from hnerv_clip.book.scaling import evaluation_rows
 from hnerv_clip.config import Config, settings_table
-from hnerv_clip.runs import RunDir, RunError, commit_words, write_json
+from hnerv_clip.runs.provenance import commit_words
+from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 
 RESULTS = "1[0-9]_*.ipynb"  # notebooks over `book/results`, the same in every study
 PLACEHOLDER = """# {title}

@@ -21,7 +21,7 @@ from scipy import stats
 from hnerv_clip import files
 from hnerv_clip.book.markdown import Markup, interval
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.runs import commit_words
+from hnerv_clip.runs.provenance import commit_words
 from hnerv_clip.study.plan import ENCODINGS, REMEDIES
 from hnerv_clip.study.table import read_study
 from hnerv_clip.verify.paired import Paired, compare_paired

@@ -19,7 +19,8 @@ from hnerv_clip.book.markdown import three_digits
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.evaluate import summarise
 from hnerv_clip.labels import SOURCE_WORDS
-from hnerv_clip.runs import RunDir, RunError, commit_words, write_json
+from hnerv_clip.runs.provenance import commit_words
+from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 
 RUN_FILES = ("config.json", "provenance.json", "summary.json", "metrics.csv", "evaluation.csv")
 FRAMES = {"train": "training", "held_out": "held out"}

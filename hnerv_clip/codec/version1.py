@@ -30,7 +30,7 @@ from hnerv_clip.codec.container import (
     unpack,
 )
 from hnerv_clip.codec.levels import Quantised
-from hnerv_clip.codec.video import EMBEDDINGS, plan_network
+from hnerv_clip.codec.network import EMBEDDINGS, plan_network
 from hnerv_clip.config import Config, param_names
 from hnerv_clip.model import HNeRV
 

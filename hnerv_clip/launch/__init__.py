@@ -21,7 +21,8 @@ from hnerv_clip.launch.jobs import ENDING, Job, follow
 from hnerv_clip.launch.local import LocalQueue
 from hnerv_clip.launch.ranks import Task
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.runs import RunDir, hold
+from hnerv_clip.runs.locks import hold
+from hnerv_clip.runs.run_dir import RunDir
 
 __all__ = ["CLUSTERS", "Job", "JobFailed", "LaunchError", "follow", "launch"]
 

@@ -23,7 +23,8 @@ from hnerv_clip.files import RunError, check_keys, read_json, write_json
 from hnerv_clip.launch import local, slurm
 from hnerv_clip.launch.errors import JobFailed
 from hnerv_clip.launch.ranks import Task, write_outcome
-from hnerv_clip.runs import RunDir, process_start
+from hnerv_clip.runs.locks import process_start
+from hnerv_clip.runs.run_dir import RunDir
 
 SETTLE_S = 15  # a shared file system may show a file that late
 ENDING = "ending"  # gone or failed, but perhaps not to its last file yet

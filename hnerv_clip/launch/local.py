@@ -16,7 +16,7 @@ import submitit.helpers
 
 from hnerv_clip.devices import visible_gpus
 from hnerv_clip.launch.errors import Launched, LaunchError
-from hnerv_clip.runs import SILENT_S, is_alive, silent_s
+from hnerv_clip.runs.locks import SILENT_S, is_alive, silent_s
 
 NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit's local executor wants a limit; there is none
 

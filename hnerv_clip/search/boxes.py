@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from hnerv_clip.config import ConfigError
-from hnerv_clip.field import Field
+from hnerv_clip.field.query import Field
 
 SIDES = (0.3, 0.42, 0.6, 0.85)  # of square boxes that a search looks at
 STEP = 0.25  # between them, in their own side

@@ -235,7 +235,7 @@ def index_runs(runs: Iterable[Run]) -> PatchIndex:
         ValueError: no run, runs of different teachers, or the same folder twice.
         ConfigError: a run with neither the original head nor a field.
     """
-    from hnerv_clip.field import has_field, load_field
+    from hnerv_clip.field.query import has_field, load_field
     from hnerv_clip.inference import predict_embeddings, sources_of
     from hnerv_clip.search.boxes import square_boxes
 

@@ -27,7 +27,7 @@ from hnerv_clip.config import BUNDLED, Config, TeacherConfig
 from hnerv_clip.files import RunError, write_atomic
 from hnerv_clip.metrics import check_embeddings
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.teachers.text import check_distinct
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.rows import run_row
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs.rows import run_row
+from hnerv_clip.runs.run_dir import RunDir
 
 PARTS = {"train": "training frames", "held_out": "held-out frames"}
 PAPER_EPOCHS = 300  # what warm-ups of 0, 50 and 100 epochs are meant for

@@ -20,7 +20,7 @@ import pandas as pd
 from hnerv_clip.config import Config
 from hnerv_clip.devices import visible_gpus
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.runs import RunDir, RunError, write_json
+from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 from hnerv_clip.study.plan import LABELS
 
 

@@ -12,9 +12,9 @@ import pandas as pd
 from hnerv_clip.config import RUNTIME_PARAMS
 from hnerv_clip.files import read_table, write_atomic
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.rows import MEASURES as FIGURES
-from hnerv_clip.rows import run_row
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs.rows import MEASURES as FIGURES
+from hnerv_clip.runs.rows import run_row
+from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.study.plan import plan_runs
 
 # What is known of a run without its checkpoints

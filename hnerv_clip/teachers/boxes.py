@@ -25,9 +25,9 @@ from hnerv_clip.teachers import load
 from hnerv_clip.teachers.base import Teacher, describe_teacher, preprocess
 from hnerv_clip.teachers.cache import (
     PREPROCESS_VERSION,
-    _identity,
-    _tensor_digest,
-    _write_cache,
+    identity,
+    tensor_digest,
+    write_cache,
 )
 from hnerv_clip.teachers.load import load_teacher
 from hnerv_clip.video import Video
@@ -138,14 +138,14 @@ def box_targets(video: Video, chosen: np.ndarray, config: TeacherConfig, samplin
     if targets is None:
         teacher = load_teacher(config, device)
         targets = embed_boxes(teacher, video.frames[chosen], boxes, progress=progress).cpu()
-        _write_cache(path, targets, {"video": video.name, "teacher": teacher.label})
+        write_cache(path, targets, {"video": video.name, "teacher": teacher.label})
     return boxes, targets
 
 
 def _cache_path(video: Video, chosen: np.ndarray, config: TeacherConfig, sampling: BoxSampling,
                 cache_dir: str | Path) -> Path:
     key = {"frames": video.digest, "chosen": [int(i) for i in chosen], "sampling": asdict(sampling),
-           "teacher": _identity(config), "preprocess": PREPROCESS_VERSION,
+           "teacher": identity(config), "preprocess": PREPROCESS_VERSION,
            "precision": config.teacher_precision, "boxes": BOXES_VERSION}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     folder = resolve_path(cache_dir)
@@ -160,7 +160,7 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
     try:
         with safe_open(path, framework="pt") as file:
             targets, written = file.get_tensor("embeddings"), file.metadata() or {}
-        if _tensor_digest(targets) != written.get("sha256"):
+        if tensor_digest(targets) != written.get("sha256"):
             raise ValueError("its checksum is wrong")
         if targets.shape[:2] != shape or targets.dtype != torch.float16:
             raise ValueError(f"it holds {targets.dtype} {tuple(targets.shape)}, not {shape}")

@@ -45,7 +45,7 @@ def cache_path(video: Video, grid: PatchGrid, config: TeacherConfig, cache_dir: 
     name, for the bundled teacher its package's version), its precision, and the version of the
     preprocessing.
     """
-    key = {"frames": video.digest, "boxes": grid.boxes.tolist(), "teacher": _identity(config),
+    key = {"frames": video.digest, "boxes": grid.boxes.tolist(), "teacher": identity(config),
            "preprocess": PREPROCESS_VERSION}
     if config.teacher_precision != "fp32":
         key["precision"] = config.teacher_precision
@@ -54,7 +54,7 @@ def cache_path(video: Video, grid: PatchGrid, config: TeacherConfig, cache_dir: 
     return resolve_path(cache_dir) / f"{name}-{digest}.safetensors"
 
 
-def _identity(config: TeacherConfig) -> list[str]:
+def identity(config: TeacherConfig) -> list[str]:
     if config.teacher == BUNDLED:
         try:
             return [BUNDLED_PACKAGE, metadata.version(BUNDLED_PACKAGE)]
@@ -94,7 +94,7 @@ def cached_embeddings(video: Video, grid: PatchGrid, config: TeacherConfig,
     try:
         with safe_open(path, framework="pt") as file:
             embeddings, written = file.get_tensor("embeddings"), file.metadata() or {}
-        if _tensor_digest(embeddings) != written.get("sha256"):
+        if tensor_digest(embeddings) != written.get("sha256"):
             raise ValueError("its checksum is wrong")
         shape = (len(video.frames), len(grid), teacher_dim(config))
         if embeddings.shape != shape or embeddings.dtype != torch.float32:
@@ -122,19 +122,19 @@ def teacher_embeddings(video: Video, grid: PatchGrid, config: TeacherConfig, *,
         check_writable(resolve_path(cache_dir))
         teacher = load_teacher(config, device)
         embeddings = run_teacher(teacher, video.frames, grid, progress=progress)
-        _write_cache(cache_path(video, grid, config, cache_dir), embeddings,
+        write_cache(cache_path(video, grid, config, cache_dir), embeddings,
                      {"video": video.name, "teacher": teacher.label})
     return embeddings
 
 
-def _tensor_digest(tensor: Tensor) -> str:
+def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
 
 
-def _write_cache(path: Path, embeddings: Tensor, about: dict[str, str]) -> None:
+def write_cache(path: Path, embeddings: Tensor, about: dict[str, str]) -> None:
     """Readers and other writers never see half a file."""
     content = safetensors.torch.save({"embeddings": embeddings.contiguous()},
-                                     {**about, "sha256": _tensor_digest(embeddings)})
+                                     {**about, "sha256": tensor_digest(embeddings)})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda file: file.write(content))
     os.chmod(path, 0o644)  # a shared cache is for all

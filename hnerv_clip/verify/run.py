@@ -23,7 +23,8 @@ from hnerv_clip.inference import (
 )
 from hnerv_clip.metrics import check_embeddings
 from hnerv_clip.paths import match_paths, resolve_path
-from hnerv_clip.runs import RunDir, RunError, code_version, write_atomic, write_json
+from hnerv_clip.runs.provenance import code_version
+from hnerv_clip.runs.run_dir import RunDir, RunError, write_atomic, write_json
 from hnerv_clip.teachers import (
     Teacher,
     encode_queries,

@@ -228,7 +228,8 @@ def read_calibration(path: str) -> dict[str, pd.DataFrame] | None:
     path = resolve_path(path)
     if not path.is_file():
         return None
-    return {name: pd.DataFrame(rows) for name, rows in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {name: pd.DataFrame(rows)
+            for name, rows in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def main() -> None:
@@ -240,8 +241,9 @@ def main() -> None:
     tables = {"planted": simulate_all(datasets=args.datasets),
               "intervals": simulate_interval(datasets=4 * args.datasets)}
     path = resolve_path(args.out)
-    path.write_text(json.dumps({name: table.round(5).to_dict("records")
-                                for name, table in tables.items()}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({name: table.round(5).to_dict("records")
+                       for name, table in tables.items()}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
     print(path)
 
 

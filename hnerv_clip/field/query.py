@@ -20,7 +20,7 @@ from hnerv_clip.files import RunError, write_atomic
 from hnerv_clip.heads.field import FieldConfig, FieldHead, check_boxes
 from hnerv_clip.inference import frame_embeddings, sources_of
 from hnerv_clip.model import HNeRV
-from hnerv_clip.runs import FIELD, RunDir
+from hnerv_clip.runs.run_dir import FIELD, RunDir
 
 if TYPE_CHECKING:
     from hnerv_clip.inference import Run

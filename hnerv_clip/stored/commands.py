@@ -84,7 +84,7 @@ def _info(args: argparse.Namespace) -> None:
 
 def _decode(args: argparse.Namespace) -> None:
     from hnerv_clip import open as open_video
-    from hnerv_clip.film import write_film, write_pictures
+    from hnerv_clip.stored.film import write_film, write_pictures
 
     out = resolve_path(args.out)
     _check_free(out, args.force)
@@ -127,7 +127,7 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
 
 
 def _export(args: argparse.Namespace) -> None:
-    from hnerv_clip.export import export_onnx
+    from hnerv_clip.stored.export import export_onnx
 
     out = resolve_path(args.out)
     _check_free(out, args.force)
@@ -164,7 +164,7 @@ def _check_file(args: argparse.Namespace) -> Path:
 
 
 def _write_run(args: argparse.Namespace, out: Path) -> None:
-    from hnerv_clip.store import store_run
+    from hnerv_clip.stored.make import store_run
 
     replace_when_done(out, lambda path: store_run(
         args.outf, path, rate=args.rate, epochs=args.rate_epochs, cache_dir=args.cache_dir,

@@ -9,11 +9,11 @@ import torch
 
 from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import FIELD, bind_embeddings, decode_video, encode_video
-from hnerv_clip.field import Field, has_field, load_field
-from hnerv_clip.fit_head import fit_head
+from hnerv_clip.field.fit_run import fit_head
+from hnerv_clip.field.query import Field, has_field, load_field
 from hnerv_clip.inference import embed_frames, load_run
-from hnerv_clip.rate import fine_tune
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs.run_dir import RunDir
+from hnerv_clip.stored.fine_tune import fine_tune
 
 
 def store_run(run_dir: str | Path, out: str | Path, *, rate: float | None = None,

@@ -184,7 +184,7 @@ class StoredVideo(Sequence):
         Raises:
             ConfigError: the file has none.
         """
-        from hnerv_clip.field import Field
+        from hnerv_clip.field.query import Field
 
         if not self.has_field:
             raise ConfigError(f"{self.path} holds no field, which answers for any box; encode the "
@@ -216,7 +216,7 @@ class StoredVideo(Sequence):
 
     @torch.inference_mode()
     def _clip_at(self, chosen: Sequence[int], centres: torch.Tensor) -> torch.Tensor:
-        from hnerv_clip.windows import clip_at
+        from hnerv_clip.stored.windows import clip_at
 
         if not self.has_head:
             raise ConfigError(f"{self.path} holds no head for embeddings; encode the video with "
@@ -314,4 +314,3 @@ def _found(found: pd.DataFrame, times_s: np.ndarray, corners) -> pd.DataFrame:
 def mean_fps(times: Sequence[float]) -> float:
     """Frames a second, in the mean; 25 for a single frame."""
     return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 25.0
-

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hnerv_clip.field import FIELD, Field, field_config, make_field
+from hnerv_clip.field.fit import FitSettings, fit_field
+from hnerv_clip.field.query import FIELD, Field, field_config, make_field
 from hnerv_clip.heads.field import FieldConfig
-from hnerv_clip.heads.fit import FitSettings, fit_field
 from hnerv_clip.inference import Run, embed_frames, sources_of
 from hnerv_clip.teachers import teacher_embeddings
 from hnerv_clip.teachers.boxes import BoxSampling, box_targets

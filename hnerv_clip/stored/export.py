@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hnerv_clip.config import ConfigError
 from hnerv_clip.model import HNeRV
-from hnerv_clip.player import StoredVideo
+from hnerv_clip.stored.video import StoredVideo
 
 OPSET = 17
 TOLERANCE = 1e-3  # of pictures in [0, 1] and of embeddings, beyond which an export is refused

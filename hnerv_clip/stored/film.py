@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from hnerv_clip.codec.container import expand_ticks
 
 if TYPE_CHECKING:
-    from hnerv_clip.player import StoredVideo
+    from hnerv_clip.stored.video import StoredVideo
 
 AHEAD = 4  # batches decoded before they are written
 BT709 = 1  # matrix, primaries and transfer of HD video, in ffmpeg's numbers

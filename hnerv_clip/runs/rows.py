@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hnerv_clip.config import embed_kind
-from hnerv_clip.runs import RunDir
+from hnerv_clip.runs.run_dir import RunDir
 
 MEASURES = {"psnr_{}_db": "psnr", "ms_ssim_{}": "ms_ssim", "clip_similarity_{}": "clip_similarity",
             "clip_centred_{}": "clip_centred"}

@@ -5,21 +5,14 @@ Checkpoints hold tensors and plain values only, are written atomically and are c
 
 from __future__ import annotations
 
-import errno
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
 import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import psutil
 
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.files import (
@@ -35,18 +28,11 @@ from hnerv_clip.files import (
     write_atomic,
     write_json,
 )
-from hnerv_clip.paths import resolve_path, tell_apart
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs.locks import Held, hold
 
 if TYPE_CHECKING:
     import torch  # seconds, which what only reads a run's tables need not wait for
-
-try:
-    import fcntl
-except ImportError:  # not on this system
-    fcntl = None
-
-PACKAGES = ("hnerv-clip", "torch", "torchvision", "numpy", "open_clip_torch", "timm", "av",
-            "pytorch-msssim")
 
 LATEST, BEST = "model_latest.pth", "model_best.pth"  # to resume from; of the highest PSNR
 FIELD = "field.pth"  # a semantic field, fitted afterwards
@@ -59,130 +45,6 @@ RESUMABLE = {"optimizer": dict, "batch": int, "losses": object, "history": list,
 PROVENANCE = {"commit": str, "dirty": (bool, type(None)), "device": str, "world_size": int,
               "versions": dict, "python": str, "seed": int, "data": str, "data_digest": str,
               "teacher": (str, type(None)), "started": str}
-
-NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # some cluster disks
-SILENT_S = 900  # a process of another machine that wrote nothing for so long is taken for dead
-
-
-class Held(RuntimeError):
-    """Another process holds a lock; the message names it."""
-
-
-@contextmanager
-def hold(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file for this process.
-
-    By flock, which the system releases when the process dies. Where the disk has none, by a file
-    beside it that only one process can make; what a dead process left is taken over. (The package
-    filelock does the second for ENOSYS alone, which NFS and Lustre do not answer with, and neither
-    names the holder nor takes over what a dead machine left.)
-
-    Args:
-        wait: for the process that holds it, instead of raising.
-    Raises:
-        Held: another process holds it.
-    """
-    with open_own(path, "a+") as file:
-        if _flock(file, wait=wait):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
-            yield
-            return
-    own = {"pid": os.getpid(), "start": process_start(os.getpid()), "host": platform.node()}
-    exclusive = path.with_name(f"{path.name}.held")
-    while not _make_exclusive(exclusive, json.dumps(own)):
-        if not wait:
-            holder = _read_holder(exclusive)
-            raise Held("process {pid} on {host}".format(**holder) if holder else "unknown")
-        time.sleep(0.2)
-    try:
-        yield
-    finally:
-        if _read_holder(exclusive) == own:
-            exclusive.unlink()
-
-
-def _flock(file: IO[str], *, wait: bool) -> bool:
-    """Take the lock of an open file; False where the disk has no locks."""
-    try:
-        if fcntl is None:
-            return False
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return True
-    except BlockingIOError:
-        file.seek(0)
-        raise Held(file.read().strip() or "unknown") from None
-    except OSError as error:
-        if error.errno not in NO_FLOCK:
-            raise
-        return False
-
-
-def _make_exclusive(path: Path, content: str) -> bool:
-    """Make a file that must not exist yet; what a dead process left is removed first."""
-    holder = _read_holder(path)
-    if holder is not None and _is_dead(holder, path):
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            os.rename(path, aside)
-        except FileNotFoundError:  # another process was as quick
-            return False
-        taken = _read_holder(aside)
-        if taken != holder:  # another process was quicker, and this is its own
-            os.rename(aside, path)
-            return False
-        aside.unlink()
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(content)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _read_holder(path: Path) -> dict[str, Any] | None:
-    """Who made an exclusive file: pid, start, host; empty where it does not say, None without."""
-    try:
-        return read_json(path, keys={"pid": int, "host": str, "start": (int, float)}, fix="")
-    except FileNotFoundError:
-        return None
-    except RunError:
-        return {}
-
-
-def _is_dead(holder: dict[str, Any], path: Path) -> bool:
-    if holder.get("host") == platform.node():
-        return not is_alive(holder)
-    return silent_s(path.parent) > SILENT_S
-
-
-def silent_s(folder: Path) -> float:
-    """Seconds since a file of the folder was last written."""
-    times = []
-    for file in folder.iterdir():
-        try:
-            times.append(file.stat().st_mtime)
-        except FileNotFoundError:  # a temporary one, gone since
-            continue
-    return time.time() - max(times, default=0.0)
-
-
-def process_start(pid: int) -> float | None:
-    """When a process began, which tells it from a later one of the same id; None if it ended."""
-    if not 0 < pid < 2**31:
-        return None
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
-        return None
-
-
-def is_alive(process: dict[str, Any]) -> bool:
-    """Whether the process with this pid and start runs on this machine."""
-    start, then = process_start(process["pid"]), process["start"]
-    return None not in (start, then) and abs(start - then) < 2  # the clock may be adjusted
 
 
 class RunDir:
@@ -445,96 +307,3 @@ def load_weights(model: torch.nn.Module, state: dict[str, Any], path: Path, *, f
         found = " ".join(str(error).split())
         raise RunError(f"{path} holds the weights of another network ({found[:300]}); {fix}"
                        ) from error
-
-
-def make_provenance(config: Config, *, device: torch.device, data_digest: str, teacher: str | None,
-                    world_size: int = 1) -> dict[str, Any]:
-    """What is about to run, on what: known before the first step.
-
-    Args:
-        data_digest: hash of the frames.
-        teacher: name of the teacher whose embeddings are learnt; None without the CLIP head.
-    """
-    import torch
-
-    commit, dirty = code_version()
-    return {
-        "commit": commit, "dirty": dirty, "device": device_name(device), "world_size": world_size,
-        "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "versions": package_versions(), "cuda": torch.version.cuda,
-        "seed": config.train.seed, "data": config.video.data_path, "data_digest": data_digest,
-        "teacher": teacher, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def code_version() -> tuple[str, bool | None]:
-    """(commit, whether tracked files differ from it).
-
-    Outside a checkout: what HNERV_CLIP_COMMIT says, for copies without their .git, or the package's
-    version; and None, as nobody can tell whether it was changed.
-    """
-    here = Path(__file__).resolve().parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True,
-                              check=True).stdout.strip()
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the checkout is another's
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain",
-                                                  "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        recorded = os.environ.get("HNERV_CLIP_COMMIT")
-        return recorded or f"package {package_versions().get('hnerv-clip', 'unknown')}", None
-
-
-def commit_words(facts: dict[str, Any]) -> str:
-    """The commit and dirty of `code_version`, as a reader needs them."""
-    changes = {True: " with uncommitted changes", False: "", None: " (changes unknown)"}
-    return facts["commit"][:12] + changes[facts["dirty"]]
-
-
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words: its product name on a GPU, model name and cores on a CPU."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def provenance_table(*run_dirs: str | Path) -> pd.DataFrame:
-    """What each run was made with, a column per run, for the end of a page."""
-    columns = {}
-    for path, name in zip(run_dirs, tell_apart(run_dirs)):
-        run = RunDir(path)
-        facts = run.provenance()
-        summary = run.summary() if run.finished else {}
-        columns[name] = {
-            "commit": commit_words(facts),
-            "device": facts["device"] + (f" × {facts['world_size']}" if facts["world_size"] > 1
-                                         else ""),
-            "computed": f"{facts['precision']} by the {facts['engine']} engine"
-            if {"precision", "engine"} <= facts.keys() else "not noted",
-            "versions": ", ".join(f"{n} {v}" for n, v in facts["versions"].items()),
-            "python": facts["python"], "seed": facts["seed"],
-            "data": f"{facts['data']} (sha256 {facts['data_digest'][:12]})",
-            "teacher": facts["teacher"] or "none", "started": facts["started"],
-            "training time (s)": round(summary.get("train_time_s", float("nan")), 1),
-        }
-    return pd.DataFrame(columns)

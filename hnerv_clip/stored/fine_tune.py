@@ -19,7 +19,8 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from hnerv_clip.codec.about import describe_dataset
-from hnerv_clip.codec.video import EMBEDDINGS, encode_video
+from hnerv_clip.codec.network import EMBEDDINGS
+from hnerv_clip.codec.video import encode_video
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.devices import set_precision

@@ -1,0 +1,1 @@
+"""A stored video, `video.hnerv`: made from a run, played, searched, exported."""

@@ -1,0 +1,187 @@
+"""Rate and quality of stored videos beside other codecs: what is kept, and what follows from it.
+
+    python -m hnerv_clip.bench.rate_quality book/results/rate_quality.json \
+        --run rate.json COMMIT LR [--run ...] [--fuzz logs.txt COMMIT]
+
+puts measured runs into the file that holds the other codecs; a run takes the place of one of the
+same commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hnerv_clip.bench.video_codecs import bd_rate
+
+Point = dict[str, Any]
+# What was aimed at: at 640×1280, with the head, through the file
+GOALS = {"psnr_db": 35.5, "rate_bpp": 0.055, "recipe_psnr_db": 37.0, "recipe_rate_bpp": 0.060,
+         "similarity_loss": 0.005, "film_frames_per_s": 500, "damaged_files": 10**6}
+SETTINGS = ("epochs", "lr", "batch_size", "modelsize", "predict_clip", "clip_loss_weight",
+            "teacher", "data_split", "precision", "seed")
+MEASURES = ("gpu_cpu_largest_level", "gpu_cpu_share_different", "decode_frames_per_s",
+            "cpu_all_patches_s", "compile_s")
+
+
+def run_of(measured: dict[str, Any], *, commit: str, fine_tune_lr: float) -> dict[str, Any]:
+    """What is kept of one training and its stored files.
+
+    Args:
+        measured: device, settings, trained (a run's summary) and points, each with kind (`tuned`
+            for fine-tuned ones), rate_bpp, size_bytes and psnr_db; and any of `MEASURES`.
+        commit, fine_tune_lr: of the run.
+    """
+    trained, settings = measured["trained"], measured["settings"]
+    points = [{**point, "history": [
+        {key: row[key] for key in ("epoch", "psnr_db", "rate_bpp")} for row in point["history"]]}
+        if "history" in point else point for point in measured["points"]]
+    return {"device": measured["device"], "commit": commit, "fine_tune_lr": fine_tune_lr,
+            "settings": {name: settings[name] for name in SETTINGS},
+            "trained_psnr_db": trained["eval_psnr_all"],
+            "trained_clip_similarity": trained.get("eval_clip_similarity_all"), "points": points,
+            **{name: measured[name] for name in MEASURES if name in measured}}
+
+
+def count_damaged(log: str) -> dict[str, Any]:
+    """How damaged files ended, from what `tests/fuzz_file.py` printed in several processes.
+
+    Returns:
+        files, refused (with the documented error), read (nothing was wrong with them), seeds of
+        the processes that came to their end, and failed, the number of those that did not.
+    """
+    found = {int(seed): (int(files), ast.literal_eval(counts)) for files, seed, counts in
+             re.findall(r"^(\d+) files of seed (\d+): (\{.*\})$", log, re.M)}
+    ends = re.search(r"(?:(?:^.*\n)?^rc \d+\n)+", log, re.M)  # each process once, one by one
+    return {"files": sum(files for files, _ in found.values()),
+            **{name: sum(counts.get(name, 0) for _, counts in found.values())
+               for name in ("refused", "read")}, "seeds": sorted(found),
+            "failed": len(re.findall(r"^rc [1-9]", ends[0], re.M)) if ends else 0}
+
+
+def tuned_points(runs: Sequence[dict[str, Any]]) -> list[Point]:
+    """The fine-tuned points of all runs by rate, each with its run's commit, device and head."""
+    points = [{**point, "commit": run["commit"], "device": run["device"],
+               "head": run["settings"]["predict_clip"]}
+              for run in runs for point in run["points"] if point["kind"] == "tuned"]
+    return sorted(points, key=lambda point: point["rate_bpp"])
+
+
+def at_rate(points: Sequence[Point], rate_bpp: float) -> float:
+    """PSNR in dB at a rate, linear over its logarithm between points; NaN outside them."""
+    points = sorted(points, key=lambda point: point["rate_bpp"])
+    return float(np.interp(np.log(rate_bpp), np.log([p["rate_bpp"] for p in points]),
+                           [p["psnr_db"] for p in points], left=np.nan, right=np.nan))
+
+
+def at_psnr(points: Sequence[Point], psnr_db: float) -> float:
+    """The rate in bits per pixel at a PSNR, the inverse of `at_rate`; NaN outside the points."""
+    points = sorted(points, key=lambda point: point["psnr_db"])
+    return float(np.exp(np.interp(psnr_db, [p["psnr_db"] for p in points],
+                                  np.log([p["rate_bpp"] for p in points]),
+                                  left=np.nan, right=np.nan)))
+
+
+def codec_curves(codecs: Sequence[Point]) -> dict[str, list[Point]]:
+    """The points of each codec and preset, in the order of their names."""
+    return {name: [point for point in codecs if point["codec"] == name]
+            for name in sorted({point["codec"] for point in codecs})}
+
+
+def bd_rates(codecs: Sequence[Point], tuned: Sequence[Point]) -> list[dict[str, Any]]:
+    """`bd_rate` of the fine-tuned points against each codec: anchor, bd_rate_percent, and the
+    range of PSNR that both reach, low_db and high_db; no row where there is none."""
+    rows = []
+    for name, points in codec_curves(codecs).items():
+        value = bd_rate(points, tuned)
+        low, high = (side(end(p["psnr_db"] for p in part) for part in (points, tuned))
+                     for side, end in ((max, min), (min, max)))
+        if np.isfinite(value):
+            rows.append({"anchor": name, "bd_rate_percent": value, "low_db": low, "high_db": high})
+    return rows
+
+
+def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] | None = None
+            ) -> dict[str, Any]:
+    """Put runs (as from `run_of`) and the count of damaged files into the file at `path`.
+
+    Raises:
+        ImportError: bjontegaard, which gives the BD-rate, is not installed.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    by_commit = {run["commit"]: run for run in [*kept.pop("runs", []), *runs]}
+    kept.pop("hnerv_clip", None)  # one run, without its commit
+    kept |= {"runs": list(by_commit.values())} | ({"damaged": damaged} if damaged else {})
+    kept["bd_rate"] = bd_rates(kept["codecs"], tuned_points(kept["runs"]))
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return kept
+
+
+def head_of(point_or_run: dict[str, Any]) -> str:
+    """`with head` or `no head`, of a run or a point of `tuned_points`."""
+    settings = point_or_run.get("settings", {"predict_clip": point_or_run.get("head")})
+    return "with head" if settings["predict_clip"] else "no head"
+
+
+def fine_tuning_words(point: Point) -> str:
+    """How a fine-tuning went, from its history (over training, before the file)."""
+    history = point["history"]
+    lowest, before, last = min(history, key=lambda row: row["psnr_db"]), history[-4], history[-1]
+    return (f"At the weight {point['rate']:g} of its bits it fell to {lowest['psnr_db']:.2f} dB at "
+            f"epoch {lowest['epoch']} and rose to {last['psnr_db']:.2f} dB at epoch "
+            f"{last['epoch']}; of that, {last['psnr_db'] - before['psnr_db']:.2f} dB came after "
+            f"epoch {before['epoch']}, while the rate went from {before['rate_bpp']:.4f} to "
+            f"{last['rate_bpp']:.4f} bits per pixel.")
+
+
+def goals(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was aimed at and what was measured, in words, a row each; met is yes, no or empty."""
+    tuned, runs = tuned_points(measured["runs"]), measured["runs"]
+    reached, needed = at_rate(tuned, GOALS["rate_bpp"]), at_psnr(tuned, GOALS["psnr_db"])
+    losses = [run["trained_clip_similarity"] - point["clip_similarity"] for run in runs
+              for point in run["points"] if run["trained_clip_similarity"] is not None
+              and "clip_similarity" in point]
+    film = max((rate for run in runs for name, rate in run.get("decode_frames_per_s", {}).items()
+                if name != "network alone"), default=np.nan)
+    files = measured.get("damaged", {}).get("files", 0)
+    rows = [
+        (f"{GOALS['psnr_db']} dB at {GOALS['rate_bpp']} bits per pixel",
+         f"{reached:.2f} dB there; {GOALS['psnr_db']} dB at {needed:.4f}",
+         reached >= GOALS["psnr_db"]),
+        (f"{GOALS['recipe_psnr_db']:g} dB at {GOALS['recipe_rate_bpp']:.3f} after the quality "
+         "recipe", "not measured", None),
+        (f"similarity loses at most {GOALS['similarity_loss']} through the file",
+         f"at most {max(losses):.4f}", max(losses) <= GOALS["similarity_loss"]),
+        (f"a film written at {GOALS['film_frames_per_s']} frames/s on an H100",
+         f"{film:.0f} frames/s", film >= GOALS["film_frames_per_s"]),
+        (f"{GOALS['damaged_files']:,} damaged files, no abort", f"{files:,} files, no abort",
+         files >= GOALS["damaged_files"])]
+    return [{"goal": goal, "measured": value, "met": None if met is None else
+             "yes" if met else "no"} for goal, value, met in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line above."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--run", nargs=3, action="append", default=[],
+                        metavar=("FILE", "COMMIT", "LR"), help="a run, its commit and the learning "
+                        "rate of its fine-tuning")
+    parser.add_argument("--fuzz", nargs=2, metavar=("LOG", "COMMIT"))
+    args = parser.parse_args(argv)
+    runs = [run_of(json.loads(Path(file).read_text(encoding="utf-8")), commit=commit,
+                   fine_tune_lr=float(lr)) for file, commit, lr in args.run]
+    damaged = args.fuzz and {**count_damaged(Path(args.fuzz[0]).read_text(encoding="utf-8")),
+                             "commit": args.fuzz[1]}
+    collect(args.path, runs, damaged)
+
+
+if __name__ == "__main__":
+    main()

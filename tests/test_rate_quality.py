@@ -1,0 +1,62 @@
+"""What the page of rate and quality says, worked by hand."""
+
+import json
+import math
+
+import pytest
+
+from hnerv_clip.bench import rate_quality as rate
+
+LINE = [{"rate_bpp": 0.01 * 4**i, "psnr_db": 30.0 + 4 * i} for i in range(3)]
+
+
+def measured(commit="a" * 40, *, head=True, psnr=36.0):
+    run = {"device": "a GPU", "settings": dict.fromkeys(rate.SETTINGS, 1) | {"predict_clip": head},
+           "trained": {"eval_psnr_all": psnr, "eval_clip_similarity_all": 0.98}, "points": [
+               {"kind": "8 bits", "rate_bpp": 0.1, "psnr_db": psnr, "clip_similarity": 0.979},
+               *({"kind": "tuned", "rate": 0.01, "epochs": 5, **point, "history": [
+                   {"epoch": e, "psnr_db": 30 + abs(e - 1), "rate_bpp": 0.05, "clip_loss": 0.0}
+                   for e in range(6)]} for point in LINE)],
+           "decode_frames_per_s": {"fast": 300.0, "network alone": 900.0}}
+    return rate.run_of(run, commit=commit, fine_tune_lr=1e-3)
+
+
+def test_between_points_by_the_logarithm_of_the_rate():
+    assert rate.at_rate(LINE[::-1], 0.02) == pytest.approx(32)
+    assert rate.at_psnr(LINE[::-1], 36) == pytest.approx(0.08)
+    assert math.isnan(rate.at_rate(LINE, 0.009)) and math.isnan(rate.at_psnr(LINE, 38.1))
+
+
+def test_damaged_files_are_counted_once_by_seed():
+    log = ("60 files of seed 1: {'refused': 50, 'read': 10}\nrc 0\nRecursionError: deep\nrc 1\n"
+           "60 files of seed 3: {'refused': 60}\nrc 0\n")
+    whole = f"{log}=== again\na traceback\n{log}"
+    assert rate.count_damaged(whole) == {
+        "files": 120, "refused": 110, "read": 10, "seeds": [1, 3], "failed": 1}
+    assert rate.count_damaged("nothing") == {
+        "files": 0, "refused": 0, "read": 0, "seeds": [], "failed": 0}
+
+
+def test_runs_are_put_beside_the_codecs(tmp_path):
+    pytest.importorskip("bjontegaard")
+    path = tmp_path / "rate_quality.json"
+    codecs = [{"codec": name, "rate_bpp": 0.005 * 2**i, "psnr_db": low + 2.0 * i}
+              for name, low in (("x264", 30), ("far", 80)) for i in range(6)]
+    path.write_text(json.dumps({"codecs": codecs, "hnerv_clip": {}}))
+    rate.collect(path, [measured(), measured("b" * 40, head=False)], {"files": 7})
+    rate.collect(path, [measured("b" * 40, head=False, psnr=37.0)])
+    kept = json.loads(path.read_text())
+    assert [run["trained_psnr_db"] for run in kept["runs"]] == [36, 37]
+    assert kept["damaged"] == {"files": 7} and "hnerv_clip" not in kept
+    assert "clip_loss" not in kept["runs"][0]["points"][1]["history"][0]
+    assert {row["anchor"] for row in rate.bd_rates(codecs, LINE + [
+        {"rate_bpp": 0.32, "psnr_db": 40.0}])} == {"x264"}, "no PSNR is shared with the other"
+
+
+def test_goals_are_met_or_missed():
+    rows = rate.goals({"runs": [measured()], "damaged": {"files": 10**6}})
+    assert [row["met"] for row in rows] == ["no", None, "yes", "no", "yes"]
+    assert rows[0]["measured"] == "34.92 dB there; 35.5 dB at 0.0673"
+    assert rows[3]["measured"] == "300 frames/s"
+    assert rate.fine_tuning_words(measured()["points"][1]).startswith(
+        "At the weight 0.01 of its bits it fell to 30.00 dB at epoch 1 and rose to 34.00 dB")

@@ -569,14 +569,16 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-def profile_params(profile: str) -> dict[str, Any]:
+def profile_params(profile: str, **overrides: Any) -> dict[str, Any]:
     """Every parameter of a profile, flat and packed.
 
+    Args:
+        overrides: values that win over the profile's; what is `auto` is chosen for them.
     Raises:
         ConfigError: unknown profile.
     """
     _one_of("profile", profile, tuple(PROFILES))
-    return Config.from_params(**PROFILES[profile]).params()
+    return Config.from_params(**PROFILES[profile] | overrides).params()
 
 
 def settings_table() -> list[tuple[str, str, str, str]]:

@@ -104,6 +104,15 @@ def test_the_full_profile_injects_what_differs_from_quick(repo):
     assert second == {"outf": "output/full/main"}
 
 
+def test_another_video_is_not_cropped_to_bunnys_size(repo):
+    third = write_notebook(repo / "notebooks" / "03_third.ipynb",
+                           'data_path = "bunny"\ncrop_list = "640_1280"\nenc_strds = "7 4 3"')
+    [injected] = build.plan_parameters([third], profile="full", overrides={"data_path": "my.mp4"})
+    assert injected == {"data_path": "my.mp4", "crop_list": "", "enc_strds": "auto"}
+    config = build.run_config(profile="full", overrides={"data_path": "my.mp4"})
+    assert (config.video.crop_list, config.model.enc_strds) == (None, "auto")
+
+
 def test_ablations_go_beside_the_run(repo):
     third = repo / "notebooks" / "03_third.ipynb"
     write_notebook(third, 'ablations_outf = "output/quick/ablations"')

@@ -124,7 +124,8 @@ def plan_parameters(notebooks: list[Path], *, profile: str, overrides: dict[str,
         if name not in known:
             raise BookError(_unknown_parameter(name, known, others))
     outf = str(overrides.get("outf", f"output/{profile}/main"))
-    values = profile_params(profile) | STUDY_PARAMS[profile] | {
+    video = {name: overrides[name] for name in ("data_path",) if name in overrides}
+    values = profile_params(profile, **video) | STUDY_PARAMS[profile] | {
         "outf": outf, "ablations_outf": str(Path(outf).with_name("ablations"))}
     injected = []
     for names in declared:
@@ -138,7 +139,7 @@ def plan_parameters(notebooks: list[Path], *, profile: str, overrides: dict[str,
 def run_config(*, profile: str, overrides: dict[str, Any]) -> Config:
     """The settings of the study's main run."""
     own = {name: value for name, value in overrides.items() if name in param_names()}
-    return Config.from_params(**profile_params(profile) | own)
+    return Config.from_params(**profile_params(profile, **own))
 
 
 def _unknown_parameter(name: str, known: list[str], others: list[Path]) -> str:

@@ -19,12 +19,12 @@ GAP_BANDS = (
 
 
 def similarity_band(similarity: float) -> tuple[str, str]:
-    """(name, meaning) of a mean raw cosine, by the user's table: above 0.9 is excellent, ..."""
+    """(name, meaning) of a mean raw cosine, by the original description's bands: above 0.9 is excellent, ..."""
     return _band(similarity, SIMILARITY_BANDS, "similarity")
 
 
 def gap_band(gap: float) -> tuple[str, str]:
-    """(name, meaning) of training minus held-out cosine, by the user's table."""
+    """(name, meaning) of training minus held-out cosine, by the original description's bands."""
     return _band(gap, GAP_BANDS, "gap")
 
 

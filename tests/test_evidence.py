@@ -1,4 +1,4 @@
-"""What held-out frames say, and what follows: by hand, and its errors on made data."""
+"""What held-out frames say, and what follows: by hand, and its errors on simulated data."""
 
 import numpy as np
 import pandas as pd

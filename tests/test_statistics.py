@@ -1,4 +1,4 @@
-"""Tests and intervals: worked values, slow against fast, and their level on made data."""
+"""Tests and intervals: worked values, slow against fast, and their level on simulated data."""
 
 import numpy as np
 import pytest

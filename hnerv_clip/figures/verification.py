@@ -251,7 +251,7 @@ def plot_side_files(files, head_bytes: int, learned: float, teacher_label: str,
 
 
 def plot_calibration(planted: pd.DataFrame) -> Figure:
-    """How often each question is answered yes on made data.
+    """How often each question is answered yes on simulated data.
 
     Args:
         planted: `simulation.simulate_all`.
@@ -275,7 +275,7 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
     axes[1].set_ylabel("smallest share answered yes")
     axes[1].legend()
     return caption(figure, "The worst case of each question over what was planted; "
-                           f"{planted.datasets.iloc[0]} made data sets each. Dashed: at most 5 %, "
+                           f"{planted.datasets.iloc[0]} simulated data sets each. Dashed: at most 5 %, "
                            "at least 90 %.")
 
 

@@ -55,6 +55,7 @@ def cache_path(video: Video, grid: PatchGrid, config: TeacherConfig, cache_dir: 
 
 
 def identity(config: TeacherConfig) -> list[str]:
+    """What the embeddings of a teacher depend on, for the cache's key: names, versions, digests."""
     if config.teacher == BUNDLED:
         try:
             return [BUNDLED_PACKAGE, metadata.version(BUNDLED_PACKAGE)]
@@ -128,6 +129,7 @@ def teacher_embeddings(video: Video, grid: PatchGrid, config: TeacherConfig, *,
 
 
 def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a CPU tensor's values, in hexadecimal."""
     return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""How often the verdict errs, on made data with a known answer.
+"""How often the verdict errs, on simulated data with a known answer.
 
 `simulate_planted` plants a truth (the teacher plus noise) or nothing (an unrelated series, the
 teacher rolled in time, another video, ...) in place of a network's prediction, and counts how often

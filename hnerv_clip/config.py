@@ -121,7 +121,7 @@ class ModelConfig:
     head: str = setting(
         "original", "original (at patch centers, with lambda), or field (any box, frozen)")
     field_rank: int = setting(
-        64, "values that a field's output basis combines; more is better and larger")
+        96, "values that a field's output basis combines; more is better and larger")
     field_hidden: int = setting(128, "width of a field's perceptron")
 
 

@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = add("pages", _pages, "make anew what README and book take from book/results")
     made.add_argument("--execute", action=argparse.BooleanOptionalAction, default=True,
-                      help="execute the notebooks over book/results (10 to 18), too")
+                      help="execute the notebooks over book/results (10 to 19), too")
     made.add_argument("--fidelity", nargs="+", metavar="RUN", help=
                       "first collect book/results/fidelity.json from these finished runs")
     made.add_argument("--quick", metavar="FOLDER", help=

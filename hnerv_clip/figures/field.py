@@ -1,0 +1,109 @@
+"""Figures of fields: bytes against skill, and where more parameters stop to help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from hnerv_clip.figures.style import BLACK, GREY, PALETTE, caption, new_figure
+
+COLUMNS = {"any_held": "any box", "eight_held": "eight patches"}
+
+
+def plot_field_rate(fields: pd.DataFrame, *, baselines: pd.DataFrame,
+                    original: dict[str, dict[str, float]],
+                    goals: dict[str, dict[str, float]], teacher_label: str) -> Figure:
+    """Skill on held-out frames against bytes, a column of panels per video.
+
+    Args:
+        fields: video, kb, any_held, eight_held, of rounded fields.
+        baselines: video, baseline, any_held, eight_held; PCA of rank R is named `PCA R …`.
+        original: {video: {eight, any}}, skill of the original head.
+        goals: {column: {video: skill}}.
+    """
+    videos = list(fields.video.unique())
+    figure, axes = new_figure(2, len(videos), height=6.2, sharex=True, sharey=True, squeeze=False)
+    for line, (column, words) in zip(axes, COLUMNS.items()):
+        for panel, video in zip(line, videos):
+            own = fields[fields.video == video].sort_values("kb")
+            panel.plot(own.kb, own[column], ".", color=PALETTE["predicted"], alpha=0.45)
+            front = own[own[column] >= own[column].cummax()]
+            panel.plot(front.kb, front[column], "o-", color=PALETTE["predicted"])
+            for row in baselines[baselines.video == video].itertuples():
+                _reference(panel, row.baseline, getattr(row, column))
+            panel.axhline(goals[column][video], color=BLACK, linestyle=":")
+            known = original[video]["any" if column == "any_held" else "eight"]
+            if known > 0.45:
+                panel.axhline(known, color=PALETTE["clip"])
+            else:
+                panel.annotate(f"original head: {known:.2f}", (0.98, 0.02), ha="right",
+                               xycoords="axes fraction", color=PALETTE["clip"], fontsize=8)
+            panel.set_title(f"{video}, {words}", parse_math=False)
+            panel.set(xscale="log", ylim=(0.45, 1.0))
+            _plain_ticks(panel, (20, 50, 100, 200, 500))
+    for panel in axes[-1]:
+        panel.set_xlabel("bytes of the field, estimated (kB)")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("skill, held-out frames")
+    handles = [Line2D([], [], color=PALETTE["predicted"], marker="o", label="field, best so far"),
+               Line2D([], [], color=PALETTE["teacher"], label="teacher, interpolated"),
+               Line2D([], [], color=PALETTE["neighbour"], label="teacher, nearest frame"),
+               Line2D([], [], color=GREY, linestyle="--", label="teacher, PCA of the rank"),
+               Line2D([], [], color=PALETTE["clip"], label="original head"),
+               Line2D([], [], color=BLACK, linestyle=":", label="goal")]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=8)
+    return caption(figure, "Up and left is better. A dot is one fit of one seed. Horizontal lines "
+                           "need no field: interpolated and nearest take the teacher's embedding "
+                           "of that box in training frames, PCA in the frame itself. "
+                           f"Teacher: {teacher_label}.")
+
+
+def plot_field_limit(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
+    """Skill against parameters at the boxes fitted to and at others, a panel per video.
+
+    Args:
+        rows: video, params, own_boxes, any_train, any_held, any_held_smooth.
+    """
+    videos = list(rows.video.unique())
+    figure, axes = new_figure(1, len(videos), height=3.8, sharey=True, squeeze=False)
+    shown = {"own_boxes": ("train", "o-", "boxes fitted to, training frames"),
+             "any_train": ("neighbour", "s-", "other boxes, training frames"),
+             "any_held": ("held_out", "D-", "other boxes, held-out frames"),
+             "any_held_smooth": ("clip", "^--", "the same, against the smoothed teacher")}
+    for panel, video in zip(axes[0], videos):
+        own = rows[rows.video == video]
+        for column, (color, style, words) in shown.items():
+            best = own.groupby("params", as_index=False)[column].max()
+            panel.plot(best.params / 1e6, best[column], style, color=PALETTE[color], label=words)
+        panel.set_title(video, parse_math=False)
+        panel.set(xscale="log", xlabel="parameters of the field (millions)")
+        _plain_ticks(panel, (0.1, 0.2, 0.5, 1, 2))
+    axes[0][0].set_ylabel("skill")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8)
+    return caption(figure, "Larger fields meet the boxes that they were fitted to, not others. "
+                           "Smoothed: the teacher's mean over eight boxes within 3 %. Of several "
+                           "fits of one size each line shows its best. One seed. Teacher: "
+                           f"{teacher_label}.")
+
+
+def _plain_ticks(panel: Axes, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic axis as plain numbers."""
+    panel.set_xticks(values, [f"{value:g}" for value in values])
+    panel.xaxis.set_minor_locator(NullLocator())
+
+
+def _reference(panel: Axes, name: str, value: float) -> None:
+    """A horizontal line for what needs no field, ranks of PCA by their number."""
+    if not name.startswith("PCA"):
+        color = PALETTE["neighbour" if name.startswith("nearest") else "teacher"]
+        panel.axhline(value, color=color, linewidth=1.4)
+        return
+    panel.axhline(value, color=GREY, linestyle="--", linewidth=0.9)
+    panel.annotate(name.split()[1], (1.0, value), xycoords=("axes fraction", "data"), fontsize=7,
+                   color=GREY, xytext=(2, -2), textcoords="offset points")

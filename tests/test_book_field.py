@@ -1,0 +1,55 @@
+"""Fields' results: which rows are whose, and what counts as bytes."""
+
+import json
+
+import pytest
+
+from hnerv_clip.book import field as book
+from hnerv_clip.book.results import ResultsError
+
+
+def field_row(any_held, size, **change):
+    fit = {key: change.pop(key) for key in ("rounding", "steps") if key in change}
+    return {"video": "bunny", "head": "a", "seed": 0, "any_held": any_held, "bytes": size,
+            "params": size, "own_boxes": any_held, "change": {**change, "fit": fit or None}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [field_row(0.7, 50_000, rank=96, steps=8000), field_row(0.8, 400_000, output="relu"),
+            field_row(0.9, 10_000, rounding=0.0), field_row(0.75, 60_000, points=5)]
+    (tmp_path / book.FILE).write_text(json.dumps({"about": {}, "rows": rows}))
+    rows = [{"run": "bunny_px", "eval_psnr_val_interpolated": 31.5},
+            {"run": "bunny_user", "eval_psnr_val_interpolated": 30.0},
+            {"video": "bunny", "head": "user's head (8)", "skill": {"grid8": 0.9, "any": -0.4}},
+            *({"video": "bunny", "head": f"post-hoc {v}", "skill": {"any": v}} for v in (0.7, 0.8))]
+    (tmp_path / book.SCOUT).write_text(json.dumps({"about": {}, "rows": rows}))
+    return tmp_path
+
+
+def test_bytes_count_of_rounded_fields_alone(folder):
+    fields = book.read_fields(folder)["fields"]
+    assert book.best_field(fields, "bunny").any_held == 0.8  # 0.9 is of weights never rounded
+    assert book.best_field(fields, "bunny", max_kb=60).any_held == 0.75
+    assert book.smallest_field(fields, "bunny", any_held=0.72).kb == 60
+    assert book.smallest_field(fields, "bunny", any_held=0.85) is None
+
+
+def test_a_change_is_said_in_words_and_other_designs_are_no_sizes(folder):
+    fields = book.read_fields(folder)["fields"]
+    assert list(fields.change) == ["rank 96, steps 8000", "relu output", "as it was at first",
+                                   "points 5"]
+    assert list(book.capacity(fields).params) == [10_000, 50_000, 400_000]
+
+
+def test_the_original_heads_cost_is_of_the_same_frames(folder):
+    assert book.read_original(folder) == {"bunny": {"eight": 0.9, "any": -0.4, "cost_db": 1.5}}
+    assert book.read_perceptrons(folder)["bunny"]["skill"]["any"] == 0.8
+
+
+def test_missing_fields_are_said(tmp_path):
+    with pytest.raises(ResultsError, match="field_h100.json does not exist"):
+        book.read_fields(tmp_path)
+    (tmp_path / book.FILE).write_text('{"about": {}, "rows": []}')
+    with pytest.raises(ResultsError, match="has no field"):
+        book.read_fields(tmp_path)

@@ -19,7 +19,7 @@ GAP_BANDS = (
 
 
 def similarity_band(similarity: float) -> tuple[str, str]:
-    """(name, meaning) of a mean raw cosine, by the original description's bands: above 0.9 is excellent, ..."""
+    """(name, meaning) of a mean raw cosine, by the original description's bands."""
     return _band(similarity, SIMILARITY_BANDS, "similarity")
 
 

@@ -75,7 +75,7 @@ class Bench:
 
 
 def random_embeddings(dataset: Dataset, config: Config) -> Tensor | None:
-    """Unit vectors [T, P, D] in place of a teacher's, which speed does not depend on."""
+    """Unit vectors [T, P, D] in place of a teacher's; speed does not depend on them."""
     if not config.model.predict_clip:
         return None
     shape = (len(dataset.video.frames), len(dataset.grid), config.model.clip_dim)

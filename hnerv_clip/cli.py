@@ -150,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
                          "where the run's video lies now, if it moved; its frames are compared")
         if name == "search":
             sub.add_argument("--region", metavar="FRAME,TOP,LEFT,HEIGHT,WIDTH", help=
-                             "search for what is like this box of a frame; for a run with a field")
+                             "search for what is like this box of a frame; for a run or a "
+                             "stored video with a field")
             sub.add_argument("queries", nargs="*", help="texts; ImageNet class names for a run "
                                                         "with the bundled teacher")
             sub.add_argument("--top_k", type=int, default=5)
@@ -411,12 +412,13 @@ def _search(args: argparse.Namespace) -> None:
                             ) if args.queries else []
     if (resolve_path(args.outf) / FIELD).is_file():
         return _search_field(args, queries)
+    if resolve_path(args.outf).is_file():
+        return search_file(resolve_path(args.outf), queries, top_k=args.top_k, apart=args.apart,
+                           device=args.device, weights=args.weights,
+                           region=_parse_region(args.region) if args.region else None)
     if args.region:
         raise ConfigError(f"--region needs a field, which {args.outf} has not: "
                           f"hnerv-clip fit-head {args.outf}")
-    if resolve_path(args.outf).is_file():
-        return search_file(resolve_path(args.outf), queries, top_k=args.top_k, apart=args.apart,
-                           device=args.device, weights=args.weights)
     if (resolve_path(args.outf) / "videos.json").is_file():
         return _search_index(args, queries)
     run = RunDir(args.outf)

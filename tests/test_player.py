@@ -160,6 +160,28 @@ def test_a_field_reads_no_picture(with_field, monkeypatch):
     assert not any(name.startswith("rgb_head") for name in read)
 
 
+def test_a_file_with_a_field_is_searched_by_region(with_field, tmp_path, capsys, monkeypatch):
+    """From the command line to the table, without the teacher."""
+    monkeypatch.setattr("hnerv_clip.teachers.load_teacher", None)
+    path, video = str(with_field[0]), hnerv_clip.open(with_field[0])
+    found = video.search_region((0, 0, 20, 20), TIMES[1], 3, apart=1)
+    assert len(found) == 3 and list(found["rank"]) == [1, 2, 3]
+    hit = found.iloc[0]  # its score is the cosine of the two boxes' embeddings
+    own = video.embed((hit.x0, hit.y0, hit.x1, hit.y1), hit.time_s)
+    assert hit.score == pytest.approx(own @ video.embed((0, 0, 20, 20), TIMES[1]), abs=1e-5)
+    search = ["search", path, "--device", "cpu", "--region"]
+    assert main([*search, "1,0,0,20,20", "--top_k", "3", "--apart", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "like box (0.0, 0.0, 20.0, 20.0) of frame 1" in said and f"{hit.score:.3f}" in said
+    for region, words in (("9,0,0,20,20", "has frames 0 to 5"), ("1,0", "is not FRAME,TOP"),
+                          ("1,0,0,400,20", "reaches outside the frame")):
+        assert main([*search, region]) == 2
+        assert words in capsys.readouterr().err
+    plain = make_file(tmp_path / "v.hnerv")
+    assert main(["search", str(plain), "--device", "cpu", "--region", "1,0,0,20,20"]) == 2
+    assert "holds no field" in capsys.readouterr().err
+
+
 def test_search_refuses_another_teachers_weights(tmp_path):
     video = hnerv_clip.open(make_file(tmp_path / "v.hnerv"))
     video.header.meta["teacher"]["weights"] = "sha256:0"

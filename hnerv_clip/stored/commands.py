@@ -9,7 +9,7 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hnerv_clip.config import ConfigError
@@ -114,16 +114,38 @@ def _embed(args: argparse.Namespace) -> None:
 
 
 def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int, device: str,
-                weights: str | None = None) -> None:
-    """Print what answers some texts best, for `hnerv-clip search FILE TEXT …`."""
+                weights: str | None = None, region: Sequence[float] | None = None) -> None:
+    """Print what answers some texts best, for `hnerv-clip search FILE TEXT …`.
+
+    Args:
+        region: (frame, top, left, height, width) of a box to find the like of, first.
+    Raises:
+        ConfigError: a region of a file without a field, outside the picture or the video.
+    """
+    import numpy as np
+    import torch
+
     from hnerv_clip import open as open_video
+    from hnerv_clip.heads.field import check_boxes
 
     video = open_video(path, device=device)
     label = video.header.meta["teacher"]["label"] or video.header.config.teacher.teacher
+    found = {}
+    if region is not None:
+        frame, *box = region
+        if not 0 <= frame <= len(video) - 1:
+            raise ConfigError(f"--region names frame {frame:g}; {path} has frames 0 to "
+                              f"{len(video) - 1}")
+        check_boxes(torch.tensor(box), video.size)
+        top, left, height, width = box
+        found[f"like box {tuple(box)} of frame {frame:g}"] = video.search_region(
+            (left, top, left + width, top + height),
+            float(np.interp(frame, range(len(video)), video.times_s)), top_k, apart=apart)
     for query in queries:
-        found = video.search(query, top_k, apart=apart, weights=weights)
-        print(f"{query}  ({label})")
-        print(found.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
+        found[query] = video.search(query, top_k, apart=apart, weights=weights)
+    for words, table in found.items():
+        print(f"{words}  ({label})")
+        print(table.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
 
 
 def _export(args: argparse.Namespace) -> None:

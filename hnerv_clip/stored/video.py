@@ -248,13 +248,35 @@ class StoredVideo(Sequence):
 
         vector = encode_queries([text], self.teacher(weights))[0]
         if self.has_field:
-            from hnerv_clip.search.boxes import search_boxes
-
-            found = search_boxes(self.field, vector, top_k, apart=apart)
-            y0, x0, height, width = found[["top", "left", "height", "width"]].to_numpy().T
-            return _found(found, self.times_s, (x0, y0, x0 + width, y0 + height))
+            return self._search_field(vector, top_k, apart=apart)
         found = rank_patches(vector, self.patch_embeddings, top_k, apart=apart)
         return _found(found, self.times_s, self.boxes()[found.patch].T)
+
+    def search_region(self, box: tuple[float, float, float, float], time_s: float, top_k: int = 5,
+                      *, apart: int = 4) -> pd.DataFrame:
+        """The boxes that are most like a box of the picture at a time; no teacher is loaded.
+
+        Args:
+            box: (x0, y0, x1, y1) in pixels; what overlaps it within `apart` frames is left out.
+            time_s: seconds.
+            top_k, apart: as for `search`.
+        Returns:
+            As `search`.
+        Raises:
+            ValueError: a box or a time outside the video.
+            ConfigError: a file without a field.
+        """
+        x0, y0, x1, y1 = box
+        _ = self.field  # or says that there is none, before the original head answers
+        return self._search_field(self.embed(box, time_s), top_k, apart=apart, not_near=(
+            self.frame_at(time_s), (y0, x0, y1 - y0, x1 - x0)))
+
+    def _search_field(self, vector: np.ndarray, top_k: int, **options) -> pd.DataFrame:
+        from hnerv_clip.search.boxes import search_boxes
+
+        found = search_boxes(self.field, vector, top_k, **options)
+        y0, x0, height, width = found[["top", "left", "height", "width"]].to_numpy().T
+        return _found(found, self.times_s, (x0, y0, x0 + width, y0 + height))
 
     def teacher(self, weights: str | None = None):
         """The teacher in whose space the embeddings are, loaded once.

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip.book import BookError, build, markdown, pages, results
+from hnerv_clip.book import BookError, build, judged, markdown, pages, results
 from hnerv_clip.study.plan import ENCODINGS, REMEDIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +97,74 @@ def test_missing_and_wrong_results_are_said(tmp_path, runs):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(results.ResultsError, match="x.json is damaged: it is no JSON.*this"):
         results.read_json(tmp_path, "x.json", fix="this")
+
+
+@pytest.fixture
+def cross_fit(tmp_path):
+    """The committed answers, and how to read them changed."""
+    content = json.loads((ROOT / "book/results/verification_cross_fit.json").read_text())
+
+    def read(change=lambda content: None):
+        change(content)
+        (tmp_path / "verification_cross_fit.json").write_text(json.dumps(content))
+        return judged.read_judged(tmp_path)
+    return read
+
+
+def test_the_verdict_follows_from_the_answers(cross_fit):
+    """Decoded frames first; what two videos answer differently is said of each."""
+    text = judged.answer_sentences(cross_fit())
+    assert text.startswith("**In part: on held-out frames of bunny and bikes the head beats the "
+                           "teacher on the decoded frame, beats a constant")
+    assert "is no better than the nearest training frame, interpolating the teacher or a side " \
+        in text
+
+    def change(content):
+        for row in content["answers"]:
+            if row["phases"] == "all":
+                row["answer"] = "no" if (row["video"], row["question"]) == ("bikes", "when") else \
+                    "cannot tell" if row["question"] == "where" else "yes"
+    assert judged.answer_sentences(cross_fit(change)) == (
+        "**In part: on held-out frames of bunny and bikes the head beats the teacher on the "
+        "decoded frame, beats a constant, beats the nearest training frame, beats interpolating "
+        "the teacher and beats a side file of equal bytes. Does it know when? bunny: yes and "
+        "bikes: no. These frames cannot tell: Does it know where?**")
+
+
+def test_answers_that_are_missing_are_said(cross_fit):
+    def change(content):
+        content["answers"] = [row for row in content["answers"]
+                              if (row["video"], row["question"]) != ("bikes", "decoded")]
+    with pytest.raises(results.ResultsError, match="no answer of bikes to decoded; .*git checkout"):
+        cross_fit(change)
+
+
+def test_limits_come_from_the_runs(cross_fit):
+    assert "4 of 5 phases on bikes, so that one frame in 5" in judged.limit_words(cross_fit())
+
+    def change(content):
+        own = [row for row in content["runs"] if row["video"] == "bunny"]
+        content["runs"] = [row | {"seed": seed} for row in own for seed in (0, 1)]
+    assert judged.limit_words(cross_fit(change)).startswith("2 seeds a phase")
+
+
+def test_the_worst_made_data_are_named():
+    cell = {"planted": "equal", "design": "quick", "rho": 0.9, "question": "decoded", "no": 0,
+            "estimate": 0, "datasets": 10}
+    planted = pd.DataFrame([
+        cell | {"kind": "null", "yes": 0.02, "rejected": 0.08},
+        cell | {"kind": "null", "yes": 0.04, "rejected": 0.01, "question": "when"},
+        cell | {"kind": "truth", "yes": 0.9, "rejected": 1, "planted": "perfect"},
+        cell | {"kind": "between", "yes": 0.5, "rejected": 1, "estimate": 0.3}])
+    text = judged.error_sentences(planted)
+    assert "wrong yes comes in at most 4.0% of 10 data sets" in text and "at least 90.0%" in text
+    assert "up to 8.0% (as good as the teacher on the decoded frame; quick;" in text
+    assert "in 1 of the 2 cells" in text
+    weak, = judged.weak_rows(planted)
+    assert (weak["value"], weak["answered yes"]) == ("0.30", "50.0%")
+    intervals = pd.DataFrame({"covered": [0.94, 0.97], "datasets": 7})
+    assert "at worst 1.0 points too seldom and 2.0 points too often" in \
+        judged.coverage_words(intervals)
 
 
 def test_text_is_escaped_once():

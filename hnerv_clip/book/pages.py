@@ -27,8 +27,11 @@ This page is the executed copy of `notebooks/{name}.ipynb` from a full run, and 
 
 - In minutes, on a laptop, at reduced size: `hnerv-clip book` writes it to `output/quick/html`.
 - In full, on a GPU: `hnerv-clip book --profile full` executes every notebook and puts it here.
-```
+{instead}```
 """
+# Page → what to read while it is not published
+INSTEAD = {"04_verify_clip": "- Measured already, by the same questions, over runs whose held-out "
+                             "frames tile their video: [Is it real?](17_judge_network.ipynb)\n"}
 
 
 def placeholder(name: str) -> str:
@@ -38,7 +41,8 @@ def placeholder(name: str) -> str:
     """
     number, _, words = name.partition("_")
     title = words.replace("_", " ").replace("clip", "CLIP").capitalize().replace("clip", "CLIP")
-    text = PLACEHOLDER.format(title=f"{number} · {title}", name=name)
+    text = PLACEHOLDER.format(title=f"{number} · {title}", name=name,
+                              instead=INSTEAD.get(name, ""))
     cell = nbformat.v4.new_markdown_cell(text.strip(), id="placeholder")
     page = nbformat.v4.new_notebook(cells=[cell], metadata={
         "kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}})

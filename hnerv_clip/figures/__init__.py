@@ -36,6 +36,7 @@ from hnerv_clip.figures.verification import (
     plot_answers,
     plot_calibration,
     plot_conditions,
+    plot_judged,
     plot_positions,
     plot_retrieval,
     plot_side_files,
@@ -47,8 +48,9 @@ __all__ = ["PALETTE", "blend_heat", "plot_ablation", "plot_answers", "plot_calib
            "plot_conditions", "plot_decoding_speed", "plot_differences", "plot_embedding_map",
            "plot_fidelity", "plot_field_limit", "plot_field_rate", "plot_frame_quality",
            "plot_frame_similarity", "plot_frames", "plot_growth", "plot_heat_map",
-           "plot_index_hits", "plot_learning", "plot_pareto", "plot_patch_grid", "plot_patches",
-           "plot_positions", "plot_profile", "plot_query_agreement", "plot_ranked_patches",
-           "plot_rate_quality", "plot_rates", "plot_reconstructions", "plot_retrieval",
-           "plot_scaling", "plot_side_files", "plot_similarity_by_lag", "plot_similarity_over_time",
-           "plot_split", "plot_strips", "plot_study", "plot_tradeoff", "plot_training", "use_style"]
+           "plot_index_hits", "plot_judged", "plot_learning", "plot_pareto", "plot_patch_grid",
+           "plot_patches", "plot_positions", "plot_profile", "plot_query_agreement",
+           "plot_ranked_patches", "plot_rate_quality", "plot_rates", "plot_reconstructions",
+           "plot_retrieval", "plot_scaling", "plot_side_files", "plot_similarity_by_lag",
+           "plot_similarity_over_time", "plot_split", "plot_strips", "plot_study", "plot_tradeoff",
+           "plot_training", "use_style"]

@@ -93,8 +93,46 @@ def plot_answers(answers: pd.DataFrame, teacher_label: str, source: str = "") ->
         answers: `verdict.answer_table`.
         teacher_label, source: for the caption, as in `plot_conditions`.
     """
-    colours = {"yes": PALETTE["learned"], "no": PALETTE["reference"], "cannot tell": "#b0b0b0"}
     figure, panel = new_figure(height=0.4 * len(answers) + 1.2)
+    _draw_answers(panel, answers)
+    panel.set_yticks(range(len(answers)), [
+        f"{QUESTIONS[row.question][0]} {row.answer.upper()}" for row in answers.itertuples()])
+    panel.set_xlabel("net wins over the baseline, or score of changes")
+    return caption(figure, _words(_answer_caption(answers.frames.iloc[0]), teacher_label, source))
+
+
+def plot_judged(answers: pd.DataFrame, teacher_label: str) -> Figure:
+    """`plot_answers` of several videos side by side.
+
+    Args:
+        answers: rows of `verdict.Answer`, and video; questions are drawn in their order.
+        teacher_label: the teacher in words, for the caption.
+    """
+    videos, questions = list(answers.video.unique()), list(answers.question.unique())
+    figure, axes = new_figure(1, len(videos), height=0.36 * len(questions) + 1.2, sharey=True,
+                              squeeze=False)
+    for panel, video in zip(axes[0], videos):
+        own = answers[answers.video == video].set_index("question", drop=False).loc[questions]
+        _draw_answers(panel, own)
+        for place, row in enumerate(own.itertuples()):
+            left = row.estimate < 0
+            panel.text(row.high + 0.08 if left else row.low - 0.08, place, row.answer, va="center",
+                       ha="left" if left else "right", fontsize=9)
+        panel.set(title=f"{video}, {own.frames.iloc[0]} frames", xlabel="net wins, or score")
+    axes[0, 0].set_yticks(range(len(questions)), [QUESTIONS[name][0] for name in questions])
+    frames = " and ".join(str(n) for n in answers.groupby("video", sort=False).frames.first())
+    return caption(figure, _words(_answer_caption(frames), teacher_label))
+
+
+def _answer_caption(frames):
+    return ("Right of zero the network is better, or knows. Net wins: share of patches where its "
+            "error is smaller less the share where it is larger. Bars: 95 % intervals over "
+            f"{frames} held-out frames, allowing for autocorrelation; grey band: too small to "
+            "matter.")
+
+
+def _draw_answers(panel, answers):
+    colours = {"yes": PALETTE["learned"], "no": PALETTE["reference"], "cannot tell": "#b0b0b0"}
     panel.axvline(0, color="black", linewidth=1)
     panel.axvspan(-MARGIN, MARGIN, color="#606060", alpha=0.15, linewidth=0)
     for place, row in enumerate(answers.itertuples()):
@@ -102,15 +140,7 @@ def plot_answers(answers: pd.DataFrame, teacher_label: str, source: str = "") ->
         panel.hlines(place, max(row.low, -1.2), min(row.high, 1.2), color=colour, linewidth=2.5)
         panel.plot(row.estimate, place, "o", color=colour, markeredgecolor="black",
                    markeredgewidth=0.5)
-    panel.set_yticks(range(len(answers)), [
-        f"{QUESTIONS[row.question][0]} {row.answer.upper()}" for row in answers.itertuples()])
-    panel.invert_yaxis()
-    panel.set(xlabel="net wins over the baseline, or score of changes", xlim=(-1.1, 1.1))
-    return caption(figure, _words(
-        "Right of zero the network is better, or knows. Net wins: share of patches where its error "
-        "is smaller less the share where it is larger. Bars: 95 % intervals over "
-        f"{answers.frames.iloc[0]} held-out frames, allowing for autocorrelation; grey band: too "
-        "small to matter.", teacher_label, source))
+    panel.set(xlim=(-1.1, 1.1), ylim=(len(answers) - 0.5, -0.5))
 
 
 def plot_retrieval(measures: pd.DataFrame, teacher_label: str, source: str = "", *,
@@ -273,7 +303,7 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
         panel.set_title(title)
     axes[0].set_ylabel("largest share with p of 5 % or less")
     axes[1].set_ylabel("smallest share answered yes")
-    axes[1].legend()
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return caption(figure, "The worst case of each question over what was planted; "
                            f"{planted.datasets.iloc[0]} simulated data sets each. Dashed: at most "
                            "5 %, at least 90 %.")

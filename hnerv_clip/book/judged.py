@@ -246,6 +246,6 @@ def coverage_rows(intervals: pd.DataFrame) -> list[Row]:
 def coverage_words(intervals: pd.DataFrame) -> str:
     """How far 95 % intervals are from holding the truth in 95 %."""
     low, high = intervals.covered.min(), intervals.covered.max()
-    return (f"Of {intervals.datasets.min()} simulated data sets each, 95 % intervals hold the truth in "
-            f"{low:.1%} to {high:.1%}: at worst {max(0, 95 - 100 * low):.1f} points too seldom and "
-            f"{max(0, 100 * high - 95):.1f} points too often.")
+    return (f"Of {intervals.datasets.min()} simulated data sets each, 95 % intervals hold the "
+            f"truth in {low:.1%} to {high:.1%}: at worst {max(0, 95 - 100 * low):.1f} points too "
+            f"seldom and {max(0, 100 * high - 95):.1f} points too often.")

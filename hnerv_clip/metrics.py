@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from torch import Tensor  # its import takes seconds, which a search need not wait for
 
 
-def check_embeddings(embeddings, name: str = "embeddings") -> np.ndarray:
+def check_embeddings(embeddings: npt.ArrayLike, name: str = "embeddings") -> np.ndarray:
     """The embeddings as float32 [T, P, D], or a clear error.
 
     Args:
@@ -43,7 +44,7 @@ def check_embeddings(embeddings, name: str = "embeddings") -> np.ndarray:
     return array
 
 
-def check_pair(predicted, teacher) -> tuple[np.ndarray, np.ndarray]:
+def check_pair(predicted: npt.ArrayLike, teacher: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Both as float32 [T, P, D], or an error that quotes both shapes."""
     predicted = check_embeddings(predicted, "predicted")
     teacher = check_embeddings(teacher, "teacher")
@@ -82,7 +83,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(lengths, 1e-12)
 
 
-def skill(score, reference):
+def skill(score: npt.ArrayLike, reference: npt.ArrayLike) -> np.ndarray:
     """Share of the way from a reference score to a perfect one: (score - ref) / (1 - ref).
 
     1 is perfect, 0 is no better than the reference, negative is worse.
@@ -134,7 +135,7 @@ def bracket_frames(frames: np.ndarray, train_frames: np.ndarray, *, exclude_self
     return before, after, np.clip((frames - before) / np.maximum(after - before, 1), 0, 1)
 
 
-def mean_energy(embeddings) -> float:
+def mean_energy(embeddings: npt.ArrayLike) -> float:
     """The share of unit embeddings [T, P, D] that their constant mean holds: its squared length.
 
     At 1 all are the same; a constant prediction then has cosine 1.
@@ -142,7 +143,7 @@ def mean_energy(embeddings) -> float:
     return float(np.square(np.mean(np.asarray(embeddings), axis=(0, 1), dtype=np.float64)).sum())
 
 
-def frame_similarity(embeddings, *, centred: bool = False) -> np.ndarray:
+def frame_similarity(embeddings: npt.ArrayLike, *, centred: bool = False) -> np.ndarray:
     """Cosine between frames, averaged over patch positions.
 
     Args:
@@ -184,7 +185,7 @@ class Structure(NamedTuple):
     neighbour_cosine: float  # what the frame before scores; NaN for a single frame
 
 
-def describe_structure(embeddings) -> Structure:
+def describe_structure(embeddings: npt.ArrayLike) -> Structure:
     """How alike the embeddings [T, P, D] of a video are, so that a score can be judged."""
     raw, centred = frame_similarity(embeddings), frame_similarity(embeddings, centred=True)
     by_lag, energy = similarity_by_lag(raw), mean_energy(embeddings)

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -340,7 +340,8 @@ def _folder_names(root: Path, study: Path) -> dict[str, str]:
     return {k: v for k, v in sorted(folders.items(), key=lambda kv: -len(kv[0])) if k != "/"}
 
 
-def execute_results(root: Path, only: Iterable[str] = (), *, say=print) -> list[Path]:
+def execute_results(root: Path, only: Iterable[str] = (), *,
+                    say: Callable[[str], Any] = print) -> list[Path]:
     """Execute the notebooks over `book/results` and put their pages into `book/`.
 
     Those pages hold no time or machine of their own, so that they change with the results alone;
@@ -408,7 +409,8 @@ def publish(root: Path, site: Path) -> list[Path]:
 
 
 def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None,
-              only: Iterable[str] = (), publish_pages: bool | None = None, say=print) -> Path:
+              only: Iterable[str] = (), publish_pages: bool | None = None,
+              say: Callable[[str], Any] = print) -> Path:
     """Execute the notebooks, build the book, and for `full` publish its pages.
 
     Finished runs are reused, so a second call costs little. Pages of results are those in `book/`,

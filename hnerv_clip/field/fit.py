@@ -34,7 +34,7 @@ class FitSettings:
 
 def fit_field(config: FieldConfig, features: Tensor | None, times: Tensor, boxes: Tensor,
               targets: Tensor, *, settings: FitSettings = FitSettings(),
-              progress=None) -> tuple[FieldHead, dict[str, float]]:
+              progress: bool = None) -> tuple[FieldHead, dict[str, float]]:
     """Fit a field; on a GPU as CUDA graphs of whole steps.
 
     Args:

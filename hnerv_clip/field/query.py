@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -72,7 +73,7 @@ class Field:
         return self.model.stages(z, last=config.source_stage)[config.source_stage].float()
 
     @torch.inference_mode()
-    def embed(self, times, boxes) -> Tensor:
+    def embed(self, times: npt.ArrayLike, boxes: npt.ArrayLike) -> Tensor:
         """Unit embeddings of boxes at times.
 
         Args:
@@ -89,7 +90,7 @@ class Field:
         return found[squeeze]
 
     @torch.inference_mode()
-    def scores(self, queries, times, boxes) -> Tensor:
+    def scores(self, queries: npt.ArrayLike, times: npt.ArrayLike, boxes: npt.ArrayLike) -> Tensor:
         """Cosine of queries [K, D] with boxes at times: [K, B, P] float32 on the CPU.
 
         Where the output is linear no embedding is made: a query meets the basis once.

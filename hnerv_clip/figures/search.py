@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
@@ -128,13 +131,13 @@ def plot_heat_map(frame: np.ndarray, heats: dict[str, np.ndarray], query: str,
                            f"Teacher: {teacher_label}.")
 
 
-def cut(frame: np.ndarray, box) -> np.ndarray:
+def cut(frame: np.ndarray, box: Sequence[int]) -> np.ndarray:
     """The pixels [h, w, 3] of one patch of a frame [3, H, W]."""
     top, left, height, width = (int(value) for value in box)
     return np.moveaxis(frame[:, top:top + height, left:left + width], 0, -1)
 
 
-def frame_panel(panel, colour):
+def frame_panel(panel: Any, colour: str) -> None:
     """Draw a coloured border around a picture."""
     for spine in panel.spines.values():
         spine.set(visible=True, color=colour, linewidth=2.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -56,7 +58,7 @@ def plot_conditions(scores: pd.DataFrame, teacher_label: str, source: str = "") 
 
 
 def plot_similarity_over_time(scores: pd.DataFrame, teacher_label: str, source: str = "", *,
-                              shown=OVER_TIME) -> Figure:
+                              shown: Any = OVER_TIME) -> Figure:
     """Mean cosine of each frame over time, with held-out frames marked.
 
     Args:
@@ -254,7 +256,7 @@ def plot_study(study: Study) -> Figure:
                                   study.teacher_label))
 
 
-def plot_side_files(files, head_bytes: int, learned: float, teacher_label: str,
+def plot_side_files(files: Any, head_bytes: int, learned: float, teacher_label: str,
                     frames: str = "held-out") -> Figure:
     """Similarity of stored embeddings against their bytes, beside the network's head.
 

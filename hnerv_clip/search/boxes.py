@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 
@@ -44,7 +45,7 @@ def square_boxes(frame_hw: tuple[int, int], sides: Sequence[float] = SIDES, *, s
     return torch.tensor(boxes, dtype=torch.float32)
 
 
-def overlap(box, boxes) -> np.ndarray:
+def overlap(box: npt.ArrayLike, boxes: npt.ArrayLike) -> np.ndarray:
     """Intersection over union of a box [4] with boxes [P, 4]: [P]."""
     box, boxes = np.asarray(box, float), np.asarray(boxes, float)
     low = np.maximum(box[:2], boxes[:, :2])
@@ -53,8 +54,9 @@ def overlap(box, boxes) -> np.ndarray:
     return both / (np.prod(box[2:]) + np.prod(boxes[:, 2:], axis=1) - both)
 
 
-def search_boxes(field: Field, query, top_k: int = 5, *, sides: Sequence[float] = SIDES,
-                 step: float = STEP, apart: float = 4, most_overlap: float = 0.3, times=None,
+def search_boxes(field: Field, query: npt.ArrayLike, top_k: int = 5, *,
+                 sides: Sequence[float] = SIDES, step: float = STEP, apart: float = 4,
+                 most_overlap: float = 0.3, times: npt.ArrayLike = None,
                  not_near: tuple[float, Sequence[float]] | None = None) -> pd.DataFrame:
     """The moments and boxes that answer a query best.
 
@@ -87,8 +89,8 @@ def search_boxes(field: Field, query, top_k: int = 5, *, sides: Sequence[float] 
     return pd.DataFrame(rows, columns=["rank", "frame", "top", "left", "height", "width", "score"])
 
 
-def heat_maps(field: Field, queries, times, *, sides: Sequence[float] = SIDES, stride: int = 32
-              ) -> np.ndarray:
+def heat_maps(field: Field, queries: npt.ArrayLike, times: npt.ArrayLike, *,
+              sides: Sequence[float] = SIDES, stride: int = 32) -> np.ndarray:
     """Cosine of queries with square boxes around every position: [B, K, S, h, w] float32.
 
     Near the frame's edge a box is shifted inwards, so that it stays whole.
@@ -119,9 +121,9 @@ def heat_maps(field: Field, queries, times, *, sides: Sequence[float] = SIDES, s
         1, 0, 2, 3, 4)
 
 
-def track(field: Field, query, times=None, *, start: Sequence[float] | None = None,
-          sides: Sequence[float] = SIDES, step: float = STEP, stiffness: float = 0.1
-          ) -> pd.DataFrame:
+def track(field: Field, query: npt.ArrayLike, times: npt.ArrayLike = None, *,
+          start: Sequence[float] | None = None, sides: Sequence[float] = SIDES, step: float = STEP,
+          stiffness: float = 0.1) -> pd.DataFrame:
     """Follow a query through time: the path of boxes with the best sum of scores.
 
     Found by dynamic programming (Viterbi) over boxes of several sizes.

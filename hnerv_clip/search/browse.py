@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
@@ -15,8 +16,8 @@ from hnerv_clip.patches import PatchGrid
 from hnerv_clip.search.rank import similar_patches
 
 
-def browse_patches(frames, grid: PatchGrid, predicted, teacher, teacher_label: str, *,
-                   top_k: int = 6, apart: int = 0, frame: int = 0,
+def browse_patches(frames: Any, grid: PatchGrid, predicted: Any, teacher: Any, teacher_label: str,
+                   *, top_k: int = 6, apart: int = 0, frame: int = 0,
                    show: Callable = display) -> widgets.VBox:
     """A slider for the frame and a button for each patch, laid out as on the frame.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from hnerv_clip.config import Config, TeacherConfig
@@ -64,7 +65,7 @@ class PatchIndex:
     def __len__(self) -> int:
         return self.faiss_index.ntotal
 
-    def search(self, query, top_k: int = 20, *, apart: int = 0) -> pd.DataFrame:
+    def search(self, query: npt.ArrayLike, top_k: int = 20, *, apart: int = 0) -> pd.DataFrame:
         """The patches nearest to a query: rank, video, frame, patch, score (cosine).
 
         Where a video has a field: top, left, height, width too; empty for the others.
@@ -120,7 +121,7 @@ class PatchIndex:
                              "build it from runs: hnerv-clip index FOLDER RUN ...")
         return Config.from_params(**self.settings).teacher
 
-    def save(self, folder) -> Path:
+    def save(self, folder: str | Path) -> Path:
         """Write the index to a folder, so that a reader finds the old or the new one, whole.
 
         The vectors go to a file that is named by their SHA-256; videos.json, which names that file
@@ -273,7 +274,7 @@ def index_runs(runs: Iterable[Run]) -> PatchIndex:
     return built
 
 
-def load_index(folder, *, teacher: str | None = None) -> PatchIndex:
+def load_index(folder: str | Path, *, teacher: str | None = None) -> PatchIndex:
     """Read an index that `PatchIndex.save` wrote.
 
     Args:

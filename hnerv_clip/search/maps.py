@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from sklearn.decomposition import PCA
@@ -16,8 +17,8 @@ from hnerv_clip.search.rank import check_query
 MAP_VALUES = 2 ** 26  # of a dense embedding map at once: 256 MiB
 
 
-def map_embeddings(predicted, teacher, *, points: int = 600, perplexity: float = 30,
-                   seed: int = 0) -> pd.DataFrame:
+def map_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, *, points: int = 600,
+                   perplexity: float = 30, seed: int = 0) -> pd.DataFrame:
     """A map of the embedding space in two dimensions, predicted and teacher's in one (t-SNE).
 
     Neighbours on the map are neighbours in the space; distances between groups mean little.
@@ -45,7 +46,7 @@ def map_embeddings(predicted, teacher, *, points: int = 600, perplexity: float =
         "patch": np.tile(np.arange(patches), 2 * len(kept)), "x": places[:, 0], "y": places[:, 1]})
 
 
-def spread_scores(scores, grid: PatchGrid, *, stride: int = 8) -> np.ndarray:
+def spread_scores(scores: npt.ArrayLike, grid: PatchGrid, *, stride: int = 8) -> np.ndarray:
     """Scores of patches laid over the frame: bilinear between their centres, constant beyond.
 
     For a network that was taught at the patches alone this is steadier than asking its head
@@ -71,7 +72,7 @@ def spread_scores(scores, grid: PatchGrid, *, stride: int = 8) -> np.ndarray:
                      optimize=True).astype(np.float32)
 
 
-def score_map(model: HNeRV, stages: list[torch.Tensor], vectors, *, stride: int = 8
+def score_map(model: HNeRV, stages: list[torch.Tensor], vectors: npt.ArrayLike, *, stride: int = 8
               ) -> np.ndarray:
     """Cosine of queries with what the CLIP head answers everywhere in the frame: heat maps.
 

@@ -6,14 +6,19 @@ predicted by a run or made by the teacher. Scores compare within one query, not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from hnerv_clip.metrics import check_embeddings, check_pair, rank_correlation
 from hnerv_clip.teachers.text import parse_queries
 
 
-def rank_patches(query, embeddings, top_k: int | None = None, *, apart: int = 0) -> pd.DataFrame:
+def rank_patches(query: npt.ArrayLike, embeddings: npt.ArrayLike, top_k: int | None = None, *,
+                 apart: int = 0) -> pd.DataFrame:
     """Patches by their cosine with a query, best first.
 
     Args:
@@ -35,7 +40,7 @@ def rank_patches(query, embeddings, top_k: int | None = None, *, apart: int = 0)
                          "score": scores.ravel()[order]})
 
 
-def check_query(query, dim: int) -> np.ndarray:
+def check_query(query: npt.ArrayLike, dim: int) -> np.ndarray:
     """The query as a unit vector [D], or an error that says what is wrong with it."""
     if query is None or np.size(query) == 0:
         raise ValueError("the query is empty; give a text, encoded by the run's teacher")
@@ -49,8 +54,8 @@ def check_query(query, dim: int) -> np.ndarray:
     return query / length
 
 
-def similar_patches(frame: int, patch: int, embeddings, top_k: int | None = None, *,
-                    within=None, apart: int = 0) -> pd.DataFrame:
+def similar_patches(frame: int, patch: int, embeddings: npt.ArrayLike, top_k: int | None = None, *,
+                    within: Any = None, apart: int = 0) -> pd.DataFrame:
     """Patches like a given one, best first; the patch itself is left out.
 
     Args:
@@ -76,13 +81,14 @@ def similar_patches(frame: int, patch: int, embeddings, top_k: int | None = None
     return ranking.assign(rank=np.arange(1, len(ranking) + 1))
 
 
-def score_patches(query, embeddings) -> np.ndarray:
+def score_patches(query: npt.ArrayLike, embeddings: npt.ArrayLike) -> np.ndarray:
     """Cosine of a query with every patch: float32 [T, P]; for a strip over time."""
     embeddings = check_embeddings(embeddings)
     return embeddings @ check_query(query, embeddings.shape[-1])
 
 
-def relevancy(query, neutral, embeddings, *, scale: float = 10.0) -> np.ndarray:
+def relevancy(query: npt.ArrayLike, neutral: npt.ArrayLike, embeddings: npt.ArrayLike, *,
+              scale: float = 10.0) -> np.ndarray:
     """How far patches answer a query rather than any of some neutral phrases: [T, P] in (0, 1).
 
     The smallest two-way softmax between query and phrase, as in LERF (arXiv 2303.09553, section
@@ -102,8 +108,9 @@ def relevancy(query, neutral, embeddings, *, scale: float = 10.0) -> np.ndarray:
     return 1 / (1 + np.exp(scale * (others - own)))
 
 
-def compare_relevancy(queries, vectors, neutral, predicted, teacher, *, scale: float = 10.0
-                      ) -> pd.DataFrame:
+def compare_relevancy(queries: Sequence[str], vectors: npt.ArrayLike, neutral: npt.ArrayLike,
+                      predicted: npt.ArrayLike, teacher: npt.ArrayLike, *,
+                      scale: float = 10.0) -> pd.DataFrame:
     """How many patches are relevant to each query (above 0.5), to the network and to the teacher.
 
     Args:
@@ -149,7 +156,8 @@ def _check_top_k(top_k):
     return top_k
 
 
-def compare_rankings(queries, vectors, predicted, teacher, top_k: int = 20) -> pd.DataFrame:
+def compare_rankings(queries: Sequence[str], vectors: npt.ArrayLike, predicted: npt.ArrayLike,
+                     teacher: npt.ArrayLike, top_k: int = 20) -> pd.DataFrame:
     """How far the predicted embeddings rank patches as the teacher's own do, per query.
 
     Args:

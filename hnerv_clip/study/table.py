@@ -34,7 +34,7 @@ class StudyError(RuntimeError):
     """The study cannot go on; the message says the fix."""
 
 
-def measure_run(run, *, grid: str, cache_dir: str | Path) -> pd.DataFrame:
+def measure_run(run: Any, *, grid: str, cache_dir: str | Path) -> pd.DataFrame:
     """How well a run predicts embeddings, at the supervised positions, between them and anywhere.
 
     Args:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hnerv_clip.metrics import unit
+from hnerv_clip.teachers.base import Teacher
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a close-up of a {}.",
              "a picture with a {}.")
 
 
-def parse_queries(queries) -> list[str]:
+def parse_queries(queries: str | Sequence[str]) -> list[str]:
     """Queries from "hare; wood rabbit" or a list of texts, in order.
 
     Raises:
@@ -32,7 +35,8 @@ def parse_queries(queries) -> list[str]:
     return names
 
 
-def encode_queries(names, teacher, templates=TEMPLATES) -> np.ndarray:
+def encode_queries(names: Sequence[str], teacher: Teacher,
+                   templates: Sequence[str] = TEMPLATES) -> np.ndarray:
     """Queries in the teacher's text space: unit vectors [K, D].
 
     With CLIP each query is the mean over `templates`, which the prompts of its training resemble
@@ -49,7 +53,7 @@ def encode_queries(names, teacher, templates=TEMPLATES) -> np.ndarray:
     return vectors
 
 
-def check_distinct(names, vectors: np.ndarray, label: str) -> None:
+def check_distinct(names: Sequence[str], vectors: np.ndarray, label: str) -> None:
     """Raise ValueError where two names have the same vector, [K, D], for the teacher `label`."""
     same = np.argwhere(np.triu(np.abs(vectors[:, None] - vectors).max(axis=-1) < 1e-5, k=1))
     if len(same):

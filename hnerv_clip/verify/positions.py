@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 
@@ -67,7 +68,8 @@ def anywhere_grid(grid: PatchGrid) -> PatchGrid:
                                lefts=middles(grid.lefts, ANYWHERE[1]))
 
 
-def interpolate_places(embeddings, taught: PatchGrid, wanted: PatchGrid) -> np.ndarray:
+def interpolate_places(embeddings: npt.ArrayLike, taught: PatchGrid,
+                       wanted: PatchGrid) -> np.ndarray:
     """Embeddings [T, P, D] at a grid's patches, bilinearly at another's: unit [T, P', D]."""
     weights = [linear_weights(wanted.tops, taught.tops),
                linear_weights(wanted.lefts, taught.lefts)]
@@ -147,7 +149,7 @@ def position_scores(run: Run, *, taught: PatchGrid | None = None, source: str | 
     return score_places(places, run.dataset.split.train).assign(source=source)
 
 
-def score_places(places: Mapping[str, Place], train_frames) -> pd.DataFrame:
+def score_places(places: Mapping[str, Place], train_frames: npt.ArrayLike) -> pd.DataFrame:
     """`position_scores` of answers; the centre is the teacher's mean at the taught positions."""
     centre = places["supervised"].teacher[train_frames].mean(axis=(0, 1))
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -140,7 +141,7 @@ def _quality(verification):
     return lines
 
 
-def measure_table(measures: pd.DataFrame, names=tuple(MEASURES)) -> pd.DataFrame:
+def measure_table(measures: pd.DataFrame, names: Any = tuple(MEASURES)) -> pd.DataFrame:
     """Measures for reading: a row per split and condition, cells "value [low, high]"."""
     names = [name for name in names if name in set(measures.measure)]
     chosen = measures[measures.measure.isin(names)]

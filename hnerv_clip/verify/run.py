@@ -155,7 +155,7 @@ def checkpoint_digest(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_verification(folder) -> dict:
+def read_verification(folder: str | Path) -> dict:
     """The content of a run's verification.json.
 
     Raises:
@@ -174,8 +174,8 @@ def read_verification(folder) -> dict:
     return content
 
 
-def is_verified(folder, *, seed: int = 0, near: int = 2, labels: str | Iterable[str] = "",
-                all_sources: bool = False) -> bool:
+def is_verified(folder: str | Path, *, seed: int = 0, near: int = 2,
+                labels: str | Iterable[str] = "", all_sources: bool = False) -> bool:
     """Whether a run's verification is there, of its checkpoint as it is, made in the same way.
 
     Without labels, one with any will do; so will one of more sources.
@@ -230,7 +230,7 @@ def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
     return folders
 
 
-def find_verified(folder, names: str = "*") -> list[Path]:
+def find_verified(folder: str | Path, names: str = "*") -> list[Path]:
     """Run folders with a verification below a folder, in order of their names.
 
     Args:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from hnerv_clip.metrics import centred_cosine, check_pair, cosine, skill
@@ -86,10 +87,10 @@ class Verification:
     seed: int
 
 
-def verify_embeddings(predicted, teacher, train_frames, held_out_frames, *, seed: int = 0,
-                      source: str = "", teacher_label: str = "", others: dict | None = None,
-                      near: int = 2, texts: np.ndarray | None = None, draws: int = 200
-                      ) -> Verification:
+def verify_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, train_frames: npt.ArrayLike,
+                      held_out_frames: npt.ArrayLike, *, seed: int = 0, source: str = "",
+                      teacher_label: str = "", others: dict | None = None, near: int = 2,
+                      texts: np.ndarray | None = None, draws: int = 200) -> Verification:
     """Measure the predicted embeddings against controls and baselines.
 
     Args:
@@ -180,7 +181,7 @@ def _improvement(split, over, difference):
                   "significant": found.p < 0.05}
 
 
-def frame_indices(frames, frame_count: int, name: str = "frames") -> np.ndarray:
+def frame_indices(frames: npt.ArrayLike, frame_count: int, name: str = "frames") -> np.ndarray:
     """Frame numbers, ascending, from numbers or from a boolean mask over all frames.
 
     Raises:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy.signal import lfilter
 
@@ -120,7 +122,8 @@ def plant(rng: np.random.Generator, planted: str, *, frames: int, datasets: int,
     return predicted, teacher, decoded
 
 
-def made_evidence(predicted, teacher, decoded, train, held_out, rng) -> list[Evidence]:
+def made_evidence(predicted: npt.ArrayLike, teacher: npt.ArrayLike, decoded: Any, train: Any,
+                  held_out: Any, rng: Any) -> list[Evidence]:
     """`evidence.collect_evidence` of each of M data sets: [T, M, P, D] each."""
     right, known = teacher[held_out], teacher[train]
     flat = teacher.reshape(len(teacher), -1, teacher.shape[-1])
@@ -180,8 +183,8 @@ def _kind(planted, question, estimate):
     return "truth" if planted in TRUTHS and estimate >= enough else "between"
 
 
-def simulate_interval(*, datasets: int = 1000, designs=tuple(DESIGNS), rhos=(0, *RHOS),
-                      seed: int = 0) -> pd.DataFrame:
+def simulate_interval(*, datasets: int = 1000, designs: Any = tuple(DESIGNS),
+                      rhos: Sequence[float] = (0, *RHOS), seed: int = 0) -> pd.DataFrame:
     """How often `mean_interval` holds the true mean of an AR(1), and rejects a true mean of 0.
 
     Returns:
@@ -202,7 +205,8 @@ def simulate_interval(*, datasets: int = 1000, designs=tuple(DESIGNS), rhos=(0, 
     return pd.DataFrame(rows)
 
 
-def simulate_all(*, datasets: int = 1000, seed: int = 0, designs=tuple(DESIGNS)) -> pd.DataFrame:
+def simulate_all(*, datasets: int = 1000, seed: int = 0,
+                 designs: Any = tuple(DESIGNS)) -> pd.DataFrame:
     """`simulate_planted` of everything, unrelated series at every autocorrelation."""
     plans = [(planted, rho) for planted in PLANTED
              for rho in (RHOS if planted in ("unrelated", *TRUTHS) else (0.9,))]

@@ -10,8 +10,10 @@ How often they err is measured in `simulation`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.special import stdtr, stdtrit
 
 MIN_FRAMES = 8  # fewer frames tell nothing about autocorrelation
@@ -73,7 +75,7 @@ def effective_size(series: np.ndarray) -> np.ndarray:
     return count / variance_inflation(count, lag_one(series))
 
 
-def variance_inflation(count: int, rho):
+def variance_inflation(count: int, rho: Any) -> np.ndarray | float:
     """Variance of the mean of `count` values of an AR(1), times count, for unit variance."""
     return (1 + rho) / (1 - rho) - 2 * rho * (1 - rho ** count) / (count * (1 - rho) ** 2)
 
@@ -165,7 +167,8 @@ def median_interval(values: np.ndarray, *, level: float = 0.95) -> Interval:
     return replace(found, low=float(low), high=float(high))
 
 
-def pool_intervals(means, errors, freedoms, *, level: float = 0.95) -> Interval:
+def pool_intervals(means: npt.ArrayLike, errors: npt.ArrayLike, freedoms: npt.ArrayLike, *,
+                   level: float = 0.95) -> Interval:
     """One interval for the mean over seeds, whose results are over the same frames.
 
     The variance is the mean of the seeds' squared standard errors, which more seeds do not lower
@@ -194,7 +197,7 @@ def pool_intervals(means, errors, freedoms, *, level: float = 0.95) -> Interval:
     return make_interval(means.mean(), np.sqrt(variance), freedom, level=level, count=seeds)
 
 
-def holm(p_values) -> np.ndarray:
+def holm(p_values: npt.ArrayLike) -> np.ndarray:
     """Holm's (1979) adjusted p-values: below α, the hypothesis falls at family-wise level α.
 
     Raises:

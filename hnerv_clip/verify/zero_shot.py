@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +13,8 @@ from sklearn.metrics import cohen_kappa_score
 from hnerv_clip.metrics import check_pair, unit
 
 
-def label_agreement(labels, vectors: np.ndarray, predicted: np.ndarray, teacher: np.ndarray, *,
-                    centre: np.ndarray | None = None) -> dict:
+def label_agreement(labels: Sequence[str], vectors: np.ndarray, predicted: np.ndarray,
+                    teacher: np.ndarray, *, centre: np.ndarray | None = None) -> dict:
     """Zero-shot labels: how often the predicted embedding names what the teacher's names.
 
     Args:

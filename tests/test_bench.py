@@ -14,6 +14,7 @@ from hnerv_clip.runs.run_dir import RunDir
 
 
 def work(config, frame_hw, frame_count=132, patch_count=8):
+    config = config.resolve(frame_hw)
     plan = plan_model(config.model, frame_hw=frame_hw, frame_count=frame_count)
     return {layer.part: layer for layer in flops.count_work(
         config.model, plan, frame_hw=frame_hw, patch_count=patch_count)}

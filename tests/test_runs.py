@@ -253,8 +253,8 @@ def test_runs_of_one_name_stand_beside_each_other(tmp_path):
 
 def test_a_copy_without_its_checkout_does_not_claim_to_be_unchanged(tmp_path, monkeypatch):
     package = tmp_path / "hnerv_clip"
-    package.mkdir()
-    monkeypatch.setattr(run_dir, "__file__", str(package / "runs.py"))
+    (package / "runs").mkdir(parents=True)
+    monkeypatch.setattr(provenance, "__file__", str(package / "runs" / "provenance.py"))
     monkeypatch.setenv("HNERV_CLIP_COMMIT", "abc1234")
     assert provenance.code_version() == ("abc1234", None)
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # someone else's

@@ -5,6 +5,7 @@ With pytest-xdist (`-n 2`) all workers share them, too.
 
 import contextlib
 import functools
+import gc
 import os
 import shutil
 
@@ -47,6 +48,9 @@ from hnerv_clip.dataset import prepare_dataset  # noqa: E402
 from hnerv_clip.runs.locks import hold  # noqa: E402
 
 matplotlib.use("agg")
+# A decoded frame that is garbage holds the decoder's threads: a fork that frees it waits for ever
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=gc.collect)
 torch.set_num_threads(1)
 
 # 12 frames of Big Buck Bunny at 80×160, every tenth so that they differ, and a network that fits

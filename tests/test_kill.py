@@ -4,6 +4,7 @@ Run as a program, this file is the killer: it forks trainings, kills them, and p
 Forking saves importing torch and decoding the video fifty times.
 """
 
+import gc
 import json
 import os
 import random
@@ -82,6 +83,7 @@ def kill_until_finished(config, run_dir, cache_dir, chance, seen):
     while not run.finished:
         before = position(run_dir, steps_per_epoch)
         (run_dir / "steps").write_bytes(b"")
+        gc.collect()  # as tests/conftest.py does
         pid = os.fork()
         if pid == 0:
             try:

@@ -161,7 +161,7 @@ def read_table(path: Path, columns: Iterable[str] = (), *, fix: str, **options: 
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, encoding="utf-8", **options)
+        table = pd.read_csv(path, encoding="utf-8", float_precision="round_trip", **options)
     except ValueError as error:  # pandas' own errors are ValueErrors
         raise RunError(f"{path} is damaged: {str(error).strip()}; {fix}") from error
     missing = [name for name in columns if name not in table]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hnerv_clip.metrics import unit
-from hnerv_clip.teachers.base import Teacher
+
+if TYPE_CHECKING:  # it imports torch, which a kept query does without
+    from hnerv_clip.teachers.base import Teacher
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a close-up of a {}.",
              "a picture with a {}.")

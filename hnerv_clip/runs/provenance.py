@@ -46,9 +46,12 @@ def make_provenance(config: Config, *, device: torch.device, data_digest: str, t
 def code_version() -> tuple[str, bool | None]:
     """(commit, whether tracked files differ from it).
 
-    Outside a checkout: what HNERV_CLIP_COMMIT says, for copies without their .git, or the package's
-    version; and None, as nobody can tell whether it was changed.
+    HNERV_CLIP_COMMIT names the commit of a copy whose .git is absent or another commit's. Without
+    both, the package's version. Where git doesn't tell, the second is None: nobody knows whether
+    the code was changed.
     """
+    if recorded := os.environ.get("HNERV_CLIP_COMMIT"):
+        return recorded, None
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
@@ -59,8 +62,7 @@ def code_version() -> tuple[str, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain",
                                                   "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
-        recorded = os.environ.get("HNERV_CLIP_COMMIT")
-        return recorded or f"package {package_versions().get('hnerv-clip', 'unknown')}", None
+        return f"package {package_versions().get('hnerv-clip', 'unknown')}", None
 
 
 def commit_words(facts: dict[str, Any]) -> str:

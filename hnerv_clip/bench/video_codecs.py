@@ -63,11 +63,11 @@ def measure_codec(frames: Tensor, setting: Setting, crf: int, *, fps: float = 25
         threads: of encoder and decoder; 0 lets them choose.
     Returns:
         codec, preset, crf, size_bytes, rate_bpp, psnr_db (mean over frames, RGB), encode_s,
-        decode_s.
+        decode_s, and encode_cpu_s, decode_cpu_s, what all of its threads took of the processor.
     """
     images = frames.permute(0, 2, 3, 1).contiguous().numpy()
     height, width = images.shape[1:3]
-    file, size_bytes, start = io.BytesIO(), 0, time.perf_counter()
+    file, size_bytes, start = io.BytesIO(), 0, _clocks()
     with av.open(file, "w", format="matroska") as container:
         stream = container.add_stream(setting.codec,
                                       rate=Fraction(fps).limit_denominator(1001))
@@ -79,21 +79,27 @@ def measure_codec(frames: Tensor, setting: Setting, crf: int, *, fps: float = 25
             for packet in stream.encode(given):
                 size_bytes += packet.size
                 container.mux(packet)
-    encode_s = time.perf_counter() - start
+    encode_s, encode_cpu_s = _clocks() - start
     file.seek(0)
-    start, decoded = time.perf_counter(), []
+    start, decoded = _clocks(), []
     with av.open(file) as container:
         container.streams.video[0].thread_type = "AUTO"
         for frame in container.decode(video=0):
             decoded.append(frame.to_ndarray(format="rgb24"))
-    decode_s = time.perf_counter() - start
+    decode_s, decode_cpu_s = _clocks() - start
     if len(decoded) != len(images):
         raise RuntimeError(f"{setting.label} gave {len(decoded)} of {len(images)} frames back")
     errors = [np.square(a.astype(np.float32) - b).mean() for a, b in zip(decoded, images)]
     psnr = np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-12)))
     return {"codec": setting.label, "preset": setting.preset, "crf": crf, "size_bytes": size_bytes,
             "rate_bpp": 8 * size_bytes / (len(images) * height * width), "psnr_db": float(psnr),
-            "encode_s": round(encode_s, 3), "decode_s": round(decode_s, 3)}
+            "encode_s": round(encode_s, 3), "decode_s": round(decode_s, 3),
+            "encode_cpu_s": round(encode_cpu_s, 3), "decode_cpu_s": round(decode_cpu_s, 3)}
+
+
+def _clocks() -> np.ndarray:
+    """[2]: seconds of the wall clock, and of the processor in all threads."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def measure_codecs(frames: Tensor, out: str | Path, *, fps: float = 25.0,
@@ -111,6 +117,22 @@ def measure_codecs(frames: Tensor, out: str | Path, *, fps: float = 25.0,
             if (setting.label, crf) not in done:
                 rows.append(measure_codec(frames, setting, crf, fps=fps, threads=threads))
                 out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def time_codecs(frames: Tensor, points: Sequence[dict[str, Any]], *, psnr_db: float,
+                fps: float = 25.0) -> list[dict[str, Any]]:
+    """`measure_codec` on one thread, each codec at the quality whose measured PSNR is nearest.
+
+    Args:
+        points: measured before, with codec, crf and psnr_db.
+    """
+    rows = []
+    for setting in available():
+        own = [point for point in points if point["codec"] == setting.label]
+        if own:
+            crf = min(own, key=lambda point: abs(point["psnr_db"] - psnr_db))["crf"]
+            rows.append(measure_codec(frames, setting, crf, fps=fps, threads=1))
     return rows
 
 

@@ -1,0 +1,121 @@
+"""What a CPU measures for the rate–quality results: side files, and times of all codecs.
+
+    python -m hnerv_clip.bench.rate_cpu book/results/rate_quality.json
+
+puts `side_files` and `times` into the file that holds the other codecs' points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import hnerv_clip
+from hnerv_clip.bench.rate_quality import GOALS
+from hnerv_clip.bench.video_codecs import time_codecs
+from hnerv_clip.codec.video import encode_video
+from hnerv_clip.config import BUNDLED, BUNDLED_DIM, Config
+from hnerv_clip.dataset import Dataset, prepare_dataset, resolve_config
+from hnerv_clip.metrics import centred_cosine, cosine
+from hnerv_clip.model import build_model
+from hnerv_clip.runs.provenance import code_version, device_name
+from hnerv_clip.verify.side_file import write_side_file
+
+BUDGETS = tuple(1000 * kb for kb in (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96))
+SETTINGS = {"data_path": "bunny", "preset": "paper", "data_split": "1_1_1", "teacher": BUNDLED,
+            "clip_dim": BUNDLED_DIM, "predict_clip": True}
+OWN_FRAMES = 8  # of this codec that are decoded to be timed
+
+
+def side_file_curve(embeddings: np.ndarray, budgets: Sequence[int] = BUDGETS
+                    ) -> list[dict[str, Any]]:
+    """The best side file at each size: what the embeddings of a film's patches take beside it.
+
+    Args:
+        embeddings: [T, P, D] unit vectors.
+        budgets: bytes; those that do not hold the mean are left out.
+    Returns:
+        size_bytes, components, bits, clip_similarity and clip_centred (means of cosines with what
+        went in, raw and less the mean over frames and patches).
+    """
+    centre, rows = embeddings.mean(axis=(0, 1)), []
+    for budget in budgets:
+        try:
+            side = write_side_file(embeddings, budget)
+        except ValueError:
+            continue
+        rows.append({"size_bytes": side.size_bytes, "components": side.components,
+                     "bits": side.bits,
+                     "clip_similarity": float(cosine(side.embeddings, embeddings).mean()),
+                     "clip_centred": float(centred_cosine(side.embeddings, embeddings,
+                                                          centre).mean())})
+    return rows
+
+
+def time_decoding(dataset: Dataset, config: Config, *, frames: int = OWN_FRAMES) -> dict[str, Any]:
+    """What this codec takes to open a file of these settings and to decode frames of it, on one
+    thread; how long that takes depends on no weight, so the network is not trained.
+
+    Returns:
+        open_cpu_s, decode_cpu_s (of `frames`) and frames.
+    """
+    count = len(dataset.video.frames)
+    model = build_model(config.model, frame_hw=dataset.video.frame_hw, frame_count=count)
+    shape = (count, model.plan.embed_channels, *(
+        side // np.prod(config.model.enc_strds) for side in model.plan.padded_hw))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "v.hnerv"
+            encode_video(model.eval(), torch.randn(shape), path, config=config)
+            start = time.process_time()
+            video = hnerv_clip.open(path, device="cpu")
+            _ = video[0]
+            first = time.process_time()
+            _ = video[:frames]
+            took = time.process_time() - first
+    finally:
+        torch.set_num_threads(threads)
+    return {"open_cpu_s": round(max(first - start - took / frames, 0.0), 3),
+            "decode_cpu_s": round(took, 3), "frames": frames}
+
+
+def measure_cpu(path: Path, *, cache_dir: str | Path = "output/cache",
+                settings: dict[str, Any] = SETTINGS) -> dict[str, Any]:
+    """Measure both and put them into the file at `path`, with commit and device."""
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    config = Config.from_params(**settings)
+    dataset = prepare_dataset(config, cache_dir, device="cpu")
+    config = resolve_config(config, dataset.video)
+    commit, dirty = code_version()
+    made = {"device": device_name(torch.device("cpu")), "commit": commit, "dirty": dirty}
+    kept["side_files"] = made | {"teacher": dataset.teacher_label,
+                                 "points": side_file_curve(dataset.embeddings.numpy())}
+    kept["times"] = made | {
+        "frames": len(dataset.video.frames), "own": time_decoding(dataset, config),
+        "codecs": time_codecs(dataset.video.frames, kept["codecs"], psnr_db=GOALS["psnr_db"],
+                              fps=dataset.video.fps)}
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return kept
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line above."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--cache_dir", default="output/cache")
+    args = parser.parse_args(argv)
+    measure_cpu(args.path, cache_dir=args.cache_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from hnerv_clip import train as train_module
 from hnerv_clip.dataset import inpainting_mask, load_dataset
-from hnerv_clip.divergence import Baselines, Diverged, check_collapse, measure_baselines
 from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.losses import pixel_loss
 from hnerv_clip.model import build_model
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.train import TrainError, train
+from hnerv_clip.train import trainer as train_module
+from hnerv_clip.train.divergence import Baselines, Diverged, check_collapse, measure_baselines
 
 # PSNR of epochs of the network below, at several learning rates; a single color has 12.54 dB
 MEASURED = {

@@ -11,10 +11,11 @@ pytest.importorskip("triton")  # made for Linux; without it training is plain
 
 from test_engine import VARIANTS, build, tiny  # noqa: F401  (a fixture)
 
-from hnerv_clip import train as train_module
 from hnerv_clip.engines.fused.engine import FusedEngine
 from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.evaluate import evaluate_model, warm_up
+from hnerv_clip.train import outputs, train
+from hnerv_clip.train import trainer as train_module
 from hnerv_clip.video import split_frames
 
 STEP = dict(count=2, lr=1e-3, weight=0.5)
@@ -99,8 +100,9 @@ def test_a_run_is_measured_by_its_engine_and_in_the_end_by_the_plain_model(
         said.append(engine is not None)
         return evaluate(*args, engine=engine, **kwargs)
 
-    monkeypatch.setattr(train_module, "evaluate_model", listen)
-    result = train_module.train(config, tmp_path / "run", dataset=dataset, progress=False)
+    for module in (train_module, outputs):
+        monkeypatch.setattr(module, "evaluate_model", listen)
+    result = train(config, tmp_path / "run", dataset=dataset, progress=False)
     assert said == [True, True, False]
     best = result.metrics.set_index("epoch").loc[result.summary["best_epoch"]]
     assert best.eval_psnr_all == pytest.approx(result.summary["eval_psnr_all"], abs=0.001)

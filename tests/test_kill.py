@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hnerv_clip import train as train_module
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import load_dataset
 from hnerv_clip.engines.plain import PlainEngine
-from hnerv_clip.runs.run_dir import RunDir
-from hnerv_clip.train import LATEST, train
+from hnerv_clip.runs.run_dir import LATEST, RunDir
+from hnerv_clip.train import run as train_module
+from hnerv_clip.train import train
 
 KILLS, SEED, PER_RUN = 50, 20261123, 10
 

@@ -12,11 +12,11 @@ import torch
 
 import hnerv_clip
 from hnerv_clip.cli import main
+from hnerv_clip.cli.stored import parse_frames
 from hnerv_clip.codec import FileError, encode_video
 from hnerv_clip.codec.video import About
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.model import build_model
-from hnerv_clip.stored.commands import parse_frames
 
 TIMES = [0.0, 0.04, 0.08, 0.16, 0.2, 0.24]  # one frame lasts twice as long
 SIZE = (37, 70)  # which the network pads to 40 × 80

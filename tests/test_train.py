@@ -19,7 +19,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hnerv_clip import distributed
-from hnerv_clip import train as train_module
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import load_dataset
 from hnerv_clip.engines.plain import PlainEngine, SetupError
@@ -27,7 +26,9 @@ from hnerv_clip.evaluate import evaluate_model, evaluate_run
 from hnerv_clip.inference import load_run
 from hnerv_clip.model import build_model
 from hnerv_clip.runs.run_dir import RunDir, RunError
-from hnerv_clip.train import TrainError, check_run, epoch_order, train
+from hnerv_clip.train import TrainError, check_run, epoch_order, outputs, train
+from hnerv_clip.train import run as run_module
+from hnerv_clip.train import trainer as train_module
 
 FORK = torch.multiprocessing.get_context("fork")  # a new process would import torch for seconds
 start_ranks = partial(torch.multiprocessing.start_processes, start_method="fork")
@@ -69,7 +70,7 @@ def test_it_learns_and_leaves_the_run_directory(finished):
 
 
 def test_a_finished_run_is_returned_as_it_stands(finished, small_config, cache_dir, monkeypatch):
-    monkeypatch.setattr(train_module, "load_dataset", None)
+    monkeypatch.setattr(run_module, "load_dataset", None)
     again = train(small_config, finished.run_dir, cache_dir=cache_dir, progress=False)
     assert again.summary == finished.summary
 
@@ -527,7 +528,8 @@ def test_the_clock_counts_training_only(small_config, small_dataset, cache_dir, 
         time.sleep(1.5)
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, "evaluate_model", slow)
+    for module in (train_module, outputs):
+        monkeypatch.setattr(module, "evaluate_model", slow)
     step = PlainEngine.step
 
     def compiling(self, *args, **kwargs):

@@ -26,8 +26,7 @@ from hnerv_clip.launch import Job, launch
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import code_version, device_name, package_versions
 from hnerv_clip.runs.rows import run_row
-from hnerv_clip.runs.run_dir import RunDir, write_json
-from hnerv_clip.train import LATEST
+from hnerv_clip.runs.run_dir import LATEST, RunDir, write_json
 
 # What `hnerv-clip scale` trains unless told: the paper's network and the bundled teacher, which is
 # not CLIP, for so many epochs that all parts fit seven minutes of two GPUs.

@@ -1,4 +1,4 @@
-"""Fit a video: one loop for CPU, one GPU and many ranks, interrupted and resumed exactly.
+"""The loop that fits a video, interrupted and resumed exactly.
 
 Phase 1 learns pixels; from epoch `pixel_loss_warmup_epochs` on, the cosine loss joins. What a step
 computes depends only on the configuration, the seed and the step's number, so a run that goes on
@@ -8,31 +8,23 @@ from its checkpoint does what it would have done.
 from __future__ import annotations
 
 import copy
-import errno
 import math
-import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from hnerv_clip.config import Config, VideoConfig, parse_lr_type
-from hnerv_clip.dataset import Dataset, check_same_video, load_dataset, resolve_config
+from hnerv_clip.config import Config, parse_lr_type
+from hnerv_clip.dataset import Dataset
 from hnerv_clip.devices import set_precision, synchronise
 from hnerv_clip.distributed import agree, from_rank0, gather_rows, own_device, ranks
-from hnerv_clip.divergence import LR_FACTORS, Diverged, check_collapse, measure_baselines
 from hnerv_clip.engines.plain import COLUMNS, PlainEngine, SetupError
 from hnerv_clip.engines.select import (
     can_fall_back,
@@ -41,124 +33,17 @@ from hnerv_clip.engines.select import (
     make_engine,
     settle,
 )
-from hnerv_clip.evaluate import (
-    bind_video,
-    evaluate_model,
-    evaluate_stored,
-    evaluation_columns,
-    store_video,
-    summarise,
-    warm_up,
-)
-from hnerv_clip.field.fit_run import fit_head
-from hnerv_clip.field.query import has_field
-from hnerv_clip.inference import load_run
-from hnerv_clip.losses import PIXEL_LOSSES, check_ms_ssim_size, clip_weight, learning_rate
-from hnerv_clip.model import build_model, plan_model
-from hnerv_clip.patches import make_grid
+from hnerv_clip.evaluate import evaluate_model, evaluation_columns, warm_up
+from hnerv_clip.losses import clip_weight, learning_rate
+from hnerv_clip.model import build_model
 from hnerv_clip.runs.provenance import commit_words, make_provenance
 from hnerv_clip.runs.run_dir import BEST, LATEST, RunDir, RunError, load_weights, write_json
-from hnerv_clip.video import NAMED_VIDEOS, find_source, load_video, split_frames
+from hnerv_clip.train.divergence import LR_FACTORS, Diverged, check_collapse, measure_baselines
+from hnerv_clip.train.outputs import Recorder, final_figures
 
 ROOM_TO_WARM_UP = 16 * 2**30  # free bytes of a GPU, for an evaluation beside the engine
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
 class TrainError(RuntimeError):
     """Training can't go on; the message says where it stopped and what to change."""
-
-
-@dataclass
-class TrainResult:
-    """A run that reached its end."""
-
-    run_dir: Path
-    summary: dict[str, Any]  # final figures, as in summary.json
-    metrics: pd.DataFrame  # a row per epoch
-
-
-def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "output/cache",
-          progress: bool = True, dataset: Dataset | None = None) -> TrainResult | None:
-    """Train a run to its end, from its last checkpoint where there is one.
-
-    A finished run is returned as it stands. Under `torch.distributed` every rank calls this;
-    each takes its share of every batch, and rank 0 alone writes.
-
-    Args:
-        run_dir: the run's folder; another configuration's is refused.
-        cache_dir: where `prepare_dataset` left the teacher's embeddings.
-        progress: show a progress bar.
-        dataset: what `prepare_dataset` returned for this configuration, else it is loaded.
-    Returns:
-        The run's figures; None on ranks above 0, which may not see rank 0's files yet.
-    Raises:
-        ConfigError: before any long work, see there.
-        RunError: likewise; or the disk is full or became read-only, the last checkpoint is intact.
-        TrainError: training collapsed, and `on_divergence` or the tries so far forbid another; or
-            memory ran out.
-    """
-    rank, _ = ranks()
-    config = resolve_config(config, dataset and dataset.video)
-    run = RunDir.create(run_dir, config) if rank == 0 else RunDir(run_dir)
-    if not agree(run.finished):
-        with run.lock() if rank == 0 else nullcontext():
-            dataset = dataset or load_dataset(config, cache_dir)
-            check_same_video(run, dataset.video, config.video.data_path)
-            if rank == 0:
-                run.note_location(config)
-            loop = Trainer(config, run, dataset)
-            try:
-                loop.fit(progress=progress)
-            except torch.cuda.OutOfMemoryError as error:
-                raise TrainError(
-                    f"the GPU's memory ran out ({str(error).splitlines()[0]}); lower batch_size="
-                    f"{config.train.batch_size}, modelsize or resize_list. The last checkpoint of "
-                    f"{run.path} is intact") from error
-            except SetupError as error:
-                raise TrainError(f"the fast engine cannot be set up here ({error}); use engine="
-                                 f"'plain'. The last checkpoint of {run.path} is intact") from error
-            except RuntimeError as error:
-                if config.train.engine == "plain" or "C compiler" not in str(error):
-                    raise
-                raise TrainError(f"the fast engine can't be compiled here ({error}); install a C "
-                                 "compiler such as gcc, or use engine='plain'") from error
-            except OSError as error:  # of the log or TensorBoard; checkpoints say it themselves
-                if error.errno not in UNWRITABLE:
-                    raise
-                raise RunError(f"cannot write to {run.path}: {error}. Its last checkpoint is "
-                               "intact; free space or make the folder writable, then run again "
-                               "to resume") from error
-    if rank == 0 and config.model.head == "field" and not has_field(run):
-        fit_head(load_run(run.path, cache_dir=cache_dir, device=config.train.device),
-                 cache_dir=cache_dir, device=config.train.device, progress=progress)
-    return None if rank else TrainResult(run.path, run.summary(), run.metrics())
-
-
-def check_run(config: Config) -> Config:
-    """Raise what would stop a run later, before the teacher or any training takes time.
-
-    Returns:
-        The configuration with all that was `auto` chosen for the video's size.
-    Raises:
-        ConfigError: see `load_video`, `make_grid`, `plan_model` and the MS-SSIM losses.
-    """
-    if config.video.data_path not in NAMED_VIDEOS:  # a job may start in another folder
-        config = config.replace(data_path=str(find_source(config.video.data_path)[0]))
-    frame_hw, frame_count = _video_size(config.video)
-    config = config.resolve(frame_hw)
-    split_frames(frame_count, config.video.data_split, config.video.split_phase)
-    make_grid(config.teacher, frame_hw)
-    plan_model(config.model, frame_hw=frame_hw, frame_count=frame_count)
-    if "ms_ssim" in PIXEL_LOSSES[config.train.loss]:
-        check_ms_ssim_size(frame_hw)
-    return config
-
-
-@lru_cache
-def _video_size(config: VideoConfig) -> tuple[tuple[int, int], int]:
-    """((H, W), T) of a video, decoded once for many runs."""
-    video = load_video(config)
-    return video.frame_hw, len(video.frames)
 
 
 def epoch_order(train_frames: np.ndarray, *, seed: int, epoch: int) -> Tensor:
@@ -193,15 +78,14 @@ class Trainer:
         self.steps = -(-self.frame_count // self.frames_per_step)  # the last may be short
         self.epoch = self.batch = 0  # position: finished epochs, and finished steps of the next
         self.losses = self._no_losses()
-        self.history: list[dict[str, Any]] = []
+        self.recorder = Recorder(run, self.model, has_head=config.model.predict_clip)
         self.best_psnr_db = float("-inf")
         self.recoveries: list[dict[str, Any]] = []  # from collapses
         self.baselines = measure_baselines(self.engine, dataset.split.train)
         self.train_time_s, self._clock = 0.0, None  # the clock stands still outside training steps
         # Of this process
-        self.setup_time_s = self.stored_time_s = 0.0
-        self.eval_time_s, self.checkpoint_time_s, self.checkpoints = 0.0, 0.0, 0
-        self.written_at = -math.inf  # metrics.csv
+        self.setup_time_s = self.eval_time_s = self.checkpoint_time_s = 0.0
+        self.checkpoints = 0
         self.unsaved_steps, self.save_steps = 0, math.inf  # ranks save together, so by steps
 
     def _noted(self) -> dict[str, Any] | None:
@@ -233,10 +117,10 @@ class Trainer:
         bar = tqdm(total=train.epochs * self.frame_count, unit="frame", desc=self.run.path.name,
                    initial=self.epoch * self.frame_count + self.batch * self.frames_per_step,
                    disable=not progress or self.rank > 0, mininterval=1, dynamic_ncols=True)
-        with bar, self._tensorboard() as board:
+        with bar, self.recorder.open_board(self.epoch):
             while self.epoch < train.epochs:
                 try:
-                    row = self._run_epoch(bar, board)
+                    row = self._run_epoch(bar)
                 except Diverged as error:
                     self._recover(error)
                     bar.reset()
@@ -247,10 +131,10 @@ class Trainer:
                     shown["CLIP"] = f"{1 - row['clip_loss']:.3f}"
                 bar.set_postfix(shown, refresh=False)
             if agree(self.best_psnr_db) == -math.inf:  # went on after its last epoch, its best lost
-                self._evaluate(board)
+                self._evaluate()
         self._finish()
 
-    def _run_epoch(self, bar: tqdm, board: SummaryWriter | nullcontext) -> dict[str, Any]:
+    def _run_epoch(self, bar: tqdm) -> dict[str, Any]:
         """What is left of an epoch: train, measure where it is time, record, save.
 
         Raises:
@@ -262,9 +146,9 @@ class Trainer:
         final = self.epoch == train.epochs
         measured = self.epoch % train.eval_freq == 0 or final
         if measured:
-            row |= self._evaluate(board)
-        self._record(row, board)
-        check_collapse(self.history, self.baselines, final=final,
+            row |= self._evaluate()
+        self.recorder.add(row)
+        check_collapse(self.recorder.history, self.baselines, final=final,
                        warm_up=parse_lr_type(train.lr_type)[0] * train.epochs)
         if measured or self._save_is_due():
             self._save_latest()
@@ -340,7 +224,7 @@ class Trainer:
     def _check_finite(self) -> None:
         bad = (~self.losses[:, 2].isfinite()).nonzero()
         if len(bad):
-            self._write_metrics()
+            self.recorder.write_metrics()
             step = self.epoch * self.steps + int(bad[0]) + 1
             raise Diverged(f"the loss became NaN or infinite at step {step} (epoch "
                            f"{self.epoch + 1})", self.epoch + 1)
@@ -353,7 +237,7 @@ class Trainer:
         """
         train, told = self.config.train, f"training collapsed: {error}"
         if train.on_divergence == "stop" or len(self.recoveries) == len(LR_FACTORS):
-            self._write_metrics()
+            self.recorder.write_metrics()
             tried = "".join(f", {note['lr']:g}" for note in self.recoveries)
             ways = "another outf" if self.recoveries else \
                 "another outf, or again in this one with on_divergence='recover'"
@@ -372,7 +256,8 @@ class Trainer:
             self.run.log(told)
             warnings.warn(told, stacklevel=3)
         self.epoch, self.batch = note["back_to_epoch"], 0
-        self.history = [row for row in self.history if row["epoch"] <= self.epoch]
+        self.recorder.history = [row for row in self.recorder.history
+                                 if row["epoch"] <= self.epoch]
         if not best:
             self.best_psnr_db = -math.inf
         self.losses = self._no_losses()
@@ -392,7 +277,7 @@ class Trainer:
 
     # What is measured and written
 
-    def _evaluate(self, board: SummaryWriter | nullcontext) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         """Evaluate; keep the best model. Returns the epoch's evaluation columns."""
         started = time.perf_counter()
         engine = self.engine if self.engine.decodes else None
@@ -403,11 +288,7 @@ class Trainer:
         if self.rank:
             return {}
         columns = evaluation_columns(table)
-        self._write_similarity(table)
-        if self.config.model.predict_clip:
-            own = table[table.source != "interpolated"]
-            board.add_histogram("eval/clip_similarity_distribution",
-                                own.clip_similarity.to_numpy(), self.epoch)
+        self.recorder.add_similarity(table, self.epoch)
         # Chosen by the frames that train: nothing of the held-out ones leaks into the choice
         # nor of pixels that a mask hides
         score = columns[f"eval_psnr{'' if self.dataset.mask is None else '_outside'}_train"]
@@ -417,41 +298,6 @@ class Trainer:
                 "config": self.config.params(), "model": self.model.state_dict(),
                 "epoch": self.epoch, **columns})
         return columns
-
-    def _write_similarity(self, table: pd.DataFrame) -> None:
-        if self.config.model.predict_clip:
-            names = ["variant", "source", "frame", "split", "clip_similarity", "clip_centred"]
-            self.run.write_table("clip_similarity_per_frame.csv", table[names])
-
-    def _record(self, row: dict[str, Any], board: SummaryWriter | nullcontext) -> None:
-        """Put an epoch's row into metrics.csv, TensorBoard and the log."""
-        self.history.append(row)
-        if self.rank:
-            return
-        # All rows again each time: after short epochs, that would take longer than training
-        if time.monotonic() - self.written_at > 5:
-            self._write_metrics()
-        for name, value in row.items():
-            if name.startswith("eval_"):
-                board.add_scalar(f"eval/{name[5:]}", value, self.epoch)
-            elif name not in ("epoch", "step") and value == value:
-                board.add_scalar(f"train/{name}", value, self.epoch)
-        shown = {k: float(f"{v:.5g}") for k, v in row.items() if v == v}
-        self.run.log(" ".join(f"{k}={v:g}" for k, v in shown.items()))
-
-    def _write_metrics(self) -> None:
-        if self.rank == 0 and self.history:
-            self.run.write_table("metrics.csv", pd.DataFrame(self.history))
-            self.written_at = time.monotonic()
-
-    def _tensorboard(self) -> SummaryWriter | nullcontext:
-        if self.rank:
-            return nullcontext()
-        sizes = self.model.part_sizes()
-        shown = (sizes["encoder"], sizes["decoder"] + sizes["rgb_head"] + sizes["clip_head"] +
-                 sizes["coordinate_encoder"], sizes["stored"])
-        name = "Encoder_{:.2f}M_Decoder_{:.2f}M_Total_{:.2f}M".format(*(n / 1e6 for n in shown))
-        return SummaryWriter(str(self.run.path / name / "tensorboard"), purge_step=self.epoch + 1)
 
     @property
     def computed(self) -> str:
@@ -478,45 +324,22 @@ class Trainer:
                      f"values {facts['part_sizes']}")
 
     def _finish(self) -> None:
-        """Evaluate the best model as trained and as stored, by the plain model; close the run."""
-        self._write_metrics()
-        started = time.perf_counter()
-        best = from_rank0(self.run.load_checkpoint(BEST) if self.rank == 0 else None)
-        load_weights(self.model, best, self.run.path / BEST, fix=self.run.checkpoint_fix(BEST))
-        share = (self.rank, self.world)
-        trained = gather_rows(evaluate_model(self.model, self.dataset, share=share))
-        self.eval_time_s += time.perf_counter() - started
-        started = time.perf_counter()
-        video = self.run.path / "video.hnerv"
-        if self.rank == 0:
-            store_video(self.model, self.dataset, video, config=self.config)
-            bind_video(self.run)
-        content = from_rank0(video.read_bytes() if self.rank == 0 else None)
-        with tempfile.TemporaryDirectory() as folder:  # a shared disk may show the file late
-            own = Path(folder) / video.name
-            own.write_bytes(content)
-            stored, rate_bpp = evaluate_stored(own, self.dataset, device=self.device, share=share)
-        stored = gather_rows(stored)
-        self.stored_time_s = time.perf_counter() - started
+        """Write the figures of the best model and the times of the run; that closes it."""
+        self.recorder.write_metrics()
+        table, figures = final_figures(self.model, self.dataset, self.run, config=self.config,
+                                       device=self.device)
         if self.rank:
             return
-        table = pd.concat([trained, stored], ignore_index=True)
-        self.run.write_table("evaluation.csv", table)
-        self._write_similarity(table)
+        self.recorder.write_similarity(table)
+        figures["eval_time_s"] += self.eval_time_s
         frames = self.frame_count * self.config.train.epochs
         write_json(self.run.path / "summary.json", {
-            "best_epoch": best["epoch"], **evaluation_columns(trained),
-            **{f"quantised_{k}": v for k, v in evaluation_columns(stored).items()},
-            "rate_bpp": rate_bpp, "size_bytes": len(content),
-            "part_sizes": self.model.part_sizes(), "train_time_s": self.train_time_s,
-            "train_frames_per_s": frames / self.train_time_s,
-            "setup_time_s": self.setup_time_s, "compile_s": self.engine.compile_s,
-            "eval_time_s": self.eval_time_s, "stored_time_s": self.stored_time_s,
-            "checkpoint_time_s": self.checkpoint_time_s, "checkpoints": self.checkpoints,
+            **figures, "train_time_s": self.train_time_s,
+            "train_frames_per_s": frames / self.train_time_s, "setup_time_s": self.setup_time_s,
+            "compile_s": self.engine.compile_s, "checkpoint_time_s": self.checkpoint_time_s,
+            "checkpoints": self.checkpoints,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device)
             if self.device.type == "cuda" else None})
-        for row in summarise(table).to_dict("records"):
-            self.run.log(f"final: {row}")
 
     # Interruption
 
@@ -530,12 +353,12 @@ class Trainer:
         self.engine.sync()
         if self.rank:
             self.losses.zero_()
-        self._write_metrics()
+        self.recorder.write_metrics()
         if self.rank == 0:
             self.run.save_checkpoint(LATEST, {
                 "config": self.config.params(), "model": self.model.state_dict(),
                 "optimizer": self.engine.optimizer.state_dict(), "epoch": self.epoch,
-                "batch": self.batch, "losses": self.losses.cpu(), "history": self.history,
+                "batch": self.batch, "losses": self.losses.cpu(), "history": self.recorder.history,
                 "best_psnr_db": self.best_psnr_db, "train_time_s": self.train_time_s,
                 "world_size": self.world, "recoveries": self.recoveries})
         self.checkpoint_time_s += time.perf_counter() - started
@@ -568,7 +391,8 @@ class Trainer:
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise RunError(f"{path} is damaged: its optimizer's state does not fit ({error}); {fix}"
                            ) from error
-        self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.recorder.history = state["history"]
         self.best_psnr_db, self.train_time_s = state["best_psnr_db"], state["train_time_s"]
         self.recoveries = state.get("recoveries", [])
         if self.rank == 0 and self.batch:

@@ -1,0 +1,121 @@
+"""`hnerv-clip`: thin calls of the library, with the parameters of the original command line.
+
+`training` holds the commands that train, `runs` those on trained runs, `stored` those on a stored
+video; `settings` reads ``--name value``. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from hnerv_clip.cli import runs, stored, training
+from hnerv_clip.cli.settings import read_settings, show_settings
+from hnerv_clip.config import PROFILES, Config, ConfigError
+from hnerv_clip.files import explain
+from hnerv_clip.paths import resolve_path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the process's exit code, 0 where it succeeded."""
+    parser = _parser()
+    args, words = parser.parse_known_args(argv)
+    if words and not args.takes_settings:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    try:
+        if args.takes_settings:
+            args.settings = read_settings(words)
+            args.config = Config.from_params(**args.settings)
+        args.command(args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `hnerv-clip settings | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, RuntimeError, OSError, MemoryError, ImportError) as error:
+        message = error_message(error)
+        if message is None:  # from PyTorch, where the traceback says more
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def error_message(error: Exception) -> str | None:
+    """What a user is told of an error in place of a traceback; None where that says more."""
+    if isinstance(error, OSError):
+        return explain(error)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in (
+            "can't allocate memory", "not enough memory", "out of memory")):
+        return (f"memory ran out ({' '.join(str(error).split())[:200]}); lower batch_size, "
+                "resize_list, frame_limit or modelsize")
+    if isinstance(error, ImportError):  # of a package that is optional here
+        return str(error) if "pip install" in str(error) else None
+    ours = isinstance(error, ValueError) or type(error).__module__.startswith("hnerv_clip")
+    return str(error) if ours else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hnerv-clip", allow_abbrev=False, description=
+                                     "Video networks that know what they show.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, words: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
+        sub.set_defaults(command=command, takes_settings=False)
+        return sub
+
+    book = add("book", _book, "execute the notebooks and build the book")
+    book.add_argument("--profile", choices=list(PROFILES), default="quick")
+    book.add_argument("-p", "--parameter", nargs=2, action="append", default=[],
+                      metavar=("NAME", "VALUE"), help="set a parameter of the notebooks")
+    book.add_argument("--only", nargs="+", default=[], metavar="NN",
+                      help="execute only these notebooks, for example 03 04")
+    book.add_argument("--outf", help="run folder; executed notebooks, site and html go beside it "
+                                     "(output/PROFILE/main)")
+    book.add_argument("--publish", action=argparse.BooleanOptionalAction, default=None,
+                      help="copy the executed pages into book/ (by default for an unchanged full "
+                           "profile)")
+
+    for sub in (*training.add_commands(add), stored.add_commands(add)):
+        sub.add_argument("--cache_dir", default="output/cache")
+        sub.set_defaults(takes_settings=True)
+    runs.add_commands(add)
+
+    made = add("pages", _pages, "make anew what README and book take from book/results")
+    made.add_argument("--execute", action=argparse.BooleanOptionalAction, default=True,
+                      help="execute the notebooks over book/results (10 to 19), too")
+    made.add_argument("--fidelity", nargs="+", metavar="RUN", help=
+                      "first collect book/results/fidelity.json from these finished runs")
+    made.add_argument("--quick", metavar="FOLDER", help=
+                      "first collect book/results/quick.json from a quick study's folder")
+    made.add_argument("--scaling", metavar="FOLDER", help=
+                      "first collect book/results/scaling.json from a folder of hnerv-clip scale")
+    add("settings", show_settings, "print every setting, its default and its meaning")
+    return parser
+
+
+def _book(args: argparse.Namespace) -> None:
+    from hnerv_clip.book import make_book
+
+    overrides = dict(args.parameter) | ({"outf": args.outf} if args.outf else {})
+    make_book(args.profile, overrides=overrides, only=args.only, publish_pages=args.publish)
+
+
+def _pages(args: argparse.Namespace) -> None:
+    from hnerv_clip.book import build, pages, repository_root
+
+    root = repository_root()
+    if args.fidelity:
+        pages.collect_fidelity(root / "book" / "results", args.fidelity)
+    if args.quick:
+        pages.collect_quick(root / "book" / "results", resolve_path(args.quick))
+    if args.scaling:
+        from hnerv_clip.book.scaling import collect_scaling
+
+        collect_scaling(root / "book" / "results", resolve_path(args.scaling))
+    if args.execute:
+        build.execute_results(root)
+    pages.refresh(root)

@@ -1,0 +1,239 @@
+"""Commands on trained runs: fit-head, evaluate, verify, index, search.
+
+`add_commands` puts them on the command line; nothing heavy is imported before one runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hnerv_clip.cli.stored import search_file
+from hnerv_clip.config import ConfigError
+from hnerv_clip.files import check_writable, write_atomic
+from hnerv_clip.paths import match_paths, resolve_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands; `add(name, function, help)` returns a parser."""
+    for name, command, words in [
+            ("fit-head", _fit_head, "fit a field on a trained run's frozen network: embeddings of "
+                                    "any box, at no cost to the picture"),
+            ("evaluate", _evaluate, "measure a trained run, as trained and from its file"),
+            ("verify", _verify, "compare embeddings with controls and baselines; of several runs, "
+                                "also in one table"),
+            ("index", _index, "put what runs with the same teacher predict into one index"),
+            ("search", _search, "rank patches by a text")]:
+        sub = add(name, command, words)
+        if name == "index":
+            sub.add_argument("folder", help="folder of the index, for example output/index")
+        sub.add_argument("outf", nargs="+" if name in ("verify", "index") else None, help=
+                         "run folder" + (", that of an index, or a stored video NAME.hnerv"
+                                         if name == "search" else ""))
+        sub.add_argument("--cache_dir", default="output/cache")
+        sub.add_argument("--device", default="auto")
+        sub.add_argument("--data_path", nargs="+" if name in ("verify", "index") else 1, default=[],
+                         metavar="PATH", help=
+                         "where the run's video lies now, if it moved; its frames are compared")
+        if name == "search":
+            sub.add_argument("--region", metavar="FRAME,TOP,LEFT,HEIGHT,WIDTH", help=
+                             "search for what is like this box of a frame; for a run or a "
+                             "stored video with a field")
+            sub.add_argument("queries", nargs="*", help="texts; ImageNet class names for a run "
+                                                        "with the bundled teacher")
+            sub.add_argument("--top_k", type=int, default=5)
+            sub.add_argument("--weights", help="of a stored video's teacher: a file, or "
+                                               "local-dir:FOLDER")
+            sub.add_argument("--apart", type=int, default=4, help=
+                             "frames between two hits of one position (4); 0 allows neighbours")
+        if name == "fit-head":
+            for option, kind, words in (("boxes", int, "random boxes a frame"),
+                                        ("steps", int, "steps of the fit"),
+                                        ("rank", int, "values that the output basis combines"),
+                                        ("hidden", int, "width of the perceptron"),
+                                        ("rate_weight", float, "weight of the field's bits")):
+                sub.add_argument(f"--{option}", type=kind,
+                                 help=f"{words} (the run's field_{option})")
+            sub.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True,
+                             help="measure it on frames and boxes that it never saw")
+        if name == "verify":
+            sub.add_argument("--seed", type=int, default=0, help="of shuffles and random vectors")
+            sub.add_argument("--near", type=int, default=2, help="frames of tolerance in retrieval")
+            sub.add_argument("--labels", default="", help="texts to rank and label patches by, "
+                                                          "such as \"hare; barn\"")
+            sub.add_argument("--all_sources", action="store_true", help="also what a hybrid model "
+                             "answers when its encoder sees the held-out frame")
+            sub.add_argument("--force", action="store_true", help="also where it is done already")
+            sub.add_argument("--table", nargs="?", const="-", metavar="CSV",
+                             help="join the runs, phases and seeds pooled: measures and answers")
+            sub.add_argument("--by", nargs="+", default=[], metavar="NAME",
+                             help="parameters that tell settings apart in the table")
+
+
+def _load_run(args: argparse.Namespace):
+    """The one run that a command names."""
+    from hnerv_clip.inference import load_run
+
+    path, = match_paths(args.data_path, 1)
+    return load_run(args.outf, cache_dir=args.cache_dir, device=args.device, data_path=path)
+
+
+def show_summary(table: pd.DataFrame) -> None:
+    """Print an evaluation as one line for each variant, source and split."""
+    from hnerv_clip.evaluate import summarise
+
+    print(summarise(table).to_string(index=False, na_rep="", float_format="{:.4f}".format))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from hnerv_clip.evaluate import evaluate_run
+    show_summary(evaluate_run(_load_run(args)))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from hnerv_clip.verify.pool import join_runs, study_words
+    from hnerv_clip.verify.run import verify_folders
+
+    if args.table not in (None, "-"):
+        check_writable(Path(args.table).absolute().parent)
+    verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
+                              seed=args.seed, near=args.near, labels=args.labels,
+                              all_sources=args.all_sources, force=args.force,
+                              data_paths=args.data_path)
+    for folder in verified:
+        print((folder / "verification.txt").read_text(encoding="utf-8"))
+        print(folder / "verification.json")
+    if args.table:
+        study = join_runs(verified, by=tuple(args.by))
+        print(f"\n{study.teacher_label}")
+        print(study_words(study).T.to_string(header=False))
+        if args.table != "-":
+            write_atomic(Path(args.table),
+                         lambda file: file.write(study.table.to_csv(index=False).encode()))
+            print(args.table)
+
+
+def _fit_head(args: argparse.Namespace) -> None:
+    from hnerv_clip.field.fit_run import evaluate_field, fit_head, summarise_field
+
+    run = _load_run(args)
+    names = ("boxes", "steps", "rank", "hidden", "rate_weight")
+    given = {f"field_{name}": getattr(args, name) for name in names
+             if getattr(args, name) is not None}
+    run.config = run.config.replace(**given)
+    field = fit_head(run, cache_dir=args.cache_dir, device=args.device)
+    print(f"{field.head.parameter_count():,} parameters, teacher {field.about['teacher_s']} s, "
+          f"fit {field.about['fit_s']} s")
+    if args.measure:
+        table = evaluate_field(run, field, cache_dir=args.cache_dir, device=args.device)
+        table.to_csv(run.run_dir.path / "field_evaluation.csv", index=False)
+        print(summarise_field(table).to_string(index=False, float_format="{:.4f}".format))
+
+
+def _index(args: argparse.Namespace) -> None:
+    from hnerv_clip.field.query import has_field
+    from hnerv_clip.runs.run_dir import RunDir
+
+    check_writable(resolve_path(args.folder))
+    for outf in args.outf:
+        if not has_field(resolve_path(outf)):
+            RunDir(outf).config_with_head()
+    from hnerv_clip.inference import load_run
+    from hnerv_clip.search.index import index_runs
+
+    paths = match_paths(args.data_path, len(args.outf))
+    index = index_runs(load_run(outf, cache_dir=args.cache_dir, device=args.device, data_path=path)
+                       for outf, path in zip(args.outf, paths, strict=True))
+    print(index.videos.to_string(index=False, float_format="{:g}".format))
+    print(f"{index.save(args.folder)}: {len(index)} patches")
+
+
+def _search(args: argparse.Namespace) -> None:
+    from hnerv_clip.runs.run_dir import FIELD, RunDir
+    from hnerv_clip.search.kept import encode_kept, predict_patches
+    from hnerv_clip.search.rank import rank_patches
+    from hnerv_clip.teachers.text import parse_queries
+
+    if not args.queries and not args.region:
+        raise ConfigError("nothing to search for: give texts, or --region of a run with a field")
+    queries = parse_queries([query for words in args.queries for query in parse_queries(words)]
+                            ) if args.queries else []
+    if (resolve_path(args.outf) / FIELD).is_file():
+        return _search_field(args, queries)
+    if resolve_path(args.outf).is_file():
+        return search_file(resolve_path(args.outf), queries, top_k=args.top_k, apart=args.apart,
+                           device=args.device, weights=args.weights,
+                           region=_parse_region(args.region) if args.region else None)
+    if args.region:
+        raise ConfigError(f"--region needs a field, which {args.outf} has not: "
+                          f"hnerv-clip fit-head {args.outf}")
+    if (resolve_path(args.outf) / "videos.json").is_file():
+        return _search_index(args, queries)
+    run = RunDir(args.outf)
+    config = run.config_with_head()
+    texts = encode_kept(queries, config.teacher, run.path, device=args.device)
+    path, = match_paths(args.data_path, 1)
+    kept = predict_patches(run.path, cache_dir=args.cache_dir, device=args.device, data_path=path)
+    for query, vector in zip(queries, texts):
+        found = rank_patches(vector, kept.embeddings, args.top_k, apart=args.apart)
+        found["time_s"] = kept.times_s[found.frame]
+        for i, side in enumerate(("top", "left", "height", "width")):
+            found[side] = kept.boxes[found.patch.to_numpy(), i]
+        _show_found(f"{query}  ({kept.teacher_label}; embeddings: {kept.source})", found)
+
+
+def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
+    from hnerv_clip.field.query import load_field
+    from hnerv_clip.inference import sources_of
+    from hnerv_clip.search.boxes import search_boxes
+    from hnerv_clip.search.kept import encode_kept
+
+    run = _load_run(args)
+    source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
+    field = load_field(run, source=source)
+    asked: list = []
+    if args.region:
+        frame, *box = _parse_region(args.region)
+        asked.append((f"like box {tuple(box)} of frame {frame:g}", field.embed(frame, box),
+                      (frame, box)))
+    if queries:
+        texts = encode_kept(queries, run.config.teacher, run.run_dir.path, device=args.device)
+        asked += [(query, vector, None) for query, vector in zip(queries, texts)]
+    for words, vector, near in asked:
+        found = search_boxes(field, vector, args.top_k, apart=args.apart, not_near=near)
+        found["time_s"] = run.dataset.video.times_s[found.frame.to_numpy()]
+        _show_found(f"{words}  ({run.dataset.teacher_label}; embeddings: {source})", found)
+
+
+def _parse_region(words: str) -> list[float]:
+    try:
+        values = [float(value) for value in words.split(",")]
+        if len(values) == 5:
+            return values
+    except ValueError:
+        pass
+    raise ConfigError(f"--region {words} is not FRAME,TOP,LEFT,HEIGHT,WIDTH; write for example "
+                      "0,0,0,448,448")
+
+
+def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
+    from hnerv_clip.search.index import load_index
+    from hnerv_clip.search.kept import encode_kept
+
+    index = load_index(args.outf)
+    texts = encode_kept(queries, index.teacher_config(), resolve_path(args.outf),
+                        device=args.device)
+    for query, vector in zip(queries, texts):
+        found = index.search(vector, args.top_k, apart=args.apart)
+        found["time_s"] = index.times_of(found)
+        _show_found(f"{query}  ({index.label}; {len(index)} patches)", found)
+
+
+def _show_found(title: str, found) -> None:
+    print(title)
+    print(found.to_string(index=False, float_format="{:.3f}".format), end="\n\n")

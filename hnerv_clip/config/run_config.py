@@ -1,0 +1,170 @@
+"""All settings of a run in one object, with what depends on the frame's size chosen for it.
+
+That is ``auto`` until the size is known, see `Config.resolve`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hnerv_clip.config.packing import pack, parse
+from hnerv_clip.config.presets import PRESETS, PROFILES
+from hnerv_clip.config.rules import embed_kind, one_of, validate
+from hnerv_clip.config.settings import (
+    AUTO,
+    AUTO_NAMES,
+    GROUPS,
+    RUNTIME_PARAMS,
+    ConfigError,
+    ModelConfig,
+    TeacherConfig,
+    TrainConfig,
+    VideoConfig,
+    param_names,
+)
+from hnerv_clip.sizes import choose_patch_grid, choose_patch_size, choose_strides, pad_to
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one run. Build it with `Config.from_params`."""
+
+    video: VideoConfig = field(default_factory=VideoConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    # Names that were left to `auto`: `replace` chooses them anew
+    chosen: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    @classmethod
+    def from_params(cls, *, preset: str = AUTO, **params: Any) -> Config:
+        """Parse flat parameters, as typed on a command line or set in a notebook.
+
+        What is `auto` is chosen here where crop_list or resize_list tell the frame's size.
+
+        Args:
+            preset: a row of `PRESETS`: `paper` for the values of HNeRV's paper, where `params` name
+                no others.
+            params: any of `param_names()`; packed strings or typed values. A name that is left
+                out keeps its default.
+        Raises:
+            ConfigError: an unknown name, or a value that breaks a rule.
+        """
+        one_of("preset", preset, tuple(PRESETS))
+        params = {**PRESETS[preset], **params}
+        unknown = sorted(set(params) - set(param_names()))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], param_names(), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"unknown parameter {', '.join(map(repr, unknown))}.{hint} "
+                f"Known ones: {', '.join(param_names())}"
+            )
+        chosen = frozenset(name for name in AUTO_NAMES if params.get(name, AUTO) in (AUTO, (AUTO,)))
+        if "crop_list" in chosen:
+            bunny = params.get("data_path", VideoConfig.data_path) == "bunny"
+            params["crop_list"] = PRESETS["paper"]["crop_list"] if bunny else ""
+        if params.get("head") == "field":  # then the network has no head of its own
+            params.setdefault("predict_clip", False)
+        groups = {}
+        for group, group_type in GROUPS.items():
+            own = {f.name: parse(f.name, params[f.name]) for f in fields(group_type)
+                   if f.name in params}
+            groups[group] = group_type(**own)
+        config = cls(**groups, chosen=chosen)
+        validate(config.video, config.teacher, config.model, config.train)
+        frame_hw = config.video.resize_list or config.video.crop_list
+        return config.resolve(frame_hw) if frame_hw else config
+
+    @property
+    def resolved(self) -> bool:
+        """Whether nothing waits for the frame's size."""
+        model = self.model
+        return AUTO not in (self.teacher.patch_grid, model.enc_strds, model.dec_strds, model.fc_hw,
+                            model.pad_list)
+
+    def resolve(self, frame_hw: tuple[int, int]) -> Config:
+        """What is `auto`, chosen for frames of height and width `frame_hw`; the rest as it is."""
+        if self.resolved:
+            return self
+        config = dataclasses.replace(
+            self, teacher=dataclasses.replace(
+                self.teacher, patch_grid=resolve_patch_grid(self.teacher, frame_hw)),
+            model=resolve_model(self.model, frame_hw))
+        validate(config.video, config.teacher, config.model, config.train)
+        return config
+
+    def params(self) -> dict[str, Any]:
+        """The flat, packed form: `Config.from_params(**config.params()) == config`."""
+        return {f.name: pack(f.name, getattr(getattr(self, group), f.name))
+                for group, group_type in GROUPS.items() for f in fields(group_type)}
+
+    def replace(self, **params: Any) -> Config:
+        """A copy with some flat parameters changed; those left to `auto` are chosen anew."""
+        left = dict.fromkeys(self.chosen, AUTO)
+        return Config.from_params(**{**self.params(), **left, **params})
+
+    def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
+        """Parameters that differ and that change a result, as {name: (own, other's)}.
+
+        What is still `auto` on one side differs from nothing.
+        """
+        own, others = self.params(), other.params()
+        return {name: (own[name], others[name]) for name in own
+                if own[name] != others[name] and name not in RUNTIME_PARAMS
+                and not (name in AUTO_NAMES and AUTO in (own[name], others[name]))}
+
+
+def resolve_patch_grid(teacher: TeacherConfig, frame_hw: tuple[int, int]
+                       ) -> tuple[int, int] | None:
+    """(rows, columns) of patches of frames of height and width `frame_hw`; None for a sweep."""
+    if teacher.patch_grid != AUTO:
+        return teacher.patch_grid
+    return choose_patch_grid(frame_hw, teacher.patch_size or choose_patch_size(frame_hw))
+
+
+def resolve_model(model: ModelConfig, frame_hw: tuple[int, int]) -> ModelConfig:
+    """What of strides, base resolution and padding is `auto`, for frames of `frame_hw` (H, W).
+
+    A coordinate model whose `fc_hw` is given is not padded, but resized to the frame.
+    """
+    given = [strides for strides in (model.enc_strds, model.dec_strds) if strides != AUTO]
+    strides = given[0] if given else choose_strides(frame_hw)
+    enc_strds = strides if model.enc_strds == AUTO else model.enc_strds
+    dec_strds = strides if model.dec_strds == AUTO else model.dec_strds
+    hybrid = embed_kind(model.embed) == "hybrid"
+    product = math.prod(enc_strds if hybrid else dec_strds)
+    padded, pad_list = pad_to(frame_hw, product), model.pad_list
+    if pad_list == AUTO:
+        pads = (hybrid or model.fc_hw == AUTO) and padded != tuple(frame_hw)
+        pad_list = padded if pads else None
+    up = math.prod(dec_strds)
+    fc_hw = tuple(-(-side // up) for side in frame_hw) if model.fc_hw == AUTO else model.fc_hw
+    return dataclasses.replace(model, enc_strds=enc_strds, dec_strds=dec_strds, fc_hw=fc_hw,
+                               pad_list=pad_list)
+
+
+def profile_params(profile: str, **overrides: Any) -> dict[str, Any]:
+    """Every parameter of a profile, flat and packed.
+
+    Args:
+        overrides: values that win over the profile's; what is `auto` is chosen for them.
+    Raises:
+        ConfigError: unknown profile.
+    """
+    one_of("profile", profile, tuple(PROFILES))
+    return Config.from_params(**PROFILES[profile] | overrides).params()
+
+
+def settings_table() -> list[tuple[str, str, str, str]]:
+    """(name, packed default, group, meaning) of every parameter, for README, book and help.
+
+    The meaning is that of the field above.
+    """
+    return [(f.name, AUTO if f.name in AUTO_NAMES else str(pack(f.name, f.default)), group,
+             f.metadata["meaning"])
+            for group, group_type in GROUPS.items() for f in dataclasses.fields(group_type)]

@@ -1,0 +1,122 @@
+"""Train a run to its end, or check it before anything takes time."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from hnerv_clip.config import Config, VideoConfig
+from hnerv_clip.dataset import Dataset, check_same_video, load_dataset, resolve_config
+from hnerv_clip.distributed import agree, ranks
+from hnerv_clip.engines.plain import SetupError
+from hnerv_clip.field.fit_run import fit_head
+from hnerv_clip.field.query import has_field
+from hnerv_clip.inference import load_run
+from hnerv_clip.losses import PIXEL_LOSSES, check_ms_ssim_size
+from hnerv_clip.model import plan_model
+from hnerv_clip.patches import make_grid
+from hnerv_clip.runs.run_dir import RunDir, RunError
+from hnerv_clip.train.trainer import Trainer, TrainError
+from hnerv_clip.video import NAMED_VIDEOS, find_source, load_video, split_frames
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass
+class TrainResult:
+    """A run that reached its end."""
+
+    run_dir: Path
+    summary: dict[str, Any]  # final figures, as in summary.json
+    metrics: pd.DataFrame  # a row per epoch
+
+
+def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "output/cache",
+          progress: bool = True, dataset: Dataset | None = None) -> TrainResult | None:
+    """Train a run to its end, from its last checkpoint where there is one.
+
+    A finished run is returned as it stands. Under `torch.distributed` every rank calls this;
+    each takes its share of every batch, and rank 0 alone writes.
+
+    Args:
+        run_dir: the run's folder; another configuration's is refused.
+        cache_dir: where `prepare_dataset` left the teacher's embeddings.
+        progress: show a progress bar.
+        dataset: what `prepare_dataset` returned for this configuration, else it is loaded.
+    Returns:
+        The run's figures; None on ranks above 0, which may not see rank 0's files yet.
+    Raises:
+        ConfigError: before any long work, see there.
+        RunError: likewise; or the disk is full or became read-only, the last checkpoint is intact.
+        TrainError: training collapsed, and `on_divergence` or the tries so far forbid another; or
+            memory ran out.
+    """
+    rank, _ = ranks()
+    config = resolve_config(config, dataset and dataset.video)
+    run = RunDir.create(run_dir, config) if rank == 0 else RunDir(run_dir)
+    if not agree(run.finished):
+        with run.lock() if rank == 0 else nullcontext():
+            dataset = dataset or load_dataset(config, cache_dir)
+            check_same_video(run, dataset.video, config.video.data_path)
+            if rank == 0:
+                run.note_location(config)
+            loop = Trainer(config, run, dataset)
+            try:
+                loop.fit(progress=progress)
+            except torch.cuda.OutOfMemoryError as error:
+                raise TrainError(
+                    f"the GPU's memory ran out ({str(error).splitlines()[0]}); lower batch_size="
+                    f"{config.train.batch_size}, modelsize or resize_list. The last checkpoint of "
+                    f"{run.path} is intact") from error
+            except SetupError as error:
+                raise TrainError(f"the fast engine cannot be set up here ({error}); use engine="
+                                 f"'plain'. The last checkpoint of {run.path} is intact") from error
+            except RuntimeError as error:
+                if config.train.engine == "plain" or "C compiler" not in str(error):
+                    raise
+                raise TrainError(f"the fast engine can't be compiled here ({error}); install a C "
+                                 "compiler such as gcc, or use engine='plain'") from error
+            except OSError as error:  # of the log or TensorBoard; checkpoints say it themselves
+                if error.errno not in UNWRITABLE:
+                    raise
+                raise RunError(f"cannot write to {run.path}: {error}. Its last checkpoint is "
+                               "intact; free space or make the folder writable, then run again "
+                               "to resume") from error
+    if rank == 0 and config.model.head == "field" and not has_field(run):
+        fit_head(load_run(run.path, cache_dir=cache_dir, device=config.train.device),
+                 cache_dir=cache_dir, device=config.train.device, progress=progress)
+    return None if rank else TrainResult(run.path, run.summary(), run.metrics())
+
+
+def check_run(config: Config) -> Config:
+    """Raise what would stop a run later, before the teacher or any training takes time.
+
+    Returns:
+        The configuration with all that was `auto` chosen for the video's size.
+    Raises:
+        ConfigError: see `load_video`, `make_grid`, `plan_model` and the MS-SSIM losses.
+    """
+    if config.video.data_path not in NAMED_VIDEOS:  # a job may start in another folder
+        config = config.replace(data_path=str(find_source(config.video.data_path)[0]))
+    frame_hw, frame_count = _video_size(config.video)
+    config = config.resolve(frame_hw)
+    split_frames(frame_count, config.video.data_split, config.video.split_phase)
+    make_grid(config.teacher, frame_hw)
+    plan_model(config.model, frame_hw=frame_hw, frame_count=frame_count)
+    if "ms_ssim" in PIXEL_LOSSES[config.train.loss]:
+        check_ms_ssim_size(frame_hw)
+    return config
+
+
+@lru_cache
+def _video_size(config: VideoConfig) -> tuple[tuple[int, int], int]:
+    """((H, W), T) of a video, decoded once for many runs."""
+    video = load_video(config)
+    return video.frame_hw, len(video.frames)

@@ -231,6 +231,61 @@ def test_decode_writes_a_film_with_the_same_times(path, video, tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == [name]  # nothing half written is left
 
 
+def test_segments_that_are_encoded_at_the_same_time_make_one_film(tmp_path, monkeypatch):
+    from fractions import Fraction
+
+    from hnerv_clip.stored import film
+
+    monkeypatch.setattr(film, "SEGMENT", (8, 8))
+    ticks = [0, *np.cumsum(np.random.default_rng(0).integers(1, 4, 29)).tolist()]  # uneven
+    frames = torch.arange(48 * 64).view(1, 1, 48, 64) + 8 * torch.arange(30).view(-1, 1, 1, 1)
+    planes = film.to_planes((frames % 256).byte().expand(-1, 3, -1, -1), True).numpy()
+    for name, preset in (("f.mp4", "medium"), ("f.mkv", "ultrafast")):  # with B-frames, and without
+        shared = film._Film((48, 64), Fraction(1, 25), Fraction(25), crf=10, preset=preset)
+        film.encode_film(tmp_path / name, shared, planes, ticks, workers=3)
+        with av.open(str(tmp_path / name)) as container:
+            order = [packet.dts for packet in container.demux(video=0) if packet.size]
+        with av.open(str(tmp_path / name)) as container:
+            shown = list(container.decode(video=0))
+        assert len(order) == 30 and order == sorted(set(order))
+        np.testing.assert_allclose([f.time for f in shown], np.array(ticks) / 25, atol=1e-3)
+        assert sum(f.key_frame for f in shown) == 4
+        errors = np.stack([f.to_ndarray() for f in shown]).astype(int) - planes
+        assert np.abs(errors).mean() < 2
+
+
+def test_what_stops_decoding_stops_the_film(path, tmp_path, monkeypatch):
+    from hnerv_clip.stored import film
+
+    def fail(*_):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(film, "to_planes", fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        film.write_film(tmp_path / "f.mp4", hnerv_clip.open(path), range(6), progress=False)
+
+
+def test_pictures_of_padded_channels_are_the_same(path):
+    """As a GPU computes them; embeddings of the same network do not change either."""
+    plain, padded = hnerv_clip.open(path), hnerv_clip.open(path)
+    padded._model(("decoder.",)).pad_channels(8)
+    assert np.abs(padded[:].astype(int) - plain[:]).max() <= 1
+    for video in (plain, padded):
+        video.vector = video.embed((30, 10, 40, 20), 0.1)
+    np.testing.assert_allclose(padded.vector, plain.vector, atol=1e-5)
+
+
+def test_what_a_killed_process_left_is_removed(path, tmp_path):
+    import platform
+
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    for name in ("v.mp4", "w.mp4"):
+        (tmp_path / f".{name}-{platform.node()}-{done.pid}-abc").mkdir()
+    assert main(["decode", str(path), str(tmp_path / "v.mp4"), "--frames", "0:1"]) == 0
+    assert sorted(file.name[:6] for file in tmp_path.iterdir()) == [".w.mp4", "v.mp4"]
+
+
 def test_decode_writes_pictures(path, video, tmp_path):
     from PIL import Image
 

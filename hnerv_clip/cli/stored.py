@@ -6,14 +6,23 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import glob
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 from hnerv_clip.config import ConfigError
 from hnerv_clip.paths import resolve_path
+
+FILMS = (".mp4", ".mkv", ".mov")
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
+           "veryslow")  # of x264
 
 
 class FileCommandError(RuntimeError):
@@ -35,6 +44,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argume
     decode.add_argument("out", metavar="OUT", help="NAME.mp4, NAME.mkv, or a folder for PNG files")
     decode.add_argument("--frames", default="", metavar="A:B", help="frames A to B−1 only")
     decode.add_argument("--crf", type=int, default=16, help="x264's quality, lower is better (16)")
+    decode.add_argument("--preset", default=PRESETS[2], choices=PRESETS, help=
+                        "x264's, the faster the larger the file (veryfast)")
     embed.add_argument("--box", required=True, metavar="X0,Y0,X1,Y1", help="pixels of the picture")
     embed.add_argument("--time", type=float, required=True, metavar="S", help="seconds")
     export.add_argument("out", metavar="OUT", help="NAME.onnx")
@@ -83,18 +94,20 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _decode(args: argparse.Namespace) -> None:
-    from hnerv_clip import open as open_video
-    from hnerv_clip.stored.film import write_film, write_pictures
-
     out = resolve_path(args.out)
     _check_free(out, args.force)
+    is_film = out.suffix.lower() in FILMS
+    if out.suffix and not is_film:
+        raise FileCommandError(f"{out} is neither a film ({', '.join(FILMS)}) nor a folder: name "
+                               "one")
+    from hnerv_clip import open as open_video  # seconds, which a refusal need not take
+    from hnerv_clip.stored.film import write_film, write_pictures
+
     video = open_video(resolve_path(args.file), device=args.device)
     chosen = parse_frames(args.frames, len(video))
-    write = write_film if out.suffix.lower() in (".mp4", ".mkv", ".mov") else write_pictures
-    if out.suffix and write is write_pictures:
-        raise FileCommandError(f"{out} is neither a film (.mp4, .mkv, .mov) nor a folder: name one")
-    options = {"crf": args.crf} if write is write_film else {}
-    replace_when_done(out, lambda path: write(path, video, chosen, **options))
+    write = functools.partial(write_film, crf=args.crf, preset=args.preset) if is_film else \
+        write_pictures
+    replace_when_done(out, lambda path: write(path, video, chosen))
     print(f"{out}: {len(chosen)} frames")
 
 
@@ -149,10 +162,10 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
 
 
 def _export(args: argparse.Namespace) -> None:
-    from hnerv_clip.stored.export import export_onnx
-
     out = resolve_path(args.out)
     _check_free(out, args.force)
+    from hnerv_clip.stored.export import export_onnx
+
     difference = {}
     replace_when_done(
         out, lambda path: difference.update(export_onnx(resolve_path(args.file), path)))
@@ -217,12 +230,19 @@ def parse_frames(words: str, count: int) -> range:
 def replace_when_done(out: Path, write: Callable[[Path], object]) -> None:
     """Write a file or folder beside its place, and move it there when it is whole.
 
+    What a killed process of this machine left half written there is removed.
+
     Raises:
         FileCommandError: the folder cannot be written, or the disk is full.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.stem}-"))
+        start = f".{out.name}-{platform.node()}-"
+        for left in out.parent.glob(f"{glob.escape(start)}*"):
+            writer = left.name.removeprefix(start).partition("-")[0]
+            if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+                shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{start}{os.getpid()}-"))
     except OSError as error:
         raise FileCommandError(f"cannot write beside {out}: {error}; choose a writable folder"
                                ) from error

@@ -70,7 +70,8 @@ class Field:
             z = torch.lerp(self.embeddings[left], self.embeddings[right], share)
         if config.source_stage < 0:
             return z.float()
-        return self.model.stages(z, last=config.source_stage)[config.source_stage].float()
+        features = self.model.stages(z, last=config.source_stage)[config.source_stage]
+        return features[:, :config.source_channels].float()  # without padding
 
     @torch.inference_mode()
     def embed(self, times: npt.ArrayLike, boxes: npt.ArrayLike) -> Tensor:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import av
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,6 +29,8 @@ if TYPE_CHECKING:
     from hnerv_clip.stored.video import StoredVideo
 
 AHEAD = 4  # batches decoded before they are written
+SEGMENT = (12, 64)  # frames that are encoded on one core, at least and at most
+WAITING_BYTES = 2**29  # of decoded frames that wait for their encoder, about
 BT709 = 1  # matrix, primaries and transfer of HD video, in ffmpeg's numbers
 LIMITED = 1  # luma 16…235
 # R, G, B in 0…255 to Y, Cb, Cr (ITU-R BT.709, limited range)
@@ -37,6 +45,7 @@ def write_film(path: Path, video: StoredVideo, chosen: Sequence[int], *, crf: in
     """Write frames as H.264 in MP4 or Matroska, each at its own time.
 
     Pictures with an odd side are stored without chroma subsampling, so that their size stays.
+    Segments of frames are encoded at the same time, a core each.
 
     Args:
         chosen: rising frame numbers; the first is shown at time 0.
@@ -44,32 +53,104 @@ def write_film(path: Path, video: StoredVideo, chosen: Sequence[int], *, crf: in
     """
     times = video.header.meta["video"]["times"]
     ticks = expand_ticks(times)
-    height, width = video.size
-    options = {"movflags": "faststart"} if path.suffix.lower() != ".mkv" else {}
-    with av.open(str(path), "w", options=options) as container:
-        unit = Fraction(*times["unit"])
-        rate = Fraction(video.fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate)
-        stream.width, stream.height = width, height
-        stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-        stream.options = {"crf": str(crf), "preset": preset}
-        context = stream.codec_context
-        context.thread_count = 0  # as many as there are cores
-        context.time_base = stream.time_base = unit
+    film = _Film(video.size, Fraction(*times["unit"]), Fraction(video.fps).limit_denominator(1001),
+                 crf=crf, preset=preset)
+    batches = _ahead(video, chosen, progress, lambda batch: to_planes(batch, film.halved))
+    encode_film(path, film, (image for batch in batches for image in batch),
+                [ticks[i] - ticks[chosen[0]] for i in chosen])
+
+
+@dataclass(frozen=True)
+class _Film:
+    """What all segments of a film share."""
+
+    size: tuple[int, int]  # (H, W)
+    unit: Fraction  # seconds of a tick
+    rate: Fraction
+    crf: int
+    preset: str
+
+    @property
+    def halved(self) -> bool:
+        """Chroma at half the resolution (4:2:0)."""
+        return not any(side % 2 for side in self.size)
+
+    @property
+    def pix_fmt(self) -> str:
+        """In ffmpeg's words."""
+        return "yuv420p" if self.halved else "yuv444p"
+
+    def set_up(self, context: av.VideoCodecContext) -> None:
+        """Give an encoder these settings."""
+        context.height, context.width = self.size
+        context.pix_fmt, context.framerate, context.time_base = self.pix_fmt, self.rate, self.unit
+        context.options = {"crf": str(self.crf), "preset": self.preset}
+        context.thread_count = 1
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED
-        halved = stream.pix_fmt == "yuv420p"
-        numbers = iter(chosen)
-        for planes in _ahead(video, chosen, progress, lambda batch: to_planes(batch, halved)):
-            for image in planes:
-                frame = av.VideoFrame.from_ndarray(image, format=stream.pix_fmt)
-                frame.colorspace, frame.color_range = BT709, LIMITED
-                frame.pts, frame.time_base = ticks[next(numbers)] - ticks[chosen[0]], unit
-                container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+
+    def encode(self, images: list[np.ndarray], ticks: list[int], flags: int) -> list[av.Packet]:
+        """The packets of a segment that stands alone."""
+        context = av.CodecContext.create("libx264", "w")
+        self.set_up(context)
+        context.flags = flags
+        packets = []
+        for image, tick in zip(images, ticks, strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format=self.pix_fmt)
+            frame.colorspace, frame.color_range = BT709, LIMITED
+            frame.pts, frame.time_base = tick, self.unit
+            packets += context.encode(frame)
+        return packets + context.encode()
 
 
-def to_planes(frames: Tensor, halved: bool) -> np.ndarray:
+def encode_film(path: Path, film: _Film, images: Iterable[np.ndarray], ticks: Sequence[int], *,
+                workers: int | None = None) -> None:
+    """Encode frames in segments, as many at a time as there are cores, into one stream.
+
+    Args:
+        images: the planes of each frame, uint8, as of `to_planes`.
+        ticks: when each is shown, rising, in units of the film.
+        workers: encoders at a time; None for the cores of this process.
+    """
+    workers = workers or len(psutil.Process().cpu_affinity())
+    shortest, longest = SEGMENT
+    length = max(shortest, min(longest, -(-len(ticks) // workers),
+                               WAITING_BYTES // (2 * math.prod(film.size) * workers)))
+    options = {"movflags": "faststart"} if path.suffix.lower() != ".mkv" else {}
+    images, waiting, coded = iter(images), deque(), 0
+    delay: int | None = None  # packets by which x264 reorders frames
+    with av.open(str(path), "w", options=options) as container, \
+            ThreadPoolExecutor(workers) as pool:
+        stream = container.add_stream("libx264", rate=film.rate)
+        film.set_up(stream.codec_context)
+        stream.time_base = film.unit
+        flags = stream.codec_context.flags
+
+        def write_first() -> None:
+            nonlocal coded, delay
+            packets = waiting.popleft().result()
+            if delay is None:
+                delay = sum(packet.dts < packets[0].pts for packet in packets)
+            for packet in packets:  # the order of decoding goes on over the segments' borders
+                at = coded - delay
+                packet.dts = ticks[at] if at >= 0 else ticks[0] + at
+                packet.stream, coded = stream, coded + 1
+                container.mux(packet)
+
+        try:
+            for start in range(0, len(ticks), length):
+                segment = list(itertools.islice(images, length))
+                waiting.append(pool.submit(film.encode, segment, list(ticks[start:start + length]),
+                                           flags))
+                if len(waiting) > workers:
+                    write_first()
+            while waiting:
+                write_first()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def to_planes(frames: Tensor, halved: bool) -> Tensor:
     """RGB to the planes of YUV, on the frames' device.
 
     Args:
@@ -85,7 +166,7 @@ def to_planes(frames: Tensor, halved: bool) -> np.ndarray:
         chroma = avg_pool2d(yuv[:, 1:], 2)
         height, width = frames.shape[2:]
         yuv = torch.cat([yuv[:, 0], chroma.reshape(len(frames), height // 2, width)], dim=1)
-    return yuv.round_().clamp_(0, 255).byte().cpu().numpy()
+    return yuv.round_().clamp_(0, 255).byte()
 
 
 def write_pictures(path: Path, video: StoredVideo, chosen: Sequence[int], *,
@@ -95,33 +176,35 @@ def write_pictures(path: Path, video: StoredVideo, chosen: Sequence[int], *,
     digits = max(5, len(str(len(video))))
     numbers = iter(chosen)
     for images in _ahead(video, chosen, progress,
-                         lambda batch: batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+                         lambda batch: batch.permute(0, 2, 3, 1).contiguous()):
         for image in images:
             Image.fromarray(image).save(path / f"{next(numbers):0{digits}d}.png",
                                         compress_level=1)
 
 
 def _ahead(video: StoredVideo, chosen: Sequence[int], progress: bool,
-           finish: Callable[[Tensor], np.ndarray]) -> Iterator[np.ndarray]:
+           finish: Callable[[Tensor], Tensor]) -> Iterator[np.ndarray]:
     """Batches of frames in turn, finished, decoded in a thread while others are written."""
     waiting: queue.Queue = queue.Queue(AHEAD)
     stopped = threading.Event()
 
+    def give(item: object) -> None:
+        while not stopped.is_set():
+            try:
+                return waiting.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
     def decode() -> None:
         try:
-            for batch in video.batches(chosen):
-                done = finish(batch)
-                while not stopped.is_set():
-                    try:
-                        waiting.put(done, timeout=0.2)
-                        break
-                    except queue.Full:
-                        continue
-                if stopped.is_set():
-                    return
-            waiting.put(None)
+            with torch.inference_mode():
+                for fetched in fetch(finish(batch) for batch in video.batches(chosen)):
+                    give(fetched)
+                    if stopped.is_set():
+                        return
+            give(None)
         except BaseException as error:  # raised where it is waited for
-            waiting.put(error)
+            give(error)
 
     thread = threading.Thread(target=decode, daemon=True)
     thread.start()
@@ -135,3 +218,26 @@ def _ahead(video: StoredVideo, chosen: Sequence[int], progress: bool,
     finally:
         stopped.set()
         thread.join()
+
+
+def fetch(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """Tensors as arrays; a GPU computes the next one while one is copied."""
+    before: tuple[Tensor, torch.cuda.Event | None] | None = None
+    for batch in batches:
+        now: tuple[Tensor, torch.cuda.Event | None] = batch, None
+        if batch.device.type == "cuda":
+            host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
+            host.copy_(batch, non_blocking=True)
+            now = host, torch.cuda.Event()
+            now[1].record()
+        if before is not None:
+            yield _arrived(*before)
+        before = now
+    if before is not None:
+        yield _arrived(*before)
+
+
+def _arrived(host: Tensor, copied: torch.cuda.Event | None) -> np.ndarray:
+    if copied is not None:
+        copied.synchronize()
+    return host.numpy()

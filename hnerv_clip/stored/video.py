@@ -107,6 +107,8 @@ class StoredVideo(Sequence):
     def batches(self, chosen: Sequence[int]) -> Iterator[torch.Tensor]:
         """Yield some frames in batches on the device: uint8 [B, 3, H, W]."""
         model = self._model((*SHARED, "rgb_head."))
+        if self.device.type == "cuda":
+            model.pad_channels(8)  # for its tensor cores; what is added is zero
         at_once = BATCH[self.device.type]
         for start in range(0, len(chosen), at_once):
             embeddings = self.frame_embeddings(chosen[start:start + at_once])

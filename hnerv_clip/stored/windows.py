@@ -58,7 +58,7 @@ def features_at(model: HNeRV, embeddings: Tensor, stage: int, rows: Tensor, cols
         plan, whole = before, whole - 1
         if size * size * len(rows) >= area:  # from here on the whole is less
             break
-    x = model.stages(embeddings, last=whole)[-1]
+    x = model.stages(embeddings, last=whole)[-1][:, :model.plan.widths[whole]]  # without padding
     hw = model.stage_hw(whole)
     x = _windows(x, starts, size, hw)  # [B·P, C, size, size]
     for block, wanted, wanted_size in reversed(plan):

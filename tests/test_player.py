@@ -121,6 +121,13 @@ def test_search_ranks_patches_by_the_teachers_text(video):
     assert time.perf_counter() - start < 0.5
 
 
+def test_the_first_search_imports_no_teachers_network(path):
+    """Which takes seconds; a text needs only its classes."""
+    code = f"import sys, hnerv_clip; hnerv_clip.open({str(path)!r}).search('hare'); " \
+           "assert not {'timm', 'open_clip', 'torchvision'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.fixture(scope="module")
 def with_field(tmp_path_factory):
     from hnerv_clip.heads.field import FieldConfig, FieldHead

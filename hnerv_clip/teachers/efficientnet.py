@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import metadata
 from pathlib import Path
 
@@ -30,12 +31,19 @@ class BundledTeacher:
     name, label, _ = describe_teacher(TeacherConfig(teacher=BUNDLED))
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.weights = _bundled_weights()
+        rows = list(self.weights.values())[-2].to(device)  # the classifier's, the last but its bias
+        self.classes = rows - rows.mean(dim=0)  # [1000, 1280]
+
+    @functools.cached_property
+    def model(self) -> torch.nn.Module:
+        """Made for the first picture: texts need only the classifier's rows."""
         import timm  # takes seconds to import, and only this teacher needs it
 
-        self.device = device
         model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-        model.load_state_dict(_by_position(_bundled_weights(), model.state_dict()))
-        self.model = model.to(device, memory_format=torch.channels_last)
+        model.load_state_dict(_by_position(self.weights, model.state_dict()))
+        return model.to(self.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode_patches(self, patches: Tensor) -> Tensor:
@@ -55,9 +63,7 @@ class BundledTeacher:
             ConfigError: not the name of an ImageNet class, and no sentence encoder; the message
                 suggests names.
         """
-        rows = self.model.classifier.weight
-        rows = rows - rows.mean(dim=0)
-        return normalize(torch.stack([self._row(text, rows) for text in texts]), dim=1)
+        return normalize(torch.stack([self._row(text, self.classes) for text in texts]), dim=1)
 
     def _row(self, text: str, rows: Tensor) -> Tensor:
         try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 import re
+from pathlib import Path
 
 from hnerv_clip.config import ConfigError
 
@@ -22,14 +24,33 @@ def imagenet_names() -> dict[str, list[int]]:
 @functools.cache
 def descriptions() -> list[tuple[list[str], str]]:
     """Of each class its names in lower case, and WordNet's definition of it."""
+    return [([name.strip().lower() for name in names.split(",")], definition.strip())
+            for names, definition in _read_tables() or _ask_timm()]
+
+
+def _read_tables() -> list[tuple[str, str]]:
+    """What timm's files of WordNet say, without the seconds that importing timm takes; nothing
+    where this timm has them elsewhere."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:
+        return []
+    folder = Path(spec.origin).parent / "data" / "_info"
+    try:
+        order, names, definitions = (
+            (folder / f"imagenet_{name}.txt").read_text(encoding="utf-8").splitlines()
+            for name in ("synsets", "synset_to_lemma", "synset_to_definition"))
+        of_synset = [dict(line.split("\t", 1) for line in lines) for lines in (names, definitions)]
+        return [(of_synset[0][synset], of_synset[1][synset]) for synset in order]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def _ask_timm() -> list[tuple[str, str]]:
     from timm.data import ImageNetInfo
 
-    info, found = ImageNetInfo("imagenet-1k"), []
-    for index in range(1000):
-        names, definition = info.index_to_description(index, detailed=True).split(": ", 1)
-        found.append(([name.strip().lower() for name in names.split(",")],
-                      definition.strip()))
-    return found
+    info = ImageNetInfo("imagenet-1k")
+    return [tuple(info.index_to_description(index, detailed=True).split(": ", 1))
+            for index in range(1000)]
 
 
 def imagenet_classes(text: str) -> list[int]:

@@ -349,12 +349,46 @@ def test_export_computes_what_pytorch_does(path, tmp_path):
     assert main(["export", str(path), str(tmp_path / "d.onnx")]) == 1  # no silent replacement
 
 
+def test_encode_needs_no_setting(tmp_path, cache_dir, capsys, monkeypatch):
+    """No weights of CLIP: the bundled teacher, which is said; and the same command goes on."""
+    from hnerv_clip.stored import make
+    from hnerv_clip.teachers.clip_weights import NoWeights
+
+    prepare = make.prepare_dataset
+
+    def no_clip(config, *args, **options):
+        if config.teacher.teacher == "clip":
+            raise NoWeights("not on this machine")
+        return prepare(config, *args, **options)
+
+    monkeypatch.setattr(make, "prepare_dataset", no_clip)
+    small = {"data_path": "bunny", "frame_limit": 4, "resize_list": "80_160", "modelsize": 0.02,
+             "epochs": 1, "device": "cpu"}
+    config = make.prepare_encoding(small, tmp_path / "work", cache_dir=cache_dir)
+    assert "bundled teacher, not CLIP" in capsys.readouterr().out
+    assert (config.teacher.teacher, config.model.clip_dim) == ("efficientnet-lite0", 1280)
+    assert config.params().items() >= make.ENCODE.items()
+    with pytest.raises(ConfigError, match="not on this machine"):
+        make.prepare_encoding({**small, "teacher": "clip"}, tmp_path / "work", cache_dir=cache_dir)
+    named = make.encode_settings({**small, "teacher": "efficientnet-lite0"}, tmp_path / "work")
+    assert named["clip_dim"] == 1280
+
+
+def test_encode_goes_on_with_the_runs_own_settings(trained_run):
+    from hnerv_clip.runs.run_dir import RunDir
+    from hnerv_clip.stored.make import encode_settings
+
+    own = RunDir(trained_run).config().params()
+    assert encode_settings({"data_path": "bunny"}, trained_run) == own
+    assert encode_settings({"epochs": 99}, trained_run) == {**own, "epochs": 99}
+
+
 def test_encode_makes_a_file_of_a_video(tmp_path, capsys):
     words = ["encode", "bunny", str(tmp_path / "b.hnerv"), "--work", str(tmp_path / "work"),
              "--cache_dir", str(tmp_path / "cache"), "--predict_clip", "False",
              "--epochs", "20", "--lr", "5e-3", "--frame_limit", "5", "--resize_list", "80_160",
              "--enc_strds", "5 4 2 2", "--dec_strds", "5 4 2 2", "--modelsize", "0.02",
-             "--device", "cpu"]
+             "--device", "cpu", "--rate_epochs", "0"]
     assert main(words) == 0
     assert "5" in capsys.readouterr().out
     video = hnerv_clip.open(tmp_path / "b.hnerv")

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from hnerv_clip.config import ConfigError
+from hnerv_clip.files import check_writable
 from hnerv_clip.paths import resolve_path
 
 FILMS = (".mp4", ".mkv", ".mov")
@@ -67,11 +68,13 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argume
     store.add_argument("--cache_dir", default="output/cache")
     store.add_argument("--device", default="auto")
     store.add_argument("--force", action="store_true", help="replace what is there")
-    for sub in (encode, store):
-        sub.add_argument("--rate", type=float, help=
+    for sub, rate, without in ((encode, 0.001, "(0.001); see --rate_epochs"),
+                               (store, None, "else weights are rounded as they are")):
+        sub.add_argument("--rate", type=float, default=rate, help=
                          "fine-tune for a small file: what a bit per pixel costs, from 0.0005 "
-                         "(best quality) to 0.02 (smallest); else weights are rounded as they are")
-        sub.add_argument("--rate_epochs", type=int, default=60, help="of that fine-tuning (60)")
+                         f"(best quality) to 0.02 (smallest) {without}")
+        sub.add_argument("--rate_epochs", type=int, default=60, help=
+                         "of that fine-tuning (60); 0: weights are rounded as they are")
     return encode
 
 
@@ -174,13 +177,14 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    from hnerv_clip.dataset import prepare_dataset
-    from hnerv_clip.train import check_run, train
-
     out = _check_file(args)
-    config = check_run(args.config.replace(data_path=args.video))
     work = resolve_path(args.work or f"output/encode/{out.stem}")
-    prepare_dataset(config, args.cache_dir, device=config.train.device)
+    check_writable(work)
+    from hnerv_clip.stored.make import prepare_encoding
+    from hnerv_clip.train import train
+
+    config = prepare_encoding({**args.settings, "data_path": args.video}, work,
+                              cache_dir=args.cache_dir)
     train(config, work, cache_dir=args.cache_dir)
     args.outf, args.device = str(work), config.train.device
     _write_run(args, out)
@@ -201,8 +205,9 @@ def _check_file(args: argparse.Namespace) -> Path:
 def _write_run(args: argparse.Namespace, out: Path) -> None:
     from hnerv_clip.stored.make import store_run
 
+    rate = args.rate if args.rate_epochs else None
     replace_when_done(out, lambda path: store_run(
-        args.outf, path, rate=args.rate, epochs=args.rate_epochs, cache_dir=args.cache_dir,
+        args.outf, path, rate=rate, epochs=args.rate_epochs, cache_dir=args.cache_dir,
         device=args.device))
     args.file = str(out)
     _info(args)

@@ -26,6 +26,10 @@ FOLDER_CONFIG = "open_clip_config.json"
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 
+class NoWeights(ConfigError):
+    """CLIP's weights are neither on this machine nor to be had from it."""
+
+
 class ClipSource(NamedTuple):
     """What open_clip is to load."""
 
@@ -304,8 +308,8 @@ def _download(config: TeacherConfig, tag: dict) -> str:
         raise _no_weights(config, f"the download failed: {error}") from error
 
 
-def _no_weights(config: TeacherConfig, reason: str) -> ConfigError:
-    return ConfigError(
+def _no_weights(config: TeacherConfig, reason: str) -> NoWeights:
+    return NoWeights(
         f"the weights {config.clip_pretrained!r} of {config.clip_model} are not on this machine, "
         f"and {reason}. Ways out: (1) run once where there is a network, and carry the Hugging "
         "Face cache (~/.cache/huggingface) over; (2) clip_pretrained=FILE, a checkpoint that you "

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pandas as pd
 
-from hnerv_clip.bench.results import is_gpu, load_benches, made_words, part_rows
-from hnerv_clip.book.markdown import Markup, escape, spread, table, three_digits
-from hnerv_clip.book.results import mean_over_seeds, read_json
+from hnerv_clip.book import compare
+from hnerv_clip.book.markdown import Markup, escape, table
+from hnerv_clip.book.results import read_json
 from hnerv_clip.book.scaling import evaluation_rows
 from hnerv_clip.config import Config, settings_table
 from hnerv_clip.runs.provenance import commit_words
@@ -59,13 +58,10 @@ def settings_markdown() -> str:
 
 # What the README repeats: name of the block, and what makes it from `book`
 README_BLOCKS: dict[str, Callable[[Path], str]] = {
-    "headline": lambda book: headline_table(book / "_generated" / "headline.md"),
-    "ablations": lambda book: ablations_markdown(pd.read_csv(book / "results" / "ablations.csv")),
+    "claim": lambda book: compare.claim(book / "results"),
+    "compare": lambda book: compare.comparison(book / "results"),
     "answers": lambda book: answers_markdown(book),
-    "fidelity": lambda book: fidelity_markdown(_results(book, "fidelity")),
-    "speed": lambda book: speed_markdown(book / "results"),
     "quick": lambda book: quick_markdown(_results(book, "quick")),
-    "settings": lambda book: settings_markdown(),
 }
 
 
@@ -78,7 +74,7 @@ def refresh(root: Path) -> None:
         ValueError: the README lacks a block.
     """
     book = root / "book"
-    write_settings(book)
+    write_results(book)
     readme = root / "README.md"
     readme.write_text(fill_blocks(readme.read_text(encoding="utf-8"), {
         name: make(book) for name, make in README_BLOCKS.items()}), encoding="utf-8")
@@ -113,21 +109,17 @@ def answers_markdown(book: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def headline_table(page: Path) -> str:
-    """The table of the landing page and what stands below it; empty while no run is published."""
-    text = page.read_text(encoding="utf-8")
-    return text[text.index("\n|") + 1:] if "\n|" in text else ""
-
-
 def _results(book: Path, name: str) -> dict[str, Any]:
     return read_json(book / "results", f"{name}.json", fix=f"hnerv-clip pages --{name} FOLDER")
 
 
-def write_settings(book: Path) -> None:
-    """Write what static pages include of the settings."""
+def write_results(book: Path) -> None:
+    """Write what static pages include of `book/results` and of the settings."""
     folder = book / "_generated"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.md").write_text(settings_markdown(), encoding="utf-8")
+    for name, text in {"settings": settings_markdown(), "claim": compare.claim(book / "results"),
+                       "compare": compare.comparison(book / "results")}.items():
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def collect_fidelity(results: Path, run_dirs: list[str | Path]) -> None:
@@ -171,22 +163,22 @@ def collect_quick(results: Path, study: Path) -> None:
 
 
 def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str | Path) -> None:
-    """Write what `book/*.md` include: settings, the drawing of the network, the headline result.
+    """Write what `book/*.md` include: results, the drawing of the network, the film of a run.
 
     Args:
         book: the folder with the pages; `_generated` and `_static` in it are written to.
-        run_dir: the study's main run; where it is not finished, the headline says so.
+        run_dir: the study's main run; where it is not finished, film and table are left out.
     """
-    write_settings(book)
+    write_results(book)
     folder = book / "_generated"
     _draw_architecture(folder / "architecture.svg", config)
     video = book / "_static" / "headline.mp4"
     video.unlink(missing_ok=True)
     video.parent.mkdir(exist_ok=True)
     run = RunDir(run_dir)
-    (folder / "headline.md").write_text(
-        headline(run, video, cache_dir=cache_dir) if run.finished else NO_HEADLINE,
-        encoding="utf-8")
+    shown = (film(run, video, cache_dir=cache_dir), headline(run)) if run.finished else ("", "")
+    for name, text in zip(("film", "headline"), shown):
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def _draw_architecture(path: Path, config: Config) -> None:
@@ -205,95 +197,55 @@ def _draw_architecture(path: Path, config: Config) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def fidelity_markdown(measured: dict[str, Any]) -> str:
-    """This implementation's runs beside the paper's, a row per engine and precision."""
-    reference, rows = measured["reference"], []
-    rows.append({"": reference["paper"]["source"], "seeds": 1, **_quality([reference["paper"]])})
-    rows.append({"": reference["source"], "seeds": 1, **_quality([reference])})
-    for kind in dict.fromkeys((run["precision"], run["engine"]) for run in measured["runs"]):
-        runs = [run for run in measured["runs"] if (run["precision"], run["engine"]) == kind]
-        where = ", ".join(dict.fromkeys(f"{run['device']}, commit {commit_words(run)}"
-                                        for run in runs))
-        rows.append({"": f"here: {kind[0]}, {kind[1]} engine, {where}", "seeds": len(runs),
-                     **_quality(runs)})
-    return table(rows) + "\n\nIn brackets: 95 % confidence interval over seeds.\n"
-
-
-def _quality(runs: list[dict[str, Any]]) -> dict[str, str | None]:
-    columns = {"PSNR (dB)": ("psnr_db", 2), "MS-SSIM": ("ms_ssim", 4),
-               "8-bit weights, 6-bit embeddings (dB)": ("quantised_psnr_db", 2),
-               "bits per pixel": ("rate_bpp", 4)}
-    means = {name: (mean_over_seeds(run.get(key) for run in runs), digits)
-             for name, (key, digits) in columns.items()}
-    return {name: mean.text(digits) if name == "PSNR (dB)" or not mean.values
-            else f"{mean.mean:.{digits}f}" for name, (mean, digits) in means.items()}
-
-
-def speed_markdown(results: Path) -> str:
-    """A training step with the CLIP head on each device, and other codes, as Markdown."""
-    blocks = []
-    for bench, rows in part_rows(load_benches(results), "train"):
-        blocks += [table([{
-            f"on {bench['device']}": f"{row['engine']} engine, {row['precision']}, from "
-                                     f"{'coordinates' if row['embed'] else 'frames'}",
-            "frames/s": Markup(f"**{three_digits(row['frames_per_s'])}**"),
-            "step (ms)": spread(row, "step_ms"),
-            "peak memory (GiB)": row["peak_memory_bytes"] and
-            f"{row['peak_memory_bytes'] / 2**30:.2f}"} for row in rows if row["clip_head"]
-            and (is_gpu(bench) or not row["embed"])]), made_words(bench, "train")]
-    reference = read_json(results, "reference_speed.json", fix="git checkout book/results")
-    others = table([{"other codes on one H100": row["what"],
-                     "CLIP head": "on" if row["clip_head"] else "off", "frames/s": "–".join(
-                         dict.fromkeys(f"{rate:g}" for rate in row["frames_per_s"]))}
-                    for row in reference["rows"] if "first engine" not in row["what"]])
-    return "\n\n".join([*blocks, others, escape(reference["source"]) + "."]) + "\n"
-
-
 def quick_markdown(measured: dict[str, Any]) -> str:
-    """What the quick profile took and reached, in a sentence."""
+    """What the two commands took, after installation, and what the quick book's run reached.
+
+    Args:
+        measured: `quick.json`; `tests_s`, where it is there, is the time of the tests.
+    """
+    tests = f", the tests {measured['tests_s']:.0f} s" if "tests_s" in measured else ""
     return (
-        "The quick profile took {wall_s:.0f} s and {memory:.1f} GB (largest process) on {device}: "
-        "{psnr_train_db:.2f} dB and a mean-centered cosine of {clip_centred_train:.3f} on training "
-        "frames, {psnr_held_out_db:.2f} dB and {clip_centred_held_out:.3f} on held-out ones; "
-        "commit {short}.\n"
-    ).format(memory=measured["peak_memory_bytes"] / 1e9, short=commit_words(measured), **measured)
+        "After installation the quick book took {wall_s:.0f} s and {memory:.1f} GB (largest "
+        "process){tests} on {device}; its network reached {psnr_train_db:.2f} dB and a "
+        "mean-centered cosine of {clip_centred_train:.3f} on training frames, "
+        "{psnr_held_out_db:.2f} dB and {clip_centred_held_out:.3f} on held-out ones (commit "
+        "{short}).\n"
+    ).format(memory=measured["peak_memory_bytes"] / 1e9, tests=tests,
+             short=commit_words(measured), **measured)
 
 
-def ablations_markdown(runs: pd.DataFrame) -> str:
-    """`ablation_table` as a Markdown table, shortened."""
-    columns = {"psnr_held_out_db": ("PSNR, held out (dB)", 2),
-               "clip_centred_held_out": ("mean-centered cosine, held out", 3),
-               "psnr_train_db": ("PSNR, training frames (dB)", 2),
-               "clip_centred_train": ("mean-centered cosine, training frames", 3)}
-    return table([{"run": Markup(f"`{row['run']}`"), **{
-        name: None if pd.isna(row[column]) else f"{row[column]:.{digits}f}"
-        for column, (name, digits) in columns.items()}} for row in runs.to_dict("records")]) + "\n"
-
-
-def headline(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
-    """The landing page's result: a moving picture, a table, and what they were made with.
+def film(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
+    """The landing page's moving picture and its caption.
 
     Args:
         run: a finished run.
-        video: where the moving picture goes: the source above the network's own frames.
+        video: where the moving picture goes: the source beside the network's own frames.
     """
     from hnerv_clip.inference import decode_frames, load_run
     from hnerv_clip.video import write_video
 
     loaded = load_run(run.path, cache_dir=cache_dir)
-    dataset, facts = loaded.dataset, run.provenance()
+    dataset = loaded.dataset
     source = dataset.video.frames
     shown = decode_frames(loaded.model, dataset, list(range(len(source))))
     write_video(video, _side_by_side(source, shown), dataset.video.fps)
     height, width = dataset.video.frame_hw
-    return HEADLINE.format(
+    return FILM.format(
         name=escape(dataset.video.name), height=height, width=width, count=len(source),
         credit=f" {escape(dataset.video.credit)}." if dataset.video.credit else "",
-        stored=loaded.model.part_sizes()["stored"] / 1e6, table=table(evaluation_rows(run)),
-        teacher=escape(dataset.teacher_label if loaded.config.model.predict_clip else "none"),
-        size=run.summary()["size_bytes"], rate=run.summary()["rate_bpp"],
-        epochs=loaded.config.train.epochs, seed=facts["seed"], device=facts["device"],
-        commit=commit_words(facts))
+        stored=loaded.model.part_sizes()["stored"] / 1e6)
+
+
+def headline(run: RunDir) -> str:
+    """The means of a finished run as a table, and what they were made with."""
+    from hnerv_clip.teachers import describe_teacher
+
+    config, facts, summary = run.config(), run.provenance(), run.summary()
+    teacher = describe_teacher(config.teacher).label if config.model.predict_clip else "none"
+    return HEADLINE.format(
+        table=table(evaluation_rows(run)), teacher=escape(teacher), size=summary["size_bytes"],
+        rate=summary["rate_bpp"], epochs=config.train.epochs, seed=facts["seed"],
+        device=facts["device"], commit=commit_words(facts))
 
 
 def _side_by_side(source, shown):
@@ -307,23 +259,16 @@ def _side_by_side(source, shown):
     return pair[..., :pair.shape[2] // 2 * 2, :pair.shape[3] // 2 * 2]
 
 
-HEADLINE = """**Teacher: {teacher}.**
-
-<video autoplay loop muted playsinline controls src="../_static/headline.mp4"
+FILM = """<video autoplay loop muted playsinline controls src="../_static/headline.mp4"
  style="width:100%" aria-label="The video and the network's copy of it, side by side"></video>
 
 *Left: {name}, {count} frames of {height}×{width}.{credit} Right: the same frames from a network of
 {stored:.2f} million stored values.*
-
-{table}
-
-*Means over n frames. Mean-centered cosine: less the mean embedding, so that a constant scores 0.
-The file holds {size:,} bytes, {rate:.4f} bits per pixel. {epochs} epochs, seed {seed}, {device},
-commit {commit}.*
 """
 
-NO_HEADLINE = """```{admonition} No run is published yet
-A moving picture and a table stand here once a full run is published. On your own machine
-`hnerv-clip book` makes both in minutes, at reduced size.
-```
+HEADLINE = """{table}
+
+*Teacher: {teacher}. Means over n frames. Mean-centered cosine: less the mean embedding, so that a
+constant scores 0. The file holds {size:,} bytes, {rate:.4f} bits per pixel. {epochs} epochs, seed
+{seed}, {device}, commit {commit}.*
 """

@@ -1,0 +1,167 @@
+"""HNeRV, the original proposal's code and this project beside each other, from `book/results`.
+
+The head that the proposal describes is this project's `original` one; its skill was measured here,
+as the proposal reports raw cosines alone. Skill is (s − s_const) / (1 − s_const) of the mean cosine
+s to the teacher, on held-out frames: 0 is what the best constant reaches, 1 the teacher itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hnerv_clip.bench.results import is_gpu, load_benches, part_rows
+from hnerv_clip.book.field import best_field, read_fields, read_original
+from hnerv_clip.book.judged import Judged, read_judged
+from hnerv_clip.book.markdown import Markup, escape, table, three_digits
+from hnerv_clip.book.results import mean_over_seeds, read_json, read_runs
+
+VIDEO = "bunny"
+FIX = "git checkout book/results"
+# Condition of a verification → how the table's rows and the landing page's sentence call it
+AGAINST = {"decoded": "the teacher on the decoded frame", "neighbour": "the nearest training frame",
+           "side_file": "a side file of the head's size"}
+
+
+class Facts(NamedTuple):
+    """What is compared. Speeds are frames per second, `fits` whole trainings without a head."""
+
+    fidelity: dict[str, Any]
+    speed: dict[str, dict[str, Any]]
+    runs: dict[str, dict[str, Any]]
+    device: str
+    train: list[dict[str, Any]]
+    decode: list[dict[str, Any]]
+    fits: list[dict[str, Any]]
+    judged: Judged
+    field: Any
+    original: dict[str, float]
+    stored_values: int
+
+
+def read_facts(results: Path) -> Facts:
+    """All that `comparison` and `claim` say.
+
+    Raises:
+        ResultsError: a file is missing or damaged.
+        ValueError: no benchmark of a GPU.
+    """
+    benches = load_benches(results)
+    parts = {part: [(bench["device"], rows) for bench, rows in part_rows(benches, part)
+                    if is_gpu(bench)] for part in ("train", "decode", "fit")}
+    if not parts["train"] or not parts["decode"]:
+        raise ValueError(f"{results} has no training and decoding of a GPU; measure them with "
+                         "hnerv-clip bench --out book/results/bench_NAME.json")
+    runs = read_runs(results, needs=["stored_values"])
+    runs = runs[(runs.video == VIDEO) & (runs.kind == "hybrid") & (runs.variant == "base")]
+    speed = read_json(results, "reference_speed.json", fix=FIX)["rows"]
+    return Facts(
+        fidelity=read_json(results, "fidelity.json", fix=FIX),
+        speed={"proposal": next(row for row in speed if row["clip_head"]),
+               "hnerv": next(row for row in speed if not row["clip_head"])},
+        runs=read_json(results, "reference_runs.json", fix=FIX), device=parts["train"][0][0],
+        train=parts["train"][0][1], decode=parts["decode"][0][1],
+        fits=parts["fit"][0][1] if parts["fit"] else [], judged=read_judged(results),
+        field=best_field(read_fields(results)["fields"], VIDEO),
+        original=read_original(results)[VIDEO], stored_values=int(runs.stored_values.iloc[0]))
+
+
+def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
+    """A row per measure: HNeRV, the original proposal's code, this project; None where unknown."""
+    hnerv, proposal = facts.runs["hnerv"], facts.runs["proposal"]
+    means = facts.judged.means.set_index(["video", "condition"]).clip_centred[VIDEO]
+    held_out = mean_over_seeds(
+        facts.judged.runs[facts.judged.runs.video == VIDEO].psnr_held_out_db)
+    own = mean_over_seeds(run["psnr_db"] for run in facts.fidelity["runs"]
+                          if run["precision"] == "bf16")
+    step, shown = fastest(facts.train), fastest(facts.decode)
+    rows = [
+        ("PSNR, pixels only (dB)", f"{facts.fidelity['reference']['paper']['psnr_db']:.2f}", None,
+         own.text(2)),
+        ("PSNR with the head, held-out frames (dB)", None,
+         f"{proposal['psnr_held_out_db']:.2f} (its run)", f"{held_out.mean:.2f}"),
+        ("training (frames/s)", f"{_range(facts.speed['hnerv']['frames_per_s'])}, no head",
+         _range(facts.speed["proposal"]["frames_per_s"]),
+         f"{three_digits(step['frames_per_s'])} with head"),
+        (f"training, {hnerv['epochs']} epochs (s)", f"{hnerv['train_s']}, no head", None,
+         _fit_words(facts.fits)),
+        ("GPU memory in training", None, f"{_range(proposal['memory_gb'])} GB (its page)",
+         f"{step['peak_memory_bytes'] / 2**30:.1f} GiB"),
+        ("decoding (frames/s)", _range(facts.speed["hnerv"]["decode_frames_per_s"]),
+         f"{_range(facts.speed['proposal']['decode_frames_per_s'])}, no embeddings",
+         f"{three_digits(shown['frames_per_s'])} with embeddings"),
+        ("skill at the supervised positions", "none", f"{facts.original['eight']:.2f}",
+         f"{facts.original['eight']:.2f}; field {facts.field.eight_held:.2f}"),
+        ("skill anywhere in the frame", "none", f"{facts.original['any']:.2f}",
+         f"field {facts.field.any_held:.2f}"),
+        *((f"against {words}", None, None, _against(facts.judged, means, condition))
+          for condition, words in AGAINST.items())]
+    return [{"": name, "HNeRV": first, "original proposal": second, "this project": Markup(
+        f"**{third}**") if third else None} for name, first, second, third in rows]
+
+
+def comparison(results: Path) -> str:
+    """`comparison_rows` as Markdown, with a caption that says where each figure comes from."""
+    facts = read_facts(results)
+    hnerv, proposal = facts.runs["hnerv"]["source"], facts.runs["proposal"]["source"]
+    words = [
+        f"{VIDEO}, 132 frames of 640×1280, 1.5 million stored values, 300 epochs, teacher "
+        f"{facts.judged.teacher_label}. Held-out frames are decoded from interpolated embeddings.",
+        "Skill: 0 is the best constant, 1 the teacher. The proposal's head was trained here for "
+        "its skill; a field is fitted afterwards and leaves the picture as it is. Against: "
+        "mean-centered cosine of the head here and of what it is compared with.",
+        f"This project: one {facts.device}. HNeRV: {hnerv}; PSNR, "
+        f"{facts.fidelity['reference']['paper']['source']}. Original proposal: {proposal}; its "
+        "code's speed on the same H100."]
+    return table(comparison_rows(facts)) + f"\n\n*{' '.join(map(escape, words))}*\n"
+
+
+def claim(results: Path) -> str:
+    """The landing page's one sentence, in bold."""
+    return f"**{claim_words(read_facts(results))}**\n"
+
+
+def claim_words(facts: Facts) -> str:
+    """What a network holds, how fast it is decoded, and what its embeddings are better than."""
+    given = facts.judged.answers.pivot(index="question", columns="video", values="answer")
+    better, others = ([words for name, words in AGAINST.items()
+                       if (given.loc[name] == answer).all()] for answer in ("yes", "no"))
+    decoded = fastest(facts.decode)["frames_per_s"]
+    said = [f"better than {_join(better, 'and')}"] if better else []
+    said += [f"no better than {_join(others, 'or')}"] if others else []
+    return ("One small network holds a whole video and knows what it shows: its "
+            f"{facts.stored_values / 1e6:.2f} million values decode {round(decoded, -2):,.0f} "
+            f"frames a second on one {facts.device.split()[1]}, with embeddings "
+            f"{', but '.join(said)}.")
+
+
+def fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fastest row with the head (training from frames) or with embeddings (decoding)."""
+    own = [row for row in rows if row.get("mode") == "RGB and embeddings"
+           or row.get("clip_head") and not row["embed"]]
+    return max(own, key=lambda row: row["frames_per_s"])
+
+
+def _fit_words(fits: list[dict[str, Any]]) -> str | None:
+    """`46, no head; 52 with head`: medians of whole trainings."""
+    said = []
+    for head, words in ((False, "no head"), (True, "with head")):
+        times = [row["wall_s"] for row in fits if bool(row["clip_head"]) is head]
+        said += [f"{statistics.median(times):.0f}, {words}"] if times else []
+    return "; ".join(said) or None
+
+
+def _against(judged: Judged, means, condition: str) -> str:
+    own = judged.answers[(judged.answers.video == VIDEO) & (judged.answers.question == condition)]
+    word = {"yes": "better", "no": "no better"}.get(own.answer.iloc[0], "cannot tell")
+    return f"{word}: {means['learned']:.3f} and {means[condition]:.3f}"
+
+
+def _range(values: Sequence[float]) -> str:
+    return "–".join(dict.fromkeys(f"{value:g}" for value in values))
+
+
+def _join(words: list[str], last: str) -> str:
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -8,7 +8,10 @@ them), `site/` (the book's sources with clean copies of those) and `html/`. The 
 from __future__ import annotations
 
 import ast
+import base64
 import difflib
+import io
+import json
 import os
 import re
 import resource
@@ -23,7 +26,7 @@ from typing import Any
 import nbformat
 
 from hnerv_clip.book import pages
-from hnerv_clip.book.markdown import without_html
+from hnerv_clip.book.markdown import FOLD, without_html
 from hnerv_clip.config import Config, param_names, profile_params
 from hnerv_clip.devices import select_device
 from hnerv_clip.paths import find_checkout, resolve_path
@@ -41,7 +44,8 @@ STUDY_PARAMS: dict[str, dict[str, Any]] = {
 PLACE_PARAMS = {"outf", "ablations_outf", "cache_dir", "device", "speeds", "cluster", "nodes",
                 "gpus_per_node", "timeout_min", "slurm_partition", "slurm_account",
                 "slurm_array_parallelism"}
-PAGE_LIMIT_BYTES = 8 * 2**20  # of a page that is committed
+PAGE_LIMIT_BYTES = 5 * 2**20  # of a page that is committed
+LARGE_PICTURE = 200_000  # characters of base64, from where a picture is stored as JPEG
 LONG_CELL = 15  # lines of a parameters cell that the page folds away
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -246,8 +250,10 @@ def _shown(path: Path) -> str:
 def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
     """A copy for the reader: no progress bars, no widgets, no machine's paths, no timing noise.
 
-    Figures get their captions as alternative texts; HTML inside Markdown is shown as text, but for
-    `markdown.PLAIN_TAGS`. The last lines say when and where the page was executed.
+    The answer comes first. Figures get their captions as alternative texts, and large pictures are
+    JPEG; HTML inside Markdown is shown as text, but for `markdown.PLAIN_TAGS`. Code that only
+    imports or formats and tables of more than `markdown.FOLD` rows are folded. The last lines say
+    when and where the page was executed. A clean page stays as it is.
 
     Args:
         folders: {absolute path: what the page says instead}, the longest first.
@@ -259,9 +265,11 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
     for cell in page.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items()
                                             if k == "tags"})
-        tags = cell.metadata.get("tags", [])
-        if "parameters" in tags and cell.source.count("\n") > LONG_CELL:
-            tags.append("hide-input")
+        tags = list(cell.metadata.get("tags", []))
+        if cell.cell_type == "code" and not {"hide-input", "remove-input"} & set(tags) and (
+                _only_formats(cell.source)
+                or "parameters" in tags and cell.source.count("\n") > LONG_CELL):
+            cell.metadata["tags"] = [*tags, "hide-input"]
         if "injected-parameters" in tags:
             cell.source = _hide_folders(cell.source, folders)
         if cell.cell_type == "code":
@@ -272,7 +280,46 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
                 cell.metadata["mystnb"] = {"image": {"alt": alt}}
     if facts:
         page.cells.append(nbformat.v4.new_markdown_cell(execution_note(facts), id="executed"))
+    _put_answer_first(page)
     return page
+
+
+def _only_formats(source: str) -> bool:
+    """Whether a cell is imports, a table of where things come from, or prose made from results."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # a magic
+        return False
+    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in statements) or any(
+        isinstance(node, ast.Expr) and re.match(
+            r"(display\()?(Markdown|provenance_table)\(", ast.unparse(node))
+        for node in statements)
+
+
+def _put_answer_first(page: nbformat.NotebookNode) -> None:
+    """Repeat below the title what the cell under "## Answer" says, or the last prose before it."""
+    cells = page.cells
+    at = next((i for i, cell in enumerate(cells) if cell.source.startswith("## Answer")), None)
+    if at is None or any(cell.get("id") == "answer" for cell in cells):
+        return
+
+    def prose(cell):
+        return [output.data["text/markdown"] for output in cell.get("outputs", [])
+                if "text/markdown" in output.get("data", {})]
+
+    end = next((i for i in range(at + 1, len(cells)) if cells[i].cell_type == "markdown"),
+               len(cells))
+    said = [text for cell in cells[at:end] for text in prose(cell)]
+    if not said:
+        before = [text for cell in cells[:at] for text in prose(cell)
+                  if not text.startswith(("**Teacher", "|"))]
+        said = before[-1:]
+    if said:
+        title, _, rest = cells[0].source.partition("\n")
+        cells[0].source = title
+        cells.insert(1, nbformat.v4.new_markdown_cell(" ".join(said), id="answer"))
+        if rest.strip():
+            cells.insert(2, nbformat.v4.new_markdown_cell(rest.strip(), id="introduction"))
 
 
 def _alternative_text(outputs: list[nbformat.NotebookNode]) -> str:
@@ -293,7 +340,32 @@ def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbf
                                               output.data["image/svg+xml"])
     if "text/markdown" in output.get("data", {}):
         output.data["text/markdown"] = without_html(output.data["text/markdown"])
+    if "text/html" in output.get("data", {}):
+        output.data["text/html"] = _fold_table(output.data["text/html"])
+    if len(output.get("data", {}).get("image/png", "")) > LARGE_PICTURE:
+        _make_jpeg(output.data)
     return output
+
+
+def _fold_table(html: str) -> str:
+    """A data frame of more than `FOLD` rows, under a line that is clicked to open it."""
+    rows = html.count("<tr") - 1
+    if 'class="dataframe"' not in html or rows <= FOLD or html.startswith("<details"):
+        return html
+    return f"<details><summary>Table of {rows} rows</summary>\n{html}\n</details>"
+
+
+def _make_jpeg(data: dict[str, Any]) -> None:
+    """A large picture as JPEG, at the same size, where that takes less than half."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+    packed = io.BytesIO()
+    picture.convert("RGB").save(packed, "JPEG", quality=88, subsampling=0, optimize=True)
+    text = base64.b64encode(packed.getvalue()).decode()
+    if 2 * len(text) < len(data["image/png"]):
+        del data["image/png"]
+        data["image/jpeg"] = text
 
 
 def _hide_folders(text: str, folders: dict[str, str]) -> str:
@@ -367,6 +439,15 @@ def execute_results(root: Path, only: Iterable[str] = (), *,
         say(f"{target.relative_to(root)}  {seconds:.0f} s")
         pages_made.append(target)
     return pages_made
+
+
+def clean_published(root: Path) -> None:
+    """Clean the committed pages of runs (01 to 09) by today's rules; what they say stays."""
+    for path in sorted((root / "book").glob("0[0-9]_*.ipynb")):
+        page = clean_page(nbformat.read(path, as_version=4), {})
+        text = nbformat.writes(page) + "\n"
+        if json.loads(text) != json.loads(path.read_text(encoding="utf-8")):
+            path.write_text(text, encoding="utf-8")
 
 
 def render(site: Path, html: Path) -> None:

@@ -1,0 +1,145 @@
+"""What pages say of themselves, decided when the book is built.
+
+- commit and date of each page, in its footer;
+- a notice where notebook or library changed since a page was executed;
+- in a book at a reduced setting, a notice on its own pages (`book/_generated/reduced.md`);
+- an alternative text for each figure that has none of its own, and whether it is drawn in lines
+  (which dark mode inverts) or a picture (which it leaves alone);
+- docstrings in the reference are plain text;
+- buttons for Binder and Colab where `repository: url` in `_config.yml` names the repository.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import nbformat
+from docutils import nodes
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+LAUNCH = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com",
+          "notebook_interface": "jupyterlab"}
+EXECUTED = re.compile(r"executed at .*\bcommit\s+([0-9a-f]{7,40})\b", re.S)
+
+
+@cache
+def git(root: str, *words: str) -> str | None:
+    """What git says, or None where there is no repository, commit or git."""
+    try:
+        done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def checkout(folder: str) -> str:
+    """The repository around a folder of sources, else the folder."""
+    return git(folder, "rev-parse", "--show-toplevel") or folder
+
+
+def page_version(app, docname: str) -> str:
+    """`2026-11-25, commit 1fab3ddde053` of the page as it is committed, else of the checkout."""
+    root = checkout(app.srcdir)
+    of_page = ["--", os.path.relpath(app.env.doc2path(docname), root)] \
+        if Path(root).resolve() == Path(app.srcdir).resolve() else []
+    found = git(root, "log", "-1", "--format=%cs, commit %h", "--abbrev=12", *of_page)
+    return found or os.environ.get("HNERV_CLIP_COMMIT", "")[:12]
+
+
+def changed_since(page: Path, notebook: Path, root: str) -> str:
+    """A sentence where an executed page is older than its notebook or the library; else empty."""
+    cells = nbformat.read(page, as_version=4).cells
+    executed = EXECUTED.search(cells[-1].source) if cells else None
+    if not executed or not notebook.exists():
+        return ""
+    own, sources = ([cell.source for cell in these if cell.cell_type == "code"
+                     and "injected-parameters" not in cell.metadata.get("tags", [])]
+                    for these in (cells, nbformat.read(notebook, as_version=4).cells))
+    commits = git(root, "rev-list", "--count", f"{executed[1]}..HEAD", "--", "hnerv_clip")
+    what = ["the notebook's code changed"] if own != sources else []
+    what += [f"the library changed in {commits} commits"] if commits and commits != "0" else []
+    return (f"Since this page was executed, at commit {executed[1]}, {' and '.join(what)}; it "
+            "shows what that version said.") if what else ""
+
+
+def add_notices(app, doctree: nodes.document) -> None:
+    """Put notices behind the first paragraph, which is the answer."""
+    page = Path(app.env.doc2path(app.env.docname))
+    root = checkout(app.srcdir)
+    reduced = Path(app.srcdir) / "book" / "_generated" / "reduced.md"
+    notices = []
+    if page.suffix == ".ipynb":
+        notices.append(changed_since(page, Path(root) / "notebooks" / page.name, root))
+    if reduced.exists() and not re.match(r"1\d_", page.name):
+        notices.append(reduced.read_text(encoding="utf-8").strip())
+    section = next(doctree.findall(nodes.section), None)
+    for words in filter(None, notices):
+        notice = nodes.container("", nodes.paragraph(words, words), classes=["page-notice"])
+        at = next((i for i, node in enumerate(section) if isinstance(node, nodes.paragraph)), 0)
+        section.insert(at + 1, notice)
+
+
+class Figures(SphinxPostTransform):
+    """Alternative texts, and the classes `lines` and `picture`."""
+
+    default_priority = 900
+
+    def run(self, **kwargs) -> None:
+        for node in self.document.findall(nodes.image):
+            if not node.get("alt"):
+                node["alt"] = self.words(node)
+            path = Path(self.app.srcdir) / node["uri"]
+            lines = path.suffix == ".svg" and path.is_file() and "<image" not in path.read_text(
+                encoding="utf-8")
+            node["classes"].append("lines" if lines else "picture")
+
+    def words(self, node: nodes.image) -> str:
+        """The heading above a figure and the text before it."""
+        section = node.parent
+        while section is not None and not isinstance(section, nodes.section):
+            section = section.parent
+        if section is None:
+            return "Figure"
+        title = section.next_node(nodes.title).astext()
+        before = [p.astext() for p in section.findall(nodes.paragraph)
+                  if p.line is not None and not isinstance(p.parent, nodes.container)]
+        return " ".join(f"Figure under “{title}”. {before[0] if before else ''}".split())[:300]
+
+
+def finish_page(app, pagename, templatename, context, doctree) -> None:
+    """Date and commit in the footer; without the scripts of Thebe, which this book does not use."""
+    if doctree is not None:
+        context["last_updated"] = page_version(app, pagename)
+    context["script_files"] = [
+        script for script in context.get("script_files", [])
+        if "thebe" not in f"{script} {getattr(script, 'attributes', '')}".lower()]
+
+
+def plain_docstring(app, what, name, obj, options, lines) -> None:
+    """Docstrings are plain text: stars, bars and underscores in them mark nothing up."""
+    for i, line in enumerate(lines):
+        parts = re.split(r"(`[^`]*`)", line)
+        lines[i] = "".join(part if part.startswith("`") else
+                           re.sub(r"([*|]|(?<=\w)_(?!\w))", r"\\\1", part) for part in parts)
+
+
+def offer_launch(app, config) -> None:
+    """Buttons that open a notebook elsewhere, once the repository's address is known."""
+    options = config.html_theme_options
+    if options.get("repository_url"):
+        options["launch_buttons"] = LAUNCH | {k: v for k, v in options.get(
+            "launch_buttons", {}).items() if v}
+
+
+def setup(app) -> dict:
+    """Register all of it."""
+    app.connect("config-inited", offer_launch, priority=900)
+    app.connect("doctree-read", add_notices)
+    app.connect("autodoc-process-docstring", plain_docstring, priority=100)  # before napoleon
+    app.connect("html-page-context", finish_page, priority=900)
+    app.add_post_transform(Figures)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -363,3 +363,91 @@ def test_the_headline_comes_from_the_run(trained_run, cache_dir, tmp_path):
     with av.open(str(tmp_path / "headline.mp4")) as container:
         shapes = [(frame.height, frame.width) for frame in container.decode(video=0)]
     assert shapes == [(80, 320)] * 12
+
+
+def run_page(*sources):
+    """An executed page as the notebooks of runs make it, with an answer at its end."""
+    code, output = nbformat.v4.new_code_cell, nbformat.v4.new_output
+    cells = [nbformat.v4.new_markdown_cell("# Title?\n\nThe introduction."), *map(code, sources),
+             nbformat.v4.new_markdown_cell("## Answer"), code("display(Markdown(x))")]
+    cells[-1].outputs = [output("display_data", data={"text/markdown": "**Yes**, 3 dB."}),
+                         output("display_data", data={"text/markdown": "And more."})]
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+def test_a_page_of_a_run_answers_first():
+    page = build.clean_page(run_page("import os", "a = 1"), {})
+    assert [cell.source for cell in page.cells[:3]] == [
+        "# Title?", "**Yes**, 3 dB. And more.", "The introduction."]
+    folded = [cell.metadata.get("tags") for cell in page.cells if cell.cell_type == "code"]
+    assert folded == [["hide-input"], None, ["hide-input"]]
+    assert build.clean_page(page, {}) == page, "a clean page stays as it is"
+
+    without = run_page()
+    without.cells[-1].outputs = []
+    said = [nbformat.v4.new_output("display_data", data={"text/markdown": text})
+            for text in ("12 bytes.", "**Teacher: T.**")]
+    without.cells[0:1] += [nbformat.v4.new_code_cell("x", outputs=[output]) for output in said]
+    assert build.clean_page(without, {}).cells[1].source == "12 bytes."
+
+
+def test_large_pictures_and_long_tables_become_small():
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(100, 130, (300, 400, 3), np.uint8)
+    packed = io.BytesIO()
+    Image.fromarray(noise).save(packed, "PNG")
+    rows = "<table class=\"dataframe\">" + "<tr></tr>" * 12
+    outputs = [{"image/png": base64.b64encode(packed.getvalue()).decode()}, {"text/html": rows},
+               {"text/html": rows.replace("<tr></tr>", "", 5)}]
+    cell = nbformat.v4.new_code_cell("x", outputs=[
+        nbformat.v4.new_output("display_data", data=data) for data in outputs])
+    page = build.clean_page(nbformat.v4.new_notebook(cells=[cell]), {})
+    picture, long, short = (output.data for output in page.cells[0].outputs)
+    assert set(picture) == {"image/jpeg"}
+    assert len(picture["image/jpeg"]) < 0.5 * len(outputs[0]["image/png"])
+    assert Image.open(io.BytesIO(base64.b64decode(picture["image/jpeg"]))).size == (400, 300)
+    assert long["text/html"].startswith("<details><summary>Table of 11 rows")
+    assert short["text/html"].startswith("<table")
+
+
+def test_committed_pages_are_clean():
+    """By today's rules; `hnerv-clip pages` would change nothing. Each answers below its title."""
+    for path in sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb")):
+        page = nbformat.read(path, as_version=4)
+        published = [c for c in page.cells if c.cell_type == "code"]
+        if path.name.startswith("0") and published:
+            assert build.clean_page(page, {}) == page, f"{path.name}: hnerv-clip pages"
+            assert page.cells[1].get("id") == "answer" or page.cells[1].outputs
+        assert path.stat().st_size < build.PAGE_LIMIT_BYTES
+
+
+def test_a_page_knows_its_age(tmp_path):
+    """A notice where the notebook's code differs from the page's, and none where it does not."""
+    page_facts = load_extension("page_facts")
+    notebook = tmp_path / "01_x.ipynb"
+    nbformat.write(run_page("a = 1"), notebook)
+    facts = {"commit": "0" * 40, "dirty": False, "at": "now", "seconds": 1, "device": "d",
+             "torch": "2"}
+    for source, words in (("a = 1", ""), ("a = 2", "the notebook's code changed")):
+        page = run_page(source)
+        page.metadata["hnerv_clip"] = facts
+        page.cells.insert(1, nbformat.v4.new_code_cell("a = 3", metadata={
+            "tags": ["injected-parameters"]}))
+        nbformat.write(build.clean_page(page, {}), tmp_path / "page.ipynb")
+        said = page_facts.changed_since(tmp_path / "page.ipynb", notebook, str(tmp_path))
+        assert words in said and bool(said) == bool(words)
+
+
+def load_extension(name):
+    """A module of `book/_ext`, which only Sphinx imports."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(name, ROOT / "book" / "_ext" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -361,7 +361,7 @@ def _make_jpeg(data: dict[str, Any]) -> None:
 
     picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
     packed = io.BytesIO()
-    picture.convert("RGB").save(packed, "JPEG", quality=88, subsampling=0, optimize=True)
+    picture.convert("RGB").save(packed, "JPEG", quality=88, subsampling=0)
     text = base64.b64encode(packed.getvalue()).decode()
     if 2 * len(text) < len(data["image/png"]):
         del data["image/png"]

@@ -118,4 +118,5 @@ def _pages(args: argparse.Namespace) -> None:
         collect_scaling(root / "book" / "results", resolve_path(args.scaling))
     if args.execute:
         build.execute_results(root)
+    build.clean_published(root)
     pages.refresh(root)

@@ -54,6 +54,7 @@ def repo(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "book" / "_static", root / "book" / "_static")
     shutil.copytree(ROOT / "book" / "results", root / "book" / "results")
     shutil.copy(ROOT / "_config.yml", root)
+    shutil.copy(ROOT / "book" / "references.bib", root / "book")
     (root / "pyproject.toml").touch()
     (root / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n"
                                    "- file: book/01_first\n- file: book/02_second\n")

@@ -314,7 +314,10 @@ def _put_answer_first(page: nbformat.NotebookNode) -> None:
         before = [text for cell in cells[:at] for text in prose(cell)
                   if not text.startswith(("**Teacher", "|"))]
         said = before[-1:]
+    teacher = [found[0] for cell in cells for text in prose(cell)
+               if (found := re.match(r"\*\*Teacher: .*?\*\*", text))][:1]
     if said:
+        said += teacher
         title, _, rest = cells[0].source.partition("\n")
         cells[0].source = title
         cells.insert(1, nbformat.v4.new_markdown_cell(" ".join(said), id="answer"))

@@ -21,16 +21,14 @@ from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 RESULTS = "1[0-9]_*.ipynb"  # notebooks over `book/results`, the same in every study
 PLACEHOLDER = """# {title}
 
-```{{admonition}} Not published yet
-This page is the executed copy of `notebooks/{name}.ipynb` from a full run, and there is none yet.
+**This page is made on your machine**, by executing `notebooks/{name}.ipynb` on a run of your own:
 
-- In minutes, on a laptop, at reduced size: `hnerv-clip book` writes it to `output/quick/html`.
-- In full, on a GPU: `hnerv-clip book --profile full` executes every notebook and puts it here.
-{instead}```
-"""
-# Page → what to read while it is not published
-INSTEAD = {"04_verify_clip": "- Measured already, by the same questions, over runs whose held-out "
-                             "frames tile their video: [Is it real?](17_judge_network.ipynb)\n"}
+- in minutes, on a laptop, at reduced size: `hnerv-clip book`, into `output/quick/html`;
+- in full, on a GPU: `hnerv-clip book --profile full`.
+{instead}"""
+# Page → where to read of it meanwhile
+INSTEAD = {"04_verify_clip": "\nThe same questions over runs whose held-out frames tile their video: "
+                             "[Is it real?](17_judge_network.ipynb)\n"}
 
 
 def placeholder(name: str) -> str:

@@ -27,8 +27,8 @@ PLACEHOLDER = """# {title}
 - in full, on a GPU: `hnerv-clip book --profile full`.
 {instead}"""
 # Page → where to read of it meanwhile
-INSTEAD = {"04_verify_clip": "\nThe same questions over runs whose held-out frames tile their video: "
-                             "[Is it real?](17_judge_network.ipynb)\n"}
+INSTEAD = {"04_verify_clip": "\nThe same questions over runs whose held-out frames tile their "
+                             "video: [Is it real?](17_judge_network.ipynb)\n"}
 
 
 def placeholder(name: str) -> str:

@@ -389,7 +389,7 @@ def test_a_page_of_a_run_answers_first():
     said = [nbformat.v4.new_output("display_data", data={"text/markdown": text})
             for text in ("12 bytes.", "**Teacher: T.**")]
     without.cells[0:1] += [nbformat.v4.new_code_cell("x", outputs=[output]) for output in said]
-    assert build.clean_page(without, {}).cells[1].source == "12 bytes."
+    assert build.clean_page(without, {}).cells[1].source == "12 bytes. **Teacher: T.**"
 
 
 def test_large_pictures_and_long_tables_become_small():

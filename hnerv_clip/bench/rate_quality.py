@@ -133,7 +133,8 @@ def head_of(point_or_run: dict[str, Any]) -> str:
 def fine_tuning_words(point: Point) -> str:
     """How a fine-tuning went, from its history (over training, before the file)."""
     history = point["history"]
-    lowest, before, last = min(history, key=lambda row: row["psnr_db"]), history[-4], history[-1]
+    lowest, last = min(history, key=lambda row: row["psnr_db"]), history[-1]
+    before = history[-min(4, len(history))]
     return (f"At the weight {point['rate']:g} of its bits it fell to {lowest['psnr_db']:.2f} dB at "
             f"epoch {lowest['epoch']} and rose to {last['psnr_db']:.2f} dB at epoch "
             f"{last['epoch']}; of that, {last['psnr_db'] - before['psnr_db']:.2f} dB came after "

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.config import AUTO, Config, ConfigError
 from hnerv_clip.metrics import mean_energy
 from hnerv_clip.patches import PatchGrid, make_grid
 from hnerv_clip.runs.run_dir import RunDir, RunError
@@ -57,7 +57,13 @@ class Dataset:
 
 
 def resolve_config(config: Config, video: Video | None = None) -> Config:
-    """A configuration with all that is `auto` chosen for its video, of which one frame is read."""
+    """A configuration with all that is `auto` chosen for its teacher and its video.
+
+    Args:
+        video: its video, else one frame of it is read where the size is needed.
+    """
+    if config.model.clip_dim == AUTO and config.embeds:
+        config = config.replace(clip_dim=teacher_dim(config.teacher))
     if config.resolved:
         return config
     video = video or load_video(dataclasses.replace(config.video, frame_limit=1))
@@ -83,16 +89,19 @@ def check_same_video(run: RunDir, video: Video, data_path: str) -> None:
 
 
 def prepare_dataset(config: Config, cache_dir: str | Path = "output/cache", *,
-                    device: str | torch.device = "auto", progress: bool = True) -> Dataset:
+                    device: str | torch.device = "auto", progress: bool = True,
+                    video: Video | None = None) -> Dataset:
     """Load the video and its teacher embeddings, running the teacher where they are not cached.
 
     A pixel-only run (`predict_clip=False`) takes cached embeddings, or goes without.
 
+    Args:
+        video: the video, where it is decoded already.
     Raises:
         ConfigError: see `load_video`, `make_grid` and `load_teacher`; or the teacher's dimension
             is not `clip_dim`.
     """
-    dataset = _without_embeddings(config)
+    dataset = _without_embeddings(config, video)
     arguments = (dataset.video, dataset.grid, config.teacher)
     if config.model.predict_clip:
         dataset.embeddings = teacher_embeddings(*arguments, cache_dir=cache_dir, device=device,
@@ -108,7 +117,7 @@ def load_dataset(config: Config, cache_dir: str | Path = "output/cache") -> Data
     Raises:
         ConfigError: as `prepare_dataset`, or the embeddings are not cached.
     """
-    dataset = _without_embeddings(config)
+    dataset = _without_embeddings(config, None)
     arguments = (dataset.video, dataset.grid, config.teacher, cache_dir)
     dataset.embeddings = cached_embeddings(*arguments)
     if dataset.embeddings is None and config.model.predict_clip:
@@ -119,11 +128,11 @@ def load_dataset(config: Config, cache_dir: str | Path = "output/cache") -> Data
     return dataset
 
 
-def _without_embeddings(config: Config) -> Dataset:
+def _without_embeddings(config: Config, video: Video | None) -> Dataset:
     facts = describe_teacher(config.teacher)
     if config.model.predict_clip:
         _check_dim(config, facts.label)
-    video = load_video(config.video)
+    video = video or load_video(config.video)
     return Dataset(
         video=video, split=split_frames(len(video.frames), config.video.data_split,
                                         config.video.split_phase),
@@ -134,9 +143,9 @@ def _without_embeddings(config: Config) -> Dataset:
 
 def _check_dim(config: Config, label: str) -> None:
     dim = teacher_dim(config.teacher)
-    if config.model.clip_dim != dim:
+    if config.model.clip_dim not in (AUTO, dim):
         raise ConfigError(f"clip_dim={config.model.clip_dim}, but the teacher {label} gives "
-                          f"embeddings of {dim} values: use clip_dim={dim}")
+                          f"embeddings of {dim} values: use clip_dim={dim}, or leave it out")
 
 
 def inpainting_mask(frame_hw: tuple[int, int], size: int) -> Tensor | None:

@@ -127,12 +127,14 @@ class Run:
 
 
 def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", device: str = "auto",
-             checkpoint: str = BEST, needs_head: bool = False, data_path: str = "") -> Run:
+             checkpoint: str = BEST, needs_head: bool = False, data_path: str = "",
+             dataset: Dataset | None = None) -> Run:
     """Load a run's model and the data that it was trained on; no teacher is loaded.
 
     Args:
         needs_head: refuse a run without the CLIP head, before its weights are looked for.
         data_path: where its video lies now; by default where it was.
+        dataset: its data, where they are loaded already.
     Raises:
         RunError: no run there, a damaged or foreign checkpoint, no video, or another one's frames.
         ConfigError: the teacher's embeddings are not in `cache_dir`; or there is no head where one
@@ -143,10 +145,10 @@ def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", dev
     state = run.load_checkpoint(checkpoint)
     if data_path:
         config = config.replace(data_path=data_path)
-    elif not has_source(config.video.data_path):
+    elif not dataset and not has_source(config.video.data_path):
         raise RunError(f"the video of {run.path}, {config.video.data_path}, is not there any more: "
                        "give the place where it lies now with --data_path (data_path= in Python)")
-    dataset = load_dataset(config, cache_dir)
+    dataset = dataset or load_dataset(config, cache_dir)
     check_same_video(run, dataset.video, config.video.data_path)
     target = select_device(device)
     set_precision(config.train.precision, target)

@@ -13,11 +13,12 @@ from hnerv_clip.config import Config
 from hnerv_clip.dataset import prepare_dataset
 from hnerv_clip.inference import decode_frames, load_run, predict_embeddings
 from hnerv_clip.paths import match_paths
+from hnerv_clip.readers import VideoFile
 from hnerv_clip.runs.run_dir import RunDir, RunError
 from hnerv_clip.train import check_run, train
 from hnerv_clip.video import write_video
 
-QUICK = ("--teacher efficientnet-lite0 --clip_dim 1280 --modelsize 0.05 --enc_dim 16_4 --epochs 2 "
+QUICK = ("--teacher efficientnet-lite0 --modelsize 0.05 --enc_dim 16_4 --epochs 2 "
          "--pixel_loss_warmup_epochs 1 --eval_freq 2 --device cpu").split()
 
 
@@ -30,13 +31,33 @@ def make_clip(path, hw=(92, 52), count=6, shift=0):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, cache_dir):
-    """(folder, clip): a run of an upright clip, trained by the command with no size named."""
-    folder = tmp_path_factory.mktemp("any")
+def trained_once(tmp_path_factory, cache_dir):
+    """(folder, clip, decodes): a run of an upright clip, trained by the command, no size named."""
+    folder, decodes = tmp_path_factory.mktemp("any"), []
     clip = make_clip(folder / "clip.mp4")
-    assert main(["train", "--data_path", str(clip), "--outf", str(folder / "out"), *QUICK,
-                 "--cache_dir", str(cache_dir)]) == 0
-    return folder / "out", clip
+    read = VideoFile.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoFile, "read", lambda self, *args: decodes.append(self.path) or
+                      read(self, *args))
+        assert main(["train", "--data_path", str(clip), "--outf", str(folder / "out"), *QUICK,
+                     "--cache_dir", str(cache_dir)]) == 0
+    return folder / "out", clip, decodes
+
+
+@pytest.fixture
+def run(trained_once):
+    """(folder, clip)."""
+    return trained_once[:2]
+
+
+def test_an_inline_training_decodes_its_video_once(trained_once):
+    _, clip, decodes = trained_once
+    assert decodes == [clip]
+
+
+def test_config_json_says_which_clip_dim_was_chosen(run):
+    params = json.loads((run[0] / "config.json").read_text())
+    assert params.get("params", params)["clip_dim"] == 1280
 
 
 def test_a_clip_of_any_size_trains_without_a_size_named(run, cache_dir):

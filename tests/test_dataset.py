@@ -1,10 +1,12 @@
+import json
+
 import pytest
 import torch
 
 from hnerv_clip import dataset as dataset_module
 from hnerv_clip import figures, metrics
-from hnerv_clip.config import ConfigError, TeacherConfig
-from hnerv_clip.dataset import load_dataset, prepare_dataset
+from hnerv_clip.config import Config, ConfigError, TeacherConfig
+from hnerv_clip.dataset import load_dataset, prepare_dataset, resolve_config
 from hnerv_clip.patches import cut_patches, make_grid
 from hnerv_clip.teachers import cache
 
@@ -100,3 +102,34 @@ def test_figures_of_the_teacher_name_it(small_dataset):
                        structure.raw_by_lag, structure.centred_by_lag, fps=2.5,
                        mean_energy=structure.mean_energy, teacher_label=label)):
         assert "not CLIP" in words(figure)
+
+
+@pytest.mark.parametrize("teacher, dim", [
+    (dict(teacher="efficientnet-lite0"), 1280), ({}, 512), (dict(clip_model="ViT-L-14"), 768),
+    (dict(clip_pretrained="local-dir:FOLDER"), 640)])
+def test_clip_dim_follows_the_teacher(teacher, dim, tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {
+        "embed_dim": 640, "vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": {}}))
+    teacher = {name: value.replace("FOLDER", str(tmp_path)) for name, value in teacher.items()}
+    config = Config.from_params(**teacher)
+    assert config.model.clip_dim == config.params()["clip_dim"] == dim
+    assert Config.from_params(**config.params()) == config
+    changed = config.replace(teacher="efficientnet-lite0", clip_pretrained="openai")
+    assert changed.model.clip_dim == 1280 and config.replace(clip_dim=7).model.clip_dim == 7
+
+
+def test_a_teacher_that_is_not_known_leaves_clip_dim_open_until_it_is_looked_for(cache_dir):
+    config = Config.from_params(clip_model="ViT-B-33", resize_list="168_336")
+    assert config.params()["clip_dim"] == "auto"
+    with pytest.raises(ConfigError, match="'ViT-B-33' is not an architecture"):
+        prepare_dataset(config, cache_dir)
+    with pytest.raises(ConfigError, match="'ViT-B-33' is not an architecture"):
+        resolve_config(config)
+
+
+def test_pixel_only_runs_of_another_clip_dim_are_the_same_run():
+    """Where it was 512 by default, whatever the teacher."""
+    old = Config.from_params(teacher="efficientnet-lite0", clip_dim=512, predict_clip=False)
+    new = old.replace(clip_dim="auto")
+    assert new.model.clip_dim == 1280 and not old.diff(new)
+    assert old.replace(predict_clip=True).diff(new.replace(predict_clip=True))

@@ -354,24 +354,25 @@ def test_encode_needs_no_setting(tmp_path, cache_dir, capsys, monkeypatch):
     from hnerv_clip.stored import make
     from hnerv_clip.teachers.clip_weights import NoWeights
 
-    prepare = make.prepare_dataset
+    prepare = make.prepare_run
 
     def no_clip(config, *args, **options):
         if config.teacher.teacher == "clip":
             raise NoWeights("not on this machine")
         return prepare(config, *args, **options)
 
-    monkeypatch.setattr(make, "prepare_dataset", no_clip)
+    monkeypatch.setattr(make, "prepare_run", no_clip)
     small = {"data_path": "bunny", "frame_limit": 4, "resize_list": "80_160", "modelsize": 0.02,
              "epochs": 1, "device": "cpu"}
-    config = make.prepare_encoding(small, tmp_path / "work", cache_dir=cache_dir)
+    config, dataset = make.prepare_encoding(small, tmp_path / "work", cache_dir=cache_dir)
+    assert dataset.embeddings.shape[-1] == 1280
     assert "bundled teacher, not CLIP" in capsys.readouterr().out
     assert (config.teacher.teacher, config.model.clip_dim) == ("efficientnet-lite0", 1280)
     assert config.params().items() >= make.ENCODE.items()
     with pytest.raises(ConfigError, match="not on this machine"):
         make.prepare_encoding({**small, "teacher": "clip"}, tmp_path / "work", cache_dir=cache_dir)
     named = make.encode_settings({**small, "teacher": "efficientnet-lite0"}, tmp_path / "work")
-    assert named["clip_dim"] == 1280
+    assert Config.from_params(**named).model.clip_dim == 1280
 
 
 def test_encode_goes_on_with_the_runs_own_settings(trained_run):

@@ -30,7 +30,7 @@ from hnerv_clip.runs.run_dir import LATEST, RunDir, write_json
 
 # What `hnerv-clip scale` trains unless told: the paper's network and the bundled teacher, which is
 # not CLIP, for so many epochs that all parts fit seven minutes of two GPUs.
-SETTINGS = {"precision": "bf16", "teacher": "efficientnet-lite0", "clip_dim": 1280, "epochs": 40,
+SETTINGS = {"precision": "bf16", "teacher": "efficientnet-lite0", "epochs": 40,
             "pixel_loss_warmup_epochs": 10, "eval_freq": 4}
 LAMBDAS = (0.5, 0.1, 0.2, 1.0, 0.0)  # the sweep's; then again with the next seed
 WARM_UP_EPOCHS = 2  # not timed: compilation, first use of the algorithms

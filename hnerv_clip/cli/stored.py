@@ -183,9 +183,9 @@ def _encode(args: argparse.Namespace) -> None:
     from hnerv_clip.stored.make import prepare_encoding
     from hnerv_clip.train import train
 
-    config = prepare_encoding({**args.settings, "data_path": args.video}, work,
-                              cache_dir=args.cache_dir)
-    train(config, work, cache_dir=args.cache_dir)
+    config, dataset = prepare_encoding({**args.settings, "data_path": args.video}, work,
+                                       cache_dir=args.cache_dir)
+    train(config, work, cache_dir=args.cache_dir, dataset=dataset)
     args.outf, args.device = str(work), config.train.device
     _write_run(args, out)
 

@@ -63,16 +63,13 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
 
 
 def _train(args: argparse.Namespace) -> None:
-    from hnerv_clip.dataset import prepare_dataset
     from hnerv_clip.launch import follow, launch
     from hnerv_clip.runs.run_dir import RunDir
-    from hnerv_clip.train import check_run
+    from hnerv_clip.train import prepare_run
 
     RunDir.check(args.outf, args.config)  # before the teacher runs
-    check_writable(resolve_path(args.cache_dir))
-    config = check_run(args.config)
-    prepare_dataset(config, args.cache_dir, device=config.train.device)
-    jobs = launch(config, args.outf, cache_dir=args.cache_dir,
+    config, dataset = prepare_run(args.config, args.cache_dir)
+    jobs = launch(config, args.outf, cache_dir=args.cache_dir, dataset=dataset,
                   **{name: getattr(args, name) for name in LAUNCH})
     follow(jobs)
     failed = [job for job in jobs if job.state == "failed"]
@@ -83,12 +80,9 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from hnerv_clip.dataset import prepare_dataset
-    from hnerv_clip.train import check_run
+    from hnerv_clip.train import prepare_run
 
-    check_writable(resolve_path(args.cache_dir))
-    config = check_run(args.config)
-    dataset = prepare_dataset(config, args.cache_dir, device=config.train.device)
+    _, dataset = prepare_run(args.config, args.cache_dir)
     print(dataset.facts().to_string(header=False))
 
 

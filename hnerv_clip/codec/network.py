@@ -67,13 +67,15 @@ def _check_limits(config: ModelConfig) -> None:
     kind, *numbers = (config.embed or "_").split("_")
     levels = float(numbers[-1] or 0)
     base = float(numbers[0] or 1) if kind else 1
+    unknown = math.inf if config.predict_clip else 0  # of a teacher that is not known
+    dim = unknown if config.clip_dim == AUTO else config.clip_dim
     for name, value, limit in (
             ("enc_dim", max(config.enc_dim), LIMITS["width"]), ("levels", levels, LIMITS["levels"]),
             ("base", base, 100), ("fc_hw", max(config.fc_hw), LIMITS["fc_hw"]),
             ("ks", max(config.ks), LIMITS["kernel"]),
             ("num_blks", max(config.num_blks), LIMITS["blocks"]),
             ("lower_width", config.lower_width, LIMITS["width"]),
-            ("clip_dim", config.clip_dim, LIMITS["clip_dim"]),
+            ("clip_dim", dim, LIMITS["clip_dim"]),
             ("modelsize", config.modelsize, LIMITS["modelsize"])):
         if not value <= limit:
             raise FileError(f"{name} {value} is above {limit}")

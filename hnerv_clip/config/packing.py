@@ -30,9 +30,11 @@ def parse(name: str, value: Any) -> Any:
     Raises:
         ConfigError: it is not of that type, or does not parse.
     """
+    if value == AUTO and name in AUTO_NAMES:
+        return AUTO
     if name in _PACKED:
         return _unpack(name, value)
-    wanted = type(defaults()[name])
+    wanted = int if name in AUTO_NAMES else type(defaults()[name])
     try:
         if wanted is bool:
             return _to_bool(value)
@@ -56,8 +58,6 @@ def _to_bool(value: Any) -> bool:
 
 def _unpack(name: str, value: Any) -> tuple | None:
     count, kind, example = _PACKED[name]
-    if value == AUTO and name in AUTO_NAMES:
-        return AUTO
     if value is None or value in ("", "-1", -1):
         if name in _OPTIONAL:
             return None

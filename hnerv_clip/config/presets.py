@@ -22,7 +22,6 @@ PROFILES: dict[str, dict[str, Any]] = {
         "frame_stride": 3,
         "data_split": "1_2_2",  # 22 of 44 frames held out, enough for the verification to answer
         "teacher": "efficientnet-lite0",
-        "clip_dim": 1280,
         "enc_strds": "7 4 3",
         "dec_strds": "7 4 3",
         "modelsize": 0.25,

@@ -103,13 +103,15 @@ def validate(video: VideoConfig, teacher: TeacherConfig, model: ModelConfig, tra
         _at_least("out_bias", _parse_number("out_bias", model.out_bias), -math.inf)
     for name, low in [("frame_limit", 0), ("frame_stride", 1), ("split_phase", 0),
                       ("patch_size", 0),
-                      ("patch_stride", 0), ("lower_width", 1), ("clip_dim", 1), ("epochs", 1),
+                      ("patch_stride", 0), ("lower_width", 1), ("epochs", 1),
                       ("batch_size", 1), ("clip_loss_weight", 0), ("pixel_loss_warmup_epochs", 0),
                       ("inpaint_size", 0), ("field_rank", 1), ("field_hidden", 1),
                       ("field_boxes", 1), ("field_steps", 1), ("field_rate_weight", 0),
                       ("clip_jitter", 0), ("eval_freq", 1), ("seed", 0),
                       ("checkpoint_s", 0)]:
         _at_least(name, values[name], low)
+    if model.clip_dim != AUTO:
+        _at_least("clip_dim", model.clip_dim, 1)
     for name, value in values.items():
         if isinstance(value, int):
             _at_most(name, value, 2**42 if name == "seed" else 2**31 - 1)  # seed · 10⁶ fits a word

@@ -1,14 +1,17 @@
-"""All settings of a run in one object, with what depends on the frame's size chosen for it.
+"""All settings of a run in one object, with what is ``auto`` chosen.
 
-That is ``auto`` until the size is known, see `Config.resolve`.
+What depends on the frame's size stays ``auto`` until that is known, see `Config.resolve`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
+import json
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from hnerv_clip.config.packing import pack, parse
@@ -17,8 +20,11 @@ from hnerv_clip.config.rules import embed_kind, one_of, validate
 from hnerv_clip.config.settings import (
     AUTO,
     AUTO_NAMES,
+    BUNDLED,
+    BUNDLED_DIM,
     GROUPS,
     RUNTIME_PARAMS,
+    Auto,
     ConfigError,
     ModelConfig,
     TeacherConfig,
@@ -26,6 +32,7 @@ from hnerv_clip.config.settings import (
     VideoConfig,
     param_names,
 )
+from hnerv_clip.paths import resolve_path
 from hnerv_clip.sizes import choose_patch_grid, choose_patch_size, choose_strides, pad_to
 
 
@@ -44,7 +51,8 @@ class Config:
     def from_params(cls, *, preset: str = AUTO, **params: Any) -> Config:
         """Parse flat parameters, as typed on a command line or set in a notebook.
 
-        What is `auto` is chosen here where crop_list or resize_list tell the frame's size.
+        What is `auto` is chosen here where crop_list or resize_list tell the frame's size, and
+        clip_dim where an architecture of open_clip's or the bundled teacher does.
 
         Args:
             preset: a row of `PRESETS`: `paper` for the values of HNeRV's paper, where `params` name
@@ -74,6 +82,8 @@ class Config:
         for group, group_type in GROUPS.items():
             own = {f.name: parse(f.name, params[f.name]) for f in fields(group_type)
                    if f.name in params}
+            if group == "model" and own.get("clip_dim", AUTO) == AUTO:
+                own["clip_dim"] = resolve_clip_dim(groups["teacher"])
             groups[group] = group_type(**own)
         config = cls(**groups, chosen=chosen)
         validate(config.video, config.teacher, config.model, config.train)
@@ -86,6 +96,11 @@ class Config:
         model = self.model
         return AUTO not in (self.teacher.patch_grid, model.enc_strds, model.dec_strds, model.fc_hw,
                             model.pad_list)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the run predicts embeddings, by a head or by a field."""
+        return self.model.predict_clip or self.model.head == "field"
 
     def resolve(self, frame_hw: tuple[int, int]) -> Config:
         """What is `auto`, chosen for frames of height and width `frame_hw`; the rest as it is."""
@@ -116,7 +131,30 @@ class Config:
         own, others = self.params(), other.params()
         return {name: (own[name], others[name]) for name in own
                 if own[name] != others[name] and name not in RUNTIME_PARAMS
-                and not (name in AUTO_NAMES and AUTO in (own[name], others[name]))}
+                and not (name in AUTO_NAMES and AUTO in (own[name], others[name]))
+                and not (name == "clip_dim" and not self.embeds and not other.embeds)}
+
+
+def resolve_clip_dim(teacher: TeacherConfig) -> int | Auto:
+    """The number of values in a teacher's embedding; `auto` for an architecture that is not known.
+
+    Configuration files of open_clip's are read, without importing it.
+    """
+    if teacher.teacher == BUNDLED:
+        return BUNDLED_DIM
+    try:
+        if teacher.clip_pretrained.startswith("local-dir:"):
+            folder = resolve_path(teacher.clip_pretrained.removeprefix("local-dir:"))
+            return int(_read_json(folder / "open_clip_config.json")["model_cfg"]["embed_dim"])
+        package = Path(importlib.util.find_spec("open_clip").origin).parent
+        name = teacher.clip_model.replace("/", "-")
+        return int(_read_json(package / "model_configs" / f"{name}.json")["embed_dim"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return AUTO  # what loads the teacher says what is wrong
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def resolve_patch_grid(teacher: TeacherConfig, frame_hw: tuple[int, int]
@@ -157,7 +195,9 @@ def profile_params(profile: str, **overrides: Any) -> dict[str, Any]:
         ConfigError: unknown profile.
     """
     one_of("profile", profile, tuple(PROFILES))
-    return Config.from_params(**PROFILES[profile] | overrides).params()
+    config = Config.from_params(**PROFILES[profile] | overrides)
+    follows = {"clip_dim": AUTO} if "clip_dim" in config.chosen else {}  # whichever teacher is set
+    return config.params() | follows
 
 
 def settings_table() -> list[tuple[str, str, str, str]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-AUTO = "auto"  # chosen for the frame's size, of these:
-AUTO_NAMES = ("crop_list", "patch_grid", "enc_strds", "dec_strds", "fc_hw", "pad_list")
+# Chosen for the frame's size, or as the teacher asks, where it is the value of one of these
+AUTO = "auto"
+AUTO_NAMES = ("crop_list", "patch_grid", "enc_strds", "dec_strds", "fc_hw", "pad_list", "clip_dim")
 Auto = Literal["auto"]
 EMBEDS = ("", "pe", "xyt")
 ACTIVATIONS = ("relu", "leaky", "leaky01", "relu6", "gelu", "sin", "swish", "softplus", "hardswish")
@@ -98,7 +99,7 @@ class ModelConfig:
     conv_type: tuple[str, str] = setting(("convnext", "pshuffel"), "encoder and decoder blocks")
     out_bias: str = setting("tanh", "tanh, sigmoid, or a number that is added")
     predict_clip: bool = setting(True, "False is the pixel-only baseline")
-    clip_dim: int = setting(512, "the teacher's: 512 for ViT-B-32, 1280 for efficientnet-lite0")
+    clip_dim: int | Auto = setting(AUTO, "values of an embedding; auto: as the teacher gives")
     clip_stage: str = setting(
         "last", "what feeds the CLIP head: last, all, or stages as 1_3 (0: the stem)")
     clip_pool: float = setting(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hnerv_clip.config import Config
 from hnerv_clip.launch import slurm
@@ -23,6 +23,9 @@ from hnerv_clip.launch.ranks import Task
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.locks import hold
 from hnerv_clip.runs.run_dir import RunDir
+
+if TYPE_CHECKING:  # submitting loads no torch
+    from hnerv_clip.dataset import Dataset
 
 __all__ = ["CLUSTERS", "Job", "JobFailed", "LaunchError", "follow", "launch"]
 
@@ -46,6 +49,7 @@ def launch(
     cpus_per_task: int = 4,
     signal_delay_s: int = 90,
     run: Callable[..., Any] | None = None,
+    dataset: Dataset | None = None,
 ) -> list[Job]:
     """Train one configuration, or many; safe to call again.
 
@@ -66,6 +70,8 @@ def launch(
         slurm_setup: shell lines to run before the tasks, as ["module load cuda"].
         signal_delay_s: seconds between Slurm's signal and the time limit.
         run: what trains; `hnerv_clip.train.train` unless told.
+        dataset: of a single configuration, where it is loaded already: an inline run then decodes
+            no video.
     Returns:
         Jobs in the order of `configs`. Inline, they have ended; a single config's error is
         raised, among many it is kept in `Job.why`.
@@ -91,7 +97,8 @@ def launch(
     if run is None:
         from hnerv_clip.train import check_run
 
-        named = {name: check_run(config) for name, config in named.items()}
+        video = dataset.video if dataset and single else None
+        named = {name: check_run(config, video) for name, config in named.items()}
     folders = {name: outf if single else outf / name for name in named}
     for name, config in named.items():  # every folder is checked before any is touched
         RunDir.check(folders[name], config)
@@ -116,7 +123,7 @@ def launch(
                 "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus_per_task}"],
                 "slurm_additional_parameters": {"requeue": True, **(slurm_extra or {})}})
     for job in idle if cluster == "inline" else ():
-        job.run_inline(keep_error=not single)
+        job.run_inline(keep_error=not single, dataset=dataset if single else None)
     return jobs
 
 

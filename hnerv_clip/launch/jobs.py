@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from submitit.core.utils import JobPaths
@@ -25,6 +25,9 @@ from hnerv_clip.launch.errors import JobFailed
 from hnerv_clip.launch.ranks import Task, write_outcome
 from hnerv_clip.runs.locks import process_start
 from hnerv_clip.runs.run_dir import RunDir
+
+if TYPE_CHECKING:  # submitting loads no torch
+    from hnerv_clip.dataset import Dataset
 
 SETTLE_S = 15  # a shared file system may show a file that late
 ENDING = "ending"  # gone or failed, but perhaps not to its last file yet
@@ -213,11 +216,15 @@ class Job:
                 return "running", ENDING
         return "failed", why
 
-    def run_inline(self, *, keep_error: bool) -> None:
-        """Train in this process; an error is kept in `why`, and raised unless `keep_error`."""
+    def run_inline(self, *, keep_error: bool, dataset: Dataset | None = None) -> None:
+        """Train in this process; an error is kept in `why`, and raised unless `keep_error`.
+
+        Args:
+            dataset: the run's data, where they are loaded already.
+        """
         token = self.write_record("inline", pid=os.getpid())
         try:
-            self._result = self.task.train(progress=True)
+            self._result = self.task.train(progress=True, dataset=dataset)
         except Exception as error:
             write_outcome(self.run_dir, token, error)
             if not keep_error:

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import submitit
 import submitit.helpers
 
 from hnerv_clip.config import Config
 from hnerv_clip.files import write_json
+
+if TYPE_CHECKING:  # submitting loads no torch
+    from hnerv_clip.dataset import Dataset
 
 START_TIMEOUT = timedelta(minutes=5)  # between the first and the last rank to start
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # dead ranks are seen by `Peers` long before
@@ -35,14 +38,15 @@ class Task(submitit.helpers.Checkpointable):
         self.params, self.run_dir, self.cache_dir, self.run = params, run_dir, cache_dir, run
         self.token = os.urandom(8).hex()
 
-    def train(self, *, progress: bool = False) -> Any:
+    def train(self, *, progress: bool = False, dataset: Dataset | None = None) -> Any:
         if self.run is None:
             from hnerv_clip.train import train  # only here: submitting needs no training code
             run = train
         else:
             run = self.run
+        loaded = {"dataset": dataset} if dataset else {}
         return run(Config.from_params(**self.params), self.run_dir, cache_dir=self.cache_dir,
-                   progress=progress)
+                   progress=progress, **loaded)
 
     def __call__(self) -> None:
         report = functools.partial(write_outcome, Path(self.run_dir), self.token)

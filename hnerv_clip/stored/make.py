@@ -10,16 +10,17 @@ import torch
 
 from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import FIELD, bind_embeddings, decode_video, encode_video
-from hnerv_clip.config import BUNDLED, BUNDLED_DIM, Config, TeacherConfig
-from hnerv_clip.dataset import prepare_dataset
+from hnerv_clip.config import AUTO, BUNDLED, Config, TeacherConfig
+from hnerv_clip.dataset import Dataset
 from hnerv_clip.field.fit_run import fit_head
 from hnerv_clip.field.query import Field, has_field, load_field
 from hnerv_clip.inference import embed_frames, load_run
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.stored.fine_tune import fine_tune
-from hnerv_clip.teachers.base import describe_teacher, teacher_dim
+from hnerv_clip.teachers.base import describe_teacher
 from hnerv_clip.teachers.clip_weights import NoWeights
-from hnerv_clip.train import check_run
+from hnerv_clip.train import prepare_run
+from hnerv_clip.video import load_video
 
 # What `encode` takes where nothing else is named; the rate–quality page measures files made so
 ENCODE = {"data_split": "1_1_1", "lr": 2e-3, "clip_loss_weight": 0.02}
@@ -29,13 +30,13 @@ def encode_settings(given: dict[str, Any], work: str | Path) -> dict[str, Any]:
     """Settings of a training for the file, from the few that were named.
 
     A run that has begun in the folder `work` goes on with its own; else `ENCODE` replaces the
-    defaults, unless a preset is named. The teacher tells `clip_dim`.
+    defaults, unless a preset is named.
 
     Args:
         given: flat parameters.
     Raises:
         RunError: the folder holds a damaged run.
-        ConfigError: see `Config.from_params` and `teacher_dim`.
+        ConfigError: see `Config.from_params`.
     """
     run, settings = RunDir(work), {**ENCODE, **given}
     if "preset" in given:
@@ -43,13 +44,12 @@ def encode_settings(given: dict[str, Any], work: str | Path) -> dict[str, Any]:
     elif run.begun:
         settings = {**run.config().params(), **given}
     if "teacher" in given or "clip_model" in given or "clip_pretrained" in given:
-        settings["clip_dim"] = given.get("clip_dim") or \
-            teacher_dim(Config.from_params(**settings).teacher)
+        settings["clip_dim"] = given.get("clip_dim", AUTO)
     return settings
 
 
 def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str | Path
-                     ) -> Config:
+                     ) -> tuple[Config, Dataset]:
     """Choose all settings, and run the teacher over the video where that was not done before.
 
     Where no teacher is named and CLIP's weights are not to be had, it is the bundled one, and that
@@ -60,21 +60,20 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
     Returns:
         What `train` takes.
     Raises:
-        ConfigError: see `prepare_dataset`.
+        ConfigError: see `prepare_run`.
     """
-    config = check_run(Config.from_params(**encode_settings(given, work)))
+    config = Config.from_params(**encode_settings(given, work))
+    video = load_video(config.video)
     try:
-        prepare_dataset(config, cache_dir, device=config.train.device)
+        return prepare_run(config, cache_dir, video)
     except NoWeights as error:
         if any(name.startswith(("teacher", "clip_")) for name in given):
             raise
-        bundled = {"teacher": BUNDLED, "clip_dim": BUNDLED_DIM}
         label = describe_teacher(TeacherConfig(teacher=BUNDLED)).label
         print(f"{error}\nNo teacher was named, so this one is taken: {label}. Texts to search for "
               "are then names of ImageNet classes; --teacher clip insists on CLIP.")
-        config = check_run(Config.from_params(**encode_settings({**given, **bundled}, work)))
-        prepare_dataset(config, cache_dir, device=config.train.device)
-    return config
+        config = Config.from_params(**encode_settings({**given, "teacher": BUNDLED}, work))
+        return prepare_run(config, cache_dir, video)
 
 
 def store_run(run_dir: str | Path, out: str | Path, *, rate: float | None = None,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hnerv_clip.config import BUNDLED, BUNDLED_DIM, ConfigError, TeacherConfig
+from hnerv_clip.config import BUNDLED, ConfigError, TeacherConfig
 from hnerv_clip.paths import resolve_path
 
 LOCAL_DIR = "local-dir:"
@@ -314,7 +314,7 @@ def _no_weights(config: TeacherConfig, reason: str) -> NoWeights:
         f"and {reason}. Ways out: (1) run once where there is a network, and carry the Hugging "
         "Face cache (~/.cache/huggingface) over; (2) clip_pretrained=FILE, a checkpoint that you "
         "copied here; (3) clip_pretrained='local-dir:FOLDER', with open_clip_config.json and the "
-        f"weights. Without CLIP: teacher={BUNDLED!r}, clip_dim={BUNDLED_DIM} comes with the "
+        f"weights. Without CLIP: teacher={BUNDLED!r} comes with the "
         "installation; it is not CLIP, and every page says so")
 
 

@@ -4,7 +4,7 @@
 writes beside them, `divergence` tells whether training has collapsed.
 """
 
-from hnerv_clip.train.run import TrainResult, check_run, train
+from hnerv_clip.train.run import TrainResult, check_run, prepare_run, train
 from hnerv_clip.train.trainer import TrainError, epoch_order
 
-__all__ = ["TrainError", "TrainResult", "check_run", "epoch_order", "train"]
+__all__ = ["TrainError", "TrainResult", "check_run", "epoch_order", "prepare_run", "train"]

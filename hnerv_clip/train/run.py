@@ -13,18 +13,26 @@ import pandas as pd
 import torch
 
 from hnerv_clip.config import Config, VideoConfig
-from hnerv_clip.dataset import Dataset, check_same_video, load_dataset, resolve_config
+from hnerv_clip.dataset import (
+    Dataset,
+    check_same_video,
+    load_dataset,
+    prepare_dataset,
+    resolve_config,
+)
 from hnerv_clip.distributed import agree, ranks
 from hnerv_clip.engines.plain import SetupError
 from hnerv_clip.field.fit_run import fit_head
 from hnerv_clip.field.query import has_field
+from hnerv_clip.files import check_writable
 from hnerv_clip.inference import load_run
 from hnerv_clip.losses import PIXEL_LOSSES, check_ms_ssim_size
 from hnerv_clip.model import plan_model
 from hnerv_clip.patches import make_grid
+from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import RunDir, RunError
 from hnerv_clip.train.trainer import Trainer, TrainError
-from hnerv_clip.video import NAMED_VIDEOS, find_source, load_video, split_frames
+from hnerv_clip.video import NAMED_VIDEOS, Video, find_source, load_video, split_frames
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -90,29 +98,51 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
                                "intact; free space or make the folder writable, then run again "
                                "to resume") from error
     if rank == 0 and config.model.head == "field" and not has_field(run):
-        fit_head(load_run(run.path, cache_dir=cache_dir, device=config.train.device),
+        fit_head(load_run(run.path, cache_dir=cache_dir, device=config.train.device,
+                          dataset=dataset),
                  cache_dir=cache_dir, device=config.train.device, progress=progress)
     return None if rank else TrainResult(run.path, run.summary(), run.metrics())
 
 
-def check_run(config: Config) -> Config:
+def check_run(config: Config, video: Video | None = None) -> Config:
     """Raise what would stop a run later, before the teacher or any training takes time.
 
+    Args:
+        video: the video, where it is decoded already.
     Returns:
-        The configuration with all that was `auto` chosen for the video's size.
+        The configuration with all that was `auto` chosen for the teacher and the video's size.
     Raises:
         ConfigError: see `load_video`, `make_grid`, `plan_model` and the MS-SSIM losses.
     """
     if config.video.data_path not in NAMED_VIDEOS:  # a job may start in another folder
         config = config.replace(data_path=str(find_source(config.video.data_path)[0]))
-    frame_hw, frame_count = _video_size(config.video)
-    config = config.resolve(frame_hw)
+    frame_hw, frame_count = (video.frame_hw, len(video.frames)) if video else \
+        _video_size(config.video)
+    config = resolve_config(config.resolve(frame_hw))
     split_frames(frame_count, config.video.data_split, config.video.split_phase)
     make_grid(config.teacher, frame_hw)
     plan_model(config.model, frame_hw=frame_hw, frame_count=frame_count)
     if "ms_ssim" in PIXEL_LOSSES[config.train.loss]:
         check_ms_ssim_size(frame_hw)
     return config
+
+
+def prepare_run(config: Config, cache_dir: str | Path = "output/cache",
+                video: Video | None = None) -> tuple[Config, Dataset]:
+    """Check a run, and run its teacher where its embeddings are not cached; decodes once.
+
+    Args:
+        video: the video, where it is decoded already.
+    Returns:
+        The configuration with all that was `auto` chosen, and the data, for `train`.
+    Raises:
+        ConfigError: see `check_run` and `prepare_dataset`.
+        RunError: `cache_dir` cannot be written.
+    """
+    check_writable(resolve_path(cache_dir))
+    video = video or load_video(config.video)
+    config = check_run(config, video)
+    return config, prepare_dataset(config, cache_dir, device=config.train.device, video=video)
 
 
 @lru_cache

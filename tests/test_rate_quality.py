@@ -43,11 +43,12 @@ def test_runs_are_put_beside_the_codecs(tmp_path):
     codecs = [{"codec": name, "rate_bpp": 0.005 * 2**i, "psnr_db": low + 2.0 * i}
               for name, low in (("x264", 30), ("far", 80)) for i in range(6)]
     path.write_text(json.dumps({"codecs": codecs, "hnerv_clip": {}}))
-    rate.collect(path, [measured(), measured("b" * 40, head=False)], {"files": 7})
+    counted = {"files": 7, "refused": 5, "read": 2, "failed": 0, "seeds": [1]}
+    rate.collect(path, [measured(), measured("b" * 40, head=False)], {"c": counted})
     rate.collect(path, [measured("b" * 40, head=False, psnr=37.0)])
     kept = json.loads(path.read_text())
     assert [run["trained_psnr_db"] for run in kept["runs"]] == [36, 37]
-    assert kept["damaged"] == {"files": 7} and "hnerv_clip" not in kept
+    assert kept["damaged"]["files"] == 7 and "hnerv_clip" not in kept
     assert "clip_loss" not in kept["runs"][0]["points"][1]["history"][0]
     assert {row["anchor"] for row in rate.bd_rates(codecs, LINE + [
         {"rate_bpp": 0.32, "psnr_db": 40.0}])} == {"x264"}, "no PSNR is shared with the other"
@@ -60,3 +61,32 @@ def test_goals_are_met_or_missed():
     assert rows[3]["measured"] == "300 frames/s"
     assert rate.fine_tuning_words(measured()["points"][1]).startswith(
         "At the weight 0.01 of its bits it fell to 30.00 dB at epoch 1 and rose to 34.00 dB")
+
+
+def test_counts_of_damaged_files_add_up_once():
+    counted = {"files": 7, "refused": 5, "read": 2, "failed": 0, "seeds": [1, 2]}
+    old = {**counted, "commit": "a", "failed": 1}  # as one commit was kept
+    both = rate.add_damaged(old, {**counted, "seeds": [3]}, commit="a")
+    assert both == {"files": 14, "refused": 10, "read": 4, "failed": 1, "commits": {"a": [1, 2, 3]}}
+    assert rate.add_damaged(both, counted, commit="b")["commits"]["b"] == [1, 2]
+    with pytest.raises(ValueError, match="counted already"):
+        rate.add_damaged(both, counted, commit="a")
+
+
+def test_a_side_file_makes_every_file_searchable():
+    rows = [{"size_bytes": size, "clip_similarity": 0.97 + size / 1e4, "clip_centred": 0.9}
+            for size in (50, 100, 200)]
+    run = measured() | {"train_s": 30.0}
+    run["points"][0]["clip_centred"] = 0.8  # and clip_similarity 0.979
+    everything = {"runs": [run], "side_files": {"points": rows}, "frames": 2, "height": 10,
+                  "width": 20, "times": {"frames": 2, "own": {
+                      "open_cpu_s": 1.0, "decode_cpu_s": 6.0, "frames": 3}, "codecs": [
+                          {"codec": "x", "psnr_db": 35, "rate_bpp": 0.1, "encode_cpu_s": 3,
+                           "decode_cpu_s": 1}]}}
+    assert rate.side_file(everything)["size_bytes"] == 100
+    plain, headed = rate.searchable([{"size_bytes": 60}, {"size_bytes": 60, "head": True}],
+                                    everything)
+    assert plain == {"size_bytes": 160, "rate_bpp": 8 * 160 / 400} and headed["size_bytes"] == 60
+    run["points"][1]["tune_s"] = run["points"][2]["tune_s"] = run["points"][3]["tune_s"] = 5.0
+    codec, own = rate.time_rows(everything)
+    assert (codec["encode_s"], own["encode_s"], own["decode_s"]) == (3, 35.0, 1 + 2 * 2)

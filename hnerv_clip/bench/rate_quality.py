@@ -4,7 +4,7 @@
         --run rate.json COMMIT LR [--run ...] [--fuzz logs.txt COMMIT]
 
 puts measured runs into the file that holds the other codecs; a run takes the place of one of the
-same commit.
+same commit. Counts of damaged files add up, each seed of a commit once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ GOALS = {"psnr_db": 35.5, "rate_bpp": 0.055, "recipe_psnr_db": 37.0, "recipe_rat
 SETTINGS = ("epochs", "lr", "batch_size", "modelsize", "predict_clip", "clip_loss_weight",
             "teacher", "data_split", "precision", "seed")
 MEASURES = ("gpu_cpu_largest_level", "gpu_cpu_share_different", "decode_frames_per_s",
-            "cpu_all_patches_s", "compile_s")
+            "film_bytes", "cpu", "cpu_all_patches_s", "compile_s")
 
 
 def run_of(measured: dict[str, Any], *, commit: str, fine_tune_lr: float) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def run_of(measured: dict[str, Any], *, commit: str, fine_tune_lr: float) -> dic
         if "history" in point else point for point in measured["points"]]
     return {"device": measured["device"], "commit": commit, "fine_tune_lr": fine_tune_lr,
             "settings": {name: settings[name] for name in SETTINGS},
-            "trained_psnr_db": trained["eval_psnr_all"],
+            "trained_psnr_db": trained["eval_psnr_all"], "train_s": trained.get("train_time_s"),
             "trained_clip_similarity": trained.get("eval_clip_similarity_all"), "points": points,
             **{name: measured[name] for name in MEASURES if name in measured}}
 
@@ -64,6 +65,22 @@ def count_damaged(log: str) -> dict[str, Any]:
             **{name: sum(counts.get(name, 0) for _, counts in found.values())
                for name in ("refused", "read")}, "seeds": sorted(found),
             "failed": len(re.findall(r"^rc [1-9]", ends[0], re.M)) if ends else 0}
+
+
+def add_damaged(kept: dict[str, Any], counted: dict[str, Any], *, commit: str) -> dict[str, Any]:
+    """The sum of two counts as of `count_damaged`; `commits` names the seeds of each.
+
+    Raises:
+        ValueError: seeds of this commit that are counted already.
+    """
+    commits = kept.get("commits") or ({kept["commit"]: kept["seeds"]} if kept else {})
+    twice = set(commits.get(commit, ())) & set(counted["seeds"])
+    if twice:
+        raise ValueError(f"seeds {sorted(twice)} of {commit} are counted already: give a log of "
+                         "others")
+    return {**{name: kept.get(name, 0) + counted[name]
+               for name in ("files", "refused", "read", "failed")},
+            "commits": {**commits, commit: [*commits.get(commit, ()), *counted["seeds"]]}}
 
 
 def tuned_points(runs: Sequence[dict[str, Any]]) -> list[Point]:
@@ -108,18 +125,69 @@ def bd_rates(codecs: Sequence[Point], tuned: Sequence[Point]) -> list[dict[str, 
     return rows
 
 
+def side_file(measured: dict[str, Any]) -> Point:
+    """The smallest side file that is as near to the teacher as the head of the stored files, by
+    the cosine raw and mean-centered; the largest where none is."""
+    heads = [point for run in measured["runs"] for point in run["points"]
+             if "clip_centred" in point]
+    names = ("clip_similarity", "clip_centred")
+    needed = {name: float(np.mean([point[name] for point in heads])) for name in names}
+    rows = sorted(measured["side_files"]["points"], key=lambda row: row["size_bytes"])
+    return next((row for row in rows if all(row[name] >= needed[name] for name in names)),
+                rows[-1])
+
+
+def searchable(points: Sequence[Point], measured: dict[str, Any]) -> list[Point]:
+    """Points whose bytes allow a search: where there is no head, a side file's are added."""
+    pixels = math.prod(measured[name] for name in ("frames", "height", "width"))
+    extra = side_file(measured)["size_bytes"]
+    return [point if point.get("head") else {
+        **point, "size_bytes": point["size_bytes"] + extra,
+        "rate_bpp": 8 * (point["size_bytes"] + extra) / pixels} for point in points]
+
+
+def time_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each codec takes: encode_s and decode_s of the whole film in seconds of one core, and
+    the quality that was timed; of this codec, encoding is a GPU's."""
+    times = measured["times"]
+    rows = [{"codec": row["codec"], "psnr_db": row["psnr_db"], "rate_bpp": row["rate_bpp"],
+             "encode_s": row["encode_cpu_s"], "decode_s": row["decode_cpu_s"], "encoder": "CPU"}
+            for row in times["codecs"]]
+    own = times["own"]
+    for run in measured["runs"]:
+        points = [point for point in run["points"] if point["kind"] == "tuned"]
+        if run.get("train_s") and points:
+            point = min(points, key=lambda point: abs(point["psnr_db"] - GOALS["psnr_db"]))
+            rows.append({
+                "codec": "this codec", "psnr_db": point["psnr_db"], "rate_bpp": point["rate_bpp"],
+                "encode_s": run["train_s"] + run.get("compile_s", 0.0) + point["tune_s"],
+                "decode_s": own["open_cpu_s"]
+                + own["decode_cpu_s"] / own["frames"] * times["frames"],
+                "encoder": run["device"]})
+    return rows
+
+
 def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] | None = None
             ) -> dict[str, Any]:
     """Put runs (as from `run_of`) and the count of damaged files into the file at `path`.
 
+    Args:
+        damaged: {commit: what `count_damaged` gave}.
     Raises:
         ImportError: bjontegaard, which gives the BD-rate, is not installed.
+        ValueError: damaged files that are counted already.
     """
     kept = json.loads(path.read_text(encoding="utf-8"))
     by_commit = {run["commit"]: run for run in [*kept.pop("runs", []), *runs]}
     kept.pop("hnerv_clip", None)  # one run, without its commit
-    kept |= {"runs": list(by_commit.values())} | ({"damaged": damaged} if damaged else {})
-    kept["bd_rate"] = bd_rates(kept["codecs"], tuned_points(kept["runs"]))
+    kept["runs"] = list(by_commit.values())
+    for commit, counted in (damaged or {}).items():
+        kept["damaged"] = add_damaged(kept.get("damaged", {}), counted, commit=commit)
+    tuned = tuned_points(kept["runs"])
+    kept["bd_rate"] = bd_rates(kept["codecs"], tuned)
+    if "side_files" in kept:
+        kept["bd_rate_searchable"] = bd_rates(searchable(kept["codecs"], kept),
+                                              searchable(tuned, kept))
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     return kept
 
@@ -175,12 +243,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", nargs=3, action="append", default=[],
                         metavar=("FILE", "COMMIT", "LR"), help="a run, its commit and the learning "
                         "rate of its fine-tuning")
-    parser.add_argument("--fuzz", nargs=2, metavar=("LOG", "COMMIT"))
+    parser.add_argument("--fuzz", nargs=2, action="append", default=[],
+                        metavar=("LOG", "COMMIT"), help="what tests/fuzz_file.py printed")
     args = parser.parse_args(argv)
     runs = [run_of(json.loads(Path(file).read_text(encoding="utf-8")), commit=commit,
                    fine_tune_lr=float(lr)) for file, commit, lr in args.run]
-    damaged = args.fuzz and {**count_damaged(Path(args.fuzz[0]).read_text(encoding="utf-8")),
-                             "commit": args.fuzz[1]}
+    damaged = {commit: count_damaged(Path(log).read_text(encoding="utf-8"))
+               for log, commit in args.fuzz}
     collect(args.path, runs, damaged)
 
 

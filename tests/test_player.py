@@ -349,6 +349,20 @@ def test_export_computes_what_pytorch_does(path, tmp_path):
     assert main(["export", str(path), str(tmp_path / "d.onnx")]) == 1  # no silent replacement
 
 
+def test_export_holds_the_field(with_field, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    from hnerv_clip.stored.export import export_onnx
+
+    path, video = with_field[0], hnerv_clip.open(with_field[0])
+    difference = export_onnx(path, tmp_path / "d.onnx")
+    assert set(difference) == {"frames", "embeddings"} and max(difference.values()) < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "d.onnx"))
+    boxes = np.float32([[5, 10, 25, 20], [0, 0, 37, 70], [1, 2, 9.5, 30]])
+    _, vectors = session.run(None, {"frame": np.arange(1, 5), "boxes": boxes})
+    np.testing.assert_allclose(vectors, video.field.embed(range(1, 5), boxes), atol=1e-4)
+
+
 def test_encode_needs_no_setting(tmp_path, cache_dir, capsys, monkeypatch):
     """No weights of CLIP: the bundled teacher, which is said; and the same command goes on."""
     from hnerv_clip.stored import make

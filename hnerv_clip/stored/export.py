@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hnerv_clip.config import ConfigError
+from hnerv_clip.heads.field import FieldHead
 from hnerv_clip.model import HNeRV
 from hnerv_clip.stored.video import StoredVideo
 
@@ -22,20 +23,27 @@ class ExportError(RuntimeError):
 
 
 class _Decoder(nn.Module):
-    """Frame numbers and positions to pictures, and to embeddings where there is a head."""
+    """Frame numbers to pictures; and boxes, or positions, to embeddings where there is a head."""
 
-    def __init__(self, model: HNeRV, embeddings: Tensor):
+    def __init__(self, model: HNeRV, embeddings: Tensor, field: FieldHead | None):
         super().__init__()
-        self.model = model
+        self.model, self.field = model, field
         self.register_buffer("embeddings", embeddings)  # [T, C, h, w]
 
-    def forward(self, frame: Tensor, centres: Tensor | None = None):
-        stages = self.model.stages(self.embeddings.index_select(0, frame))
+    def forward(self, frame: Tensor, where: Tensor | None = None):
+        embeddings = self.embeddings.index_select(0, frame)
+        stages = self.model.stages(embeddings)
         pictures = self.model.rgb(stages[-1]).clamp(0, 1)
-        if centres is None:
+        if where is None:
             return pictures
+        if self.field is not None:
+            config = self.field.config
+            features = None if not config.source_channels else \
+                embeddings if config.source_stage < 0 else stages[config.source_stage]
+            boxes = where.expand(frame.shape[0], -1, -1)  # of any number of frames, when traced
+            return pictures, self.field(features, frame.float(), boxes)
         head = self.model.clip_head
-        places = head.places(centres)
+        places = head.places(where)
         if head.clip_pool:
             return pictures, head.at_places(stages, places)
         picked = [stages[i].flatten(2).index_select(2, rows * stages[i].shape[3] + cols)
@@ -46,9 +54,9 @@ class _Decoder(nn.Module):
 def export_onnx(path: str | Path, out: str | Path) -> dict[str, float]:
     """Write the network of a stored video as ONNX, and compare it with PyTorch.
 
-    Inputs: `frame` int64 [B], and with a head `centres` [P, 2] (y, x) in pixels. Outputs:
-    `frames` [B, 3, H, W] in [0, 1], and `embeddings` [B, P, D]. The metadata hold
-    the stored video's header: times, size, the teacher.
+    Inputs: `frame` int64 [B], and with a field `boxes` [P, 4] (top, left, height, width), with the
+    original head `centres` [P, 2] (y, x), in pixels. Outputs: `frames` [B, 3, H, W] in [0, 1], and
+    `embeddings` [B, P, D]. The metadata hold the stored video's header: times, size, the teacher.
 
     Returns:
         The largest absolute difference of each output, over the first two frames and two positions.
@@ -65,14 +73,18 @@ def export_onnx(path: str | Path, out: str | Path) -> dict[str, float]:
     video = StoredVideo(path, device="cpu")
     model = video.stored.load()
     with torch.no_grad():
-        module = _Decoder(model, video.frame_embeddings(range(len(video))).float()).eval()
+        module = _Decoder(model, video.frame_embeddings(range(len(video))).float(),
+                          video.stored.load_field() if video.has_field else None).eval()
     given = {"frame": torch.arange(len(video))}
     height, width = video.size
-    if video.has_head:
+    if video.has_field:
+        given["boxes"] = torch.tensor([[0.0, 0.0, height, width],
+                                       [height / 3, width / 4, height / 2, width / 2]])
+    elif video.has_head:
         given["centres"] = torch.tensor([[height / 2, width / 2], [height / 3, width / 4]])
     outputs = ["frames", "embeddings"][:len(given)]
     example = (given["frame"][:1], *list(given.values())[1:])
-    free = {"frame": {0: "B"}, "centres": {0: "P"}, "frames": {0: "B"},
+    free = {"frame": {0: "B"}, "centres": {0: "P"}, "boxes": {0: "P"}, "frames": {0: "B"},
             "embeddings": {0: "B", 1: "P"}}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own

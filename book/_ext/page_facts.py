@@ -6,11 +6,14 @@
 - an alternative text for each figure that has none of its own, and whether it is drawn in lines
   (which dark mode inverts) or a picture (which it leaves alone);
 - docstrings in the reference are plain text;
+- films inside a page are files beside it, loaded when they are played;
 - buttons for Binder and Colab where `repository: url` in `_config.yml` names the repository.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import re
 import subprocess
@@ -114,9 +117,26 @@ def finish_page(app, pagename, templatename, context, doctree) -> None:
     """Date and commit in the footer; without the scripts of Thebe, which this book does not use."""
     if doctree is not None:
         context["last_updated"] = page_version(app, pagename)
+    if "data:video/mp4;base64," in context.get("body", ""):
+        context["body"] = films_as_files(app, pagename, context["body"])
     context["script_files"] = [
         script for script in context.get("script_files", [])
         if "thebe" not in f"{script} {getattr(script, 'attributes', '')}".lower()]
+
+
+def films_as_files(app, pagename: str, body: str) -> str:
+    """Films inside a page become files beside it, which are loaded when they are played."""
+    def move(found: re.Match) -> str:
+        film = base64.b64decode(found[1])
+        name = f"{hashlib.sha256(film).hexdigest()[:16]}.mp4"
+        folder = Path(app.outdir) / "_static" / "films"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(film)
+        return f'src="{"../" * pagename.count("/")}_static/films/{name}"'
+
+    body = re.sub(r'<video(?=[^>]*>\s*<source src="data:|[^>]* src="data:)',
+                  '<video preload="metadata"', body)
+    return re.sub(r'src="data:video/mp4;base64,([^"]*)"', move, body)
 
 
 def plain_docstring(app, what, name, obj, options, lines) -> None:

@@ -4,5 +4,14 @@ function reachable() {
     if (part.scrollWidth > part.clientWidth + 1) part.tabIndex = 0;
   }
 }
-window.addEventListener("load", reachable);
+// What can be read on the theme's buttons is their name.
+function named() {
+  for (const button of document.querySelectorAll("summary[aria-label], .search-button-field")) {
+    button.removeAttribute("aria-label");
+  }
+  for (const button of document.querySelectorAll(".theme-switch-button")) {
+    button.setAttribute("aria-label", "Color mode: Light, Dark or System Settings");
+  }
+}
+window.addEventListener("load", () => { reachable(); named(); });
 window.addEventListener("resize", reachable);

@@ -27,6 +27,15 @@ def agree(value: float) -> float:
     return number.item()
 
 
+def count_ranks(holds: bool, device: torch.device) -> int:
+    """On how many ranks something holds. Every rank asks, of a device of its own."""
+    if not dist.is_initialized():
+        return int(holds)
+    number = torch.tensor(float(holds), device=device)
+    dist.all_reduce(number)
+    return int(number)
+
+
 def from_rank0(value: Any) -> Any:
     """Rank 0's object, on every rank."""
     if not dist.is_initialized():

@@ -1,6 +1,7 @@
 """The fused engine computes what the plain one does: exactly in Triton's interpreter, on a GPU
 within bfloat16's precision."""
 
+import functools
 import math
 import shutil
 import subprocess
@@ -314,6 +315,23 @@ def test_the_plain_engine_goes_on_where_the_fused_one_cannot(tiny, monkeypatch):
     torch.testing.assert_close(torch.stack(got), expected, rtol=1e-3, atol=1e-5)
     for (name, a), b in zip(plain.model.named_parameters(), own.model.parameters()):
         assert (a - b).norm() < 0.02 * a.norm() + 1e-3, name
+
+
+def test_a_compiler_that_fails_at_the_first_step_is_a_failed_setup():
+    """Which the plain engine then takes over; memory that runs out is told apart."""
+    own = object.__new__(CompiledEngine)
+    own.lr, own.weight, own.indices = torch.zeros(3, 1)
+    own.graph = None
+    step, indices = dict(count=1, lr=1e-3, weight=0.5), torch.zeros(1)
+    for error, kind in [(AssertionError("the compiler gave up"), SetupError),
+                        (torch.cuda.OutOfMemoryError("full"), torch.cuda.OutOfMemoryError)]:
+        own._set_up = functools.partial(_raise, error)
+        with pytest.raises(kind, match="AssertionError: the compiler gave up|full"):
+            own.step(indices, **step)
+
+
+def _raise(error):
+    raise error
 
 
 def no_kernel(*args, **kwargs):

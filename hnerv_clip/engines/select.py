@@ -12,6 +12,7 @@ import torch.distributed as dist
 from hnerv_clip.config import Config, ConfigError, TrainConfig
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.devices import no_bfloat16, no_kernels, resolve_precision
+from hnerv_clip.distributed import count_ranks
 from hnerv_clip.engines.compiled import CompiledEngine
 from hnerv_clip.engines.plain import PlainEngine, explain
 from hnerv_clip.model import HNeRV
@@ -83,11 +84,11 @@ def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: tor
                           "slower", stacklevel=2)
         return PlainEngine(config, model, dataset, autocast=autocast)
     engine, reason = _fast_engine(config, model, dataset, autocast=autocast)
-    if dist.is_initialized():  # one rank in another engine would wait for the others for ever
-        failed = torch.tensor(float(engine is None), device=device)
-        dist.all_reduce(failed)
-        if failed and engine:
-            engine, reason = None, f"{int(failed)} other ranks cannot have it, see their output"
+    # One rank in another engine would wait for the others for ever
+    failed = count_ranks(engine is None, device)
+    if failed and engine:
+        reason = f"{failed} of {dist.get_world_size()} ranks cannot have it, see their output"
+        engine = None
     if engine:
         return engine
     if wish == "fast":
@@ -117,9 +118,8 @@ def _fast_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: to
 
 
 def can_fall_back(engine: PlainEngine) -> bool:
-    """Whether the plain engine may take over: with `auto`, and where no other rank has to agree."""
-    return engine.config.train.engine == "auto" and type(engine) is not PlainEngine \
-        and not dist.is_initialized()
+    """Whether the plain engine may take over: with `auto`. Ranks fail together, see `step`."""
+    return engine.config.train.engine == "auto" and type(engine) is not PlainEngine
 
 
 def fall_back(engine: PlainEngine, dataset: Dataset, reason: str) -> PlainEngine:

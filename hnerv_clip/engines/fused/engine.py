@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
+from hnerv_clip.distributed import count_ranks
 from hnerv_clip.engines.fused.decoding import Decoder
 from hnerv_clip.engines.fused.network import BUILD_ERRORS, Network
 from hnerv_clip.engines.plain import COLUMNS, PlainEngine, SetupError, explain
@@ -113,48 +115,70 @@ class FusedEngine(PlainEngine):
         self.weight.fill_(weight)
         key = (len(indices), count)
         if key not in self.graphs:
-            try:
-                return self._set_up(key, indices)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except BUILD_ERRORS as error:
-                raise SetupError(explain(error)) from error
+            return self._set_up(key, indices)
         self.indices[key].copy_(indices)
         self.graphs[key].replay()
         return self.sums[key]
 
     def _set_up(self, key: tuple[int, int], indices: Tensor) -> Tensor:
-        """A step whose graph is not there yet: the first as it comes, the second is captured."""
+        """A step whose graph is not there yet: the first as it comes, the second is captured.
+
+        Raises:
+            SetupError: it fails here, or on another rank; on all ranks, and before any update.
+            torch.cuda.OutOfMemoryError: likewise, where it is memory that this rank lacks.
+        """
         size, _ = key
-        if size and size not in self.networks:
-            self.networks[size] = Network(self.model, self.parameters, batch=size)
-            self._compile(key)
-        if key not in self.indices:
-            self.indices[key] = indices.clone()
-            return self._update(key)
+        first = key not in self.indices
+        if first or self.device.type != "cuda":  # or by Triton's interpreter, in tests
+            with self._together():
+                if size and size not in self.networks:
+                    self.networks[size] = Network(self.model, self.parameters, batch=size)
+                    self._compile(key)
+                self.indices[key] = indices.clone()
+                columns = self._own_gradients(key)
+            return self._update(columns)
         self.indices[key].copy_(indices)
-        if self.device.type != "cuda":  # Triton's interpreter, in tests
-            return self._update(key)
+        with self._together():
+            self.graphs[key] = self._capture(key)
+        self.graphs[key].replay()
+        return self.sums[key]
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Set up something that some ranks may fail at: then all of them do."""
+        error = None
+        try:
+            yield
+        except BUILD_ERRORS as caught:  # OutOfMemoryError is a RuntimeError
+            error = caught
+        failed = count_ranks(error is not None, self.device)
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise error
+        if error is not None:
+            raise SetupError(explain(error)) from error
+        if failed:
+            raise SetupError(f"{failed} of {dist.get_world_size()} ranks cannot, see their output")
+
+    def _capture(self, key: tuple[int, int]) -> torch.cuda.CUDAGraph:
+        """The graph of a step of (own frames, frames of all ranks); nothing runs yet."""
         graph, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device, priority=-1)
         # Other threads, NCCL's among them, may ask the GPU meanwhile
         with torch.cuda.graph(graph, stream=main, capture_error_mode="thread_local"):
             try:
-                self.sums[key] = self._update(key)
+                self.sums[key] = self._update(self._own_gradients(key))
             except BaseException:  # a side stream left open would be reported in place of the cause
                 with suppress(RuntimeError):
                     for network in self.networks.values():
                         network.join()
                 raise
-        self.graphs[key] = graph
-        graph.replay()
-        return self.sums[key]
+        return graph
 
     def eager_step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
         self.lr.fill_(lr)
         self.weight.fill_(weight)
         key = (len(indices), count)
         self.indices[key].copy_(indices)
-        return self._update(key)
+        return self._update(self._own_gradients(key))
 
     def _make_optimizer(self) -> Moments:
         return Moments(self.model)
@@ -201,13 +225,16 @@ class FusedEngine(PlainEngine):
         self.parameters.load({n: (s["exp_avg"], s["exp_avg_sq"]) for n, s in kept.items()},
                              float(next(iter(kept.values()))["step"]))
 
-    def _update(self, key: tuple[int, int]) -> Tensor:
+    def _own_gradients(self, key: tuple[int, int]) -> Tensor:
+        """The gradients of this rank's frames, and their `COLUMNS` [4, B]."""
         size, count = key
         if size:
-            columns = self._gradients(self.networks[size], self.indices[key], count)
-        else:
-            self.parameters.grad.zero_()
-            columns = torch.zeros(len(COLUMNS), 1, device=self.device)
+            return self._gradients(self.networks[size], self.indices[key], count)
+        self.parameters.grad.zero_()
+        return torch.zeros(len(COLUMNS), 1, device=self.device)
+
+    def _update(self, columns: Tensor) -> Tensor:
+        """Add the ranks' gradients, and take the step; the sums [4] of `columns`."""
         if dist.is_initialized():
             dist.all_reduce(self.parameters.grad)
         self.parameters.count.add_(1)

@@ -30,6 +30,7 @@ VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpe
 # Images that Pillow does not read
 FOREIGN_IMAGES = {".heic", ".heif", ".jxl", ".exr", ".dng", ".cr2", ".nef", ".arw", ".svg"}
 NO_PICTURES = {"tty"}  # FFmpeg draws any text as a video
+WIDEST_PIXEL = 4  # to its height; DV and anamorphic DVDs have up to 1.46, scope prints 2
 COVER = Disposition.attached_pic | Disposition.timed_thumbnails
 CORRUPT = "{path} is damaged at frame {number}; {fix}"
 FIX = ("give a file that ffmpeg plays without errors, re-encode it, or set frame_limit below the "
@@ -72,7 +73,7 @@ class VideoFile:
             with av.open(str(self.path), options={"protocol_whitelist": "file"}) as container:
                 stream = self._stream(container)
                 rate = stream.average_rate or stream.guessed_rate or Fraction(FOLDER_FPS)
-                self.fps = float(rate)
+                self.fps, aspect = float(rate), _pixel_aspect(stream, self.path)
                 first, end = None, None
                 frames = _in_order(_decode(container, stream))
                 for shown, (frame, seen) in enumerate(frames, 1):
@@ -82,7 +83,7 @@ class VideoFile:
                     time = frame.time if frame.time is not None else (shown - 1) / self.fps
                     first = time if first is None else first
                     if (shown - 1) % stride == 0:
-                        yield Picture(_upright(frame, self.path), time - first)
+                        yield Picture(_as_shown(frame, self.path, aspect), time - first)
                         if limit and (shown - 1) // stride + 1 == limit:
                             return
                 self._check_end(stream, end, shown)
@@ -158,9 +159,24 @@ def _in_order(frames: Iterable[tuple[av.VideoFrame, float | None]]
         raise error
 
 
-def _upright(frame: av.VideoFrame, path: Path) -> np.ndarray:
-    """The pixels, turned and mirrored as the file asks for."""
-    image = frame.to_ndarray(format="rgb24")
+def _pixel_aspect(stream: av.VideoStream, path: Path) -> Fraction:
+    """Width to height of a pixel as it is shown; 1 where a file says nothing.
+
+    Raises:
+        ConfigError: a ratio that no camera writes.
+    """
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    if not 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL:
+        raise ConfigError(f"{path} asks for pixels {aspect.numerator}:{aspect.denominator} wide to "
+                          "high: re-encode it with square ones, ffmpeg -i IN -vf setsar=1 OUT")
+    return aspect
+
+
+def _as_shown(frame: av.VideoFrame, path: Path, aspect: Fraction) -> np.ndarray:
+    """The pixels, made square by resizing the width, then turned and mirrored as the file asks."""
+    image = frame.to_ndarray(format="rgb24", width=max(1, round(frame.width * aspect)),
+                             interpolation="BICUBIC") if aspect != 1 else \
+        frame.to_ndarray(format="rgb24")
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return image

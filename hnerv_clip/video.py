@@ -81,7 +81,7 @@ def load_video(config: VideoConfig) -> Video:
 
     Frames are taken every `frame_stride`, the first `frame_limit` of those are kept, each is
     cropped about its centre to `crop_list`, then resized to `resize_list` (bicubic, antialiased).
-    Turns and flips that the file asks for, as phones write them, are applied first.
+    Turns, flips and pixels that are not square, as the file asks for them, are applied first.
 
     Raises:
         ConfigError: no such video, an unreadable or damaged one, images of different sizes, no

@@ -62,6 +62,34 @@ def test_times_of_an_even_video_count_from_its_first_frame(tmp_path):
     assert video.fps == pytest.approx(25 / 3)
 
 
+@pytest.mark.parametrize("aspect, width", [((4, 3), 80), ((8, 9), 53), ((1, 1), 60)])
+def test_pixels_that_are_not_square_are_shown_square(tmp_path, aspect, width):
+    """A disc of 40 by 40 on the screen, whatever the pixels of the file are."""
+    path, across = tmp_path / "anamorphic.mp4", 40 * aspect[1] / aspect[0]
+    y, x = np.mgrid[:48, :60]
+    disc = ((x - 29.5) / across) ** 2 + ((y - 23.5) / 40) ** 2 < 0.25
+    write_aspect(path, np.repeat(255 * disc[..., None].astype(np.uint8), 3, 2), Fraction(*aspect))
+    shown = load_video(VideoConfig(data_path=str(path), crop_list=None)).frames[0, 0].numpy()
+    assert shown.shape == (48, width)
+    inside = shown > 127
+    assert abs(inside.any(0).sum() - 40) <= 2 and abs(inside.any(1).sum() - 40) <= 2
+
+
+def test_pixels_that_no_camera_writes_are_refused(tmp_path):
+    path = tmp_path / "needles.mp4"
+    write_aspect(path, np.zeros((48, 60, 3), np.uint8), Fraction(1, 20))
+    assert "1:20" in message_of(path) and "setsar=1" in message_of(path)
+
+
+def write_aspect(path, image, aspect):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "yuv420p"
+        stream.codec_context.sample_aspect_ratio = aspect
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
 def test_frames_come_in_the_order_of_their_times():
     class Frame:
         def __init__(self, pts):

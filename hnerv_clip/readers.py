@@ -44,9 +44,11 @@ class Picture(NamedTuple):
     time_s: float  # since the first one
 
 
-def open_source(path: Path) -> VideoFile | ImageFolder | AnimatedImage:
+def open_source(path: Path, *, square: bool = True) -> VideoFile | ImageFolder | AnimatedImage:
     """What reads a file or a folder.
 
+    Args:
+        square: give a video's pixels as they are shown where they are not square, else as stored.
     Raises:
         ConfigError: a pipe, a device, or a folder that is no sequence of images.
     """
@@ -56,14 +58,14 @@ def open_source(path: Path) -> VideoFile | ImageFolder | AnimatedImage:
     if not stat.S_ISREG(mode):
         raise ConfigError(f"{path} is a pipe, a socket or a device, which can be read only once or "
                           "without end: write it to a file first")
-    return AnimatedImage(path) if path.suffix.lower() == ".webp" else VideoFile(path)
+    return AnimatedImage(path) if path.suffix.lower() == ".webp" else VideoFile(path, square)
 
 
 class VideoFile:
     """A video file, read with PyAV."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.fps = path, FOLDER_FPS
+    def __init__(self, path: Path, square: bool = True) -> None:
+        self.path, self.square, self.fps = path, square, FOLDER_FPS
 
     def read(self, stride: int, limit: int = 0) -> Iterator[Picture]:
         """Yield every stride-th frame, at most `limit` of them (0: all), turned as it is shown."""
@@ -73,7 +75,9 @@ class VideoFile:
             with av.open(str(self.path), options={"protocol_whitelist": "file"}) as container:
                 stream = self._stream(container)
                 rate = stream.average_rate or stream.guessed_rate or Fraction(FOLDER_FPS)
-                self.fps, aspect = float(rate), _pixel_aspect(stream, self.path)
+                self.fps, aspect = float(rate), Fraction(1)
+                if self.square:
+                    aspect = _pixel_aspect(stream, self.path)
                 first, end = None, None
                 frames = _in_order(_decode(container, stream))
                 for shown, (frame, seen) in enumerate(frames, 1):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -22,18 +23,20 @@ TIMES = [0.0, 0.04, 0.08, 0.16, 0.2, 0.24]  # one frame lasts twice as long
 SIZE = (37, 70)  # which the network pads to 40 × 80
 
 
-def make_file(path, *, field=None, **changes):
+def make_file(path, *, field=None, frames=6, **changes):
     config = Config.from_params(**{
         "data_path": "clip.mp4", "teacher": "efficientnet-lite0", "clip_dim": 1280,
         "enc_strds": "5 4 2",
         "dec_strds": "5 4 2", "enc_dim": "8_4", "modelsize": 0.02, "patch_size": 20, **changes})
-    model = build_model(config.model, frame_hw=SIZE, frame_count=6).eval()
+    model = build_model(config.model, frame_hw=SIZE, frame_count=frames).eval()
     with torch.no_grad():
         model.rgb_head.weight.mul_(30)  # pictures that differ
     generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(6, 4, 1, 2, generator=generator) if model.kind == "hybrid" else None
+    embeddings = torch.randn(frames, 4, 1, 2, generator=generator) \
+        if model.kind == "hybrid" else None
+    times = [*TIMES, *(TIMES[-1] + i / 25 for i in range(1, frames - 5))]
     encode_video(model, embeddings, path, config=config,
-                 about=About("<b>clip</b>", TIMES, "bundled", "bundled & small"), field=field)
+                 about=About("<b>clip</b>", times, "bundled", "bundled & small"), field=field)
     return path
 
 
@@ -158,6 +161,40 @@ def test_a_field_in_the_file_answers_for_the_very_box(with_field):
     assert video.patch_embeddings.shape == (6, len(video.grid), 1280)
 
 
+def test_a_frame_and_an_embedding_read_few_bytes(tmp_path, monkeypatch):
+    """Counted where the file is read: the parts named by the format, and one chunk of many."""
+    import builtins
+
+    path = make_file(tmp_path / "v.hnerv", frames=400, modelsize=0.03)
+    real, read = builtins.open, []
+
+    def counted(name, *args, **options):
+        file = real(name, *args, **options)
+        if str(name) == str(path):
+            own = file.read
+            file = type("File", (), {
+                "__enter__": lambda self: self, "__exit__": lambda self, *_: own.__self__.close(),
+                "seek": own.__self__.seek,
+                "read": lambda self, *size: read.append(len(data := own(*size))) or data})()
+        return file
+
+    monkeypatch.setattr(builtins, "open", counted)
+    video = hnerv_clip.open(path)
+    parts, whole = video.header.parts, path.stat().st_size
+    header = whole - 32 - sum(part.size for part in parts.values())
+    assert sum(read) == 8 + header  # the magic, to know the version, and all of it
+    read.clear()
+    video[399]
+    shared = sum(parts[name].size for name in parts if name.startswith(
+        ("decoder.", "rgb_head.", "histograms")) or name in ("embeddings", "embeddings/392"))
+    assert sum(read) == shared < whole - header - sum(
+        part.size for name, part in parts.items() if name.startswith("clip_head."))
+    read.clear()
+    video.embed((0, 0, 20, 20), video.times_s[8])
+    assert sum(read) == parts["embeddings/8"].size + sum(
+        part.size for name, part in parts.items() if name.startswith("clip_head."))
+
+
 def test_a_field_reads_no_picture(with_field, monkeypatch):
     from hnerv_clip.codec import video as codec
 
@@ -216,9 +253,11 @@ def test_info_reads_the_header_alone(path, capsys):
     assert main(["info", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "70 × 37" in shown and "bits a pixel" in shown
-    code = f"import sys; from hnerv_clip.cli import main; main(['info', {str(path)!r}]); " \
-           "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    version_1 = Path(__file__).parent / "data" / "version1.hnerv"
+    for file in (path, version_1):
+        code = f"import sys; from hnerv_clip.cli import main; main(['info', {str(file)!r}]); " \
+               "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])

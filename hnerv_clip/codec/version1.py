@@ -10,11 +10,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
-
-import constriction
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hnerv_clip.codec.container import (
     FRAME_LIMIT,
@@ -29,13 +25,17 @@ from hnerv_clip.codec.container import (
     parse_json,
     unpack,
 )
-from hnerv_clip.codec.levels import Quantised
-from hnerv_clip.codec.network import EMBEDDINGS, plan_network
 from hnerv_clip.config import Config, param_names
-from hnerv_clip.model import HNeRV
+
+if TYPE_CHECKING:  # what reads the header alone need not wait for these
+    import numpy as np
+    from torch import Tensor
+
+    from hnerv_clip.model import HNeRV
 
 START = len(MAGIC_1) + 4
 KINDS = ("<f4", "<f2")
+EMBEDDINGS = "embeddings"
 
 
 def is_version1(path: str | Path) -> bool:
@@ -129,6 +129,11 @@ def decode_video(path: str | Path) -> tuple[HNeRV, Tensor | None]:
 
 
 def _decode(config: Config, header: dict[str, Any], body: bytes) -> tuple[HNeRV, Tensor | None]:
+    import numpy as np
+
+    from hnerv_clip.codec.levels import Quantised
+    from hnerv_clip.codec.network import plan_network
+
     model = plan_network(config.model, frame_hw=tuple(header["frame_hw"]),
                          frame_count=header["frame_count"], size_bytes=len(body))
     planned = {name: list(t.shape) for name, t in model.state_dict().items()}
@@ -196,6 +201,9 @@ def _check_header(header: Any) -> None:
 
 
 def _decode_levels(data: bytes, count: int, *, bits: int) -> np.ndarray:
+    import constriction
+    import numpy as np
+
     if len(data) < 4:
         raise FileError("a stream without its histogram")
     size, = struct.unpack_from("<I", data)

@@ -169,7 +169,10 @@ class FieldHead(nn.Module):
         length comes from Wᵀ W.
         """
         if self.config.output != "linear":
-            return lambda codes: F.normalize(self.decode(codes), dim=-1) @ queries.T
+            def score_decoded(codes: Tensor) -> Tensor:
+                found = self.decode(codes)
+                return found @ queries.T / found.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            return score_decoded
         weight = torch.cat([self.basis.weight, self.basis.bias[:, None]], dim=1)  # [D, rank + 1]
         gram, met = weight.T @ weight, queries @ weight
 

@@ -181,6 +181,7 @@ def test_a_book_from_notebooks_to_published_pages(repo, capsys):
     text = (repo / "output/quick/site/book/02_second.ipynb").read_text()
     assert "PosixPath" in text and str(repo) not in text
     index = (html.parent / "book" / "index.html").read_text()
+    assert "Reduced setting" in (html.parent / "book" / "01_first.html").read_text()
     assert "aria-label" in index  # the drawn formula
     for built in (html.parent / "book").glob("*.html"):
         scripts = re.findall(r'<(?:script|link)[^>]*(?:src|href)="(https?:[^"]*)"',
@@ -442,6 +443,31 @@ def test_a_page_knows_its_age(tmp_path):
         nbformat.write(build.clean_page(page, {}), tmp_path / "page.ipynb")
         said = page_facts.changed_since(tmp_path / "page.ipynb", notebook, str(tmp_path))
         assert words in said and bool(said) == bool(words)
+
+
+def test_figures_with_pictures_have_dark_paper_and_the_same_pictures(tmp_path):
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    dark = load_extension("dark_pictures")
+    picture = np.random.default_rng(0).integers(0, 200, (40, 60, 3), np.uint8)
+    figure = np.full((100, 120, 3), 255, np.uint8)
+    figure[20:60, 30:90] = picture
+    figure[70:74, 30:60] = 0  # a line of text
+    shown = dark.darken_raster(figure)
+    assert (shown[20:60, 30:90] == picture).all()
+    assert shown[0, 0].max() < 30 and shown[72, 40].min() > 220
+
+    drawn, axes = plt.subplots(figsize=(2, 2))
+    axes.imshow(picture)
+    axes.set_title("Title", color="#404040")
+    drawn.savefig(tmp_path / "a.svg")
+    plt.close(drawn)
+    text = (tmp_path / "a.svg").read_text()
+    made = dark.darken_svg(text)
+    images = [re.findall(r"<image[^>]*>", svg) for svg in (text, made)]
+    assert images[0] and images[0] == images[1]
+    assert "#404040" not in made and "fill: #ffffff" not in made and "fill: #121212" in made
 
 
 def load_extension(name):

@@ -15,3 +15,15 @@ function named() {
 }
 window.addEventListener("load", () => { reachable(); named(); });
 window.addEventListener("resize", reachable);
+
+// Figures with pictures have a second file on dark paper.
+function themed() {
+  const dark = document.documentElement.dataset.theme === "dark";
+  for (const figure of document.querySelectorAll("img.picture")) {
+    figure.dataset.light ??= figure.getAttribute("src");
+    const src = dark ? figure.dataset.light.replace(/_images\//, "_images/dark-") : figure.dataset.light;
+    if (figure.getAttribute("src") !== src) figure.src = src;
+  }
+}
+new MutationObserver(themed).observe(document.documentElement, { attributeFilter: ["data-theme"] });
+document.addEventListener("DOMContentLoaded", themed);

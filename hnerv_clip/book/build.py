@@ -378,12 +378,14 @@ def _hide_folders(text: str, folders: dict[str, str]) -> str:
 
 
 def stage(root: Path, study: Path, *, config: Config, run_dir: Path,
-          cache_dir: str | Path = "output/cache") -> tuple[Path, list[str]]:
+          cache_dir: str | Path = "output/cache", reduced: bool = False) -> tuple[Path, list[str]]:
     """Lay out the book's sources in `study/site`: static pages, executed pages, figures.
 
     A notebook that was not executed yet gets a page that says so; a page of results that was not
     is the committed one.
 
+    Args:
+        reduced: pages of the study say that their setting is a reduced one.
     Returns:
         the site's folder, and the names of the notebooks that were not executed.
     """
@@ -405,7 +407,21 @@ def stage(root: Path, study: Path, *, config: Config, run_dir: Path,
             missing.append(name)
             (site / "book" / executed.name).write_text(pages.placeholder(name), encoding="utf-8")
     pages.write_generated(site / "book", config=config, run_dir=run_dir, cache_dir=cache_dir)
+    if reduced:
+        (site / "book" / "_generated" / "reduced.md").write_text(reduced_note(config),
+                                                                 encoding="utf-8")
     return site, missing
+
+
+def reduced_note(config: Config) -> str:
+    """What a book of the quick profile says on its own pages."""
+    size = "×".join(map(str, config.video.resize_list or config.video.crop_list or ()))
+    stride = config.video.frame_stride
+    return (f"Reduced setting, of the quick profile: {size or 'whole'} frames"
+            + (f", one in {stride}" if stride > 1 else "")
+            + f", {config.model.modelsize:g} million values, {config.train.epochs} epochs. Figures "
+            "are lower than in the full setting, and which choice is better can differ from it: so "
+            "small a network is fitted for so short a time. Pages 10 to 19 are of full runs.\n")
 
 
 def _folder_names(root: Path, study: Path) -> dict[str, str]:
@@ -544,7 +560,8 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
     if (run_dir / "config.json").exists():
         config = RunDir(run_dir).config()
     site, missing = stage(root, study, config=config, run_dir=run_dir,
-                          cache_dir=overrides.get("cache_dir", "output/cache"))
+                          cache_dir=overrides.get("cache_dir", "output/cache"),
+                          reduced=profile == "quick")
     say("rendering the book")
     render(site, study / "html")
     if fresh:

@@ -45,7 +45,7 @@ def refused(capsys, *words, code=1):
 @pytest.fixture
 def no_teacher(monkeypatch):
     """Fails where a dataset would be loaded, which is before any teacher runs."""
-    monkeypatch.setattr(dataset, "_without_embeddings", lambda config: pytest.fail("too late"))
+    monkeypatch.setattr(dataset, "_without_embeddings", lambda *_: pytest.fail("too late"))
 
 
 @pytest.mark.parametrize("number", [

@@ -192,7 +192,7 @@ def test_training_that_is_interrupted_at_random_ends_bit_for_bit_the_same(
     chance = random.Random(SEED)
     hows = ["signal", "requeue", "kill"] + chance.choices(["signal", "requeue", "kill"], k=1)
     chance.shuffle(hows)
-    config = small_config.replace(epochs=80, eval_freq=40, checkpoint_s=0.2)
+    config = small_config.replace(epochs=120, eval_freq=60, checkpoint_s=0.2)
     train(config, tmp_path / "reference", cache_dir=cache_dir, progress=False)
 
     def start():

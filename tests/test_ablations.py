@@ -39,7 +39,7 @@ def test_the_answer_says_what_the_runs_gave():
     said = ablation_answer(table("base", "pixels_only", "xyt_1.25_80"))
     assert "2.50 dB less on training frames and 0.50 dB more on held-out frames" in said[0]
     assert "0.900 on training frames and 0.800 on held-out frames" in said[1]
-    assert len(said) == 3 and "`xyt_1.25_80` reaches a centred cosine of 0.700" in said[2]
+    assert len(said) == 3 and "`xyt_1.25_80` reaches a mean-centered cosine of 0.700" in said[2]
 
 
 def test_the_answer_says_what_is_missing():

@@ -147,7 +147,7 @@ def plot_tradeoff(table: pd.DataFrame, *, teacher_label: str) -> Figure:
             axes.annotate(f"λ={row.clip_loss_weight:g}",
                           (row[f"psnr_{part}_db"], row[f"clip_centred_{part}"]),
                           xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="PSNR (dB)", ylabel="centred cosine")
+    axes.set(xlabel="PSNR (dB)", ylabel="mean-centered cosine")
     axes.legend()
     return caption(figure, f"Up and right is better; one run each. Teacher: {teacher_label}.")
 
@@ -161,7 +161,7 @@ def plot_ablation(table: pd.DataFrame, *, teacher_label: str) -> Figure:
     figure, axes = new_figure(1, 2, height=0.8 + 0.38 * len(table), sharey=True)
     y = np.arange(len(table))
     for panel, measure, title in [(axes[0], "psnr_{}_db", "PSNR (dB)"),
-                                  (axes[1], "clip_centred_{}", "centred cosine")]:
+                                  (axes[1], "clip_centred_{}", "mean-centered cosine")]:
         for part, label in [("train", "training frames"), ("held_out", "held out")]:
             panel.scatter(table[measure.format(part)], y, s=34, color=PALETTE[part], label=label,
                           zorder=3)

@@ -113,5 +113,5 @@ def ablation_answer(table: pd.DataFrame) -> list[str]:
             who = "The base run" if name == "base" else f"From coordinates alone, `{name}`"
             scores = [f"{row[f'clip_centred_{part}']:.3f} on {words}"
                       for part, words in PARTS.items() if pd.notna(row[f"clip_centred_{part}"])]
-            said.append(f"{who} reaches a centred cosine of {' and '.join(scores)}.")
+            said.append(f"{who} reaches a mean-centered cosine of {' and '.join(scores)}.")
     return said

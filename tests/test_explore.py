@@ -83,6 +83,9 @@ def test_errors_are_told_with_their_fix(explorer, trained_run, pixel_run, cache_
     explorer.text = "hair"
     assert "'hair' is not the name of an ImageNet class" in explorer.problem
     assert "try: hair slide" in explorer.problem
+    assert explorer.hits == [] and explorer.answer == ""  # those of another text are gone
+    explorer.frame = 3
+    assert "try: hair slide" in explorer.problem  # until it is answered
     explorer.text = "hare"
     assert explorer.problem == ""
     silent = Explorer(open_video(pixel_run, cache_dir=cache_dir, device="cpu"))

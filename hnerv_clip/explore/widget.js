@@ -139,7 +139,7 @@ function render({ model, el }) {
     stage.classList.toggle("zoomed", zoom > 1);
     stage.classList.toggle("near", zoom >= 3);
     level.textContent = `${Math.round(zoom * 100)} %`;
-    for (const node of [...boxes.children, wiper]) node.style.zoom = 1;
+    world.style.setProperty("--zoom", zoom);
   }
   function zoomTo(value, x, y) {
     const next = Math.min(MOST_ZOOM, Math.max(1, value));

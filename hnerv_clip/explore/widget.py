@@ -95,10 +95,11 @@ class Explorer(anywidget.AnyWidget):
         self._query: tuple[np.ndarray, np.ndarray | None] | None = None  # vector, references
         self._decoded = lru_cache(KEPT)(video.decode)
         self._ready = False
+        self._problems = {"search": "" if video.head is not None else _sentence(video.silent),
+                          "look": ""}
         if has_original:
             self.view = "wipe"
-        if video.head is None:
-            self.problem = _sentence(video.silent)
+        self._tell()
         self.show()
         self._ready = True
 
@@ -114,7 +115,7 @@ class Explorer(anywidget.AnyWidget):
     @t.observe("frame", "view", "heat_of")
     def _on_look(self, change) -> None:
         if self._ready:
-            self._try(self.show)
+            self._try(self.show, "look")
 
     def show(self) -> None:
         """Make the pictures of `frame` that `view` needs."""
@@ -156,16 +157,16 @@ class Explorer(anywidget.AnyWidget):
     def _on_text(self, change) -> None:
         if self.text.strip():
             self.region = {}
-            self._try(self._search_text)
+            self._try(self._search_text, "search")
 
     @t.observe("region")
     def _on_region(self, change) -> None:
         if self.region:
-            self._try(self._search_region)
+            self._try(self._search_region, "search")
 
     @t.observe("side")
     def _on_side(self, change) -> None:
-        self._try(self._search_region if self.region else self.show)
+        self._try(self._search_region if self.region else self.show, "search")
 
     def _search_text(self) -> None:
         text, started = self.text.strip(), time.perf_counter()
@@ -180,7 +181,8 @@ class Explorer(anywidget.AnyWidget):
                  f"from {TEXT_RANGE[0]:g} on is a text told from any name")
         self._found(found, (vector, None), words, started, asked={})
         if told:
-            self.problem = _sentence(str(told[-1].message))
+            self._problems["search"] = _sentence(str(told[-1].message))
+            self._tell()
 
     def _search_region(self) -> None:
         started = time.perf_counter()
@@ -220,13 +222,23 @@ class Explorer(anywidget.AnyWidget):
         data = encode_jpeg(np.asarray(image), quality=80)
         return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
-    def _try(self, act: Callable[[], None]) -> None:
-        """An error is shown, with its fix, in place of a traceback that nobody sees."""
-        self.problem = ""
+    def _try(self, act: Callable[[], None], what: str) -> None:
+        """An error is shown, with its fix, in place of a traceback that nobody sees.
+
+        What was found before a search that failed goes, so that it is not read as its answer.
+        """
+        self._problems[what] = ""
         try:
             act()
         except (ValueError, RuntimeError, OSError, ImportError) as error:
-            self.problem = _sentence(str(error))
+            self._problems[what] = _sentence(str(error))
+            if what == "search":
+                self._query, self.asked, self.hits, self.answer = None, {}, [], ""
+                self.heat = b""
+        self._tell()
+
+    def _tell(self) -> None:
+        self.problem = " ".join(filter(None, self._problems.values()))
 
 
 def encode_jpeg(picture: np.ndarray, *, quality: int = 90) -> bytes:

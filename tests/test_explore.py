@@ -5,6 +5,7 @@ import shutil
 
 import av
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -162,3 +163,32 @@ def test_a_file_without_a_head_shows_its_frames(tmp_path):
     silent = Explorer(open_video(make_file(tmp_path / "v.hnerv", predict_clip=False),
                                  device="cpu"))
     assert silent.decoded and "holds no head" in silent.problem
+
+
+def test_the_landing_pages_film_is_made_from_a_run(trained_run, cache_dir, tmp_path, monkeypatch):
+    from hnerv_clip.book import film as landing
+
+    def find(match):
+        return lambda video, texts: pd.DataFrame(
+            [{"text": texts[0], "match": match, "found": match > 2, "frame": 3}])
+
+    monkeypatch.setattr(landing, "PANELS", {False: 64, True: 64})
+    monkeypatch.setattr(landing, "find_texts", find(3.0))
+    written = landing.make_film(tmp_path, trained_run, text="hare", cache_dir=cache_dir)
+    assert {path.name for path in written} == {
+        "film.mp4", "film_tall.mp4", "film_poster.webp", "film_tall_poster.webp", "film.webp",
+        "film.md"}
+    assert max(path.stat().st_size for path in written) <= landing.LIMIT_BYTES
+    assert Image.open(tmp_path / "_static" / "film.webp").n_frames == 12
+    text = (tmp_path / "_generated" / "film.md").read_text(encoding="utf-8")
+    assert "not CLIP" in text and "Reduced setting: one frame in 10, resized to 80×160" in text
+    assert "Blender" in text and "dB PSNR" in text and "where the network finds “hare”" in text
+    # it moves only where that is wanted, and can be stopped
+    assert "prefers-reduced-motion" in text and "controls" in text and "autoplay" not in text
+    assert "\n\n" not in text  # one block of HTML
+    monkeypatch.setattr(landing, "find_texts", find(0.4))
+    with pytest.raises(ConfigError, match="'moped' has no match in bunny .0.4.*--film_text"):
+        landing.make_film(tmp_path, trained_run, text="moped", cache_dir=cache_dir)
+    monkeypatch.setattr(landing, "LIMIT_BYTES", 10)
+    with pytest.raises(ConfigError, match="more than 10: make it of a shorter video"):
+        landing.write_small(tmp_path / "x.mp4", np.zeros((2, 16, 16, 3), np.uint8), 5)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 
 from hnerv_clip.explore.video import SIDE, ExploredVideo
 from hnerv_clip.figures.heat import TEXT_RANGE
+from hnerv_clip.metrics import psnr
 
 
 def find_texts(video: ExploredVideo, texts: Sequence[str]) -> pd.DataFrame:
@@ -55,6 +57,19 @@ def facts_words(video: ExploredVideo) -> str:
 def rate(video: ExploredVideo) -> float:
     """Frames a second, in the mean."""
     return (len(video) - 1) / float(video.times_s[-1] - video.times_s[0]) if len(video) > 1 else 25
+
+
+def mean_psnr(video: ExploredVideo) -> float:
+    """Of the decoded frames against the originals, in dB, the mean over frames."""
+    pairs = ((video.decode(i), video.original(i)) for i in range(len(video)))
+    return float(np.mean([picture_psnr(decoded, original) for decoded, original in pairs]))
+
+
+def picture_psnr(decoded: np.ndarray, original: np.ndarray) -> float:
+    """PSNR of uint8 [H, W, 3], in dB."""
+    pair = (torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 255
+            for picture in (decoded, original))
+    return float(psnr(*pair)[0])
 
 
 def frame_rows(video: ExploredVideo, frames: Sequence[int]

@@ -20,6 +20,7 @@ from hnerv_clip.config import ConfigError, VideoConfig
 from hnerv_clip.field.query import Field, has_field, load_field
 from hnerv_clip.patches import PatchGrid
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs.provenance import commit_words
 from hnerv_clip.search.boxes import around_positions, search_boxes
 from hnerv_clip.search.maps import match_scores, spread_scores
 from hnerv_clip.search.rank import rank_patches, similar_patches
@@ -240,7 +241,8 @@ def _from_file(path: Path, original: str, device: str) -> ExploredVideo:
     return ExploredVideo(
         name=video.name, size=video.size, times_s=video.times_s, decode=video.__getitem__,
         originals=originals, head=head, grid=video.grid, teacher_label=label,
-        load_teacher=video.teacher, credit=credit, silent=(
+        load_teacher=video.teacher, credit=credit,
+        about=f"From a file of {video.header.size_bytes:,} bytes alone.", silent=(
             f"{path.name} holds no head for embeddings, so it is not searched: encode the video "
             "again with predict_clip=True or head=field"))
 
@@ -262,11 +264,22 @@ def _from_run(path: str | Path, data_path: str, cache_dir: str | Path, device: s
         name=dataset.video.name, size=dataset.video.frame_hw, times_s=frame_times_s(dataset.video),
         decode=lambda i: decode_frames(run.model, dataset, [i])[0].permute(1, 2, 0).numpy(),
         originals=dataset.video.frames, head=head, grid=dataset.grid,
-        teacher_label=dataset.teacher_label, credit=dataset.video.credit,
+        teacher_label=dataset.teacher_label, credit=dataset.video.credit, about=_about(run),
         load_teacher=lambda: load_teacher(config.teacher, device),
         taught=None if dataset.embeddings is None else dataset.embeddings.numpy(), silent=(
             f"the run in {run.run_dir.path.name} has no head for embeddings, so it is not searched:"
             f" fit one, hnerv-clip fit-head {path}, or train with predict_clip=True"))
+
+
+def _about(run) -> str:
+    """How a run was fitted: reduced or not, epochs, seed, device, commit."""
+    video, facts = run.config.video, run.run_dir.provenance()
+    less = [f"one frame in {video.frame_stride}"] * (video.frame_stride > 1)
+    if video.resize_list:
+        less.append("resized to {}×{}".format(*video.resize_list))
+    reduced = f"Reduced setting: {', '.join(less)}. " if less else ""
+    return (f"{reduced}{run.config.train.epochs} epochs, seed {facts['seed']}, {facts['device']}, "
+            f"commit {commit_words(facts)}.")
 
 
 def load_original(data_path: str, size: tuple[int, int], times_s: np.ndarray

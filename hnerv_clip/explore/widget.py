@@ -17,13 +17,12 @@ from pathlib import Path
 import anywidget
 import numpy as np
 import pandas as pd
-import torch
 import traitlets as t
 from PIL import Image
 
+from hnerv_clip.explore.page import picture_psnr
 from hnerv_clip.explore.video import SIDE, ExploredVideo, open_video
 from hnerv_clip.figures.heat import REGION_RANGE, TEXT_RANGE, heat_image
-from hnerv_clip.metrics import psnr
 from hnerv_clip.search.boxes import SIDES
 
 GAIN = 5  # how much an error is enlarged
@@ -134,7 +133,7 @@ class Explorer(anywidget.AnyWidget):
             self.decoded = encode_jpeg(picture)
             if original is not None:
                 self.error = encode_jpeg(enlarged_error(original, picture))
-                self.quality = f"PSNR {float(psnr(_batch(picture), _batch(original))[0]):.1f} dB"
+                self.quality = f"PSNR {picture_psnr(picture, original):.1f} dB"
         self._show_heat(frame)
         self.shown = frame
 
@@ -253,10 +252,6 @@ def enlarged_error(original: np.ndarray, decoded: np.ndarray) -> np.ndarray:
     """Mean absolute error over the colors, `GAIN` times as large: uint8 [H, W, 3], gray."""
     error = np.abs(original.astype(np.int16) - decoded).mean(axis=-1) * GAIN
     return np.repeat(error.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
-
-
-def _batch(picture):
-    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 255
 
 
 def _sentence(words: str) -> str:

@@ -1,0 +1,122 @@
+"""The landing page's film: original, reconstruction and where the network finds a text.
+
+Made from a run's folder or a stored video by `hnerv-clip pages --film`, with the text that says
+what it shows; nothing of it is made by hand.
+"""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hnerv_clip.config import ConfigError
+from hnerv_clip.explore.film import film_frames, write_frames
+from hnerv_clip.explore.page import find_texts, mean_psnr, rate
+from hnerv_clip.explore.video import ExploredVideo, open_video
+from hnerv_clip.figures.heat import TEXT_RANGE
+
+LIMIT_BYTES = 1_500_000  # of each film
+CRFS = (24, 27, 30, 33)  # x264's quality: the best that keeps within it
+PANELS = {False: 480, True: 540}  # pixels of a panel's width: side by side, one below the other
+MOVING = {"width": 260, "quality": 45}  # of the animated picture for the README
+
+FILM = """<figure class="film" style="margin: 0">
+<video id="film" muted loop playsinline controls preload="metadata"
+ poster="../_static/film_poster.webp" width="{width}" height="{height}" style="width: 100%; height: auto; background: #000"
+ aria-label="{label}">
+<source media="(max-width: 600px)" src="../_static/film_tall.mp4" type="video/mp4">
+<source src="../_static/film.mp4" type="video/mp4">
+</video>
+<script>
+(() => {{
+  const film = document.getElementById("film");
+  if (matchMedia("(max-width: 600px)").matches) film.poster = "../_static/film_tall_poster.webp";
+  if (!matchMedia("(prefers-reduced-motion: reduce)").matches) film.play().catch(() => {{}});
+}})();
+</script>
+<figcaption><p>{caption}</p></figcaption>
+</figure>
+"""
+
+
+def make_film(book: Path, path: str | Path, *, text: str, original: str = "",
+              cache_dir: str | Path = "output/cache") -> list[Path]:
+    """Write `_static/film.mp4`, `film_tall.mp4` for phones, a poster of each, the animated
+    `film.webp`, and `_generated/film.md`, which a page includes.
+
+    Args:
+        book: the folder with the pages.
+        path: folder of a run, or NAME.hnerv.
+        text: what the heat map is of.
+        original: of a stored video, what it was made from.
+    Returns:
+        the files written.
+    Raises:
+        ConfigError: a film that stays too large; the text has no match in the video, or is not
+            known; or there is no original.
+    """
+    video = open_video(path, original=original, cache_dir=cache_dir)
+    if video.originals is None:
+        raise ConfigError(f"the film shows the original beside {path}: give it, "
+                          "--film_original VIDEO, a file or a name such as bunny")
+    found = find_texts(video, [text]).iloc[0]
+    if not found.found:
+        raise ConfigError(f"{text!r} has no match in {video.name} ({found.match:.1f}): a film of "
+                          "nothing; give another --film_text")
+    static, written = book / "_static", []
+    static.mkdir(exist_ok=True)
+    shapes = {}
+    for tall, width in PANELS.items():
+        frames = film_frames(video, text, width=width, tall=tall)
+        name = "film_tall" if tall else "film"
+        written.append(write_small(static / f"{name}.mp4", frames, rate(video)))
+        poster = static / f"{name}_poster.webp"
+        Image.fromarray(frames[int(found.frame)]).save(poster, quality=80, method=6)
+        written.append(poster)
+        shapes[tall] = frames.shape
+    written.append(write_moving(static / "film.webp", film_frames(
+        video, text, width=MOVING["width"]), rate(video)))
+    height, width = shapes[False][1:3]
+    page = book / "_generated" / "film.md"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(FILM.format(
+        width=width, height=height, caption=caption(video, text),
+        label=html.escape(f"Film: {video.name}, its reconstruction by the network, and a heat "
+                          f"map of {text}")), encoding="utf-8")
+    return [*written, page]
+
+
+def write_small(path: Path, frames: np.ndarray, fps: float) -> Path:
+    """Write frames as MP4 of at most `LIMIT_BYTES`.
+
+    Raises:
+        ConfigError: it is larger at the lowest quality.
+    """
+    for crf in CRFS:
+        write_frames(path, frames, fps, crf=crf)
+        if path.stat().st_size <= LIMIT_BYTES:
+            return path
+    raise ConfigError(f"{path.name} has {path.stat().st_size:,} bytes, more than {LIMIT_BYTES:,}: "
+                      "make it of a shorter video (frame_limit)")
+
+
+def write_moving(path: Path, frames: np.ndarray, fps: float) -> Path:
+    """Write frames as an animated WebP, for where a film cannot play."""
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0,
+               quality=MOVING["quality"], method=4)
+    return path
+
+
+def caption(video: ExploredVideo, text: str) -> str:
+    """What the film shows and what it was made with, in HTML."""
+    height, width = video.size
+    words = [f"The original, the network's reconstruction ({mean_psnr(video):.1f} dB PSNR) and "
+             f"where the network finds “{text}” (colored where the text lies {TEXT_RANGE[0]:g} "
+             f"standard deviations or more above other names): {video.name}, {len(video)} frames "
+             f"of {height}×{width}.", video.about, f"Teacher: {video.teacher_label}.",
+             f"{video.credit}." if video.credit else ""]
+    return " ".join(html.escape(line, quote=False) for line in words if line)

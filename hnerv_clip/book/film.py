@@ -25,7 +25,8 @@ MOVING = {"width": 260, "quality": 45}  # of the animated picture for the README
 
 FILM = """<figure class="film" style="margin: 0">
 <video id="film" muted loop playsinline controls preload="metadata"
- poster="../_static/film_poster.webp" width="{width}" height="{height}" style="width: 100%; height: auto; background: #000"
+ poster="../_static/film_poster.webp" width="{width}" height="{height}"
+ style="width: 100%; height: auto; background: #000"
  aria-label="{label}">
 <source media="(max-width: 600px)" src="../_static/film_tall.mp4" type="video/mp4">
 <source src="../_static/film.mp4" type="video/mp4">

@@ -149,7 +149,7 @@ def test_the_page_shows_the_same_as_still_pictures(run_video):
 
 @pytest.mark.parametrize("tall", [False, True])
 def test_a_film_shows_original_reconstruction_and_heat(run_video, tmp_path, tall):
-    frames = film.film_frames(run_video, "hare", width=64, tall=tall)
+    frames = film.join_panels(film.film_panels(run_video, "hare"), width=64, tall=tall)
     assert frames.shape == (12, *((32 * 3 + 8, 64, 3) if tall else (32, 64 * 3 + 8, 3)))
     heats = np.arange(4, dtype=float)[:, None, None]
     np.testing.assert_allclose(film.smooth(heats)[:, 0, 0], [0.5, 1, 2, 2.5])

@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 from hnerv_clip.config import ConfigError
-from hnerv_clip.explore.film import film_frames, write_frames
+from hnerv_clip.explore.film import film_panels, join_panels, write_frames
 from hnerv_clip.explore.page import find_texts, mean_psnr, rate
 from hnerv_clip.explore.video import ExploredVideo, open_video
 from hnerv_clip.figures.heat import TEXT_RANGE
 
 LIMIT_BYTES = 1_500_000  # of each film
-CRFS = (24, 27, 30, 33)  # x264's quality: the best that keeps within it
+CRFS = (21, 24, 27, 30)  # x264's quality: the best that keeps within it
 PANELS = {False: 480, True: 540}  # pixels of a panel's width: side by side, one below the other
 MOVING = {"width": 260, "quality": 45}  # of the animated picture for the README
 
@@ -69,17 +69,17 @@ def make_film(book: Path, path: str | Path, *, text: str, original: str = "",
                           "nothing; give another --film_text")
     static, written = book / "_static", []
     static.mkdir(exist_ok=True)
-    shapes = {}
+    shapes, panels = {}, film_panels(video, text)
     for tall, width in PANELS.items():
-        frames = film_frames(video, text, width=width, tall=tall)
+        frames = join_panels(panels, width=width, tall=tall)
         name = "film_tall" if tall else "film"
         written.append(write_small(static / f"{name}.mp4", frames, rate(video)))
         poster = static / f"{name}_poster.webp"
         Image.fromarray(frames[int(found.frame)]).save(poster, quality=80, method=6)
         written.append(poster)
         shapes[tall] = frames.shape
-    written.append(write_moving(static / "film.webp", film_frames(
-        video, text, width=MOVING["width"]), rate(video)))
+    written.append(write_moving(static / "film.webp", join_panels(
+        panels, width=MOVING["width"]), rate(video)))
     height, width = shapes[False][1:3]
     page = book / "_generated" / "film.md"
     page.parent.mkdir(exist_ok=True)

@@ -17,31 +17,41 @@ GAP = 4  # pixels between panels
 SMOOTH = 3  # frames that a heat map of a film is the mean of
 
 
-def film_frames(video: ExploredVideo, text: str, *, width: int = 480, tall: bool = False
-                ) -> np.ndarray:
-    """The frames of the film: uint8 [T, h, w, 3].
+def film_panels(video: ExploredVideo, text: str) -> dict[str, np.ndarray]:
+    """What the film shows, by name: original (where there is one), reconstruction, heat map.
 
-    Original (where there is one), reconstruction and heat map, side by side or, if `tall`, one
-    below the other, each with its name. Heat maps are means over `SMOOTH` frames, so that a film
-    does not flicker.
+    Heat maps are means over `SMOOTH` frames, so that a film does not flicker.
 
     Args:
         text: what the heat map is of.
-        width: of a panel, in pixels.
+    Returns:
+        {name: uint8 [T, H, W, 3]}.
     Raises:
         as `ExploredVideo.encode`.
     """
-    query = video.encode(text)
-    heats = smooth(np.stack([video.heat(query, i) for i in range(len(video))]))
-    height = round(width * video.size[0] / video.size[1] / 2) * 2
-    frames = []
-    for i, heat in enumerate(heats):
-        decoded, original = video.decode(i), video.original(i)
-        panels = [] if original is None else [_panel(original, "original", (width, height))]
-        panels += [_panel(decoded, "reconstruction", (width, height)),
-                   _panel(lay_heat(decoded, heat), f"“{text}”", (width, height))]
-        frames.append(_join(panels, tall=tall))
-    return np.stack(frames)
+    query, count = video.encode(text), range(len(video))
+    heats = smooth(np.stack([video.heat(query, i) for i in count]))
+    decoded = np.stack([video.decode(i) for i in count])
+    panels = {} if video.originals is None else {
+        "original": np.stack([video.original(i) for i in count])}
+    return panels | {"reconstruction": decoded, f"“{text}”": np.stack(
+        [lay_heat(frame, heat) for frame, heat in zip(decoded, heats)])}
+
+
+def join_panels(panels: dict[str, np.ndarray], *, width: int = 480, tall: bool = False
+                ) -> np.ndarray:
+    """The frames of a film, panels side by side or, if `tall`, one below the other.
+
+    Args:
+        panels: {name: uint8 [T, H, W, 3]}; each carries its name.
+        width: of a panel, in pixels.
+    Returns:
+        uint8 [T, h, w, 3].
+    """
+    rows, columns = next(iter(panels.values())).shape[1:3]
+    size = (width, round(width * rows / columns / 2) * 2)
+    return np.stack([_join([_panel(picture, name, size) for name, picture in zip(panels, pictures)],
+                           tall=tall) for pictures in zip(*panels.values())])
 
 
 def smooth(heats: np.ndarray) -> np.ndarray:

@@ -29,7 +29,8 @@ from hnerv_clip.teachers.text import encode_queries, reference_vectors
 from hnerv_clip.video import load_video
 
 STEP = 0.4  # between boxes that a field's search looks at, in their own side
-SIDE = 0.42  # of the squares of a field's heat map, in frame heights
+SIDE = 0.42  # of the square that a click asks a field about, in frame heights
+HEAT_SIDES = (0.42, 0.6, 0.85)  # of the squares that a text's heat map is the mean over
 CELLS = 20  # of a heat map, from top to bottom
 
 
@@ -160,15 +161,15 @@ class ExploredVideo:
         return match_scores(query, self.names, np.array(vectors))
 
     def heat(self, query: np.ndarray, frame: int, *, references: np.ndarray | None = None,
-             by_teacher: bool = False, side: float = SIDE) -> np.ndarray:
+             by_teacher: bool = False, side: float | None = None) -> np.ndarray:
         """Match of a query all over a frame: float32 [h, w].
 
         Args:
             query: [D].
             references: [N, D] that it is compared with; the teacher's names by default.
             by_teacher: by the teacher's own embeddings of the patches, interpolated.
-            side: of the squares that a field is asked about, in frame heights; the original head
-                is asked about its patches, interpolated.
+            side: of the squares that a field is asked about, in frame heights; None is the mean
+                over `HEAT_SIDES`. The original head is asked about its patches, interpolated.
         Raises:
             ConfigError: no head, or no embeddings of the teacher.
         """
@@ -181,11 +182,13 @@ class ExploredVideo:
                                   "folder, with the cache_dir that it was trained with")
             scores = match_scores(query, references, known[frame])[None]
             return spread_scores(scores, self.grid, stride=stride)[0]
-        boxes, hw = around_positions(self.size, [side], stride=stride)
-        return match_scores(query, references, self.head.embed(frame, boxes).numpy()).reshape(hw)
+        sides = HEAT_SIDES if side is None else [side]
+        boxes, hw = around_positions(self.size, sides, stride=stride)
+        scores = match_scores(query, references, self.head.embed(frame, boxes).numpy())
+        return scores.reshape(len(sides), *hw).mean(axis=0)
 
-    def teacher_heat(self, query: np.ndarray, frame: int, *, side: float = SIDE,
-                     cells: int = CELLS // 2) -> np.ndarray:
+    def teacher_heat(self, query: np.ndarray, frame: int, *, cells: int = 7
+                     ) -> np.ndarray:
         """What the teacher gives at the squares of `heat`, run on the original frame: [h, w].
 
         Seconds, as it sees every square; so fewer of them.
@@ -193,10 +196,11 @@ class ExploredVideo:
         from hnerv_clip.teachers.boxes import embed_boxes
 
         stride = max(1, round(self.size[0] / cells))
-        boxes, hw = around_positions(self.size, [side], stride=stride)
+        boxes, hw = around_positions(self.size, HEAT_SIDES, stride=stride)
         whole = torch.from_numpy(boxes).round().long()[None]
         seen = embed_boxes(self.teacher, self.originals[frame:frame + 1], whole)[0]
-        return match_scores(query, self.names, seen.float().cpu().numpy()).reshape(hw)
+        return match_scores(query, self.names, seen.float().cpu().numpy()).reshape(
+            -1, *hw).mean(axis=0)
 
     def _nearest(self, x, y):
         centres = self.grid.centres

@@ -142,7 +142,8 @@ class Explorer(anywidget.AnyWidget):
             self.heat = b""
             return
         vector, references = self._query
-        heat = self.video.heat(vector, frame, references=references, side=self.side,
+        heat = self.video.heat(vector, frame, references=references,
+                               side=None if references is None else self.side,
                                by_teacher=self.heat_of == "teacher")
         file = io.BytesIO()
         Image.fromarray(heat_image(heat, tuple(-(-side // 2) for side in self.video.size),
@@ -165,7 +166,8 @@ class Explorer(anywidget.AnyWidget):
 
     @t.observe("side")
     def _on_side(self, change) -> None:
-        self._try(self._search_region if self.region else self.show, "search")
+        if self.region:
+            self._try(self._search_region, "search")
 
     def _search_text(self) -> None:
         text, started = self.text.strip(), time.perf_counter()

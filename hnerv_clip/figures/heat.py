@@ -21,7 +21,7 @@ from hnerv_clip.figures.style import (
     picture_axes,
 )
 
-TEXT_RANGE = (2.0, 5.0)  # standard scores of a text among names: clear to full
+TEXT_RANGE = (2.0, 4.0)  # standard scores of a text among names: clear to full
 REGION_RANGE = (0.5, 2.5)  # of a region among the video's own patches
 STRENGTH = 0.75  # opacity at the top
 GRAY = 0.6  # brightness of a frame beneath

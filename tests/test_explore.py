@@ -189,6 +189,10 @@ def test_the_landing_pages_film_is_made_from_a_run(trained_run, cache_dir, tmp_p
     monkeypatch.setattr(landing, "find_texts", find(0.4))
     with pytest.raises(ConfigError, match="'moped' has no match in bunny .0.4.*--film_text"):
         landing.make_film(tmp_path, trained_run, text="moped", cache_dir=cache_dir)
+    # a book's own film goes without a heat map instead
+    landing.make_film(tmp_path, trained_run, cache_dir=cache_dir, moving=False)
+    text = (tmp_path / "_generated" / "film.md").read_text(encoding="utf-8")
+    assert "where the network finds" not in text
     monkeypatch.setattr(landing, "LIMIT_BYTES", 10)
     with pytest.raises(ConfigError, match="more than 10: make it of a shorter video"):
         landing.write_small(tmp_path / "x.mp4", np.zeros((2, 16, 16, 3), np.uint8), 5)

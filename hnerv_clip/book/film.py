@@ -22,6 +22,9 @@ LIMIT_BYTES = 1_500_000  # of each film
 CRFS = (21, 24, 27, 30)  # x264's quality: the best that keeps within it
 PANELS = {False: 480, True: 540}  # pixels of a panel's width: side by side, one below the other
 MOVING = {"width": 260, "quality": 45}  # of the animated picture for the README
+TEXTS = {"bunny": "hare", "bikes": "moped"}  # what the heat map is of, if no text is given
+FILM_FILES = ("film.mp4", "film_tall.mp4", "film_poster.webp", "film_tall_poster.webp",
+              "film.webp")
 
 FILM = """<figure class="film" style="margin: 0">
 <video id="film" muted loop playsinline controls preload="metadata"
@@ -43,16 +46,19 @@ FILM = """<figure class="film" style="margin: 0">
 """
 
 
-def make_film(book: Path, path: str | Path, *, text: str, original: str = "",
-              cache_dir: str | Path = "output/cache") -> list[Path]:
+def make_film(book: Path, path: str | Path, *, text: str = "", original: str = "",
+              cache_dir: str | Path = "output/cache", moving: bool = True) -> list[Path]:
     """Write `_static/film.mp4`, `film_tall.mp4` for phones, a poster of each, the animated
     `film.webp`, and `_generated/film.md`, which a page includes.
+
+    Without a text it is that of `TEXTS`; where that has no match, there is no heat map.
 
     Args:
         book: the folder with the pages.
         path: folder of a run, or NAME.hnerv.
         text: what the heat map is of.
         original: of a stored video, what it was made from.
+        moving: also `film.webp`.
     Returns:
         the files written.
     Raises:
@@ -63,10 +69,7 @@ def make_film(book: Path, path: str | Path, *, text: str, original: str = "",
     if video.originals is None:
         raise ConfigError(f"the film shows the original beside {path}: give it, "
                           "--film_original VIDEO, a file or a name such as bunny")
-    found = find_texts(video, [text]).iloc[0]
-    if not found.found:
-        raise ConfigError(f"{text!r} has no match in {video.name} ({found.match:.1f}): a film of "
-                          "nothing; give another --film_text")
+    text, frame = _choose_text(video, text)
     static, written = book / "_static", []
     static.mkdir(exist_ok=True)
     shapes, panels = {}, film_panels(video, text)
@@ -75,19 +78,39 @@ def make_film(book: Path, path: str | Path, *, text: str, original: str = "",
         name = "film_tall" if tall else "film"
         written.append(write_small(static / f"{name}.mp4", frames, rate(video)))
         poster = static / f"{name}_poster.webp"
-        Image.fromarray(frames[int(found.frame)]).save(poster, quality=80, method=6)
+        Image.fromarray(frames[frame]).save(poster, quality=80, method=6)
         written.append(poster)
         shapes[tall] = frames.shape
-    written.append(write_moving(static / "film.webp", join_panels(
-        panels, width=MOVING["width"]), rate(video)))
+    if moving:
+        written.append(write_moving(static / "film.webp", join_panels(
+            panels, width=MOVING["width"]), rate(video)))
     height, width = shapes[False][1:3]
     page = book / "_generated" / "film.md"
     page.parent.mkdir(exist_ok=True)
     page.write_text(FILM.format(
         width=width, height=height, caption=caption(video, text),
-        label=html.escape(f"Film: {video.name}, its reconstruction by the network, and a heat "
-                          f"map of {text}")), encoding="utf-8")
+        label=html.escape(f"Film: {video.name}, its reconstruction by the network"
+                          + (f", and a heat map of {text}" if text else ""))), encoding="utf-8")
     return [*written, page]
+
+
+def _choose_text(video: ExploredVideo, text: str) -> tuple[str, int]:
+    """The text of the heat map, "" for none, and the frame of its best hit."""
+    given, text = text, text or TEXTS.get(video.name, "")
+    if not text or (video.head is None and not given):
+        return "", len(video) // 3
+    try:
+        best = find_texts(video, [text]).iloc[0]
+    except ConfigError:  # another teacher's words, or none of its weights here
+        if given:
+            raise
+        return "", len(video) // 3
+    if best.found:
+        return text, int(best.frame)
+    if given:
+        raise ConfigError(f"{text!r} has no match in {video.name} ({best.match:.1f}): a film of "
+                          "nothing; give another --film_text")
+    return "", len(video) // 3
 
 
 def write_small(path: Path, frames: np.ndarray, fps: float) -> Path:
@@ -115,9 +138,10 @@ def write_moving(path: Path, frames: np.ndarray, fps: float) -> Path:
 def caption(video: ExploredVideo, text: str) -> str:
     """What the film shows and what it was made with, in HTML."""
     height, width = video.size
-    words = [f"The original, the network's reconstruction ({mean_psnr(video):.1f} dB PSNR) and "
-             f"where the network finds “{text}” (colored where the text lies {TEXT_RANGE[0]:g} "
-             f"standard deviations or more above other names): {video.name}, {len(video)} frames "
-             f"of {height}×{width}.", video.about, f"Teacher: {video.teacher_label}.",
+    where = (f", and where the network finds “{text}” (colored where the text lies "
+             f"{TEXT_RANGE[0]:g} standard deviations or more above other names)" if text else "")
+    words = [f"The original and the network's reconstruction ({mean_psnr(video):.1f} dB PSNR)"
+             f"{where}: {video.name}, {len(video)} frames of {height}×{width}.", video.about,
+             f"Teacher: {video.teacher_label}." if video.head is not None else "",
              f"{video.credit}." if video.credit else ""]
     return " ".join(html.escape(line, quote=False) for line in words if line)

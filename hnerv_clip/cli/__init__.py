@@ -95,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
                       "first collect book/results/scaling.json from a folder of hnerv-clip scale")
     made.add_argument("--film", metavar="RUN", help=
                       "first make the landing page's film from this run or NAME.hnerv")
-    made.add_argument("--film_text", default="hare", help="what its heat map is of (hare)")
+    made.add_argument("--film_text", default="", help=
+                      "what its heat map is of (bunny: hare, bikes: moped)")
     made.add_argument("--film_original", default="", metavar="VIDEO", help=
                       "of NAME.hnerv, the video that it was made from")
     add("settings", show_settings, "print every setting, its default and its meaning")

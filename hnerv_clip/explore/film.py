@@ -23,19 +23,23 @@ def film_panels(video: ExploredVideo, text: str) -> dict[str, np.ndarray]:
     Heat maps are means over `SMOOTH` frames, so that a film does not flicker.
 
     Args:
-        text: what the heat map is of.
+        text: what the heat map is of; "" for none.
     Returns:
         {name: uint8 [T, H, W, 3]}.
     Raises:
         as `ExploredVideo.encode`.
     """
-    query, count = video.encode(text), range(len(video))
-    heats = smooth(np.stack([video.heat(query, i) for i in count]))
+    count = range(len(video))
     decoded = np.stack([video.decode(i) for i in count])
     panels = {} if video.originals is None else {
         "original": np.stack([video.original(i) for i in count])}
-    return panels | {"reconstruction": decoded, f"“{text}”": np.stack(
-        [lay_heat(frame, heat) for frame, heat in zip(decoded, heats)])}
+    panels["reconstruction"] = decoded
+    if text:
+        query = video.encode(text)
+        heats = smooth(np.stack([video.heat(query, i) for i in count]))
+        panels[f"“{text}”"] = np.stack([lay_heat(frame, heat)
+                                        for frame, heat in zip(decoded, heats)])
+    return panels
 
 
 def join_panels(panels: dict[str, np.ndarray], *, width: int = 480, tall: bool = False

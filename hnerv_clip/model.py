@@ -6,6 +6,8 @@ authors' implementation: `from_hnerv_state` renames its weights, which then give
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import math
 import re
 import warnings
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from hnerv_clip.config import ConfigError, ModelConfig, clip_stages, embed_kind, resolve_model
 from hnerv_clip.heads.clip import ClipHead
 from hnerv_clip.heads.rgb import RgbHead
-from hnerv_clip.layers import Encoder, Stem, UpBlock, sinusoids
+from hnerv_clip.layers import Encoder, Stem, UpBlock, UpConvNeXt, sinusoids
 from hnerv_clip.sizes import choose_strides
 
 
@@ -40,12 +42,17 @@ class HNeRV(nn.Module):
     all in one.
     """
 
-    def __init__(self, config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: int):
+    def __init__(self, config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: int,
+                 plan: Plan | None = None):
+        """
+        Args:
+            plan: widths other than `plan_model`'s.
+        """
         super().__init__()
         config = resolve_model(config, frame_hw)
         self.config, self.frame_hw, self.frame_count = config, frame_hw, frame_count
         self.kind = embed_kind(config.embed)
-        self.plan = plan = plan_model(config, frame_hw=frame_hw, frame_count=frame_count)
+        self.plan = plan = plan or plan_model(config, frame_hw=frame_hw, frame_count=frame_count)
         if self.kind == "hybrid":
             self.encoder = Encoder(3, strides=config.enc_strds, blocks=config.num_blks[0], widths=(
                 *[int(config.enc_dim[0])] * (len(config.enc_strds) - 1), plan.embed_channels))
@@ -57,9 +64,10 @@ class HNeRV(nn.Module):
         for i, stride in enumerate(config.dec_strds):
             width_in, width = plan.widths[i], plan.widths[i + 1]
             for block in range(config.num_blks[1]):
-                layers.append(UpBlock(width if block else width_in, width,
-                                      stride=1 if block else stride, kernel=plan.kernels[i],
-                                      norm=config.norm, act=config.act))
+                sizes = {"in_width": width if block else width_in, "width": width,
+                         "stride": 1 if block else stride, "kernel": plan.kernels[i]}
+                layers.append(UpBlock(**sizes, norm=config.norm, act=config.act) if
+                              config.conv_type[1] == "pshuffel" else UpConvNeXt(**sizes))
         self.decoder = nn.Sequential(*layers)
         self.rgb_head = RgbHead(plan.widths[-1], out_bias=config.out_bias, frame_hw=frame_hw,
                                 pads=plan.pads)
@@ -134,7 +142,8 @@ class HNeRV(nn.Module):
         """
         if self.config.norm == "none" and self.config.act != "softplus":
             for block in self.decoder[1:]:
-                block.multiple = multiple
+                if isinstance(block, UpBlock):
+                    block.multiple = multiple
 
     def rgb(self, features: Tensor) -> Tensor:
         """[B, n, H', W'] features to frames [B, 3, H, W], in [0, 1] for tanh and sigmoid."""
@@ -260,10 +269,14 @@ def plan_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: i
             extra = sum(p.numel() for p in Encoder(2 * levels, strides=(1,), widths=(channels,),
                                                    blocks=config.num_blks[0]).parameters())
     kernels = [min(config.ks[1] + 2 * i, config.ks[2]) for i in range(len(config.dec_strds))]
+    plan = Plan(widths=[], kernels=kernels, unfold=unfold, embed_channels=channels,
+                embed_values=values, base=base, levels=levels, frame_hw=tuple(frame_hw),
+                padded_hw=padded_hw, output_hw=out_hw)
+    if config.conv_type[1] == "convnext":
+        return _fit_width(config, plan, frame_hw=frame_hw, frame_count=frame_count)
     by_stride = config.reduce == -1
-    reductions = [math.sqrt(s) if by_stride else config.reduce for s in config.dec_strds]
     # Block i holds s²·k²·w_i·w_(i+1) weights, with w_i ≈ w₀ / rⁱ
-    r = up ** (0.5 / len(reductions)) if by_stride else config.reduce
+    r = up ** (0.5 / len(config.dec_strds)) if by_stride else config.reduce
     a = sum(s**2 * k**2 * r ** -(2 * i + 1)
             for i, (s, k) in enumerate(zip(config.dec_strds, kernels, strict=True)))
     budget = config.modelsize * 1e6 - values - extra
@@ -273,12 +286,41 @@ def plan_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: i
             f"modelsize={config.modelsize} is too small: {values} embedding values "
             f"{'and a coordinate encoder of ' + str(extra) + ' ' if extra else ''}leave no room "
             f"for a decoder; use at least {(values + extra + a + b) / 1e6:.3f}")
+    return dataclasses.replace(plan, widths=_narrow(width, config))
+
+
+def _narrow(width: int, config: ModelConfig) -> list[int]:
+    """Channels after the stem, `width`, and after each decoder stage."""
     widths = [width]
-    for reduction in reductions:
+    for stride in config.dec_strds:
+        reduction = math.sqrt(stride) if config.reduce == -1 else config.reduce
         widths.append(int(max(round(widths[-1] / reduction), config.lower_width)))
-    return Plan(widths=widths, kernels=kernels, unfold=unfold, embed_channels=channels,
-                embed_values=values, base=base, levels=levels, frame_hw=tuple(frame_hw),
-                padded_hw=padded_hw, output_hw=out_hw)
+    return widths
+
+
+def _fit_width(config: ModelConfig, plan: Plan, *, frame_hw: tuple[int, int], frame_count: int
+               ) -> Plan:
+    """The widest plan whose stored values, counted exactly with biases and heads, fit `modelsize`.
+
+    Raises:
+        ConfigError: not even a width of 1 does.
+    """
+    def stored(width: int) -> int:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a frame size that the decoder is resized to
+            return HNeRV(config, frame_hw=frame_hw, frame_count=frame_count,
+                         plan=dataclasses.replace(plan, widths=_narrow(width, config))
+                         ).part_sizes()["stored"]
+
+    budget = config.modelsize * 1e6
+    if stored(1) > budget:
+        raise ConfigError(f"modelsize={config.modelsize} is too small: use at least "
+                          f"{stored(1) / 1e6:.3f}")
+    fits, above = 1, 2
+    while stored(above) <= budget:
+        fits, above = above, 2 * above
+    width = bisect.bisect_right(range(fits, above), budget, key=stored) + fits - 1
+    return dataclasses.replace(plan, widths=_narrow(width, config))
 
 
 def _check_padding(config: ModelConfig, frame_hw: tuple[int, int]) -> tuple[int, int]:

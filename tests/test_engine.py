@@ -185,9 +185,12 @@ def test_every_kernel_compiles_for_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [FusedEngine, CompiledEngine])
-def test_fast_and_plain_agree_on_a_gpu(small_config, small_dataset, kind):
+@pytest.mark.parametrize("kind, settings", [
+    (FusedEngine, {}), (CompiledEngine, {}),
+    (CompiledEngine, {"conv_type": "convnext convnext", "ks": "0_3_3"})])
+def test_fast_and_plain_agree_on_a_gpu(small_config, small_dataset, kind, settings):
     """All in bf16: losses of 12 steps, among them short batches and both phases, within 2 %."""
+    small_config = small_config.replace(**settings)
     indices = torch.arange(11, device="cuda")
     losses = [torch.stack([
         own.step(indices[:1] if step % 5 == 4 else indices[step % 10:step % 10 + 2],
@@ -245,6 +248,7 @@ def test_what_the_kernels_do_not_know_is_named(small_config):
     assert network.unsupported(model()) is None
     assert "relu6" in network.unsupported(model(act="relu6"))
     assert "norm='bn'" in network.unsupported(model(norm="bn"))
+    assert "convnext" in network.unsupported(model(conv_type="convnext convnext"))
     assert "stride of 5" in network.unsupported(model(dec_strds="2 2 4 5"))
 
 

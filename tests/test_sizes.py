@@ -6,6 +6,7 @@ import pytest
 
 from hnerv_clip.config import AUTO, Config, ConfigError, profile_params, settings_table
 from hnerv_clip.sizes import choose_strides, pad_to
+from hnerv_clip.stored.make import encode_settings
 
 PAPER = dict(crop_list="640_1280", enc_strds="5 4 4 2 2", dec_strds="5 4 4 2 2", fc_hw="2_4",
              pad_list="", patch_grid="2_4", patch_size=0)
@@ -67,6 +68,14 @@ def test_coordinates_of_a_given_base_are_resized_and_of_a_chosen_one_padded():
     chosen = Config.from_params(embed="pe_1.25_80", resize_list="100_150", dec_strds="5 2 2")
     assert (chosen.model.fc_hw, chosen.model.pad_list) == ((5, 8), (100, 160))
     assert chosen.replace(fc_hw="2_4").model.pad_list is None
+
+
+def test_the_best_preset_changes_few_values_and_gives_way_to_what_is_named(tmp_path):
+    best, plain = Config.from_params(preset="best"), Config.from_params()
+    assert set(plain.diff(best)) == {"batch_size", "lr", "epochs"}
+    assert Config.from_params(preset="best", lr=1e-3).train.lr == 1e-3
+    encoded = Config.from_params(**encode_settings({"preset": "best"}, tmp_path / "new"))
+    assert (encoded.train.epochs, encoded.video.data_split) == (600, (1, 1, 1))
 
 
 def test_unknown_preset():

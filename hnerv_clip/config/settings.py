@@ -12,6 +12,7 @@ Auto = Literal["auto"]
 EMBEDS = ("", "pe", "xyt")
 ACTIVATIONS = ("relu", "leaky", "leaky01", "relu6", "gelu", "sin", "swish", "softplus", "hardswish")
 NORMS = ("none", "bn", "in")
+DECODER_BLOCKS = ("pshuffel", "convnext")
 BUNDLED, BUNDLED_DIM = "efficientnet-lite0", 1280  # the teacher that needs no download; not CLIP
 TEACHERS = ("clip", BUNDLED)
 ENGINES = ("auto", "plain", "fast")

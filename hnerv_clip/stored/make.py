@@ -30,7 +30,7 @@ def encode_settings(given: dict[str, Any], work: str | Path) -> dict[str, Any]:
     """Settings of a training for the file, from the few that were named.
 
     A run that has begun in the folder `work` goes on with its own; else `ENCODE` replaces the
-    defaults, unless a preset is named.
+    defaults, unless a preset other than `best` is named.
 
     Args:
         given: flat parameters.
@@ -39,7 +39,7 @@ def encode_settings(given: dict[str, Any], work: str | Path) -> dict[str, Any]:
         ConfigError: see `Config.from_params`.
     """
     run, settings = RunDir(work), {**ENCODE, **given}
-    if "preset" in given:
+    if given.get("preset", "best") != "best":
         settings = dict(given)
     elif run.begun:
         settings = {**run.config().params(), **given}

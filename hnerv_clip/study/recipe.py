@@ -1,0 +1,301 @@
+"""The search for the preset `best`: the settings that give the best picture in a given time.
+
+`search` fits segments of several videos for a fixed time each, by settings that Optuna proposes;
+many processes share the GPUs and one journal file, and a search that was stopped goes on.
+`compare` then trains the winner and the faithful preset on whole videos and seeds that the search
+did not see, one run at a time, to equal size and in equal time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from hnerv_clip.config import PRESETS, Config, ConfigError
+from hnerv_clip.dataset import load_dataset, resolve_config
+from hnerv_clip.devices import select_device, set_precision, synchronise, visible_gpus
+from hnerv_clip.engines.select import make_engine, settle
+from hnerv_clip.evaluate import evaluate_model
+from hnerv_clip.files import read_json, write_json
+from hnerv_clip.losses import learning_rate
+from hnerv_clip.model import build_model
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs.run_dir import RunDir
+from hnerv_clip.train import epoch_order, train
+
+# What the search sees; all of `bunny`, and any other file, is left for the comparison
+SEGMENTS: dict[str, dict[str, Any]] = {
+    "bikes": {"data_path": "bikes", "frame_limit": 64},
+    "carphone": {"data_path": "carphone", "frame_limit": 64},
+    "bunny": {"data_path": "bunny", "frame_limit": 32},
+}
+FAITHFUL = {"batch_size": 2, "lr": 1e-3}  # the paper's
+BASE = {"predict_clip": False, "data_split": "1_1_1"}
+VALUES_PER_PIXEL = 1.5e6 / (132 * 640 * 1280)  # of the paper's 1.5 M, for segments of any size
+SEARCH_SEED = 1000  # the comparison's are 0, 1, 2, …
+LEAST_SIZE = 0.1  # millions of values, for small segments
+PROBE_S = 3.0  # of steps, that tell how long one takes
+WARM_UP = 8  # steps before the clock starts: they compile and capture
+REPORTS = 4  # of a fit, at which it may be pruned
+STUDY = "recipe"
+SEARCHED_LOSSES = ("L2", "Fusion10")
+# Tried first: what was best so far, of each kind of decoder
+KNOWN = (
+    {"decoder": "pshuffel", "pshuffel_ks": "0_1_5", "pshuffel_reduce": 1.2, "pshuffel_lr": 2e-3,
+     "embedding_channels": 16, "loss": "L2"},
+    {"decoder": "convnext", "convnext_ks": "0_3_3", "convnext_reduce": 1.7, "convnext_blocks": 1,
+     "convnext_lr": 2e-3, "embedding_channels": 16, "loss": "L2"},
+)
+
+
+class Fit(NamedTuple):
+    """What a fit of fixed time gave."""
+
+    psnr_db: float  # mean over all frames
+    steps: int
+    step_s: float
+    stored: int  # values
+
+
+def fit(config: Config, *, seconds: float, cache_dir: str | Path = "output/cache",
+        report: Callable[[int, float], Any] = lambda part, psnr_db: None) -> Fit:
+    """Train for some seconds of steps and measure; the learning rate follows the clock.
+
+    Args:
+        config: `epochs` is not used; the device is `device`'s.
+        seconds: of training steps, without compilation and evaluation.
+        report: called after each of `REPORTS` equal parts with its number and the training frames'
+            mean PSNR since the last.
+    """
+    dataset = load_dataset(config, cache_dir)
+    config = resolve_config(config, dataset.video)
+    device, options = select_device(config.train.device), config.train
+    choice = settle(options, device)
+    autocast = set_precision(choice.precision, device)
+    model = build_model(config.model, frame_hw=dataset.video.frame_hw,
+                        frame_count=len(dataset.video.frames), seed=options.seed)
+    model.to(device, memory_format=torch.channels_last).train()
+    engine = make_engine(config.replace(engine=choice.engine), model, dataset, autocast=autocast)
+    batches: list[torch.Tensor] = []
+    progress, steps, epoch, parts, seen, total = 0.0, 0, 0, 0, 0, 0.0
+    began = time.perf_counter()
+    while progress < 1:
+        if not batches:
+            order = epoch_order(dataset.split.train, seed=options.seed, epoch=epoch)
+            batches = list(order.to(device).split(options.batch_size))
+            epoch += 1
+        indices = batches.pop()
+        sums = engine.step(indices, count=len(indices), weight=0.0, lr=learning_rate(
+            progress, lr=options.lr, lr_type=options.lr_type))
+        total, seen, steps = total + sums[3], seen + len(indices), steps + 1
+        if steps == WARM_UP:
+            synchronise(device)
+            began = time.perf_counter()
+        if steps > WARM_UP and (steps % 16 == 0 or device.type == "cpu"):
+            synchronise(device)
+            progress = (time.perf_counter() - began) / seconds
+            if progress * REPORTS >= parts + 1 and parts < REPORTS:
+                report(parts, float(total) / seen)
+                parts, seen, total = int(progress * REPORTS), 0, 0.0
+    elapsed = time.perf_counter() - began
+    engine.sync()
+    psnr_db = evaluate_model(model, dataset).psnr_db.mean()
+    return Fit(float(psnr_db), steps, elapsed / max(1, steps - WARM_UP),
+               model.part_sizes()["stored"])
+
+
+def trial_settings(trial: optuna.Trial) -> dict[str, Any]:
+    """The settings that a trial stands for, flat."""
+    convnext = trial.suggest_categorical("decoder", ["convnext", "pshuffel"]) == "convnext"
+    settings = {"conv_type": f"convnext {'convnext' if convnext else 'pshuffel'}"}
+    if convnext:
+        settings["ks"] = trial.suggest_categorical("convnext_ks", ["0_3_3", "0_3_5", "0_3_7"])
+        settings["reduce"] = trial.suggest_float("convnext_reduce", 1.3, 2.2)
+        settings["num_blks"] = f"1_{trial.suggest_int('convnext_blocks', 1, 3)}"
+        settings["lr"] = trial.suggest_float("convnext_lr", 1e-3, 8e-3, log=True)
+    else:
+        settings["ks"] = trial.suggest_categorical("pshuffel_ks", ["0_1_3", "0_1_5", "0_3_5"])
+        settings["reduce"] = trial.suggest_float("pshuffel_reduce", 1.0, 1.4)
+        settings["lr"] = trial.suggest_float("pshuffel_lr", 1e-3, 3.5e-3, log=True)
+    channels = trial.suggest_categorical("embedding_channels", [8, 16, 24, 32])
+    settings["enc_dim"] = f"64_{channels}"
+    settings["loss"] = trial.suggest_categorical("loss", list(SEARCHED_LOSSES))
+    return settings
+
+
+def sized_config(video: dict[str, Any], settings: dict[str, Any]) -> Config:
+    """The pixel-only run of a video by some settings, at as many values per pixel as the paper's.
+
+    Args:
+        video: flat settings of the video.
+        settings: those of the recipe, and seed and device; they win.
+    """
+    frames = load_dataset(Config.from_params(**BASE | video)).video.frames  # [T, 3, H, W]
+    millions = round(VALUES_PER_PIXEL * frames[:, 0].numel() / 1e6, 3)
+    return Config.from_params(**BASE | video | {"modelsize": max(LEAST_SIZE, millions)} | settings)
+
+
+def objective(trial: optuna.Trial, *, seconds: float, device: str = "auto") -> float:
+    """Mean PSNR over the segments; a trial that falls behind the median is pruned.
+
+    Raises:
+        optuna.TrialPruned: it fell behind, became NaN, or its settings fit no network.
+    """
+    settings, figures = trial_settings(trial), {}
+    for number, name in enumerate(SEGMENTS):
+        def report(part: int, psnr_db: float, number: int = number) -> None:
+            trial.report(psnr_db, number * REPORTS + part)
+            if trial.should_prune() or not math.isfinite(psnr_db):
+                raise optuna.TrialPruned
+        try:
+            figures[name] = fit(sized_config(SEGMENTS[name], settings | {
+                "seed": SEARCH_SEED, "device": device}), seconds=seconds, report=report)
+        except (ConfigError, torch.cuda.OutOfMemoryError) as error:
+            trial.set_user_attr("error", str(error))
+            raise optuna.TrialPruned from error
+        trial.set_user_attr(name, figures[name]._asdict())
+    trial.set_user_attr("settings", settings)
+    return statistics.mean(figure.psnr_db for figure in figures.values())
+
+
+def open_study(folder: Path) -> optuna.Study:
+    """The study of a folder, made where there is none; any number of processes may open it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))), study_name=STUDY,
+        direction="maximize", load_if_exists=True,
+        sampler=optuna.samplers.TPESampler(constant_liar=True),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=6, n_warmup_steps=1))
+
+
+def search(folder: str | Path, *, seconds: float, minutes: float, workers: int = 0,
+           trials: int | None = None, device: str = "auto") -> optuna.Study:
+    """Propose and fit until the time is over; what earlier calls found is kept and used.
+
+    Args:
+        folder: of the journal; results go to its trials.json.
+        seconds: of training steps for each segment. Processes that share a GPU share its time, so
+            give n processes n times as much.
+        workers: processes, spread over the GPUs; 0 for one on each GPU, or one on the CPU.
+        trials: stop after so many of each process, too.
+    """
+    folder = resolve_path(folder)
+    study, gpus = open_study(folder), visible_gpus()
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # a process was stopped
+    if not study.trials:
+        for known in KNOWN:
+            study.enqueue_trial(known)
+    options = (folder, seconds, 60 * minutes, trials, device)
+    context = multiprocessing.get_context("spawn")
+    crew = [context.Process(target=_work, args=(gpus[i % len(gpus)] if gpus else "", *options))
+            for i in range(workers or max(1, len(gpus)))]
+    for process in crew:
+        process.start()
+    for process in crew:
+        process.join()
+    write_json(folder / "trials.json", {"trials": [
+        {"number": t.number, "state": t.state.name, "value": t.value, "params": t.params,
+         **t.user_attrs} for t in study.trials]})
+    return study
+
+
+def _work(gpu: str, folder: Path, seconds: float, timeout: float, trials: int | None, device: str
+          ) -> None:
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    else:
+        torch.set_num_threads(1)
+    open_study(folder).optimize(lambda trial: objective(trial, seconds=seconds, device=device),
+                                timeout=timeout, n_trials=trials, catch=(RuntimeError,))
+
+
+def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: Iterable[str],
+            seeds: Iterable[int], seconds: Iterable[float], minutes: float = math.inf,
+            cache_dir: str | Path = "output/cache", device: str = "auto") -> list[dict[str, Any]]:
+    """Whole runs of recipes, one at a time, with as many epochs as fit the time.
+
+    Each recipe's step is timed first, once for a video, and kept in the run's folder. Stopped at
+    any moment, the next call goes on.
+
+    Args:
+        folder: of the runs; the rows go to its comparison.json.
+        recipes: flat settings by name.
+        videos: `data_path` of each.
+        seconds: of training steps.
+        minutes: begin no run after so many.
+    Returns:
+        A row for each finished run: recipe, video, seed, seconds, epochs, step_s, and the figures
+        of its summary.json.
+    """
+    folder, deadline, rows = resolve_path(folder), time.monotonic() + 60 * minutes, []
+    for seed, video, limit, (name, settings) in itertools.product(
+            seeds, videos, seconds, recipes.items()):
+        run = RunDir(folder / f"{Path(video).stem}_{name}_{limit:g}s_seed{seed}")
+        planned = run.path.with_suffix(".json")  # beside the run's folder, which is its own
+        if not run.finished and time.monotonic() >= deadline:
+            continue
+        if not planned.exists():
+            config = sized_config({"data_path": video}, settings | {"seed": seed, "device": device})
+            step_s = fit(config, seconds=PROBE_S, cache_dir=cache_dir).step_s
+            steps = -(-len(load_dataset(config).split.train) // config.train.batch_size)
+            epochs = max(1, int(limit / (steps * step_s)))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(planned, {"step_s": step_s, "params": config.replace(
+                epochs=epochs, eval_freq=epochs).params()})
+        plan = read_json(planned, fix="delete it")
+        result = train(Config.from_params(**plan["params"]), run.path, cache_dir=cache_dir)
+        rows.append({"recipe": name, "video": Path(video).stem, "seed": seed, "seconds": limit,
+                     "epochs": plan["params"]["epochs"], "step_s": plan["step_s"],
+                     "device": run.provenance()["device"], **result.summary})
+        write_json(folder / "comparison.json", {"rows": rows})
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: `python -m hnerv_clip.study.recipe --help`."""
+    parser = argparse.ArgumentParser(prog="python -m hnerv_clip.study.recipe",
+                                     description=__doc__, allow_abbrev=False)
+    parser.add_argument("parts", nargs="+", choices=("search", "compare"))
+    parser.add_argument("--outf", default="output/recipe", help="folder of all that is found")
+    parser.add_argument("--minutes", type=float, required=True, help="for each part; the next call "
+                                                                     "goes on")
+    parser.add_argument("--workers", type=int, default=0, help="of the search, spread over the "
+                        "GPUs (0: one on each); several share one")
+    parser.add_argument("--fit_seconds", type=float, default=20, help="of each segment's fit, "
+                        "shared by the processes of its GPU")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[60, 180],
+                        help="of each whole run of the comparison")
+    parser.add_argument("--videos", nargs="+", default=["bunny"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(arguments)
+    if "search" in args.parts:
+        study = search(args.outf, seconds=args.fit_seconds, minutes=args.minutes,
+                       workers=args.workers, device=args.device)
+        print(f"{len(study.trials)} trials; the best: {study.best_trial.user_attrs['settings']}, "
+              f"{study.best_value:.2f} dB")
+    if "compare" in args.parts:
+        recipes = {"hnerv": FAITHFUL, "best": PRESETS["best"]}
+        with contextlib.suppress(ValueError):  # no trial has ended yet
+            recipes["found"] = open_study(resolve_path(args.outf)).best_trial.user_attrs["settings"]
+        compare(args.outf, recipes, videos=args.videos, seeds=args.seeds, seconds=args.seconds,
+                minutes=args.minutes, device=args.device)
+
+
+if __name__ == "__main__":
+    main()

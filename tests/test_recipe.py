@@ -1,0 +1,81 @@
+"""The search for a recipe goes on and prunes; the comparison gives equal time."""
+
+import json
+
+import pytest
+import torch
+
+from hnerv_clip.config import PRESETS, Config
+from hnerv_clip.runs.run_dir import RunDir
+
+optuna = pytest.importorskip("optuna")
+
+from hnerv_clip.study import recipe  # noqa: E402
+
+TINY = dict(data_path="bunny", crop_list="640_1280", resize_list="40_80", frame_stride=33,
+            enc_strds="5 4 2", dec_strds="5 4 2", modelsize=0.03)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    monkeypatch.setattr(recipe, "SEGMENTS", {"one": TINY, "two": TINY | {"frame_limit": 2}})
+    monkeypatch.setattr(recipe, "LEAST_SIZE", 0.03)
+    monkeypatch.setattr(recipe, "SEARCHED_LOSSES", ("L2", "L1"))
+    monkeypatch.setattr(recipe, "PROBE_S", 0.05)
+
+
+def test_fit_learns_in_its_time_and_reports(tiny):
+    reports = []
+    config = recipe.sized_config(TINY, {"lr": 5e-3, "device": "cpu"})
+    fit = recipe.fit(config, seconds=0.6, report=lambda *report: reports.append(report))
+    assert [part for part, _ in reports] == list(range(recipe.REPORTS))
+    assert reports[-1][1] > reports[0][1] and fit.psnr_db > reports[0][1]
+    assert fit.step_s * (fit.steps - recipe.WARM_UP) == pytest.approx(0.6, abs=0.3)
+    assert config.model.modelsize == 0.03
+
+
+def test_a_search_tries_what_is_known_first_and_goes_on(tiny, tmp_path):
+    for count in (3, 4):
+        study = recipe.open_study(tmp_path)
+        if count == 3:
+            for known in recipe.KNOWN:
+                study.enqueue_trial(known)
+        recipe._work("", tmp_path, 0.1, 60, count - len(study.trials) or 1, "cpu")
+    study = recipe.open_study(tmp_path)
+    assert [t.params["decoder"] for t in study.trials[:2]] == ["pshuffel", "convnext"]
+    done = [t for t in study.trials if t.value is not None]
+    assert len(study.trials) >= 3 and done
+    for trial in done:
+        assert Config.from_params(**trial.user_attrs["settings"])  # can be typed as they stand
+        assert trial.value == pytest.approx(
+            sum(trial.user_attrs[name]["psnr_db"] for name in ("one", "two")) / 2)
+
+
+def test_settings_that_fit_no_network_are_pruned(tiny, monkeypatch):
+    monkeypatch.setattr(recipe, "LEAST_SIZE", 1e-4)
+    study = optuna.create_study()
+    study.optimize(lambda trial: recipe.objective(trial, seconds=0.1, device="cpu"), n_trials=1)
+    assert study.trials[0].state == optuna.trial.TrialState.PRUNED
+    assert "too small" in study.trials[0].user_attrs["error"]
+
+
+def test_comparison_gives_each_recipe_the_same_time_and_goes_on(tiny, tmp_path, monkeypatch):
+    recipes = {"hnerv": recipe.FAITHFUL | TINY, "best": {**PRESETS["best"], **TINY}}
+    options = dict(videos=["bunny"], seeds=[0], seconds=[0.3], device="cpu")
+    assert recipe.compare(tmp_path, recipes, minutes=0, **options) == []
+    rows = recipe.compare(tmp_path, recipes, **options)
+    assert [row["recipe"] for row in rows] == ["hnerv", "best"]
+    for row in rows:
+        assert row["epochs"] == max(1, int(0.3 / (row["step_s"] * (2 if row["recipe"] == "hnerv"
+                                                                   else 4))))
+        assert RunDir(tmp_path / f"bunny_{row['recipe']}_0.3s_seed0").finished
+    monkeypatch.setattr(recipe, "fit", None)  # all is there
+    assert recipe.compare(tmp_path, recipes, minutes=0, **options) == rows
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"] == rows
+
+
+@pytest.mark.gpu
+def test_a_search_shares_a_gpu(tmp_path):
+    study = recipe.search(tmp_path, seconds=2, minutes=3, workers=2, trials=1)
+    assert len(study.trials) == 2 and torch.cuda.is_available()

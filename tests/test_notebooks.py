@@ -22,12 +22,13 @@ def code_cells(path):
     return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
 
 
-def test_there_are_six_in_order_and_the_results():
+def test_there_are_seven_in_order_and_the_results():
     assert [path.stem for path in NOTEBOOKS] == [
         "01_prepare_data", "02_train", "03_evaluate", "04_verify_clip", "05_ablations",
-        "06_search_by_text", "10_learn_semantics", "11_measure_cost", "12_weigh_tradeoff",
-        "13_compare_heads", "14_check_fidelity", "15_measure_speed", "16_scale_gpus",
-        "17_judge_network", "18_weigh_bytes", "19_ask_any_region", "20_improve_quality"]
+        "06_search_by_text", "07_explore", "10_learn_semantics", "11_measure_cost",
+        "12_weigh_tradeoff", "13_compare_heads", "14_check_fidelity", "15_measure_speed",
+        "16_scale_gpus", "17_judge_network", "18_weigh_bytes", "19_ask_any_region",
+        "20_improve_quality"]
 
 
 @every_notebook

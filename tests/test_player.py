@@ -236,8 +236,9 @@ def test_search_refuses_another_teachers_weights(tmp_path):
 def test_a_file_without_a_head_says_so(tmp_path):
     video = hnerv_clip.open(make_file(tmp_path / "v.hnerv", predict_clip=False))
     assert video.facts()["search"] == "no head for embeddings"
-    with pytest.raises(ConfigError, match="no head"):
-        video.embed((0, 0, 20, 20), 0)
+    for ask in (lambda: video.embed((0, 0, 20, 20), 0), lambda: video.search("hare")):
+        with pytest.raises(ConfigError, match="no head"):
+            ask()
 
 
 def test_notebook_shows_pictures_and_escaped_facts(video):

@@ -6,6 +6,7 @@ import scipy.stats
 import torch
 
 from hnerv_clip import metrics, teachers
+from hnerv_clip.inference import embed_frames, load_run
 from hnerv_clip.model import build_model
 from hnerv_clip.patches import PatchGrid
 from hnerv_clip.search import maps
@@ -141,13 +142,11 @@ def test_figures_name_query_and_teacher():
     boxes = np.array([[0, 0, 24, 24], [8, 40, 24, 24]])
     embeddings = unit_vectors((4, 2, 16))
     ranking = search.rank_patches(np.ones(16), embeddings, 3)
-    heat = np.random.default_rng(0).random((4, 8))
     agreement = search.compare_rankings("hare", np.ones((1, 16)), embeddings, embeddings, 4)
     found = {"hare": ranking.assign(video="bikes"), "fox": ranking.head(1).assign(video="bikes")}
     for figure in (
             figures.plot_index_hits(found, {"bikes": (frames, boxes)}, "A (not CLIP)"),
             figures.plot_ranked_patches(frames, boxes, ranking, ranking, "hare", "A (not CLIP)"),
-            figures.plot_heat_map(frames[0], {"everywhere": heat}, "hare", "A (not CLIP)"),
             figures.plot_query_agreement(agreement, "A (not CLIP)")):
         assert any("A (not CLIP)" in text.get_text() for text in figure.texts)
 
@@ -237,17 +236,24 @@ def test_map_keeps_neighbours_together():
         maps.map_embeddings(teacher[:1, :2], teacher[:1, :2])
 
 
-def test_heat_is_blended_where_it_is_high():
-    from hnerv_clip.figures.search import blend_heat
-    frames = np.full((2, 3, 8, 8), 100, np.uint8)
-    heats = np.zeros((2, 2, 2))
-    heats[1, 0, 0] = 1
-    found = blend_heat(frames, heats)
-    assert found.shape == frames.shape and found.dtype == np.uint8
-    assert (found[0] == 100).all() and (found[1, :, 0, 0] != 100).all()
-    assert (found[1, :, -1, -1] == 100).all()
-    with pytest.raises(ValueError, match="1 heat maps for 2 frames"):
-        blend_heat(frames, heats[:1])
+def test_a_match_is_a_standard_score_among_names():
+    names, embeddings = unit_vectors((50, 16)), unit_vectors((3, 2, 16), 1)
+    others = embeddings @ names.T
+    found = maps.match_scores(5 * names[7], names, embeddings)
+    expected = (others[..., 7] - others.mean(-1)) / others.std(-1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="at least 2"):
+        maps.match_scores(names[7], names[:1], embeddings)
+
+
+def test_a_map_of_matches_is_that_of_the_dense_embeddings(trained_run, cache_dir):
+    run = load_run(trained_run, cache_dir=cache_dir, device="cpu")
+    with torch.inference_mode():
+        stages = run.model.stages(embed_frames(run.model, run.dataset, np.array([3, 5])))
+        dense = run.model.clip_map(stages, stride=16).permute(0, 2, 3, 1).numpy()
+    query, names = unit_vectors((1280,), 3), unit_vectors((40, 1280), 4)
+    found = maps.match_map(run.model, stages, query, names, stride=16)
+    np.testing.assert_allclose(found, maps.match_scores(query, names, dense), atol=1e-3)
 
 
 def test_strips_and_map_name_the_teacher():

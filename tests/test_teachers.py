@@ -193,6 +193,10 @@ def test_clip_from_a_file(tiny_clip):
     assert teacher.label == "CLIP tiny-quickgelu (tiny.pt)" and teacher.name
     model = open_clip.create_model("tiny-quickgelu", pretrained=str(tiny_clip / "tiny.pt")).eval()
     assert any("QuickGELU" in type(part).__name__ for part in teacher.model.modules())
+    expected = model.state_dict()  # loaded without drawing random weights first
+    assert all(torch.equal(value, expected[name])
+               for name, value in teacher.model.state_dict().items())
+    assert torch.nn.init.zeros_(torch.ones(2)).sum() == 0, "init is as it was"
 
     patches = torch.randint(0, 256, (3, 3, 90, 90), dtype=torch.uint8)
     transform = open_clip.transform.image_transform_v2(

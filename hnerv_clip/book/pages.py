@@ -11,6 +11,7 @@ from typing import Any
 import nbformat
 
 from hnerv_clip.book import compare
+from hnerv_clip.book.film import FILM_FILES, make_film
 from hnerv_clip.book.markdown import Markup, escape, table
 from hnerv_clip.book.results import read_json
 from hnerv_clip.book.scaling import evaluation_rows
@@ -170,13 +171,14 @@ def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str
     write_results(book)
     folder = book / "_generated"
     _draw_architecture(folder / "architecture.svg", config)
-    video = book / "_static" / "headline.mp4"
-    video.unlink(missing_ok=True)
-    video.parent.mkdir(exist_ok=True)
+    for name in FILM_FILES:
+        (book / "_static" / name).unlink(missing_ok=True)
     run = RunDir(run_dir)
-    shown = (film(run, video, cache_dir=cache_dir), headline(run)) if run.finished else ("", "")
-    for name, text in zip(("film", "headline"), shown):
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / "headline.md").write_text(headline(run) if run.finished else "", encoding="utf-8")
+    if run.finished:
+        make_film(book, run.path, cache_dir=cache_dir, moving=False)
+    else:
+        (folder / "film.md").write_text("", encoding="utf-8")
 
 
 def _draw_architecture(path: Path, config: Config) -> None:
@@ -212,28 +214,6 @@ def quick_markdown(measured: dict[str, Any]) -> str:
              short=commit_words(measured), **measured)
 
 
-def film(run: RunDir, video: Path, *, cache_dir: str | Path) -> str:
-    """The landing page's moving picture and its caption.
-
-    Args:
-        run: a finished run.
-        video: where the moving picture goes: the source beside the network's own frames.
-    """
-    from hnerv_clip.inference import decode_frames, load_run
-    from hnerv_clip.video import write_video
-
-    loaded = load_run(run.path, cache_dir=cache_dir)
-    dataset = loaded.dataset
-    source = dataset.video.frames
-    shown = decode_frames(loaded.model, dataset, list(range(len(source))))
-    write_video(video, _side_by_side(source, shown), dataset.video.fps)
-    height, width = dataset.video.frame_hw
-    return FILM.format(
-        name=escape(dataset.video.name), height=height, width=width, count=len(source),
-        credit=f" {escape(dataset.video.credit)}." if dataset.video.credit else "",
-        stored=loaded.model.part_sizes()["stored"] / 1e6)
-
-
 def headline(run: RunDir) -> str:
     """The means of a finished run as a table, and what they were made with."""
     from hnerv_clip.teachers import describe_teacher
@@ -245,24 +225,6 @@ def headline(run: RunDir) -> str:
         rate=summary["rate_bpp"], epochs=config.train.epochs, seed=facts["seed"],
         device=facts["device"], commit=commit_words(facts))
 
-
-def _side_by_side(source, shown):
-    """[T, 3, H, W] twice to [T, 3, h, 2·w], at most 640 pixels a frame."""
-    import torch
-
-    step = max(1, round(source.shape[3] / 640))
-    pair = torch.cat([source, shown], dim=3)
-    if step > 1:
-        pair = torch.nn.functional.avg_pool2d(pair.float(), step).round().byte()
-    return pair[..., :pair.shape[2] // 2 * 2, :pair.shape[3] // 2 * 2]
-
-
-FILM = """<video autoplay loop muted playsinline controls src="../_static/headline.mp4"
- style="width:100%" aria-label="The video and the network's copy of it, side by side"></video>
-
-*Left: {name}, {count} frames of {height}×{width}.{credit} Right: the same frames from a network of
-{stored:.2f} million stored values.*
-"""
 
 HEADLINE = """{table}
 

@@ -93,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
                       "first collect book/results/quick.json from a quick study's folder")
     made.add_argument("--scaling", metavar="FOLDER", help=
                       "first collect book/results/scaling.json from a folder of hnerv-clip scale")
+    made.add_argument("--film", metavar="RUN", help=
+                      "first make the landing page's film from this run or NAME.hnerv")
+    made.add_argument("--film_text", default="", help=
+                      "what its heat map is of (bunny: hare, bikes: moped)")
+    made.add_argument("--film_original", default="", metavar="VIDEO", help=
+                      "of NAME.hnerv, the video that it was made from")
     add("settings", show_settings, "print every setting, its default and its meaning")
     return parser
 
@@ -116,6 +122,12 @@ def _pages(args: argparse.Namespace) -> None:
         from hnerv_clip.book.scaling import collect_scaling
 
         collect_scaling(root / "book" / "results", resolve_path(args.scaling))
+    if args.film:
+        from hnerv_clip.book.film import make_film
+
+        for path in make_film(root / "book", args.film, text=args.film_text,
+                              original=args.film_original):
+            print(f"{path.relative_to(root)}  {path.stat().st_size:,} bytes")
     if args.execute:
         build.execute_results(root)
     build.clean_published(root)

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-from PIL import Image
+from matplotlib.patches import Rectangle
 
 from hnerv_clip.figures.style import (
     PALETTE,
-    SEQUENTIAL,
     WIDTH,
     caption,
     new_figure,
@@ -104,33 +102,6 @@ def plot_query_agreement(agreement: pd.DataFrame, teacher_label: str) -> Figure:
                            f" patches as the teacher's own do. Teacher: {teacher_label}.")
 
 
-def plot_heat_map(frame: np.ndarray, heats: dict[str, np.ndarray], query: str,
-                  teacher_label: str) -> Figure:
-    """A frame, and where on it the predicted embeddings answer the query.
-
-    Args:
-        frame: uint8 [3, H, W].
-        heats: {title: [h, w]}, as `search.score_map` and `search.spread_scores` give them; in one
-            scale.
-        query: the text.
-        teacher_label: the teacher in words, for the caption.
-    """
-    height, width = frame.shape[-2:]
-    figure, axes = new_figure(1, 1 + len(heats),
-                              height=0.86 * WIDTH / (1 + len(heats)) * height / width + 0.75)
-    picture = np.moveaxis(np.asarray(frame), 0, -1)
-    low, high = min(map(np.min, heats.values())), max(map(np.max, heats.values()))
-    for panel, title in zip(axes, [f"“{query}”", *heats]):
-        picture_axes(panel).imshow(picture)
-        panel.set_title(title, fontsize=9)
-        if title in heats:
-            shade = panel.imshow(heats[title], extent=(0, width, height, 0), alpha=0.6, vmin=low,
-                                 vmax=high, interpolation="bilinear")
-    figure.colorbar(shade, ax=axes, label="cosine", shrink=0.8)
-    return caption(figure, f"Where the frame answers “{query}” by predicted embedding. "
-                           f"Teacher: {teacher_label}.")
-
-
 def cut(frame: np.ndarray, box: Sequence[int]) -> np.ndarray:
     """The pixels [h, w, 3] of one patch of a frame [3, H, W]."""
     top, left, height, width = (int(value) for value in box)
@@ -216,27 +187,29 @@ def _spread_out(points, count):
     return chosen
 
 
-def blend_heat(frames: np.ndarray, heats: np.ndarray, *, strength: float = 0.6) -> np.ndarray:
-    """Frames with their heat maps laid over, in one scale: for a short video.
+def plot_similar(frame: np.ndarray, box: Sequence[float], hits: Sequence[tuple[np.ndarray, str]],
+                 teacher_label: str) -> Figure:
+    """A place in a frame, and what is like it.
 
     Args:
-        frames: uint8 [T, 3, H, W].
-        heats: [T, h, w], enlarged bilinearly to the frame.
-        strength: opacity of the heat where it is highest; the lowest is clear.
-    Returns:
-        uint8 [T, 3, H, W].
-    Raises:
-        ValueError: another number of heat maps than frames.
+        frame: uint8 [H, W, 3].
+        box: x0, y0, x1, y1 in pixels, the place.
+        hits: (picture uint8 [h, w, 3], words) of each.
+        teacher_label: the teacher in words, for the caption.
     """
-    frames, heats = np.asarray(frames), np.asarray(heats, dtype=np.float32)
-    if len(frames) != len(heats):
-        raise ValueError(f"{len(heats)} heat maps for {len(frames)} frames; give one each")
-    height, width = frames.shape[-2:]
-    scaled = (heats - heats.min()) / max(np.ptp(heats), 1e-12)
-    blended = np.empty_like(frames)
-    for index, (frame, heat) in enumerate(zip(frames, scaled)):
-        image = Image.fromarray(heat).resize((width, height), Image.Resampling.BILINEAR)
-        share = np.clip(np.asarray(image), 0, 1)
-        colour = np.moveaxis(colormaps[SEQUENTIAL](share)[..., :3], -1, 0) * 255
-        blended[index] = frame * (1 - strength * share) + colour * (strength * share)
-    return blended
+    height, width = frame.shape[:2]
+    figure, axes = new_figure(1, 1 + len(hits), height=1.9,
+                              width_ratios=[1.7, *[1] * len(hits)])
+    for panel in axes:
+        panel.set_anchor("N")
+    picture_axes(axes[0]).imshow(frame)
+    axes[0].set_title("asked about\n", fontsize=8)
+    x0, y0, x1, y1 = box
+    for color, line in (("white", 3.5), (PALETTE["asked"], 1.8)):
+        axes[0].add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color,
+                                    linewidth=line))
+    for panel, (picture, words) in zip(axes[1:], hits, strict=True):
+        picture_axes(panel).imshow(picture)
+        panel.set_title(words, fontsize=8)
+    return caption(figure, "Left, the place that is asked about; then what is most like it by the "
+                           f"network's embeddings, best first. Teacher: {teacher_label}.")

@@ -1,11 +1,18 @@
 """One look for every figure: readable at book width, safe for colour-blind readers.
 
+Two kinds: drawings, as SVG on white; and figures of pictures, as WebP at twice the page's
+sharpness, transparent, with text that is read on light and on dark pages and the caption below.
+
 The colours are Okabe and Ito's (jfly.uni-koeln.de/color), given out by meaning, so that the same
 thing has the same colour in every figure. Lines are drawn as SVG with real text; an image inside a
 figure stays a bitmap.
 """
 
 from __future__ import annotations
+
+import base64
+import html
+import io
 
 import matplotlib as mpl
 import pandas as pd
@@ -22,6 +29,8 @@ PALETTE = {
     "train": BLUE, "val": ORANGE, "held_out": ORANGE, "skip": "#C8C8C8",
     # whose embedding
     "predicted": BLUE, "teacher": VERMILLION,
+    # a place that is asked about
+    "asked": PURPLE,
     # which head, which loss
     "rgb": GREEN, "clip": PURPLE, "total": BLACK,
     # parts of the network
@@ -37,19 +46,28 @@ PALETTE = {
 CYCLE = [BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, GREY]
 
 SEQUENTIAL = "viridis"  # values from low to high
+INFERNO = mpl.colormaps["inferno"]  # how far a query is answered, and nothing else
 DIVERGING = "RdBu_r"  # values around zero
 WIDTH = 8.0  # inches: the text width of a book page
+MIDDLE = "#7A7A7A"  # a gray that is read on white (4.3 : 1) and on the book's dark pages (4.1 : 1)
+SHARP_DPI = 200  # two pixels of a figure for one of the page
+WEBP_QUALITY = 82
 
 
 def use_style(image_format: str = "svg") -> None:
     """Set the look of every figure and table shown after this call.
 
     Args:
-        image_format: what a notebook shows: "svg" for lines, "png" or "jpeg" for pictures.
+        image_format: what a notebook shows: "svg" for lines, "webp" for pictures, or "png".
     """
+    pictures = image_format == "webp"
+    ink = MIDDLE if pictures else "black"
     mpl.rcParams.update({
         "figure.figsize": (WIDTH, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True,
-        "figure.facecolor": "white", "savefig.dpi": 150, "savefig.bbox": "tight",
+        "figure.facecolor": "none" if pictures else "white",
+        "axes.facecolor": "none" if pictures else "white",
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color",
+                         "ytick.color"), ink), "savefig.dpi": 150, "savefig.bbox": "tight",
         "svg.fonttype": "none", "svg.hashsalt": "hnerv-clip",
         "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Arial", "sans-serif"],
         "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left",
@@ -60,6 +78,7 @@ def use_style(image_format: str = "svg") -> None:
         "legend.frameon": False, "image.cmap": SEQUENTIAL,
     })
     pd.set_option("display.max_colwidth", None)  # a table shows whole sentences, such as "not CLIP"
+    CaptionedFigure.as_html = pictures
     _set_notebook_format(image_format)
 
 
@@ -69,7 +88,8 @@ def _set_notebook_format(image_format: str) -> None:
     except ImportError:  # no notebook installed
         return
     try:
-        set_matplotlib_formats(image_format)
+        # none of matplotlib's own for WebP: `CaptionedFigure._repr_html_` shows it
+        set_matplotlib_formats(*[image_format][:image_format != "webp"])
     except (AttributeError, TypeError):  # not inside IPython
         return
 
@@ -78,6 +98,20 @@ class CaptionedFigure(Figure):
     """A figure that is its caption in words, which a page takes as alternative text."""
 
     caption = ""
+    as_html = False  # a picture with its caption as text below; else what the notebook makes of it
+
+    def _repr_html_(self) -> str | None:
+        if not self.as_html:
+            return None
+        file = io.BytesIO()
+        self.savefig(file, format="webp", dpi=SHARP_DPI, bbox_inches="tight",
+                     facecolor=self.get_facecolor(),
+                     pil_kwargs={"quality": WEBP_QUALITY, "method": 6})
+        words, data = html.escape(self.caption), base64.b64encode(file.getvalue()).decode()
+        # "dark-light": the book's theme leaves it as it is on dark pages
+        return (f'<figure class="pictures" style="margin:0"><img class="dark-light" alt="{words}" '
+                f'style="width:100%" src="data:image/webp;base64,{data}">'
+                f"<figcaption>{words}</figcaption></figure>")
 
     def __repr__(self) -> str:
         return self.caption or super().__repr__()
@@ -109,6 +143,8 @@ def new_figure(rows: int = 1, columns: int = 1, *, height: float = 3.2, **option
 def caption(figure: Figure, text: str) -> Figure:
     """Write a caption under the figure: what to see, and whose numbers these are."""
     figure.caption = text
+    if getattr(figure, "as_html", False):  # below the picture
+        return figure
     figure.text(0.01, -0.01, text, ha="left", va="top", fontsize=9, color="#404040", wrap=True,
                 parse_math=False)  # names of videos and folders may hold a $
     return figure

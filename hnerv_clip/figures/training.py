@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from hnerv_clip.figures.style import (
     GREY,
     PALETTE,
-    SEQUENTIAL,
     WIDTH,
     caption,
     new_figure,
@@ -85,7 +84,7 @@ def plot_reconstructions(frames: np.ndarray, decoded: Mapping[str, np.ndarray], 
             if picture.ndim == 3:
                 panel.imshow(picture.transpose(1, 2, 0))
             else:
-                panel.imshow(picture, cmap=SEQUENTIAL, vmin=0, vmax=255)
+                panel.imshow(picture, cmap="gray", vmin=0, vmax=255)
     return caption(figure, "Original, decoded, and mean absolute error over the colours, "
                            f"enlarged {gain} times." + (f" {credit}." if credit else ""))
 

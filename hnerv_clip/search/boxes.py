@@ -93,7 +93,7 @@ def heat_maps(field: Field, queries: npt.ArrayLike, times: npt.ArrayLike, *,
               sides: Sequence[float] = SIDES, stride: int = 32) -> np.ndarray:
     """Cosine of queries with square boxes around every position: [B, K, S, h, w] float32.
 
-    Near the frame's edge a box is shifted inwards, so that it stays whole.
+    The boxes are those of `around_positions`.
 
     Args:
         queries: [K, D].
@@ -103,7 +103,22 @@ def heat_maps(field: Field, queries: npt.ArrayLike, times: npt.ArrayLike, *,
     Raises:
         ConfigError: see `Field.scores`; a stride not between 1 and the frame's shorter side.
     """
-    height, width = field.head.config.frame_hw
+    boxes, hw = around_positions(field.head.config.frame_hw, sides, stride=stride)
+    times = np.atleast_1d(times)
+    scores = field.scores(queries, times, boxes).numpy()  # [K, B, S·h·w]
+    return scores.reshape(len(scores), len(times), len(sides), *hw).transpose(1, 0, 2, 3, 4)
+
+
+def around_positions(frame_hw: tuple[int, int], sides: Sequence[float] = SIDES, *, stride: int = 32
+                     ) -> tuple[np.ndarray, tuple[int, int]]:
+    """Square boxes around evenly spaced positions: float32 [S·h·w, 4], and (h, w).
+
+    Near the frame's edge a box is shifted inwards, so that it stays whole.
+
+    Raises:
+        ConfigError: a stride not between 1 and the frame's shorter side.
+    """
+    height, width = frame_hw
     if not 1 <= stride <= min(height, width):
         raise ConfigError(f"stride={stride} must lie between 1 and the frame's "
                           f"{min(height, width)} pixels; use 32")
@@ -115,10 +130,7 @@ def heat_maps(field: Field, queries: npt.ArrayLike, times: npt.ArrayLike, *,
         tops, lefts = (np.clip(at - size / 2, 0, length - size)
                        for at, size, length in ((y, tall, height), (x, wide, width)))
         boxes += [(top, left, tall, wide) for top in tops for left in lefts]
-    times = np.atleast_1d(times)
-    scores = field.scores(queries, times, np.array(boxes, np.float32)).numpy()  # [K, B, S·h·w]
-    return scores.reshape(len(scores), len(times), len(sides), len(y), len(x)).transpose(
-        1, 0, 2, 3, 4)
+    return np.array(boxes, np.float32), (len(y), len(x))
 
 
 def track(field: Field, query: npt.ArrayLike, times: npt.ArrayLike = None, *,

@@ -46,6 +46,35 @@ def map_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, *, points: 
         "patch": np.tile(np.arange(patches), 2 * len(kept)), "x": places[:, 0], "y": places[:, 1]})
 
 
+def match_scores(query: npt.ArrayLike, references: npt.ArrayLike, embeddings: npt.ArrayLike
+                 ) -> np.ndarray:
+    """How far embeddings answer a query rather than others: a standard score, comparable between
+    queries.
+
+    The cosine of an embedding with the query, less its mean cosine with N references, over the
+    standard deviation of those. References of a text are names of many things
+    (`teachers.reference_vectors`): at 0 the text fits as well as any name, and what no text fits is
+    bright for none of them.
+
+    Args:
+        query: [D].
+        references: [N, D] unit vectors, at least 2 that differ.
+        embeddings: [..., D] unit vectors.
+    Returns:
+        float32 [...].
+    Raises:
+        ValueError: a bad query, or too few references.
+    """
+    embeddings = np.asarray(embeddings, dtype=np.float32)
+    references = np.asarray(references, dtype=np.float32)
+    if references.ndim != 2 or len(references) < 2:
+        raise ValueError(f"references have shape {references.shape}; give [N, D], at least 2")
+    others = embeddings @ references.T  # [..., N]
+    spread = others.std(axis=-1)
+    return ((embeddings @ check_query(query, references.shape[1]) - others.mean(axis=-1))
+            / np.maximum(spread, 1e-6)).astype(np.float32)
+
+
 def spread_scores(scores: npt.ArrayLike, grid: PatchGrid, *, stride: int = 8) -> np.ndarray:
     """Scores of patches laid over the frame: bilinear between their centres, constant beyond.
 
@@ -103,6 +132,35 @@ def score_map(model: HNeRV, stages: list[torch.Tensor], vectors: npt.ArrayLike, 
     if not np.isfinite(heats).all():
         raise ValueError("the map holds NaN or infinite values: train again")
     return heats
+
+
+def match_map(model: HNeRV, stages: list[torch.Tensor], query: npt.ArrayLike,
+              references: npt.ArrayLike, *, stride: int = 8) -> np.ndarray:
+    """`match_scores` of a query with what the CLIP head answers everywhere: [B, h, w] float32.
+
+    Args:
+        model, stages, stride: as for `score_map`.
+        query, references: as for `match_scores`.
+    """
+    query = check_query(query, model.config.clip_dim)
+    references = np.asarray(references, np.float32)
+    # Of many references only the mean and the spread count: those come from their mean and
+    # principal axes, so that no map of each is held
+    center = references.mean(axis=0)
+    _, lengths, axes = np.linalg.svd(references - center, full_matrices=False)
+    axes = axes[lengths > 1e-6 * lengths[0]] * (lengths[lengths > 1e-6 * lengths[0], None]
+                                                / np.sqrt(len(references)))
+    head = torch.from_numpy(np.concatenate([[query, center], axes]).astype(np.float32))
+    _check_stride(stride, model.frame_hw)
+    rows, cols = (len(range(stride // 2, cells, stride)) for cells in model.plan.shown_hw)
+    at_once = max(1, MAP_VALUES // (len(stages[0]) * cols * (len(head) + model.config.clip_dim)))
+    found = []
+    with torch.inference_mode():
+        for row in range(0, rows, at_once):
+            dense = model.clip_map(stages, stride=stride, rows=slice(row, row + at_once))
+            part = torch.einsum("bdyx,kd->kbyx", dense, head.to(dense.device))
+            found.append((part[0] - part[1]) / part[2:].square().sum(0).sqrt().clamp(min=1e-6))
+    return torch.cat(found, dim=1).cpu().numpy()
 
 
 def _check_stride(stride, frame_hw):

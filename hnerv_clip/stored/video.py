@@ -11,6 +11,7 @@ import bisect
 import html
 import io
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -220,14 +221,17 @@ class StoredVideo(Sequence):
     def _clip_at(self, chosen: Sequence[int], centres: torch.Tensor) -> torch.Tensor:
         from hnerv_clip.stored.windows import clip_at
 
-        if not self.has_head:
-            raise ConfigError(f"{self.path} holds no head for embeddings; encode the video with "
-                              "predict_clip=True")
+        self._need_head()
         model = self._model((*SHARED, "clip_head."))
         centres = centres.to(self.device)
         batches = [chosen[i:i + EMBED_BATCH] for i in range(0, len(chosen), EMBED_BATCH)]
         return torch.cat([clip_at(model, self.frame_embeddings(batch), centres).cpu()
                           for batch in batches])
+
+    def _need_head(self) -> None:
+        if not self.has_head:
+            raise ConfigError(f"{self.path} holds no head for embeddings; encode the video with "
+                              "predict_clip=True")
 
     def search(self, text: str, top_k: int = 5, *, apart: int = 4, weights: str | None = None
                ) -> pd.DataFrame:
@@ -248,7 +252,11 @@ class StoredVideo(Sequence):
         from hnerv_clip.search.rank import rank_patches
         from hnerv_clip.teachers import encode_queries
 
-        vector = encode_queries([text], self.teacher(weights))[0]
+        self._need_head()
+        with ThreadPoolExecutor(1) as pool:  # the file is read while the teacher is loaded
+            teacher = pool.submit(self.teacher, weights)
+            _ = self.field if self.has_field else self.patch_embeddings
+            vector = encode_queries([text], teacher.result())[0]
         if self.has_field:
             return self._search_field(vector, top_k, apart=apart)
         found = rank_patches(vector, self.patch_embeddings, top_k, apart=apart)
@@ -294,8 +302,10 @@ class StoredVideo(Sequence):
             config = self.header.config
             if weights is not None:
                 config = config.replace(clip_pretrained=weights)
-            teacher = load_teacher(config.teacher, self.device)
-            wanted, found = self.header.meta["teacher"]["weights"], weights_digest(config.teacher)
+            with ThreadPoolExecutor(1) as pool:
+                digest = pool.submit(weights_digest, config.teacher)
+                teacher = load_teacher(config.teacher, self.device)
+                wanted, found = self.header.meta["teacher"]["weights"], digest.result()
             if wanted and found and wanted != found:
                 raise ValueError(f"{self.path} was made with the teacher "
                                  f"{self.header.meta['teacher']['name']} ({wanted}), but the "

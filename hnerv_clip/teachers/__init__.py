@@ -13,7 +13,7 @@ _HOMES = {
     "Teacher": "base", "TeacherFacts": "base", "describe_teacher": "base", "preprocess": "base",
     "teacher_dim": "base", "cache_path": "cache", "cached_embeddings": "cache",
     "teacher_embeddings": "cache", "load_teacher": "load", "run_teacher": "load",
-    "encode_queries": "text", "parse_queries": "text"}
+    "encode_queries": "text", "parse_queries": "text", "reference_vectors": "text"}
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import init
 from torch.nn.functional import normalize
 
 from hnerv_clip.config import ConfigError, TeacherConfig
@@ -39,9 +41,11 @@ class ClipTeacher:
         self.architecture, self.model_name = read_architecture(config), source.model
         check_text_tower(self.architecture, source.origin)
         try:
-            model = open_clip.create_model(
-                source.model, pretrained=source.weights, device=device, require_pretrained=True,
-                weights_only=True, force_preprocess_cfg=source.preprocess)
+            with _without_init(self.architecture):
+                model = open_clip.create_model(
+                    source.model, pretrained=source.weights, device=device,
+                    require_pretrained=True, weights_only=True,
+                    force_preprocess_cfg=source.preprocess)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # a file that is not these weights fails in many ways
@@ -74,3 +78,22 @@ class ClipTeacher:
         """See `Teacher`."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         return normalize(self.model.encode_text(tokens).float(), dim=1)
+
+
+@contextlib.contextmanager
+def _without_init(architecture: dict) -> Iterator[None]:
+    """Draw no random weights, which takes a second: a file gives every one of them, or is refused.
+
+    Towers of other packages, which may make more than their weights so, are left alone.
+    """
+    own = not any(name in tower for tower in (architecture["vision_cfg"], architecture["text_cfg"])
+                  for name in ("timm_model_name", "hf_model_name"))
+    names = [name for name in dir(init) if name.endswith("_") and name[0] != "_"] if own else []
+    drawn = {name: getattr(init, name) for name in names}
+    try:
+        for name in names:
+            setattr(init, name, lambda tensor, *args, **options: tensor)
+        yield
+    finally:
+        for name, function in drawn.items():
+            setattr(init, name, function)

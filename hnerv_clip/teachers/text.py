@@ -56,6 +56,17 @@ def encode_queries(names: Sequence[str], teacher: Teacher,
     return vectors
 
 
+def reference_vectors(teacher: Teacher) -> np.ndarray:
+    """What a text's score is compared with: names of many things, float32 [N, D] unit vectors.
+
+    They are ImageNet's class names; of CLIP every fifth, as it reads each text.
+    """
+    from hnerv_clip.teachers.imagenet import descriptions
+
+    names = list(dict.fromkeys(own[0] for own, _ in descriptions()))
+    return _encode(names[::5] if teacher.is_clip else names, teacher, TEMPLATES[:1])
+
+
 def check_distinct(names: Sequence[str], vectors: np.ndarray, label: str) -> None:
     """Raise ValueError where two names have the same vector, [K, D], for the teacher `label`."""
     same = np.argwhere(np.triu(np.abs(vectors[:, None] - vectors).max(axis=-1) < 1e-5, k=1))

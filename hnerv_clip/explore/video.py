@@ -1,0 +1,324 @@
+"""What can be explored: a run's folder, or a stored video, in one form.
+
+Boxes are (x0, y0, x1, y1) in pixels of the picture, x to the right and y down. H, W height and
+width of the picture, T frames, P patches, D embedding size, N names that a text is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hnerv_clip.config import ConfigError, VideoConfig
+from hnerv_clip.field.query import Field, has_field, load_field
+from hnerv_clip.patches import PatchGrid
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs.provenance import commit_words
+from hnerv_clip.search.boxes import around_positions, search_boxes
+from hnerv_clip.search.maps import match_scores, spread_scores
+from hnerv_clip.search.rank import rank_patches, similar_patches
+from hnerv_clip.teachers.base import Teacher
+from hnerv_clip.teachers.text import encode_queries, reference_vectors
+from hnerv_clip.video import load_video
+
+STEP = 0.4  # between boxes that a field's search looks at, in their own side
+SIDE = 0.42  # of the square that a click asks a field about, in frame heights
+HEAT_SIDES = (0.42, 0.6, 0.85)  # of the squares that a text's heat map is the mean over
+CELLS = 20  # of a heat map, from top to bottom
+
+
+@dataclass
+class ExploredVideo:
+    """A video with its network's answers.
+
+    head: a fitted field, which answers for any box; or patch embeddings, float32 [T, P, D], of the
+    original head; None where there is neither, and `silent` then says what to do.
+    """
+
+    name: str
+    size: tuple[int, int]  # (H, W)
+    times_s: np.ndarray  # [T]
+    decode: Callable[[int], np.ndarray]  # a frame's number to uint8 [H, W, 3]
+    originals: Tensor | None  # uint8 [T, 3, H, W]
+    head: Field | np.ndarray | None
+    grid: PatchGrid
+    teacher_label: str  # for captions
+    load_teacher: Callable[[], Teacher]
+    taught: np.ndarray | None = None  # the teacher's own patch embeddings, [T, P, D]
+    silent: str = ""
+    credit: str = ""
+    about: str = ""  # how it was fitted, for captions
+
+    def __len__(self) -> int:
+        return len(self.times_s)
+
+    @property
+    def has_field(self) -> bool:
+        """Whether any box can be asked about; else the patches."""
+        return isinstance(self.head, Field)
+
+    def original(self, frame: int) -> np.ndarray | None:
+        """uint8 [H, W, 3], or None where there is no original."""
+        if self.originals is None:
+            return None
+        return self.originals[frame].permute(1, 2, 0).numpy()
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """Loaded once, for texts."""
+        return self.load_teacher()
+
+    @cached_property
+    def names(self) -> np.ndarray:
+        """float32 [N, D]: what a text is compared with, see `match_scores`."""
+        return reference_vectors(self.teacher)
+
+    @cached_property
+    def patches(self) -> np.ndarray:
+        """float32 [T, P, D]: what the network says of the patches."""
+        head = self.need_head()
+        return head.embed(np.arange(len(self)), self.grid.boxes).numpy() if self.has_field else head
+
+    def need_head(self) -> Field | np.ndarray:
+        """The head.
+
+        Raises:
+            ConfigError: there is none; the message says how to get one.
+        """
+        if self.head is None:
+            raise ConfigError(self.silent)
+        return self.head
+
+    def encode(self, text: str) -> np.ndarray:
+        """A text in the teacher's space: float32 [D], unit length.
+
+        Raises:
+            ConfigError: there is no head, the teacher does not know the text, or its weights are
+                not on this machine.
+            ValueError: an empty text.
+        """
+        self.need_head()
+        return encode_queries([text], self.teacher)[0]
+
+    def search(self, query: np.ndarray, top_k: int = 6, *, apart: int = 4) -> pd.DataFrame:
+        """What answers a query best: frame, x0, y0, x1, y1, score (cosine), best first.
+
+        Args:
+            query: [D].
+            apart: frames between two hits of one place.
+        """
+        if self.has_field:
+            return _with_corners(search_boxes(self.head, query, top_k, apart=apart, step=STEP))
+        ranking = rank_patches(query, self.need_head(), top_k, apart=apart)
+        return ranking.assign(**self._corners(ranking.patch))
+
+    def similar(self, frame: int, box: Sequence[float], top_k: int = 6, *, apart: int = 4
+                ) -> pd.DataFrame:
+        """What is like a box, as `search` gives it; the box itself and its moment are left out."""
+        if self.has_field:
+            found = search_boxes(self.head, self.embed(frame, box), top_k, apart=apart, step=STEP,
+                                 not_near=(frame, _top_left(box)))
+            return _with_corners(found)
+        ranking = similar_patches(frame, self._patch_at(box), self.need_head(), top_k, apart=apart)
+        return ranking.assign(**self._corners(ranking.patch))
+
+    def region(self, x: float, y: float, *, side: float = SIDE) -> tuple[float, ...]:
+        """The box that is asked about where a position is clicked.
+
+        With a field a square around it, shifted into the frame; else the patch whose center is
+        nearest.
+
+        Args:
+            x, y: pixels.
+            side: of the square, in frame heights.
+        """
+        height, width = self.size
+        if not self.has_field:
+            top, left, tall, wide = self.grid.boxes[self._nearest(x, y)].tolist()
+            return left, top, left + wide, top + tall
+        tall, wide = min(side * height, height), min(side * height, width)
+        left = min(max(x - wide / 2, 0), width - wide)
+        top = min(max(y - tall / 2, 0), height - tall)
+        return left, top, left + wide, top + tall
+
+    def embed(self, frame: int, box: Sequence[float]) -> np.ndarray:
+        """What the network says of a box: float32 [D]."""
+        if self.has_field:
+            return self.head.embed(frame, _top_left(box)).numpy()
+        return self.need_head()[frame, self._patch_at(box)]
+
+    def matches(self, query: np.ndarray, found: pd.DataFrame) -> np.ndarray:
+        """How far each hit answers a text rather than other names, see `match_scores`: [K]."""
+        vectors = [self.embed(int(hit.frame), (hit.x0, hit.y0, hit.x1, hit.y1))
+                   for hit in found.itertuples()]
+        return match_scores(query, self.names, np.array(vectors))
+
+    def heat(self, query: np.ndarray, frame: int, *, references: np.ndarray | None = None,
+             by_teacher: bool = False, side: float | None = None) -> np.ndarray:
+        """Match of a query all over a frame: float32 [h, w].
+
+        Args:
+            query: [D].
+            references: [N, D] that it is compared with; the teacher's names by default.
+            by_teacher: by the teacher's own embeddings of the patches, interpolated.
+            side: of the squares that a field is asked about, in frame heights; None is the mean
+                over `HEAT_SIDES`. The original head is asked about its patches, interpolated.
+        Raises:
+            ConfigError: no head, or no embeddings of the teacher.
+        """
+        references = self.names if references is None else references
+        stride = max(1, round(self.size[0] / CELLS))
+        if by_teacher or not self.has_field:
+            known = self.taught if by_teacher else self.need_head()
+            if known is None:
+                raise ConfigError("the teacher's own embeddings are not here: open the run's "
+                                  "folder, with the cache_dir that it was trained with")
+            scores = match_scores(query, references, known[frame])[None]
+            return spread_scores(scores, self.grid, stride=stride)[0]
+        sides = HEAT_SIDES if side is None else [side]
+        boxes, hw = around_positions(self.size, sides, stride=stride)
+        scores = match_scores(query, references, self.head.embed(frame, boxes).numpy())
+        return scores.reshape(len(sides), *hw).mean(axis=0)
+
+    def teacher_heat(self, query: np.ndarray, frame: int, *, cells: int = 7
+                     ) -> np.ndarray:
+        """What the teacher gives at the squares of `heat`, run on the original frame: [h, w].
+
+        Seconds, as it sees every square; so fewer of them.
+        """
+        from hnerv_clip.teachers.boxes import embed_boxes
+
+        stride = max(1, round(self.size[0] / cells))
+        boxes, hw = around_positions(self.size, HEAT_SIDES, stride=stride)
+        whole = torch.from_numpy(boxes).round().long()[None]
+        seen = embed_boxes(self.teacher, self.originals[frame:frame + 1], whole)[0]
+        return match_scores(query, self.names, seen.float().cpu().numpy()).reshape(
+            -1, *hw).mean(axis=0)
+
+    def _nearest(self, x, y):
+        centres = self.grid.centres
+        return int((centres - torch.tensor([float(y), float(x)])).square().sum(1).argmin())
+
+    def _patch_at(self, box):
+        return self._nearest((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+
+    def _corners(self, patch):
+        top, left, height, width = self.grid.boxes.numpy()[np.asarray(patch)].T
+        return {"x0": left, "y0": top, "x1": left + width, "y1": top + height}
+
+
+def open_video(path: str | Path, *, original: str = "", cache_dir: str | Path = "output/cache",
+               device: str = "auto") -> ExploredVideo:
+    """A run's folder, or a stored video, to explore.
+
+    Args:
+        path: folder of a run, or NAME.hnerv.
+        original: the video that a stored video was made from, a file or a name such as bunny; a
+            run knows its own, or is told here where it lies now.
+        cache_dir: of a run, the teacher's embeddings.
+    Raises:
+        RunError: no run there. FileError: no such file, or a damaged one.
+        ConfigError: an original of other times than the file's.
+    """
+    if resolve_path(path).suffix == ".hnerv":
+        return _from_file(resolve_path(path), original, device)
+    return _from_run(path, original, cache_dir, device)
+
+
+def _from_file(path: Path, original: str, device: str) -> ExploredVideo:
+    from hnerv_clip import open as open_stored
+
+    video, head = open_stored(path, device=device), None
+    if video.has_head:
+        head = video.field if video.has_field else video.patch_embeddings
+    label = video.header.meta["teacher"]["label"]
+    originals, credit = None, ""
+    if original:
+        originals, credit = load_original(original, video.size, video.times_s)
+    return ExploredVideo(
+        name=video.name, size=video.size, times_s=video.times_s, decode=video.__getitem__,
+        originals=originals, head=head, grid=video.grid, teacher_label=label,
+        load_teacher=video.teacher, credit=credit,
+        about=f"From a file of {video.header.size_bytes:,} bytes alone.", silent=(
+            f"{path.name} holds no head for embeddings, so it is not searched: encode the video "
+            "again with predict_clip=True or head=field"))
+
+
+def _from_run(path: str | Path, data_path: str, cache_dir: str | Path, device: str
+              ) -> ExploredVideo:
+    from hnerv_clip.inference import decode_frames, load_run, predict_embeddings
+    from hnerv_clip.search.kept import frame_times_s
+    from hnerv_clip.teachers import load_teacher
+
+    run = load_run(path, cache_dir=cache_dir, device=device, data_path=data_path)
+    dataset, config = run.dataset, run.config
+    head = None
+    if has_field(run.run_dir):
+        head = load_field(run)
+    elif config.model.predict_clip:
+        head = predict_embeddings(run.model, dataset).numpy()
+    return ExploredVideo(
+        name=dataset.video.name, size=dataset.video.frame_hw, times_s=frame_times_s(dataset.video),
+        decode=lambda i: decode_frames(run.model, dataset, [i])[0].permute(1, 2, 0).numpy(),
+        originals=dataset.video.frames, head=head, grid=dataset.grid,
+        teacher_label=dataset.teacher_label, credit=dataset.video.credit, about=_about(run),
+        load_teacher=lambda: load_teacher(config.teacher, device),
+        taught=None if dataset.embeddings is None else dataset.embeddings.numpy(), silent=(
+            f"the run in {run.run_dir.path.name} has no head for embeddings, so it is not searched:"
+            f" fit one, hnerv-clip fit-head {path}, or train with predict_clip=True"))
+
+
+def _about(run) -> str:
+    """How a run was fitted: reduced or not, epochs, seed, device, commit."""
+    video, facts = run.config.video, run.run_dir.provenance()
+    less = [f"one frame in {video.frame_stride}"] * (video.frame_stride > 1)
+    if video.resize_list:
+        less.append("resized to {}×{}".format(*video.resize_list))
+    reduced = f"Reduced setting: {', '.join(less)}. " if less else ""
+    return (f"{reduced}{run.config.train.epochs} epochs, seed {facts['seed']}, {facts['device']}, "
+            f"commit {commit_words(facts)}.")
+
+
+def load_original(data_path: str, size: tuple[int, int], times_s: np.ndarray
+                  ) -> tuple[Tensor, str]:
+    """The frames that a stored video was made from, and whose they are.
+
+    They are cut about the center to the file's shape and resized to its size; of each of its times
+    the nearest frame is taken.
+
+    Args:
+        size: (H, W) of the stored video.
+        times_s: [T], its times.
+    Returns:
+        uint8 [T, 3, H, W], and a credit or "".
+    Raises:
+        ConfigError: no such video, or one that ends long before the file does.
+    """
+    height, width = load_video(VideoConfig(data_path=data_path, frame_limit=1)).frame_hw
+    scale = min(height / size[0], width / size[1])
+    crop = (round(size[0] * scale), round(size[1] * scale))
+    video = load_video(VideoConfig(data_path=data_path, resize_list=size if crop != size else None,
+                                   crop_list=crop if crop != (height, width) else None))
+    known = np.asarray(video.times_s)
+    nearest = np.abs(known[None] - np.asarray(times_s)[:, None]).argmin(axis=1)
+    if len(times_s) > 1 and times_s[-1] - known[-1] > 2 * np.median(np.diff(times_s)):
+        raise ConfigError(f"the original {data_path!r} ends at {known[-1]:.2f} s, the stored video "
+                          f"at {times_s[-1]:.2f} s: give the video that it was made from")
+    return video.frames[nearest], video.credit
+
+
+def _top_left(box):
+    x0, y0, x1, y1 = (float(value) for value in box)
+    return y0, x0, y1 - y0, x1 - x0
+
+
+def _with_corners(found: pd.DataFrame) -> pd.DataFrame:
+    return found.assign(frame=found.frame.astype(int), x0=found.left, y0=found.top,
+                        x1=found.left + found.width, y1=found.top + found.height)

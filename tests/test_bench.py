@@ -22,7 +22,7 @@ def work(config, frame_hw, frame_count=132, patch_count=8):
 
 def test_counted_work_of_the_papers_setting():
     """About 30 GMAC a frame, five sixths of it in the last two decoder blocks."""
-    layers = work(Config(), (640, 1280))
+    layers = work(Config.from_params(), (640, 1280))
     assert sum(layer.macs for layer in layers.values()) == pytest.approx(30e9, rel=0.05)
     last_two = (40 * 33 * 4 * 25 * 160 * 320) + (33 * 28 * 4 * 25 * 320 * 640)
     assert last_two / sum(layer.macs for layer in layers.values()) == pytest.approx(5 / 6, abs=0.03)

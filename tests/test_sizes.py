@@ -86,5 +86,5 @@ def test_unknown_preset():
 def test_settings_table_says_auto():
     defaults = {name: default for name, default, _, _ in settings_table()}
     assert {name for name in defaults if defaults[name] == AUTO} == {
-        "crop_list", "patch_grid", "enc_strds", "dec_strds", "fc_hw", "pad_list", "device",
-        "precision", "engine"}
+        "crop_list", "patch_grid", "enc_strds", "dec_strds", "fc_hw", "pad_list", "clip_dim",
+        "device", "precision", "engine"}

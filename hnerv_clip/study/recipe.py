@@ -149,20 +149,24 @@ def sized_config(video: dict[str, Any], settings: dict[str, Any]) -> Config:
     return Config.from_params(**BASE | video | {"modelsize": max(LEAST_SIZE, millions)} | settings)
 
 
-def objective(trial: optuna.Trial, *, seconds: float, device: str = "auto") -> float:
+def objective(trial: optuna.Trial, *, segments: dict[str, dict[str, Any]], seconds: float,
+              device: str = "auto") -> float:
     """Mean PSNR over the segments; a trial that falls behind the median is pruned.
 
+    Args:
+        segments: flat settings of each, by name.
+        seconds: of training steps for each.
     Raises:
         optuna.TrialPruned: it fell behind, became NaN, or its settings fit no network.
     """
     settings, figures = trial_settings(trial), {}
-    for number, name in enumerate(SEGMENTS):
+    for number, (name, segment) in enumerate(segments.items()):
         def report(part: int, psnr_db: float, number: int = number) -> None:
             trial.report(psnr_db, number * REPORTS + part)
             if trial.should_prune() or not math.isfinite(psnr_db):
                 raise optuna.TrialPruned
         try:
-            figures[name] = fit(sized_config(SEGMENTS[name], settings | {
+            figures[name] = fit(sized_config(segment, settings | {
                 "seed": SEARCH_SEED, "device": device}), seconds=seconds, report=report)
         except (ConfigError, torch.cuda.OutOfMemoryError) as error:
             trial.set_user_attr("error", str(error))
@@ -183,8 +187,11 @@ def open_study(folder: Path) -> optuna.Study:
 
 
 def search(folder: str | Path, *, seconds: float, minutes: float, workers: int = 0,
-           trials: int | None = None, device: str = "auto") -> optuna.Study:
+           trials: int | None = None, device: str = "auto",
+           segments: dict[str, dict[str, Any]] = SEGMENTS) -> optuna.Study:
     """Propose and fit until the time is over; what earlier calls found is kept and used.
+
+    No trial begins after the time, and the one that is under way ends.
 
     Args:
         folder: of the journal; results go to its trials.json.
@@ -192,15 +199,15 @@ def search(folder: str | Path, *, seconds: float, minutes: float, workers: int =
             give n processes n times as much.
         workers: processes, spread over the GPUs; 0 for one on each GPU, or one on the CPU.
         trials: stop after so many of each process, too.
+        segments: what is fitted, see `objective`.
     """
     folder = resolve_path(folder)
     study, gpus = open_study(folder), visible_gpus()
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # a process was stopped
-    if not study.trials:
-        for known in KNOWN:
-            study.enqueue_trial(known)
-    options = (folder, seconds, 60 * minutes, trials, device)
+    for known in KNOWN:
+        study.enqueue_trial(known, skip_if_exists=True)
+    options = (folder, seconds, 60 * minutes, trials, device, segments)
     context = multiprocessing.get_context("spawn")
     crew = [context.Process(target=_work, args=(gpus[i % len(gpus)] if gpus else "", *options))
             for i in range(workers or max(1, len(gpus)))]
@@ -214,14 +221,16 @@ def search(folder: str | Path, *, seconds: float, minutes: float, workers: int =
     return study
 
 
-def _work(gpu: str, folder: Path, seconds: float, timeout: float, trials: int | None, device: str
-          ) -> None:
+def _work(gpu: str, folder: Path, seconds: float, timeout: float, trials: int | None, device: str,
+          segments: dict[str, dict[str, Any]]) -> None:
+    """What one process of a search does."""
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     else:
         torch.set_num_threads(1)
-    open_study(folder).optimize(lambda trial: objective(trial, seconds=seconds, device=device),
-                                timeout=timeout, n_trials=trials, catch=(RuntimeError,))
+    open_study(folder).optimize(
+        lambda trial: objective(trial, segments=segments, seconds=seconds, device=device),
+        timeout=timeout, n_trials=trials, catch=(RuntimeError,))
 
 
 def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: Iterable[str],

@@ -77,7 +77,7 @@ def add_notices(app, doctree: nodes.document) -> None:
     notices = []
     if page.suffix == ".ipynb":
         notices.append(changed_since(page, Path(root) / "notebooks" / page.name, root))
-    if reduced.exists() and not re.match(r"1\d_", page.name):
+    if reduced.exists() and not re.match(r"[12]\d_", page.name):
         notices.append(reduced.read_text(encoding="utf-8").strip())
     section = next(doctree.findall(nodes.section), None)
     for words in filter(None, notices):

@@ -421,7 +421,7 @@ def reduced_note(config: Config) -> str:
             + (f", one in {stride}" if stride > 1 else "")
             + f", {config.model.modelsize:g} million values, {config.train.epochs} epochs. Figures "
             "are lower than in the full setting, and which choice is better can differ from it: so "
-            "small a network is fitted for so short a time. Pages 10 to 19 are of full runs.\n")
+            "small a network is fitted for so short a time. Pages from 10 on are of full runs.\n")
 
 
 def _folder_names(root: Path, study: Path) -> dict[str, str]:

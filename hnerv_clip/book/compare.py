@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hnerv_clip.bench.results import is_gpu, load_benches, part_rows
+from hnerv_clip.book import recipe
 from hnerv_clip.book.field import best_field, read_fields, read_original
 from hnerv_clip.book.judged import Judged, read_judged
 from hnerv_clip.book.markdown import Markup, escape, table, three_digits
@@ -39,6 +40,7 @@ class Facts(NamedTuple):
     field: Any
     original: dict[str, float]
     stored_values: int
+    best: Any
 
 
 def read_facts(results: Path) -> Facts:
@@ -65,7 +67,8 @@ def read_facts(results: Path) -> Facts:
         train=parts["train"][0][1], decode=parts["decode"][0][1],
         fits=parts["fit"][0][1] if parts["fit"] else [], judged=read_judged(results),
         field=best_field(read_fields(results)["fields"], VIDEO),
-        original=read_original(results)[VIDEO], stored_values=int(runs.stored_values.iloc[0]))
+        original=read_original(results)[VIDEO], stored_values=int(runs.stored_values.iloc[0]),
+        best=recipe.one(recipe.read_recipe(results)["rows"], recipe.BEST))
 
 
 def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
@@ -80,6 +83,8 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
     rows = [
         ("PSNR, pixels only (dB)", f"{facts.fidelity['reference']['paper']['psnr_db']:.2f}", None,
          own.text(2)),
+        ("PSNR, preset best (dB)", None, None,
+         f"{facts.best.psnr_db:.2f} in {facts.best.total_s:.0f} s"),
         ("PSNR with the head, held-out frames (dB)", None,
          f"{proposal['psnr_held_out_db']:.2f} (its run)", f"{held_out.mean:.2f}"),
         ("training (frames/s)", f"{_range(facts.speed['hnerv']['frames_per_s'])}, no head",

@@ -58,6 +58,7 @@ def settings_markdown() -> str:
 # What the README repeats: name of the block, and what makes it from `book`
 README_BLOCKS: dict[str, Callable[[Path], str]] = {
     "claim": lambda book: compare.claim(book / "results"),
+    "film": lambda book: film_picture(book),
     "compare": lambda book: compare.comparison(book / "results"),
     "answers": lambda book: answers_markdown(book),
     "quick": lambda book: quick_markdown(_results(book, "quick")),
@@ -106,6 +107,15 @@ def answers_markdown(book: Path) -> str:
         question = cells[0].source.removeprefix("# ")
         lines.append(f"- **[{question}](book/{path.name})** {found[1]}")
     return "\n".join(lines) + "\n"
+
+
+def film_picture(book: Path) -> str:
+    """The landing page's film as a moving picture, with its caption."""
+    caption = re.search(r"<figcaption><p>(.*?)</p>", (book / "_generated" / "film.md").read_text(
+        encoding="utf-8"), re.S)
+    return ("![A film of three panels: the video, the network's reconstruction of it, and where it "
+            "finds a text](book/_static/film.webp)\n\n"
+            + (f"*{caption[1]}*\n" if caption else ""))
 
 
 def _results(book: Path, name: str) -> dict[str, Any]:

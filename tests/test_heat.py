@@ -44,7 +44,8 @@ def test_a_film_has_a_map_for_each_frame():
 
 def test_a_picture_figure_is_transparent_webp_with_its_caption_as_text():
     evil = "<b>A</b> (not CLIP)"
-    rows = {"hare": (FRAME, {"predicted": np.eye(2) * 4, "teacher": np.eye(2), "the head": np.eye(2)})}
+    heats = {name: np.eye(2) * 3 for name in ("predicted", "teacher", "the head")}
+    rows = {"hare": (FRAME, heats)}
     try:
         style.use_style("webp")
         figures = [heat.plot_heat_maps(rows, evil, boxes={"hare": (1, 1, 5, 5)}),

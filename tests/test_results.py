@@ -158,7 +158,7 @@ def test_the_worst_made_data_are_named():
         cell | {"kind": "between", "yes": 0.5, "rejected": 1, "estimate": 0.3}])
     text = judged.error_sentences(planted)
     assert "wrong yes comes in at most 4.0% of 10 data sets" in text and "at least 90.0%" in text
-    assert "up to 8.0% (as good as the teacher on the decoded frame; quick;" in text
+    assert "up to 8.0% (as good as the teacher on the decoded frame; autocorrelation 0.9;" in text
     assert "in 1 of the 2 cells" in text
     weak, = judged.weak_rows(planted)
     assert (weak["value"], weak["answered yes"]) == ("0.30", "50.0%")

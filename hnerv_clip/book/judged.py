@@ -16,13 +16,12 @@ import pandas as pd
 from hnerv_clip.book.markdown import Markup, escape, join_words
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.runs.provenance import commit_words
-from hnerv_clip.verify.report import CLAIMS, DENIALS, answer_words
-from hnerv_clip.verify.simulation import DESIGNS, PLANTED
+from hnerv_clip.verify.report import CLAIMS, answer_words, join_denials
+from hnerv_clip.verify.simulation import DESIGNS, PLANTED, SERIES
 from hnerv_clip.verify.verdict import QUESTIONS, Answer, name_of
 
 FREE = ("neighbour", "between", "side_file")  # questions about what needs no network
 ORDER = ("decoded", *(question for question in QUESTIONS if question != "decoded"))
-NO_BETTER = "is no better than "
 Row = dict[str, Any]
 
 
@@ -58,6 +57,8 @@ def read_judged(folder: str | Path) -> Judged:
               read_json(folder, "verification_cross_fit.json", fix=fix).items()}
     answers = tables["answers"].sort_values(
         "question", key=lambda names: names.map(ORDER.index), kind="stable")
+    numbers = ["estimate", "low", "high", "p", "p_holm", "error_ratio", "effective_size"]
+    answers[numbers] = answers[numbers].astype(float)  # None where frames were too few for a test
     whole = answers.phases == "all"
     found = Judged(tables["runs"], answers[whole], answers[~whole], tables["means"])
     for video in found.runs.video.unique():
@@ -92,7 +93,7 @@ def answer_sentences(judged: Judged) -> Markup:
     said = "Yes" if len(yes) == len(QUESTIONS) else "In part" if yes else "That is not shown"
     text = f"{said}: on held-out frames of {join_words([escape(v) for v in judged.videos])} "
     text += f"the head {join_words([CLAIMS[q] for q in yes])}" if yes else "the head beats nothing"
-    text += f", but it {_join_denials([DENIALS[q] for q in no])}" if no else ""
+    text += f", but it {join_denials(no)}" if no else ""
     mixed = [f"{QUESTIONS[q][0]} " + join_words([f"{escape(v)}: {given.loc[q, v]}"
                                                  for v in judged.videos])
              for q in order if given.loc[q].nunique() > 1]
@@ -100,14 +101,6 @@ def answer_sentences(judged: Judged) -> Markup:
     said = [text + ".", *[f"{words}." for words in mixed],
             *([f"These frames cannot tell: {' '.join(unknown)}"] if unknown else [])]
     return Markup(f"**{' '.join(said)}**")
-
-
-def _join_denials(words: list[str]) -> str:
-    """Joined, with "is no better than" said once."""
-    same = [word.removeprefix(NO_BETTER) for word in words if word.startswith(NO_BETTER)]
-    others = [word for word in words if not word.startswith(NO_BETTER)]
-    return join_words([*others, *([NO_BETTER + join_words(same).replace(" and ", " or ")]
-                                  if same else [])])
 
 
 def decoded_words(judged: Judged) -> str:
@@ -191,12 +184,14 @@ def error_sentences(planted: pd.DataFrame) -> Markup:
         f"A cell is one thing planted, one autocorrelation, one size and one question: "
         f"{len(null)} cells without a truth, {len(truth)} with one. Before Holm's correction, p is "
         f"5 % or less in up to {p.rejected:.1%} ({_cell_words(p)}), and in more than 6 % in "
-        f"{sum(null.rejected > 0.06)} of the {len(null)} cells. The lowest power is of "
-        f"{_cell_words(weak)}.")
+        f"{sum(null.rejected > 0.06)} of the {len(null)} cells; the verdict uses the corrected p. "
+        f"The lowest power is of "
+        f"{_cell_words(weak)}")
 
 
 def _cell_words(row) -> str:
-    return f"{escape(PLANTED[row.planted])}; {row.design}; {QUESTIONS[row.question][0]}"
+    return (f"{escape(PLANTED[row.planted])}; autocorrelation {row.rho:g}; {row.design}; "
+            f"{QUESTIONS[row.question][0]}")
 
 
 def error_rows(planted: pd.DataFrame) -> list[Row]:
@@ -236,16 +231,23 @@ def _range(values, shape) -> str:
 
 
 def coverage_rows(intervals: pd.DataFrame) -> list[Row]:
-    """How often 95 % intervals hold the truth, a row per design over autocorrelations."""
-    return [{"size": design, "frames": str(part.frames.iloc[0]),
-             "95 % interval holds the truth": _range(part.covered, ".1%"),
-             "autocorrelations": ", ".join(f"{rho:g}" for rho in part.rho)}
-            for design, part in intervals.groupby("design", sort=False)]
+    """How often 95 % intervals hold the truth, a row per series and design."""
+    return [{"mean of": SERIES[series], "size": design, "frames": str(part.frames.iloc[0]), **{
+        f"{rho:g}": f"{part.covered[part.rho == rho].iloc[0]:.1%}" if rho in set(part.rho) else None
+        for rho in sorted(intervals.rho.unique())}}
+        for (series, design), part in intervals.groupby(["series", "design"], sort=False)]
 
 
 def coverage_words(intervals: pd.DataFrame) -> str:
-    """How far 95 % intervals are from holding the truth in 95 %."""
+    """How far 95 % intervals are from holding the truth in 95 %, and where they do so too seldom.
+    """
     low, high = intervals.covered.min(), intervals.covered.max()
-    return (f"Of {intervals.datasets.min()} simulated data sets each, 95 % intervals hold the "
+    text = (f"Of {intervals.datasets.min()} simulated data sets each, 95 % intervals hold the "
             f"truth in {low:.1%} to {high:.1%}: at worst {max(0, 95 - 100 * low):.1f} points too "
             f"seldom and {max(0, 100 * high - 95):.1f} points too often.")
+    few = intervals[intervals.covered < 0.93]
+    if len(few) and "series" in few:
+        text += " More than two points too seldom, for " + join_words([
+            f"{SERIES[row.series]} of {row.frames} frames with an autocorrelation of {row.rho:g}"
+            for row in few.itertuples()]) + ": so few frames are too few for so slow a series."
+    return text

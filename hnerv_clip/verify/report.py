@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,9 @@ import pandas as pd
 from hnerv_clip.labels import gap_band, similarity_band
 from hnerv_clip.verify.scores import MEASURES, SOURCES, Verification
 from hnerv_clip.verify.verdict import KNOWS, QUESTIONS, Answer, name_of, p_words
+
+if TYPE_CHECKING:
+    from hnerv_clip.inference import Run
 
 WIDTH = 78
 CLAIMS = {"constant": "beats a constant", "when": "knows when things happen",
@@ -24,6 +27,7 @@ DENIALS = {"constant": "does not beat a constant", "when": "does not know when t
            "between": "is no better than interpolating the teacher",
            "side_file": "is no better than a side file of equal bytes",
            "decoded": "is no better than the teacher on the decoded frame"}
+NO_BETTER = "is no better than "
 
 
 def verdict_sentence(answers: list[Answer], source: str = "") -> str:
@@ -40,12 +44,33 @@ def verdict_sentence(answers: list[Answer], source: str = "") -> str:
         said.append(f"{about} the network {_join([CLAIMS[x] for x in parts['yes']])}.")
     if parts["no"]:
         start = "It" if said else f"{about} the network"
-        said.append(f"{start} {_join([DENIALS[x] for x in parts['no']])}.")
+        said.append(f"{start} {join_denials(parts['no'])}.")
     if parts["cannot tell"]:
         frames = min(answer.frames for answer in answers)
         said.append(f"{frames} frames cannot tell whether it "
                     f"{_join([CLAIMS[x] for x in parts['cannot tell']], 'or')}.")
     return " ".join(said)
+
+
+def setting_words(run: Run) -> str:
+    """What was trained for how long, and whether the frames were made smaller for it."""
+    config, video = run.config, run.dataset.video
+    height, width = video.frame_hw
+    small = config.video.resize_list is not None or config.video.frame_stride > 1
+    text = (f"{len(video.frames)} frames of {height}×{width} of {video.name}, "
+            f"{config.model.modelsize:g} million stored values, {config.train.epochs} epochs, seed "
+            f"{config.train.seed}")
+    return f"**This is a reduced setting, made for a CPU:** {text}." if small \
+        else f"Setting: {text}."
+
+
+def join_denials(questions: list[str]) -> str:
+    """What is denied, with "is no better than" said once."""
+    better = [DENIALS[x] for x in questions if DENIALS[x].startswith(NO_BETTER)]
+    others = [DENIALS[x] for x in questions if not DENIALS[x].startswith(NO_BETTER)]
+    same = [NO_BETTER + _join([words.removeprefix(NO_BETTER) for words in better], "or")] \
+        if better else []
+    return _join([*others, *same])
 
 
 def _join(words, last="and"):
@@ -103,6 +128,8 @@ def report_text(verification: Verification) -> str:
         if row.over in ("random", "shuffled") and row.split == splits[0]:
             mark = "too few frames" if np.isnan(row.p) else \
                 "✓ Significant" if row.significant else "✗ Not significant"
+            if np.isfinite(row.p):
+                mark += f" ({p_words(row.p)}, as {row.effective_size:.0f} independent frames)"
             words = f"Improvement over {name_of(row.over).split()[0].lower()}:"
             lines += [f"{words:<31}{row.clip_similarity:>8.4f}  {mark}"]
     return "\n".join(lines + ["", *_quality(verification), wide, ""])

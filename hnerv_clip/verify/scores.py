@@ -61,7 +61,8 @@ class Verification:
     table: a row per split and condition: mean and standard deviation of both and `skill` against
         the constant, and n. Of the controls, over `draws` draws, raw alone.
     improvements: a row per split and other condition: learned minus it in raw cosine, its interval
-        low to high, p (one-sided, uncorrected), and `significant` (p below 5 %). No answer rests
+        low to high, p (one-sided, uncorrected), effective_size (independent frames that tell as
+        much), and `significant` (p below 5 %). No answer rests
         on these.
     measures: a row per condition and measure (a key of `MEASURES`): value, its 95 % interval low
         to high, standard_error and freedom of Student's t, the value that chance gives (NaN where
@@ -173,12 +174,12 @@ def _improvement(split, over, difference):
     """A row of `Verification.improvements` from differences [N, P]."""
     series = difference.mean(axis=1)
     row = {"split": split, "over": over, "clip_similarity": series.mean(), "low": np.nan,
-           "high": np.nan, "p": np.nan, "significant": False}
+           "high": np.nan, "p": np.nan, "effective_size": np.nan, "significant": False}
     if len(series) < MIN_FRAMES:
         return row
     found = mean_interval(series)
     return row | {"low": found.low, "high": found.high, "p": found.p,
-                  "significant": found.p < 0.05}
+                  "effective_size": found.effective_size, "significant": found.p < 0.05}
 
 
 def frame_indices(frames: npt.ArrayLike, frame_count: int, name: str = "frames") -> np.ndarray:

@@ -2,7 +2,10 @@
 
 A series of n frames counts as `effective_size` independent values, the *equivalent sample size* of
 a first-order autoregression (Zwiers and von Storch 1995, J. Climate 8, 336–351), and its mean is
-tested with Student's t of that many values. `mean_interval` does this for a mean,
+tested with Student's t of that many values. Net wins are signs of a difference, and signs of an
+autoregression are none themselves: their correlation begins lower and lasts longer than the one at
+lag 1 tells. So means over blocks of frames (batch means; Conway 1963, Management Science 10, 47–61)
+are looked at in the same way, and the largest standard error counts. `mean_interval` does this,
 `smooth_interval` and `median_interval` for other statistics, `pool_intervals` for several seeds.
 How often they err is measured in `simulation`.
 """
@@ -19,6 +22,8 @@ from scipy.special import stdtr, stdtrit
 MIN_FRAMES = 8  # fewer frames tell nothing about autocorrelation
 CAUTION = 1.0  # standard errors that are added to an estimated autocorrelation
 LARGEST = 0.99  # autocorrelation at most
+BLOCKS = (4, 8)  # frames of a block whose mean is one value
+MIN_BLOCKS = 16  # fewer cost more power than they save errors
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,11 @@ class Interval:
         return max(above, self.p_below(margin)) < level
 
 
-def lag_one(series: np.ndarray) -> np.ndarray:
+def lag_one(series: np.ndarray, *, caution: float = CAUTION) -> np.ndarray:
     """Autocorrelation at lag 1 over the last axis, cautiously estimated.
 
     The estimate r of a series of n lies about (1 + 3ρ) / n below ρ, which is corrected (Kendall
-    1954), and one that is above 0 gets `CAUTION` standard errors √((1 - ρ²) / n + 4 / n²) on top
+    1954), and one that is above 0 gets `caution` standard errors √((1 - ρ²) / n + 4 / n²) on top
     (at most its own size), since one that is too low costs more; the second term stands for the
     wider spread near 1. Negative values count as 0, none is above `LARGEST`.
 
@@ -64,15 +69,9 @@ def lag_one(series: np.ndarray) -> np.ndarray:
     count, power = series.shape[-1], (series ** 2).sum(axis=-1)
     raw = (series[..., 1:] * series[..., :-1]).sum(axis=-1) / np.maximum(power, 1e-30)
     rho = np.clip((count * raw + 1) / (count - 3), 0, 0.99)
-    caution = CAUTION * np.sqrt((1 - rho ** 2) / count + 4 / count ** 2)
-    raised = np.minimum(rho + np.minimum(caution, rho), LARGEST)
+    error = caution * np.sqrt((1 - rho ** 2) / count + 4 / count ** 2)
+    raised = np.minimum(rho + np.minimum(error, rho), LARGEST)
     return np.where((power > 1e-24) & (rho > 0), raised, 0.0)
-
-
-def effective_size(series: np.ndarray) -> np.ndarray:
-    """Independent values whose mean varies as that of a series, over the last axis [..., n]."""
-    count = np.shape(series)[-1]
-    return count / variance_inflation(count, lag_one(series))
 
 
 def variance_inflation(count: int, rho: Any) -> np.ndarray | float:
@@ -80,24 +79,52 @@ def variance_inflation(count: int, rho: Any) -> np.ndarray | float:
     return (1 + rho) / (1 - rho) - 2 * rho * (1 - rho ** count) / (count * (1 - rho) ** 2)
 
 
+def effective_size(series: np.ndarray) -> np.ndarray:
+    """Independent values whose mean varies as that of a series, over the last axis [..., n]."""
+    return mean_statistics(series)[3]
+
+
 def mean_statistics(series: np.ndarray) -> tuple[np.ndarray, ...]:
     """(mean, standard error, degrees of freedom, effective size) over the last axis [..., n].
 
-    The sample variance of a persistent series is too small by its mean's own variance, which is
-    put right. There is always at least one degree of freedom.
+    The last three from the values themselves, or from means over blocks of `BLOCKS` frames (the
+    frames that are left over at the ends go without) where that standard error is larger; these
+    are less noisy, so that they go without `CAUTION`. There is always at least one degree of
+    freedom.
     """
     series = np.asarray(series, np.float64)
-    size = effective_size(series)
+    found = _spread(series, CAUTION)
+    count = series.shape[-1]
+    for length in BLOCKS:
+        blocks = count // length
+        if blocks < MIN_BLOCKS:
+            break
+        first = (count - blocks * length) // 2
+        means = series[..., first:first + blocks * length].reshape(
+            *series.shape[:-1], blocks, length).mean(axis=-1)
+        other = _spread(means, 0.0)
+        found = tuple(np.where(other[0] > found[0], b, a) for a, b in zip(found, other))
+    return series.mean(axis=-1), *found
+
+
+def _spread(series, caution):
+    """(standard error of the mean, degrees of freedom, effective size) over the last axis.
+
+    The sample variance of a persistent series is too small by its mean's own variance, which is
+    put right.
+    """
+    count = series.shape[-1]
+    size = count / variance_inflation(count, lag_one(series, caution=caution))
     variance = series.var(axis=-1) / size / np.maximum(1 - 1 / size, 0.05)
-    return series.mean(axis=-1), np.sqrt(variance), np.maximum(size - 1, 1), size
+    return np.sqrt(variance), np.maximum(size - 1, 1), size
 
 
 def mean_interval(series: np.ndarray, *, level: float = 0.95, least_variance: float = 0.0
                   ) -> Interval:
     """Confidence interval of the mean of a series in time; see the module's top.
 
-    Measured over AR(1) series of 22, 26 and 132 frames with autocorrelations to 0.97: 95 % holds
-    the true mean in 94 to 97 %, and a true mean of 0 is rejected in 3 to 5 % at 5 % (`simulation`).
+    Measured over AR(1) series of 22, 26 and 132 frames with autocorrelations to 0.97, and over net
+    wins of equals: see `simulation`.
 
     Args:
         series: [n] values in order of time.

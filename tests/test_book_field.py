@@ -47,6 +47,21 @@ def test_the_original_heads_cost_is_of_the_same_frames(folder):
     assert book.read_perceptrons(folder)["bunny"]["skill"]["any"] == 0.8
 
 
+def test_pairs_of_networks_win_over_the_scouts_single_runs(folder):
+    assert book.pair_rows(folder) == []
+    content = json.loads((folder / book.FILE).read_text())
+    content["original"] = {"bunny": {"eight": 0.8, "any": -0.3, "cost_db": 1.0, "seeds": 2}}
+    content["pairs"] = [
+        {"video": "bunny", "network": network, "seed": seed, "any_held": 0.7 + 0.01 * seed + gain,
+         "psnr_held_db": 31.5 - 10 * gain} for seed in (0, 1)
+        for network, gain in (("frozen", 0.0), ("joint", 0.02))]
+    (folder / book.FILE).write_text(json.dumps(content))
+    assert book.read_original(folder)["bunny"]["cost_db"] == 1.0
+    row, = book.pair_rows(folder)
+    assert row["any box, joint less frozen"].startswith("+0.020")
+    assert row["held-out PSNR, joint less frozen"].startswith("-0.20 dB")
+
+
 def test_missing_fields_are_said(tmp_path):
     with pytest.raises(ResultsError, match="field_h100.json does not exist"):
         book.read_fields(tmp_path)

@@ -55,7 +55,9 @@ def test_patterns_choose_runs():
     chosen = study_configs(FULL, ["bikes_*_s1", "bunny_pe_base_s0"])
     assert list(chosen) == ["bikes_hybrid_base_s1", "bikes_xyt_base_s1", "bikes_pe_base_s1",
                             "bikes_hybrid_stage_2_s1", "bikes_xyt_stage_2_s1",
-                            "bikes_hybrid_pixels_only_s1", "bunny_pe_base_s0"]
+                            "bikes_hybrid_pixels_only_s1",
+                            *(f"bikes_hybrid_phase_{phase}_s1" for phase in study_plan.PHASES),
+                            "bunny_pe_base_s0"]
     with pytest.raises(ConfigError, match="--list"):
         study_configs(FULL, ["bunnies_*"])
     with pytest.raises(ConfigError, match="CLIP head"):

@@ -57,9 +57,9 @@ def measure_gpu(folder: Path, *, settings: dict[str, Any], rates: Sequence[float
     end = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
     run_dir, out = folder / "run", folder / "rate.json"
-    config = prepare_encoding({**SETTINGS, **settings, "device": device}, run_dir,
-                              cache_dir=cache_dir)
-    train(config, run_dir, cache_dir=cache_dir)
+    config, dataset = prepare_encoding({**SETTINGS, **settings, "device": device}, run_dir,
+                                       cache_dir=cache_dir)
+    train(config, run_dir, cache_dir=cache_dir, dataset=dataset)
     run = load_run(run_dir, cache_dir=cache_dir, device=device)
     target = select_device(device)
     measured = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {

@@ -4,7 +4,8 @@
         --run rate.json COMMIT LR [--run ...] [--fuzz logs.txt COMMIT]
 
 puts measured runs into the file that holds the other codecs; a run takes the place of one of the
-same commit. Counts of damaged files add up, each seed of a commit once.
+same commit that has a head, or none, as it has. Counts of damaged files add up, each seed of a
+commit once.
 """
 
 from __future__ import annotations
@@ -178,9 +179,9 @@ def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] 
         ValueError: damaged files that are counted already.
     """
     kept = json.loads(path.read_text(encoding="utf-8"))
-    by_commit = {run["commit"]: run for run in [*kept.pop("runs", []), *runs]}
+    trainings = {(run["commit"], head_of(run)): run for run in [*kept.pop("runs", []), *runs]}
     kept.pop("hnerv_clip", None)  # one run, without its commit
-    kept["runs"] = list(by_commit.values())
+    kept["runs"] = list(trainings.values())
     for commit, counted in (damaged or {}).items():
         kept["damaged"] = add_damaged(kept.get("damaged", {}), counted, commit=commit)
     tuned = tuned_points(kept["runs"])

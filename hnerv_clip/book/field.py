@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from hnerv_clip.book.results import ResultsError, read_json
+from hnerv_clip.verify.paired import compare_paired
 
 FILE, SCOUT = "field_h100.json", "semantic_scout_h100.json"
 NEAREST, INTERPOLATED = "nearest training frame", "interpolated teacher"
@@ -50,13 +51,35 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
 def read_original(folder: str | Path) -> dict[str, dict[str, float]]:
     """The original head by video: skill at its `eight` positions, skill at `any` box, `cost_db`.
 
-    The cost is in PSNR, on held-out frames from interpolated embeddings, against no head.
+    The cost is in PSNR, on held-out frames from interpolated embeddings, against no head. From the
+    pairs of networks without and with the head, where there are any (`study.fields`), with their
+    number, `seeds`; else from the scout's single runs.
     """
+    found = read_json(folder, FILE, fix=FIX).get("original", {})
     rows = read_json(folder, SCOUT, fix=FIX)["rows"]
     psnr = {row["run"]: row["eval_psnr_val_interpolated"] for row in rows if "run" in row}
     return {row["video"]: {"eight": row["skill"]["grid8"], "any": row["skill"]["any"], "cost_db":
                            psnr[f"{row['video']}_px"] - psnr[f"{row['video']}_user"]}
-            for row in rows if row.get("head", "").startswith("user's head")}
+            for row in rows if row.get("head", "").startswith("user's head")} | found
+
+
+def pair_rows(folder: str | Path) -> list[dict[str, str]]:
+    """The same field on a network trained for the picture alone and on one trained with the head.
+
+    A row per video, of the seeds that both have: skill at any box and PSNR in dB on held-out
+    frames, joint less frozen (`verify.paired`). Empty where there are no pairs.
+    """
+    pairs, rows = pd.DataFrame(read_json(folder, FILE, fix=FIX).get("pairs", [])), []
+    for video, part in pairs.groupby("video", sort=False) if len(pairs) else ():
+        joint, frozen = (part[part.network == name].set_index("seed")
+                         for name in ("joint", "frozen"))
+        if len(joint.index.intersection(frozen.index)):
+            rows.append({"video": video, "any box, frozen": f"{frozen.any_held.mean():.3f}",
+                         "any box, joint less frozen": compare_paired(
+                             joint.any_held, frozen.any_held).words(digits=3),
+                         "held-out PSNR, joint less frozen": compare_paired(
+                             joint.psnr_held_db, frozen.psnr_held_db).words("dB")})
+    return rows
 
 
 def read_perceptrons(folder: str | Path) -> dict[str, dict[str, Any]]:

@@ -139,13 +139,11 @@ def collect_fidelity(results: Path, run_dirs: list[str | Path]) -> None:
     Raises:
         RunError: a run is not finished.
     """
-    from hnerv_clip.bench.context import run_record
+    from hnerv_clip.study.collect import put_fidelity
 
     path = results / "fidelity.json"
     measured = json.loads(path.read_text(encoding="utf-8"))
-    runs = {(run["seed"], run["engine"], run["precision"]): run for run in
-            [*measured["runs"], *(run_record(RunDir(run)) for run in run_dirs)]}
-    write_json(path, {"runs": list(runs.values()), "reference": measured["reference"]})
+    write_json(path, put_fidelity(measured, [RunDir(run) for run in run_dirs]))
 
 
 def collect_quick(results: Path, study: Path) -> None:

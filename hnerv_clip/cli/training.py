@@ -36,11 +36,15 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
     bench.add_argument("--outf", default="output/bench/fit", help="new run folder, for fit")
     study = add("study", _study, "train and measure the runs of the whole study; settings as for "
                 "train change the base of all of them")
+    study.add_argument("--plan", choices=["study", "book"], default="study", help=
+                       "book: all GPU results of the book, the most valuable first")
     study.add_argument("--profile", choices=list(PROFILES), default="full")
-    study.add_argument("--outf", default="output/study", help="folder of the runs")
+    study.add_argument("--outf", help="folder of the runs (output/study, or output/book_runs)")
     study.add_argument("--only", nargs="+", default=[], metavar="PATTERN",
-                       help="only runs whose name matches, for example 'bunny_xyt_*'")
-    study.add_argument("--list", action="store_true", help="print the runs and stop")
+                       help="only runs whose name matches, for example 'bunny_xyt_*'; of the book, "
+                            "steps whose name begins so, for example 'field bunny'")
+    study.add_argument("--list", action="store_true",
+                       help="print the runs and stop; of the book, what is missing and its minutes")
     study.add_argument("--workers", type=int, default=0, help="processes, spread over the GPUs (0: "
                                                               "one on each, or one on the CPU)")
     study.add_argument("--minutes", type=float, default=float("inf"), help=
@@ -48,7 +52,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
     study.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
                        help="put every run to the verification, too")
     study.add_argument("--csv", help="write the table of results here")
-    study.add_argument("--pack", help="write all but the checkpoints here, a .tar.xz")
+    study.add_argument("--pack", help="write all but the checkpoints here, a .tar.xz; the book's "
+                                      "plan goes on from it on another machine")
+    study.add_argument("--out", default="book/results", help="folder of the book's results")
     scale = add("scale", _scale, "measure what several GPUs give on this machine; settings as for "
                 "train, by default the paper's network with the bundled teacher, 40 epochs")
     scale.add_argument("--outf", default="output/scaling", help="folder of the runs and of "
@@ -96,6 +102,9 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace) -> None:
+    if args.plan == "book":
+        return _study_book(args)
+    args.outf = args.outf or "output/study"
     from hnerv_clip.study import plan as study_plan
     from hnerv_clip.study import run as study_run
     from hnerv_clip.study import table as study_table
@@ -121,6 +130,32 @@ def _study(args: argparse.Namespace) -> None:
     failed = [name for name, state in states.items() if state == "failed"]
     if failed:
         raise SystemExit(f"error: {', '.join(failed)} failed; see NAME.error.txt in {args.outf}")
+
+
+def _study_book(args: argparse.Namespace) -> None:
+    from hnerv_clip.devices import visible_gpus
+    from hnerv_clip.study import book_runs
+    from hnerv_clip.study.places import make_places
+    from hnerv_clip.study.run import count_states
+
+    places = make_places(args.outf or "output/book_runs", args.out, args.cache_dir, args.settings)
+    if args.pack:
+        book_runs.restore_state(places, args.pack)
+    if args.list:
+        steps = book_runs.book_steps(len(visible_gpus()))
+        print(book_runs.show_steps(book_runs.chosen_steps(steps, tuple(args.only)), places))
+        return
+    for folder in (places.outf, places.out):
+        check_writable(folder)
+    try:
+        states = book_runs.run_book(places, minutes=args.minutes, only=tuple(args.only))
+    finally:
+        if args.pack:
+            book_runs.pack_state(places, args.pack)
+    print(count_states(states))
+    failed = [name for name, state in states.items() if state == "failed"]
+    if failed:
+        raise SystemExit(f"error: {', '.join(failed)} failed; see NAME.error.txt in {places.outf}")
 
 
 def _scale(args: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ LABELS = {
 KINDS = {"hybrid": "", "xyt": "xyt_1.25_80", "pe": "pe_1.25_80"}
 LAMBDAS = (0.1, 0.05, 1, 0.2, 0.02)  # beside the base's 0.5
 WARMUPS = (0, 100)  # beside the base's 50
+PHASES = (1, 2, 3, 4)  # beside the base's 0: together they hold out each frame once (`cross_fit`)
 # What might help on held-out frames and between the supervised positions
 HALF = "half the distance of two supervised positions"
 REMEDIES: dict[str, dict[str, Any]] = {
@@ -111,6 +112,7 @@ def plan_runs() -> list[tuple[str, str, str, int]]:
     runs = [("bunny", kind, "base", seed) for seed in (0, *later) for kind in KINDS]
     runs += [("bunny", "hybrid", "pixels_only", seed) for seed in (0, *later)]
     runs += [("bikes", kind, "base", 0) for kind in KINDS]
+    runs += [(video, "hybrid", f"phase_{phase}", 0) for video in VIDEOS for phase in PHASES]
     runs += [("bunny", "hybrid", variant, 0) for variant in lambdas + warmups]
     runs += [("bunny", kind, variant, 0) for variant in REMEDIES for kind in ("hybrid", "xyt")]
     runs += [("bikes", kind, "base", seed) for seed in later for kind in KINDS]
@@ -127,6 +129,8 @@ def plan_runs() -> list[tuple[str, str, str, int]]:
              for variant in ENCODINGS[kind]]
     runs += [("bunny", kind, variant, seed) for seed in later for variant in REMEDIES
              for kind in ("hybrid", "xyt")]
+    runs += [(video, "hybrid", f"phase_{phase}", seed) for seed in later for video in VIDEOS
+             for phase in PHASES]
     return list(dict.fromkeys(runs))
 
 
@@ -142,6 +146,8 @@ def _changes(kind: str, variant: str, base: Config) -> dict[str, Any]:
     if name == "warmup":
         return {"pixel_loss_warmup_epochs": round(
             int(value) * base.train.epochs / PAPER_EPOCHS)}
+    if name == "phase":
+        return {"split_phase": int(value)}
     changes = dict(REMEDIES.get(variant) or ENCODINGS[kind][variant])
     if changes.get("clip_jitter") == HALF:
         changes["clip_jitter"] = _half_distance(base.replace(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +17,8 @@ from hnerv_clip.config import Config
 from hnerv_clip.devices import visible_gpus
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
+from hnerv_clip.study.crew import Crew
 from hnerv_clip.study.plan import LABELS
-
-
-@dataclass
-class _Worker:
-    """A process that works through runs, and the run that it is at."""
-
-    process: multiprocessing.process.BaseProcess
-    connection: Connection
-    name: str = ""
-    started: float = 0.0
 
 
 def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
@@ -56,7 +43,7 @@ def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
     """
     folder, deadline = resolve_path(folder), time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
-    states = {name: "finished" if _is_done(folder / name, config, with_verify) else "waiting"
+    states = {name: "finished" if is_done(folder / name, config, with_verify) else "waiting"
               for name, config in configs.items()}
     queue = [name for name, state in states.items() if state == "waiting"]
     if minutes <= 0 or not queue:
@@ -68,61 +55,41 @@ def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
                "verify": with_verify,
                "runs_per_device": -(-count // max(1, len(gpus))),
                "threads": max(1, (os.cpu_count() or 1) // count)}
-    crew: list[_Worker | None] = [None] * count
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop the workers
     durations: list[float] = []
     try:
-        while True:
-            for place in range(count):
-                name = _next_run(queue, states, folder, deadline, durations)
-                if name and (crew[place] is None or not crew[place].name):
-                    crew[place] = crew[place] or _start_worker(gpus, place, options)
-                    crew[place].connection.send((name, configs[name].params()))
-                    crew[place].name, crew[place].started = name, time.monotonic()
-                    states[name] = "stopped"  # until it ends
-                elif name:
-                    queue.insert(0, name)
-            busy = {worker.connection: place for place, worker in enumerate(crew)
-                    if worker and worker.name}
-            if not busy:
-                break
-            left = deadline - time.monotonic()
-            ready = wait(list(busy), timeout=min(max(left, 0), 3600))
-            if not ready and left <= 0:
-                say(f"{minutes:g} minutes are over; the runs under way go on next time")
-                break
-            for connection in ready:
-                place = busy[connection]
-                worker = crew[place]
-                error = _outcome(worker)
-                seconds = time.monotonic() - worker.started
-                if error:  # its device may be in a bad state: go on with a new process
-                    states[worker.name] = "failed"
-                    (folder / f"{worker.name}.error.txt").write_text(error, encoding="utf-8")
-                    say(f"{worker.name} failed after {seconds:.0f} s: "
-                        f"{error.strip().splitlines()[-1]}")
-                    worker.process.join()
-                    crew[place] = None
-                else:
-                    states[worker.name] = "finished"
-                    (folder / f"{worker.name}.error.txt").unlink(missing_ok=True)
+        with Crew(make_run, options, count=count, gpus=gpus) as crew:
+            while True:
+                for place in crew.free:
+                    if name := _next_run(queue, states, folder, deadline, durations):
+                        crew.begin(place, name, (name, configs[name].params()))
+                        states[name] = "stopped"  # until it ends
+                if not crew.busy:
+                    break
+                left = deadline - time.monotonic()
+                ended = crew.wait(min(left, 3600))
+                if not ended and left <= 0:
+                    say(f"{minutes:g} minutes are over; the runs under way go on next time")
+                    break
+                for name, seconds, error in ended:
+                    if error:
+                        states[name] = "failed"
+                        (folder / f"{name}.error.txt").write_text(error, encoding="utf-8")
+                        say(f"{name} failed after {seconds:.0f} s: "
+                            f"{error.strip().splitlines()[-1]}")
+                        continue
+                    states[name] = "finished"
+                    (folder / f"{name}.error.txt").unlink(missing_ok=True)
                     durations.append(seconds)
-                    say(f"{worker.name} finished after {seconds:.0f} s "
+                    say(f"{name} finished after {seconds:.0f} s "
                         f"({list(states.values()).count('finished')} of {len(states)})")
-                worker.name = ""
     finally:
-        for worker in filter(None, crew):
-            worker.connection.close()  # an idle one ends by itself
-            if worker.name:
-                worker.process.terminate()
-        for worker in filter(None, crew):
-            worker.process.join(timeout=30)
-            worker.process.kill()
         signal.signal(signal.SIGTERM, before)
     return states
 
 
-def _is_done(run_dir: Path, config: Config, with_verify: bool) -> bool:
+def is_done(run_dir: Path, config: Config, with_verify: bool) -> bool:
+    """Whether a run is finished, measured and (where asked) verified."""
     wanted = ["study.json"] + ["measures.csv"] * config.model.predict_clip
     wanted += ["verification.json"] * (config.model.predict_clip and with_verify)
     return RunDir(run_dir).finished and all((run_dir / name).exists() for name in wanted)
@@ -144,58 +111,20 @@ def _next_run(queue: list[str], states: dict[str, str], folder: Path, deadline: 
     return None
 
 
-def _start_worker(gpus: list[str], place: int, options: dict[str, Any]) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    own, other = context.Pipe()
-    process = context.Process(target=_work, args=(other, options), name=f"study-{place}")
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        if gpus:  # the worker sees its own alone
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
-        process.start()
-    finally:
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
-        elif gpus:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-    other.close()
-    return _Worker(process, own)
+def make_run(job: tuple[str, dict[str, Any]], options: dict[str, Any]) -> None:
+    """Train one run to its end, and write what was found beside it.
 
-
-def _outcome(worker: _Worker) -> str:
-    """What a worker reported of its run: an error's text, or nothing."""
-    try:
-        return worker.connection.recv()
-    except EOFError:
-        worker.process.join()
-        return f"the process ended with exit code {worker.process.exitcode}"
-
-
-def _work(connection: Connection, options: dict[str, Any]) -> None:
-    """A worker's life: runs until the pipe closes, or one fails."""
-    import torch
-
-    torch.set_num_threads(options["threads"])
-    while True:
-        try:
-            name, params = connection.recv()
-        except EOFError:
-            return
-        try:
-            _make_run(name, Config.from_params(**params), options)
-        except Exception:
-            connection.send(traceback.format_exc())
-            return
-        connection.send("")
-
-
-def _make_run(name: str, config: Config, options: dict[str, Any]) -> None:
-    """Train one run to its end, and write what was found beside it."""
+    Args:
+        job: the run's name, and its flat parameters.
+        options: folder, cache_dir, grid (the patch_grid of all measurements), verify and
+            runs_per_device.
+    """
     from hnerv_clip.inference import load_run
     from hnerv_clip.study.table import measure_run
     from hnerv_clip.train import train
     from hnerv_clip.verify.run import verify_run, write_verification
 
+    name, config = job[0], Config.from_params(**job[1])
     run_dir = options["folder"] / name
     train(config, run_dir, cache_dir=options["cache_dir"], progress=False)
     video, _, variant = name[:name.rindex("_s")].split("_", 2)

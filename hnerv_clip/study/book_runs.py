@@ -1,0 +1,402 @@
+"""Every GPU result of the book, in order of value, within a time limit.
+
+    hnerv-clip study --plan book --minutes 9 --out book/results
+
+A step is a run of the study, a seed of the fidelity runs, a field, a part of the benchmark, and so
+on. Steps run side by side, one on each GPU; what ended is not done again, and what was stopped goes
+on from its last checkpoint. After each step the results that it belongs to are written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hnerv_clip.config import Config
+from hnerv_clip.devices import visible_gpus
+from hnerv_clip.files import read_json, write_json
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs.run_dir import BEST, RunDir
+from hnerv_clip.study.collect import collect_results
+from hnerv_clip.study.crew import Crew
+from hnerv_clip.study.cross_fit import cross_fit_names
+from hnerv_clip.study.fields import NETWORKS, SIZES
+from hnerv_clip.study.places import BUNDLED, Places
+from hnerv_clip.study.plan import VIDEOS, study_base, study_configs
+from hnerv_clip.study.run import is_done, make_run, prepare_study
+
+TIMES = "times.json"
+# Minutes of a step on one H100, by kind; of training and fields by video. Recorded ones win.
+MINUTES = {"train bunny": 1.2, "train bikes": 1.3, "fidelity": 0.9, "field bunny": 0.8,
+           "field bikes": 0.9, "teacher bunny": 0.4, "teacher bikes": 0.5, "rates": 7.5,
+           "bench ceilings": 0.3, "bench train": 0.8, "bench profile": 0.4, "bench decode": 0.4,
+           "bench scaling": 1.5, "bench teacher": 0.3, "bench fit": 1.0, "scale": 7.0}
+STATE, STATE_BYTES = (".json", ".csv", ".done", ".txt"), 2**21
+GOES_ON = ("train", "fidelity", "rates", "scale")  # stopped, these lose little
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to run. alone: on all GPUs, with nothing beside it."""
+
+    kind: str  # a key of `DO`
+    arguments: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    alone: bool = False
+
+    @property
+    def name(self) -> str:
+        return " ".join((self.kind, *self.arguments))
+
+
+def _train(name: str) -> Step:
+    return Step("train", (name,))
+
+
+def _field(video: str, network: str, size: str, seed: int) -> Step:
+    run = f"{video}_hybrid_{NETWORKS[network]}_s{seed}"
+    return Step("field", (video, network, size, str(seed)), needs=(f"train {run}",))
+
+
+def _pairs(seed: int) -> list[Step]:
+    """The same field on a network of pixels alone and on one that was trained with the head."""
+    steps: list[Step] = []
+    for video in VIDEOS:
+        steps += [_train(f"{video}_hybrid_{variant}_s{seed}") for variant in NETWORKS.values()]
+        steps += [_field(video, network, "default", seed) for network in NETWORKS]
+    return steps
+
+
+def book_steps(gpus: int) -> list[Step]:
+    """All steps, the most valuable first; those of several GPUs where there are any."""
+    steps = [Step("fidelity", ("0",))]
+    steps += [_train(name) for video in VIDEOS for name in cross_fit_names(video, (0,))]
+    steps += _pairs(0)
+    steps += [Step("fidelity", (str(seed),)) for seed in (1, 2)]
+    steps += [Step("teacher", (video,), needs=(f"train {video}_hybrid_base_s0",))
+              for video in VIDEOS]
+    steps += [_field(video, "frozen", size, 0) for size in ("large", "small") for video in VIDEOS]
+    steps += [*_pairs(1), *_pairs(2)]
+    steps += [Step("rates", ("head",))]
+    steps += [Step("bench", (part,)) for part in ("ceilings", "train", "profile", "decode", "fit")]
+    if gpus > 1:
+        steps += [Step("scale", (), alone=True)]
+    steps += [_train(f"bunny_hybrid_{variant}_s0") for variant in (
+        "stage_2", "lambda_0.1", "lambda_0.02", "lambda_0.2", "lambda_1", "warmup_0",
+        "warmup_100")]
+    steps += [Step("fidelity", (str(seed),)) for seed in range(3, 9)]
+    steps += [_train(name) for seed in (1, 2) for video in VIDEOS
+              for name in cross_fit_names(video, (seed,))]
+    steps += [_field(video, "frozen", size, 0) for size in SIZES for video in VIDEOS]
+    steps += [Step("rates", ("pixels",))]
+    steps += [Step("bench", (part,)) for part in ("teacher", "scaling")]
+    steps += [_train(name) for name in study_configs(study_base("full", BUNDLED))]
+    return list({step.name: step for step in steps}.values())
+
+
+def _do_train(places: Places, name: str) -> None:
+    path = places.study / name
+    if RunDir(path).finished and not (path / BEST).is_file():  # restored without its weights
+        shutil.rmtree(path)
+    make_run((name, places.configs[name].params()), {
+        "folder": places.study, "cache_dir": places.cache_dir, "verify": True,
+        "grid": places.base.params()["patch_grid"], "runs_per_device": 1})
+
+
+def _do_fidelity(places: Places, seed: str) -> None:
+    from hnerv_clip.train import train
+
+    train(places.fidelity(seed), places.outf / "fidelity" / f"seed{seed}",
+          cache_dir=places.cache_dir, progress=False)
+
+
+def _do_field(places: Places, video: str, network: str, size: str, seed: str) -> None:
+    from hnerv_clip.inference import load_run
+    from hnerv_clip.study.fields import measure_field
+
+    name = f"{video}_hybrid_{NETWORKS[network]}_s{seed}"
+    run = load_run(_with_weights(places, name), cache_dir=places.cache_dir)
+    tried = {"steps": 12, "boxes": 8} if places.settings else {}
+    row = measure_field(run, size, network=network, seed=int(seed), cache_dir=places.cache_dir,
+                        folder=places.outf / "fields", **tried)
+    write_json(places.field_row((video, network, size, seed)), row | _origin())
+
+
+def _do_teacher(places: Places, video: str) -> None:
+    from hnerv_clip.inference import load_run
+    from hnerv_clip.study.fields import measure_teacher
+
+    run = load_run(_with_weights(places, f"{video}_hybrid_base_s0"), cache_dir=places.cache_dir)
+    write_json(places.outf / "fields" / f"teacher_{video}.json", {
+        "rows": measure_teacher(run, folder=places.outf / "fields",
+                                cache_dir=places.cache_dir), **_origin()})
+
+
+def _with_weights(places: Places, name: str) -> Path:
+    """A run of the study, trained again where `restore_state` brought it without its weights."""
+    path = places.study / name
+    if not (path / BEST).is_file():
+        _do_train(places, name)
+    return path
+
+
+def _do_rates(places: Places, kind: str) -> None:
+    from hnerv_clip.bench.rate_gpu import measure_gpu
+
+    settings = {"predict_clip": False} if kind == "pixels" else {}
+    tried = {"rates": (0.01,), "epochs": 1} if places.settings else {}
+    measure_gpu(places.outf / "rates" / kind, cache_dir=places.cache_dir, settings={
+        **settings, **places.settings}, device=places.settings.get("device", "auto"), **tried)
+
+
+def _do_bench(places: Places, part: str) -> None:
+    from hnerv_clip.bench.harness import bench
+
+    config = Config.from_params(**{"preset": "paper", "data_path": "bunny", "precision": "bf16",
+                                   **BUNDLED, **({"data_split": "1_1_1"} if part == "fit" else {}),
+                                   **places.settings})
+    bench(config, parts=[part], out=places.outf / "bench" / f"{part}.json",
+          outf=places.outf / "bench" / "fit", cache_dir=places.cache_dir)
+
+
+def _do_scale(places: Places) -> None:
+    from hnerv_clip.bench.multi_gpu import SETTINGS, measure_scaling
+
+    measure_scaling(Config.from_params(**{**SETTINGS, **places.settings}),
+                    places.outf / "scaling", cache_dir=places.cache_dir)
+
+
+def _origin() -> dict[str, Any]:
+    """Commit and device of what was measured just now."""
+    from hnerv_clip.devices import select_device
+    from hnerv_clip.runs.provenance import code_version, device_name, package_versions
+
+    commit, dirty = code_version()
+    return {"commit": commit, "dirty": dirty, "device": device_name(select_device("auto")),
+            "versions": package_versions(), "date": time.strftime("%Y-%m-%d")}
+
+
+DO: dict[str, Callable[..., None]] = {
+    "train": _do_train, "fidelity": _do_fidelity, "field": _do_field, "teacher": _do_teacher,
+    "rates": _do_rates, "bench": _do_bench, "scale": _do_scale}
+
+
+def step_done(step: Step, places: Places) -> bool:
+    """Whether a step came to its end."""
+    match step.kind, step.arguments:
+        case "train", (name,):
+            return is_done(places.study / name, places.configs[name], True)
+        case "fidelity", (seed,):
+            return RunDir(places.outf / "fidelity" / f"seed{seed}").finished
+        case "field", arguments:
+            return places.field_row(arguments).is_file()
+        case "teacher", (video,):
+            return (places.outf / "fields" / f"teacher_{video}.json").is_file()
+        case _:
+            return _mark(step.kind, step.arguments, places).is_file()
+
+
+def _mark(kind: str, arguments: tuple[str, ...], places: Places) -> Path:
+    """The file that stands for the end of a step whose results do not tell."""
+    return places.outf / "done" / f"{'_'.join((kind, *arguments))}.done"
+
+
+def do_step(job: tuple[str, str, tuple[str, ...]], options: dict[str, Any]) -> None:
+    """Run a step in a worker of `Crew`: job is (name, kind, arguments), options has places."""
+    places: Places = options["places"]
+    _, kind, arguments = job
+    DO[kind](places, *arguments)
+    mark = _mark(kind, arguments, places)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text("", encoding="utf-8")
+
+
+def minutes_of(step: Step, recorded: dict[str, float]) -> float:
+    """How long a step takes: as recorded on this machine, else on an H100."""
+    if step.name in recorded:
+        return recorded[step.name]
+    video = step.arguments[0].split("_")[0] if step.arguments else ""
+    for key in (f"{step.kind} {video}", step.kind):
+        if key in MINUTES:
+            like = [value for name, value in recorded.items() if name.startswith(key)]
+            return sorted(like)[len(like) // 2] if like else MINUTES[key]
+    return 1.0
+
+
+def show_steps(steps: list[Step], places: Places) -> str:
+    """What is missing, in order, with its minutes on one GPU, as text."""
+    recorded = _read_times(places)
+    lines, total, done = [], 0.0, 0
+    for step in steps:
+        if step_done(step, places):
+            done += 1
+            continue
+        minutes = minutes_of(step, recorded)
+        total += minutes
+        lines.append(f"{step.name:<44}{minutes:>6.1f} min {total:>7.1f}")
+    return "\n".join([*lines, f"{len(lines)} steps missing, {total:.0f} minutes of one GPU; "
+                              f"{done} done"])
+
+
+def run_book(places: Places, *, minutes: float = float("inf"), only: tuple[str, ...] = (),
+             say: Callable[[str], Any] = print) -> dict[str, str]:
+    """Run what is missing, the most valuable first, and write the results.
+
+    Args:
+        minutes: after so many everything is stopped; steps that could not go on later are not
+            begun when too little is left.
+        only: beginnings of steps' names, such as "field bunny"; all by default. What a chosen
+            step needs is run, too.
+    Returns:
+        {name: finished, failed, stopped or waiting}.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    gpus = visible_gpus()
+    steps = chosen_steps(book_steps(len(gpus)), only)
+    places.outf.mkdir(parents=True, exist_ok=True)
+    states = {step.name: "finished" if step_done(step, places) else "waiting" for step in steps}
+    recorded = _read_times(places)
+    collect_results(places, say=say)
+    if minutes <= 0 or "waiting" not in states.values():
+        return states
+    _prepare(places, [step for step in steps if states[step.name] == "waiting"], say)
+    count = max(1, len(gpus))
+    options = {"places": places, "threads": max(1, (os.cpu_count() or 1) // count)}
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop the workers
+    try:
+        with Crew(do_step, options, count=count, gpus=gpus) as crew:
+            while True:
+                for place in crew.free:
+                    left = (deadline - time.monotonic()) / 60
+                    if step := next_step(steps, states, left=left, recorded=recorded,
+                                         busy=[worker.name for worker in crew.busy]):
+                        if step.alone:
+                            ended = _run_alone(step, places, deadline, options)
+                            states[step.name] = "finished" if not ended else "failed"
+                            say(f"{step.name}: {ended or 'finished'}")
+                            collect_results(places, kinds=(step.kind,), say=say)
+                            continue
+                        crew.begin(place, step.name, (step.name, step.kind, step.arguments))
+                        states[step.name] = "stopped"  # until it ends
+                if not crew.busy:
+                    break
+                left_s = deadline - time.monotonic()
+                ended = crew.wait(min(left_s, 3600))
+                if not ended and left_s <= 0:
+                    say(f"{minutes:g} minutes are over; what is under way goes on next time")
+                    break
+                for name, seconds, error in ended:
+                    states[name] = "failed" if error else "finished"
+                    if error:
+                        (places.outf / f"{name.replace(' ', '_')}.error.txt").write_text(
+                            error, encoding="utf-8")
+                        say(f"{name} failed after {seconds:.0f} s: "
+                            f"{error.strip().splitlines()[-1]}")
+                        continue
+                    recorded[name] = round(seconds / 60, 2)
+                    write_json(places.outf / TIMES, recorded)
+                    say(f"{name} finished after {seconds:.0f} s "
+                        f"({list(states.values()).count('finished')} of {len(states)})")
+                    collect_results(places, kinds=(name.split()[0],), say=say)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return states
+
+
+def chosen_steps(steps: list[Step], only: tuple[str, ...]) -> list[Step]:
+    """Steps whose name begins so, and what they need, in order.
+
+    Raises:
+        ValueError: a beginning that no step has.
+    """
+    for start in only:
+        if not any(step.name.startswith(start) for step in steps):
+            raise ValueError(f"--only {start!r} begins no step; see hnerv-clip study --plan book "
+                             "--list")
+    chosen = [step for step in steps if not only or step.name.startswith(tuple(only))]
+    needed = {name for step in chosen for name in step.needs} | {step.name for step in chosen}
+    return [step for step in steps if step.name in needed]
+
+
+def next_step(steps: list[Step], states: dict[str, str], *, left: float,
+              recorded: dict[str, float], busy: list[str]) -> Step | None:
+    """The first step that can begin with so many minutes left, None where one must wait.
+
+    One that needs all GPUs keeps later ones back until the others have ended.
+    """
+    for step in steps:
+        if states[step.name] != "waiting" or any(
+                states.get(name, "finished") != "finished" for name in step.needs):
+            continue
+        needed = min(minutes_of(step, recorded), 0.5) if step.kind in GOES_ON \
+            else minutes_of(step, recorded)
+        if needed > left:
+            continue
+        if step.alone and busy:
+            return None
+        return step
+    return None
+
+
+def _run_alone(step: Step, places: Places, deadline: float, options: dict[str, Any]) -> str:
+    """A step on all GPUs, in a process of its own that is stopped in time; its error, or ""."""
+    with Crew(do_step, options, count=1, gpus=[]) as crew:
+        crew.begin(0, step.name, (step.name, step.kind, step.arguments))
+        ended = crew.wait(deadline - time.monotonic())
+    if not ended:
+        return "stopped, goes on next time"
+    return ended[0].error.strip().splitlines()[-1] if ended[0].error else ""
+
+
+def _prepare(places: Places, steps: list[Step], say: Callable[[str], Any]) -> None:
+    """Run the teacher where the study's runs need it, before they begin."""
+    names = [step.arguments[0] for step in steps if step.kind == "train"]
+    if names:
+        prepare_study([places.configs[name] for name in names], base=places.base,
+                      cache_dir=places.cache_dir, say=say)
+
+
+def _read_times(places: Places) -> dict[str, float]:
+    path = places.outf / TIMES
+    return read_json(path, fix="remove it") if path.is_file() else {}
+
+
+def pack_state(places: Places, path: str | Path) -> None:
+    """Keep what ended, without checkpoints, in a .tar.xz, so that another machine goes on."""
+    path = resolve_path(path)
+    files = [file for file in sorted(places.outf.rglob("*")) if _is_state(places, file)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with tarfile.open(partial, "w:xz") as archive:
+        for file in files:
+            archive.add(file, str(file.relative_to(places.outf)))
+    partial.replace(path)
+
+
+def _is_state(places: Places, file: Path) -> bool:
+    """Whether a file is one of what came to its end, and small."""
+    if not file.is_file() or file.suffix not in STATE or file.stat().st_size > STATE_BYTES:
+        return False
+    kind, *names = file.relative_to(places.outf).parts
+    if kind == "rates":
+        return _mark(kind, (names[0],), places).is_file()
+    if kind == "scaling":
+        return _mark("scale", (), places).is_file()
+    return not (file.parent / "config.json").is_file() or RunDir(file.parent).finished
+
+
+def restore_state(places: Places, path: str | Path) -> None:
+    """Unpack what `pack_state` kept, where nothing is there yet."""
+    path = resolve_path(path)
+    if path.is_file() and not (places.outf / TIMES).exists():
+        places.outf.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path) as archive:
+            archive.extractall(places.outf, filter="data")

@@ -1,0 +1,208 @@
+"""From what `book_runs` left in its folder to the files of `book/results`, in the pages' format.
+
+A file never says less than the published one: videos of `verification_cross_fit.json`, groups of
+`study.csv` and runs elsewhere are replaced by new ones that hold as much. What is new of the study
+is in `study_new.csv` in any case.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hnerv_clip.bench.context import run_record
+from hnerv_clip.files import read_json, write_atomic, write_json
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs.run_dir import RunDir
+from hnerv_clip.study.cross_fit import cross_fit_results, merge_cross_fit
+from hnerv_clip.study.places import Places
+from hnerv_clip.study.table import StudyError, study_table
+
+PUBLISHED = "book/results"
+FIX = "git checkout book/results"
+# What differs in the rounds of fields that are made here
+NOTE = ("rounds by the command of the book's results: sizes of study.fields.SIZES, bytes as the "
+        "field adds them to the stored file, or 8 bits a weight where not rounded")
+TRADE_OFF = "base|pixels_only|lambda_.*|warmup_.*"
+
+
+def collect_results(places: Places, *, kinds: tuple[str, ...] = (),
+                    say: Callable[[str], Any] = print) -> None:
+    """Write what steps of these kinds gave, of all by default; a file that fails is said."""
+    places.out.mkdir(parents=True, exist_ok=True)
+    for kind, makers in COLLECT.items():
+        for make in makers if not kinds or kind in kinds else ():
+            try:
+                make(places)
+            except Exception as error:  # the runs themselves are kept
+                say(f"{make.__name__}: not written ({type(error).__name__}: {error})")
+
+
+def read_published(places: Places, name: str) -> dict[str, Any] | None:
+    """What a file of results holds: the one that is written, else the published one."""
+    for folder in (places.out, resolve_path(PUBLISHED)):
+        if (folder / name).is_file():
+            return read_json(folder / name, fix=FIX)
+    return None
+
+
+def collect_study(places: Places) -> None:
+    """`study_new.csv`; `study.csv` and `study_trade_off.csv` where it holds all of theirs."""
+    try:
+        new = study_table(places.study)
+    except StudyError:
+        return
+    _write_csv(new, places.out / "study_new.csv")
+    swept = new[(new.video == "bunny") & (new.kind == "hybrid")
+                & new.variant.str.fullmatch(TRADE_OFF)]
+    for name, rows in (("study.csv", new), ("study_trade_off.csv", swept)):
+        path = places.out / name
+        source = path if path.is_file() else resolve_path(PUBLISHED) / name
+        old = pd.read_csv(source) if source.is_file() else rows.head(0)
+        _write_csv(merge_study(old, rows), path)
+
+
+def merge_study(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """Rows of two tables of the study: of a video and kind, the new ones if they hold all runs of
+    the old ones, so that none is compared with one of another commit."""
+    chosen = []
+    for key in dict.fromkeys([*zip(old.video, old.kind), *zip(new.video, new.kind)]):
+        parts = [table[(table.video == key[0]) & (table.kind == key[1])] for table in (old, new)]
+        chosen.append(parts[set(parts[0].run) <= set(parts[1].run)])
+    return pd.concat([part.dropna(axis=1, how="all") for part in chosen],
+                     ignore_index=True).reindex(columns=list(dict.fromkeys([*old, *new])))
+
+
+def collect_cross_fit(places: Places) -> None:
+    """`verification_cross_fit.json`."""
+    name, found = "verification_cross_fit.json", cross_fit_results(places.study)
+    if found["runs"]:
+        old = read_published(places, name) or {"runs": [], "answers": [], "means": []}
+        write_json(places.out / name, merge_cross_fit(old, found))
+
+
+def collect_fidelity(places: Places) -> None:
+    """`fidelity.json`: a run takes the place of one of the same seed, engine and precision."""
+    runs = [RunDir(path.parent) for path in sorted(places.outf.glob("fidelity/*/summary.json"))]
+    if runs:
+        measured = read_published(places, "fidelity.json") or {"runs": [], "reference": {}}
+        write_json(places.out / "fidelity.json", put_fidelity(measured, runs))
+
+
+def put_fidelity(measured: dict[str, Any], runs: list[RunDir]) -> dict[str, Any]:
+    """Finished runs beside those of `fidelity.json` or in their place; the reference stays.
+
+    Raises:
+        RunError: a run is not finished.
+    """
+    rows = {(run["seed"], run["engine"], run["precision"]): run for run in
+            [*measured["runs"], *map(run_record, runs)]}
+    return {"runs": list(rows.values()), "reference": measured["reference"]}
+
+
+def collect_fields(places: Places) -> None:
+    """`field_h100.json`: rows of each commit are a round; pairs and the original head beside."""
+    folder, name = places.outf / "fields", "field_h100.json"
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        return
+    measured = read_published(places, name) or {"about": {"commits": {}}, "rows": []}
+    about = measured["about"]
+    rounds = {commit: number for number, commit in about["commits"].items()}
+    for one in found:
+        rounds.setdefault(one["commit"], str(max([0, *map(int, rounds.values())]) + 1))
+    for key in ("device", "date"):
+        about[key] = found[-1][key]
+    about["commits"] = {number: commit for commit, number in rounds.items()}
+    fields = [{"round": int(rounds[one["commit"]]), **one} for one in found if "head" in one]
+    teacher = [{"round": int(rounds[one["commit"]]), **row} for one in found if "rows" in one
+               for row in one["rows"]]
+    plain = [row for row in fields if row["network"] == "frozen"]
+    new = [*plain, *teacher]
+    about.setdefault("teacher", "EfficientNet-Lite0 on ImageNet (bundled teacher, not CLIP)")
+    if NOTE not in about.get("setting", ""):
+        about["setting"] = "; ".join(filter(None, [about.get("setting"), NOTE]))
+    keys = {_field_key(row) for row in new}
+    kept = [row for row in measured["rows"] if _field_key(row) not in keys]
+    pairs = [{key: value for key, value in row.items() if key != "parts"} for row in fields
+             if row["head"] == "default"]
+    write_json(places.out / name, {
+        "about": about, "rows": [*kept, *new],
+        "pairs": pairs or measured.get("pairs", []),
+        "original": original_heads(pairs) or measured.get("original", {})})
+
+
+def _field_key(row: dict[str, Any]) -> tuple:
+    return tuple(row.get(name) for name in ("video", "round", "run", "head", "seed", "baseline",
+                                            "what"))
+
+
+def original_heads(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By video the original head's skill at its `eight` positions and at `any` box, and `cost_db`
+    in PSNR on held-out frames: means over the seeds of which both networks are there."""
+    found: dict[str, dict[str, float]] = {}
+    for video in dict.fromkeys(row["video"] for row in pairs):
+        own = pd.DataFrame([row for row in pairs if row["video"] == video]).set_index("seed")
+        joint, frozen = (own[own.network == name] for name in ("joint", "frozen"))
+        seeds = joint.index.intersection(frozen.index)
+        if len(seeds):
+            found[video] = {
+                "eight": float(joint.original_eight[seeds].mean()),
+                "any": float(joint.original_any[seeds].mean()), "seeds": len(seeds),
+                "cost_db": float((frozen.psnr_held_db[seeds] - joint.psnr_held_db[seeds]).mean())}
+    return found
+
+
+def collect_rates(places: Places) -> None:
+    """`rate_quality.json`, from runs with a fine-tuned point; needs bjontegaard."""
+    from hnerv_clip.bench.rate_quality import collect, run_of
+
+    found = [read_json(path, fix="remove it") for path in
+             sorted(places.outf.glob("rates/*/rate.json"))]
+    runs = [run_of(one, commit=one["commit"], fine_tune_lr=one["fine_tune_lr"]) for one in found
+            if any(point["kind"] == "tuned" for point in one["points"])]
+    if runs:
+        path = places.out / "rate_quality.json"
+        if not path.is_file():
+            write_json(path, read_published(places, "rate_quality.json") or {"codecs": []})
+        collect(path, runs)
+
+
+def collect_bench(places: Places) -> None:
+    """`bench_DEVICE.json`: parts that were measured take the place of those there."""
+    for path in sorted(places.outf.glob("bench/*.json")):
+        found = read_json(path, keys={"device": str, "made": dict, "parts": dict}, fix="remove it")
+        name = f"bench_{device_word(found['device'])}.json"
+        old = read_published(places, name)
+        if old is None or old["device"] != found["device"]:
+            old = {"device": found["device"], "made": {}, "parts": {}}
+        write_json(places.out / name, {**old, "made": {**old["made"], **found["made"]},
+                                       "parts": {**old["parts"], **found["parts"]}})
+
+
+def device_word(device: str) -> str:
+    """`h100` for "NVIDIA H100 80GB HBM3"; cpu for what is no NVIDIA GPU."""
+    words = device.split()
+    return words[1].lower() if words[0] == "NVIDIA" and len(words) > 1 else "cpu_here"
+
+
+def collect_scaling(places: Places) -> None:
+    """`scaling_new.json`; `hnerv-clip pages --scaling FOLDER` takes it into the book."""
+    path = places.outf / "scaling" / "scaling.json"
+    if path.is_file():
+        write_json(places.out / "scaling_new.json", read_json(path, fix="remove it"))
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> None:
+    text = table.to_csv(index=False, float_format="%.6g")
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+COLLECT: dict[str, tuple[Callable[..., None], ...]] = {
+    "train": (collect_study, collect_cross_fit), "fidelity": (collect_fidelity,),
+    "field": (collect_fields,), "teacher": (collect_fields,), "rates": (collect_rates,),
+    "bench": (collect_bench,), "scale": (collect_scaling,)}

@@ -1,0 +1,192 @@
+"""The plan of the book's GPU results: its steps, tried small, and the files that they end in."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hnerv_clip import cli
+from hnerv_clip.book import field as book_field
+from hnerv_clip.book import judged
+from hnerv_clip.study import book_runs, collect, cross_fit, fields
+from hnerv_clip.study.book_runs import Step
+from hnerv_clip.study.places import make_places
+from hnerv_clip.study.plan import study_base, study_configs
+from hnerv_clip.study.run import make_run
+from hnerv_clip.verify.verdict import QUESTIONS
+
+DONE = ("train bunny_hybrid_base_s0", "train bunny_hybrid_phase_1_s0",
+        "train bunny_hybrid_pixels_only_s0", "field bunny frozen default 0",
+        "field bunny joint default 0", "teacher bunny", "fidelity 0", "rates head")
+
+
+@pytest.fixture(scope="module")
+def places(small_config, small_dataset, cache_dir, tmp_path_factory):
+    """Eight steps done on a small video."""
+    folder = tmp_path_factory.mktemp("book")
+    own = ("predict_clip", "embed", "seed", "clip_loss_weight", "split_phase", "data_split")
+    settings = {name: value for name, value in small_config.params().items() if name not in own}
+    places = make_places(folder / "runs", folder / "results", cache_dir, {
+        **settings, "epochs": 1, "eval_freq": 1, "pixel_loss_warmup_epochs": 0})
+    shutil.copytree(collect.resolve_path(collect.PUBLISHED), places.out)
+    steps = {step.name: step for step in book_runs.book_steps(1)}
+    with pytest.MonkeyPatch.context() as patch:  # the teacher takes 12 ms a box
+        patch.setattr(fields, "SMOOTHED", 1)
+        patch.setattr(fields, "SHIFTED", 2)
+        patch.setattr(fields, "TESTS", {kind: dataclasses.replace(sampling, count=4, shapes=4)
+                                        for kind, sampling in fields.TESTS.items()})
+        for name in DONE:
+            book_runs.do_step((name, steps[name].kind, steps[name].arguments),
+                              {"places": places})
+    said = []
+    collect.collect_results(places, say=said.append)
+    assert not said
+    return places
+
+
+def test_what_is_done_is_known_and_what_is_missing_is_listed(places):
+    steps = book_runs.book_steps(1)
+    assert {step.name for step in steps if book_runs.step_done(step, places)} == set(DONE)
+    listed = book_runs.show_steps(steps, places)
+    assert listed.startswith("train bunny_hybrid_phase_2_s0") and f"{len(DONE)} done" in listed
+    assert "scale" in {step.name for step in book_runs.book_steps(2)}
+
+
+def test_every_step_stands_behind_what_it_needs():
+    seen = set()
+    for step in book_runs.book_steps(2):
+        assert set(step.needs) <= seen
+        seen.add(step.name)
+    assert all(step.kind in book_runs.DO for step in book_runs.book_steps(2))
+
+
+def test_steps_begin_in_order_when_they_can():
+    steps = [Step("train", ("bunny_a_s0",)), Step("field", ("bunny",), needs=("train bunny_a_s0",)),
+             Step("scale", (), alone=True), Step("teacher", ("bikes",))]
+    states = dict.fromkeys((step.name for step in steps), "waiting")
+
+    def following(left=60.0, busy=()):
+        found = book_runs.next_step(steps, states, left=left, recorded={}, busy=list(busy))
+        return found.name if found else None
+
+    assert following() == "train bunny_a_s0"
+    states["train bunny_a_s0"] = "stopped"  # under way
+    assert following(busy=["train bunny_a_s0"]) is None  # all GPUs for scale next
+    states["train bunny_a_s0"] = "finished"
+    assert following() == "field bunny"
+    assert following(left=0.6) == "scale"  # goes on later; a field would not
+    states["scale"] = "finished"
+    assert following(left=0.6) == "teacher bikes"
+    assert following(left=0.1) is None
+    assert book_runs.minutes_of(steps[3], {"teacher bikes": 3.0}) == 3.0
+    with pytest.raises(ValueError, match="--list"):
+        book_runs.chosen_steps(steps, ("flights",))
+    assert [s.name for s in book_runs.chosen_steps(steps, ("field",))] == \
+        ["train bunny_a_s0", "field bunny"]
+
+
+def test_fields_are_written_as_their_page_reads_them(places):
+    read = book_field.read_fields(places.out)
+    rows = json.loads((places.out / "field_h100.json").read_text())
+    commit = rows["about"]["commits"][max(rows["about"]["commits"])]
+    new = [row for row in rows["rows"] if row.get("commit") == commit]
+    assert [row["network"] for row in new] == ["frozen"] and new[0]["bytes"] > 1000
+    assert {row["network"] for row in rows["pairs"]} == {"frozen", "joint"}
+    assert rows["original"]["bunny"]["seeds"] == 1
+    old = read["fields"][read["fields"]["round"] == 1].iloc[0]
+    measured = {key for key, value in old.items() if np.all(pd.notna(value))} - {"t", "t_s"}
+    assert measured - {"is_rounded", "kb", "change", "own_boxes"} <= set(new[0]) | {"parts"}
+    latest = [row for row in rows["rows"] if row["round"] == new[0]["round"]]
+    assert {"shift 0.02", "mean of 8 at 0.05"} <= set(
+        next(row for row in latest if row.get("what") == "shifts"))
+    near = next(row for row in latest if row.get("baseline") == "nearest training frame")
+    assert near["any_train"] == pytest.approx(1, abs=1e-3) and near["any_held"] < 1
+
+
+def test_fields_are_the_same_measure_as_before():
+    """Skill 0 for the constant, 1 for the teacher."""
+    rng = np.random.default_rng(0)
+    truth = fields.torch.nn.functional.normalize(
+        fields.torch.tensor(rng.standard_normal((4, 3, 8)) + 1), dim=-1)
+    mean = truth.mean((0, 1))
+    constant = fields.F.normalize(mean, dim=0).expand_as(truth)
+    assert fields.skill(truth, truth, mean) == pytest.approx(1)
+    assert fields.skill(constant, truth, mean) == pytest.approx(0)
+
+
+def test_cross_fitted_runs_are_judged_together(places):
+    found = cross_fit.cross_fit_results(places.study)
+    assert [row["phase"] for row in found["runs"]] == [0, 1]
+    whole = [row for row in found["answers"] if row["phases"] == "all"]
+    assert {row["question"] for row in whole} == set(QUESTIONS)
+    frames = {row["phases"]: row["frames"] for row in found["answers"]}
+    assert frames["all"] == frames["0"] + frames["1"]
+    published = judged.read_judged(places.out)  # five phases of bunny are published: they stay
+    assert published.runs[published.runs.video == "bunny"].phase.nunique() == 5
+    merged = cross_fit.merge_cross_fit({"runs": [], "answers": [], "means": []}, found)
+    assert merged == found
+    (places.outf / "alone").mkdir()
+    (places.outf / "alone" / "verification_cross_fit.json").write_text(json.dumps(merged))
+    page = judged.read_judged(places.outf / "alone")
+    assert judged.evidence_rows(page, "bunny") and judged.mean_rows(page) and judged.run_rows(page)
+    assert "2 of 5 phases" in judged.limit_words(page)
+
+
+def test_study_and_fidelity_keep_what_is_published(places):
+    old = pd.read_csv(collect.resolve_path(collect.PUBLISHED) / "study.csv")
+    assert set(pd.read_csv(places.out / "study.csv").run) == set(old.run)
+    assert len(pd.read_csv(places.out / "study_new.csv")) == 3
+    new = old[old.run.str.startswith("bikes_pe")].assign(psnr_train_db=99.0)
+    merged = collect.merge_study(old, new)
+    assert (merged[merged.run.str.startswith("bikes_pe")].psnr_train_db == 99).all()
+    assert len(merged) == len(old)
+    fidelity = json.loads((places.out / "fidelity.json").read_text())
+    own = [run for run in fidelity["runs"] if run["device"].endswith("cores")]
+    assert len(own) == 1 and fidelity["reference"]["paper"]
+
+
+def test_rates_are_measured_through_the_file_and_kept(places):
+    path = places.outf / "rates" / "head" / "rate.json"
+    found = json.loads(path.read_text())
+    assert [point["kind"] for point in found["points"]] == ["8 bits", "6 bits", "tuned"]
+    assert found["decode_frames_per_s"]["network alone"] > 0
+    book_runs.do_step(("rates head", "rates", ("head",)), {"places": places})
+    assert json.loads(path.read_text())["points"] == found["points"]  # not measured again
+    rates = json.loads((places.out / "rate_quality.json").read_text())
+    assert found["commit"] in {run["commit"] for run in rates["runs"]} and rates["bd_rate"]
+
+
+def test_another_machine_goes_on_from_the_state(places, tmp_path):
+    (places.outf / book_runs.TIMES).write_text('{"fidelity 0": 0.5}')
+    book_runs.pack_state(places, tmp_path / "state.tar.xz")
+    other = make_places(tmp_path / "runs", tmp_path / "out", places.cache_dir,
+                                  places.settings)
+    book_runs.restore_state(other, tmp_path / "state.tar.xz")
+    steps = book_runs.book_steps(1)
+    assert {step.name for step in steps if book_runs.step_done(step, other)} == set(DONE)
+    assert not list(other.outf.rglob("*.pth"))
+    assert book_runs._with_weights(other, "bunny_hybrid_pixels_only_s0").is_dir()
+    assert (other.study / "bunny_hybrid_pixels_only_s0" / "model_best.pth").is_file()
+
+
+def test_bench_parts_join_those_of_their_device():
+    assert collect.device_word("NVIDIA H100 80GB HBM3") == "h100"
+    assert collect.device_word("AMD EPYC, 2 cores") == "cpu_here"
+
+
+def test_phases_are_runs_of_the_study():
+    base = study_base("full", {"teacher": "efficientnet-lite0", "clip_dim": 1280})
+    names = cross_fit.cross_fit_names("bikes", (1,))
+    configs = study_configs(base, names)
+    assert [configs[name].video.split_phase for name in names] == [0, 1, 2, 3, 4]
+    assert callable(make_run)
+
+
+def test_the_command_lists_what_is_missing(tmp_path, capsys):
+    assert cli.main(["study", "--plan", "book", "--list", "--outf", str(tmp_path / "runs"),
+                     "--only", "fidelity"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("fidelity 0") and "9 steps missing" in said

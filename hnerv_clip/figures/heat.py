@@ -96,13 +96,13 @@ def plot_heat_maps(rows: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]], te
     height, width = next(iter(rows.values()))[0].shape[:2]
     columns = 1 + len(titles)
     cell = 0.9 * WIDTH / columns * height / width
-    figure, axes = new_figure(len(rows), columns, height=len(rows) * (cell + 0.32) + 0.35,
+    figure, axes = new_figure(len(rows), columns, height=len(rows) * (cell + 0.46) + 0.1,
                               squeeze=False)
     for panels, (query, (frame, heats)) in zip(axes, rows.items(), strict=True):
         for panel in panels:
             picture_axes(panel)
         panels[0].imshow(frame)
-        panels[0].set_title(f"“{query}”", fontsize=10)
+        panels[0].set_title(f"“{query}”", fontsize=9)
         if boxes and query in boxes:
             x0, y0, x1, y1 = boxes[query]
             for color, line in (("white", 3.5), (PALETTE["predicted"], 1.8)):
@@ -111,7 +111,7 @@ def plot_heat_maps(rows: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]], te
         for panel, title in zip(panels[1:], titles):
             if title in heats:
                 panel.imshow(lay_heat(frame, heats[title]))
-                panel.set_title(f"{title}: up to {heats[title].max():.1f}", fontsize=9,
+                panel.set_title(f"{title}\nup to {heats[title].max():.1f}", fontsize=9,
                                 color=PALETTE.get(title, rcParams["text.color"]))
     _scale(figure, axes)
     box = " Box: the best hit." if boxes else ""

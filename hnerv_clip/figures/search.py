@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 
+from hnerv_clip.figures.heat import HEAT, TEXT_RANGE
 from hnerv_clip.figures.style import (
     PALETTE,
     WIDTH,
@@ -90,13 +91,14 @@ def plot_query_agreement(agreement: pd.DataFrame, teacher_label: str) -> Figure:
     places = np.arange(len(agreement))
     axes[0].barh(places, agreement.spearman, color=PALETTE["learned"], height=0.6)
     axes[0].set(xlabel="rank correlation (Spearman)", yticks=places,
-                xlim=(min(0, agreement.spearman.min()) - 0.02, 1))
+                xlim=(min(0, agreement.spearman.min()) - 0.02, 1), xticks=[0, 0.5, 1])
     axes[0].set_yticklabels(agreement["query"])
     axes[0].invert_yaxis()
     axes[1].barh(places, agreement.overlap, color=PALETTE["learned"], height=0.6)
     axes[1].axvline(agreement.chance.iloc[0], color=PALETTE["random"], linestyle="--",
                     label="random ranking")
-    axes[1].set(xlabel=f"share of the teacher's top {top_k} found", xlim=(0, 1))
+    axes[1].set(xlabel=f"share of the teacher's top {top_k} found", xlim=(0, 1),
+                xticks=[0, 0.5, 1])
     figure.legend(loc="outside upper right")
     return caption(figure, f"How far the predicted embeddings rank all {agreement.patches.iloc[0]}"
                            f" patches as the teacher's own do. Teacher: {teacher_label}.")
@@ -115,34 +117,37 @@ def frame_panel(panel: Any, colour: str) -> None:
 
 
 def plot_strips(scores: dict, teacher_label: str, *, reference: dict | None = None,
-                what: str = "Cosine") -> Figure:
+                what: str = "Standard score", span: tuple[float, float] = TEXT_RANGE) -> Figure:
     """When each query is answered, and where: a strip a query, frames across, positions down.
 
     Args:
-        scores: {query: [T, P]}, as `search.score_patches` gives them from predicted embeddings.
+        scores: {query: [T, P]}, as `search.match_scores` gives them from predicted embeddings.
         teacher_label: the teacher in words, for the caption.
         reference: the same from the teacher's own embeddings, shown at the right.
         what: the kind of score, for the caption.
+        span: the scores that are clear and brightest, for all queries.
     """
     columns = [("predicted", scores), ("teacher", reference)][:1 if reference is None else 2]
     figure, axes = new_figure(len(scores), len(columns), height=0.95 * len(scores) + 0.9,
                               sharex=True, squeeze=False)
     for row, query in enumerate(scores):
-        low = min(np.min(source[query]) for _, source in columns)
-        high = max(np.max(source[query]) for _, source in columns)
         for column, (kind, source) in enumerate(columns):
             panel = axes[row, column]
-            shade = panel.imshow(source[query].T, aspect="auto", vmin=low, vmax=high)
+            panel.set_facecolor("#80808033")
+            shade = panel.imshow(source[query].T, aspect="auto", vmin=span[0], vmax=span[1],
+                                 cmap=HEAT.with_extremes(under="none"), interpolation="nearest")
             panel.grid(False)
             panel.set_yticks([])
             if row == 0:
                 panel.set_title(kind, color=PALETTE[kind])
         axes[row, 0].set_ylabel(query, rotation=0, ha="right", va="center")
-        figure.colorbar(shade, ax=list(axes[row]), pad=0.01)
     for panel in axes[-1]:
         panel.set_xlabel("frame")
-    return caption(figure, f"{what} of each query with every patch: frames across, patch positions "
-                           "down, row by row of the frame. The colours of a strip are its own. "
+    figure.colorbar(shade, ax=list(axes.flat), pad=0.01, shrink=0.8,
+                    ticks=np.linspace(*span, 3))
+    return caption(figure, f"{what} of each query at every patch: frames across, patch positions "
+                           f"down, row by row of the frame; below {span[0]:g} blank. One scale for "
+                           "all. "
                            f"Teacher: {teacher_label}.")
 
 

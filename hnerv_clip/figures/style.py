@@ -74,7 +74,8 @@ def use_style(image_format: str = "svg") -> None:
         "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
         "axes.prop_cycle": cycler(color=CYCLE), "lines.linewidth": 1.8, "lines.markersize": 5,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "axes.axisbelow": True, "grid.color": "#E4E4E4", "grid.linewidth": 0.7,
+        "axes.axisbelow": True, "grid.color": MIDDLE if pictures else "#E4E4E4",
+        "grid.alpha": 0.25 if pictures else 1.0, "grid.linewidth": 0.7,
         "legend.frameon": False, "image.cmap": SEQUENTIAL,
     })
     pd.set_option("display.max_colwidth", None)  # a table shows whole sentences, such as "not CLIP"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,19 +121,17 @@ def measure_codecs(frames: Tensor, out: str | Path, *, fps: float = 25.0,
 
 
 def time_codecs(frames: Tensor, points: Sequence[dict[str, Any]], *, psnr_db: float,
-                fps: float = 25.0) -> list[dict[str, Any]]:
+                fps: float = 25.0) -> Iterator[dict[str, Any]]:
     """`measure_codec` on one thread, each codec at the quality whose measured PSNR is nearest.
 
     Args:
         points: measured before, with codec, crf and psnr_db.
     """
-    rows = []
     for setting in available():
         own = [point for point in points if point["codec"] == setting.label]
         if own:
             crf = min(own, key=lambda point: abs(point["psnr_db"] - psnr_db))["crf"]
-            rows.append(measure_codec(frames, setting, crf, fps=fps, threads=1))
-    return rows
+            yield measure_codec(frames, setting, crf, fps=fps, threads=1)
 
 
 def bd_rate(anchor: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]]) -> float:

@@ -53,8 +53,8 @@ def write_film(path: Path, video: StoredVideo, chosen: Sequence[int], *, crf: in
     """
     times = video.header.meta["video"]["times"]
     ticks = expand_ticks(times)
-    film = _Film(video.size, Fraction(*times["unit"]), Fraction(video.fps).limit_denominator(1001),
-                 crf=crf, preset=preset)
+    rate = max(Fraction(video.fps).limit_denominator(1001), Fraction(1, 1000))
+    film = _Film(video.size, Fraction(*times["unit"]), rate, crf=crf, preset=preset)
     batches = _ahead(video, chosen, progress, lambda batch: to_planes(batch, film.halved))
     encode_film(path, film, (image for batch in batches for image in batch),
                 [ticks[i] - ticks[chosen[0]] for i in chosen])

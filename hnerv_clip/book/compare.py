@@ -16,7 +16,7 @@ from hnerv_clip.bench.results import is_gpu, load_benches, part_rows
 from hnerv_clip.book import recipe
 from hnerv_clip.book.field import best_field, read_fields, read_original
 from hnerv_clip.book.judged import Judged, read_judged
-from hnerv_clip.book.markdown import Markup, escape, table, three_digits
+from hnerv_clip.book.markdown import Markup, escape, folded, table, three_digits
 from hnerv_clip.book.results import mean_over_seeds, read_json, read_runs
 
 VIDEO = "bunny"
@@ -111,16 +111,19 @@ def comparison(results: Path) -> str:
     """`comparison_rows` as Markdown, with a caption that says where each figure comes from."""
     facts = read_facts(results)
     hnerv, proposal = facts.runs["hnerv"]["source"], facts.runs["proposal"]["source"]
-    words = [
-        f"{VIDEO}, 132 frames of 640×1280, 1.5 million stored values, 300 epochs, teacher "
-        f"{facts.judged.teacher_label}. Held-out frames are decoded from interpolated embeddings.",
-        "Skill: 0 is the best constant, 1 the teacher. The proposal's head was trained here for "
-        "its skill; a field is fitted afterwards and leaves the picture as it is. Against: "
-        "mean-centered cosine of the head here and of what it is compared with.",
-        f"This project: one {facts.device}. HNeRV: {hnerv}; PSNR, "
-        f"{facts.fidelity['reference']['paper']['source']}. Original proposal: {proposal}; its "
-        "code's speed on the same H100."]
-    return table(comparison_rows(facts)) + f"\n\n*{' '.join(map(escape, words))}*\n"
+    caption = escape(
+        f"{VIDEO}, 132 frames of 640×1280, 1.5 million stored values, 300 epochs; teacher "
+        f"{facts.judged.teacher_label}. Skill: 0 is the best constant, 1 the teacher.")
+    sources = " ".join(escape(words) for words in (
+        "Held-out frames are decoded from interpolated embeddings.",
+        "The proposal's head was trained here for its skill; a field is fitted afterwards and "
+        "leaves the picture as it is.",
+        "Against: mean-centered cosine of the head here and of what it is compared with.",
+        f"This project: one {facts.device}; preset best: {facts.best.change}, one seed.",
+        f"HNeRV: {hnerv}; PSNR, {facts.fidelity['reference']['paper']['source']}.",
+        f"Original proposal: {proposal}; its code's speed on the same H100."))
+    return (f"{table(comparison_rows(facts))}\n\n*{caption}*\n\n"
+            f"{folded('Where the figures come from', sources)}\n")
 
 
 def claim(results: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from hnerv_clip.book import BookError, build, compare, pages
+from hnerv_clip.book import BookError, build, clean, compare, pages
 from hnerv_clip.config import Config, ConfigError, profile_params
 from hnerv_clip.runs.run_dir import RunDir, RunError
 
@@ -258,10 +258,10 @@ def test_pages_are_cleaned():
     cell.outputs = [
         new("stream", name="stderr", text="10%|# | 1/9"),
         new("stream", name="stdout", text="a\r\nb\rc\n/home/me/repo/x /home/me/other\n"),
-        new("display_data", data={build.WIDGET: {"model_id": "1"}, "text/plain": "bar"}),
+        new("display_data", data={clean.WIDGET: {"model_id": "1"}, "text/plain": "bar"}),
         new("execute_result", data={"text/html": "<a>/home/me/repo</a>", "image/png": "aGk="})]
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {"x": "/home"}})
-    page = build.clean_page(notebook, {"/home/me/repo": ".", "/home/me": "~"})
+    page = clean.clean_page(notebook, {"/home/me/repo": ".", "/home/me": "~"})
     assert [o.output_type for o in page.cells[0].outputs] == ["stream", "execute_result"]
     assert page.cells[0].outputs[0].text == "a\r\nc\n./x ~/other\n"
     assert page.cells[0].outputs[1].data == {"text/html": "<a>.</a>", "image/png": "aGk="}
@@ -372,19 +372,19 @@ def run_page(*sources):
 
 
 def test_a_page_of_a_run_answers_first():
-    page = build.clean_page(run_page("import os", "a = 1"), {})
+    page = clean.clean_page(run_page("import os", "a = 1"), {})
     assert [cell.source for cell in page.cells[:3]] == [
         "# Title?", "**Yes**, 3 dB. And more.", "The introduction."]
     folded = [cell.metadata.get("tags") for cell in page.cells if cell.cell_type == "code"]
     assert folded == [["hide-input"], None, ["hide-input"]]
-    assert build.clean_page(page, {}) == page, "a clean page stays as it is"
+    assert clean.clean_page(page, {}) == page, "a clean page stays as it is"
 
     without = run_page()
     without.cells[-1].outputs = []
     said = [nbformat.v4.new_output("display_data", data={"text/markdown": text})
             for text in ("12 bytes.", "**Teacher: T.**")]
     without.cells[0:1] += [nbformat.v4.new_code_cell("x", outputs=[output]) for output in said]
-    assert build.clean_page(without, {}).cells[1].source == "12 bytes. **Teacher: T.**"
+    assert clean.clean_page(without, {}).cells[1].source == "12 bytes. **Teacher: T.**"
 
 
 def test_large_pictures_and_long_tables_become_small():
@@ -402,7 +402,7 @@ def test_large_pictures_and_long_tables_become_small():
                {"text/html": rows.replace("<tr></tr>", "", 5)}]
     cell = nbformat.v4.new_code_cell("x", outputs=[
         nbformat.v4.new_output("display_data", data=data) for data in outputs])
-    page = build.clean_page(nbformat.v4.new_notebook(cells=[cell]), {})
+    page = clean.clean_page(nbformat.v4.new_notebook(cells=[cell]), {})
     picture, long, short = (output.data for output in page.cells[0].outputs)
     assert set(picture) == {"image/jpeg"}
     assert len(picture["image/jpeg"]) < 0.5 * len(outputs[0]["image/png"])
@@ -417,7 +417,7 @@ def test_committed_pages_are_clean():
         page = nbformat.read(path, as_version=4)
         published = [c for c in page.cells if c.cell_type == "code"]
         if path.name.startswith("0") and published:
-            assert build.clean_page(page, {}) == page, f"{path.name}: hnerv-clip pages"
+            assert clean.clean_page(page, {}) == page, f"{path.name}: hnerv-clip pages"
             assert page.cells[1].get("id") == "answer" or page.cells[1].outputs
         assert path.stat().st_size < build.PAGE_LIMIT_BYTES
 
@@ -434,7 +434,7 @@ def test_a_page_knows_its_age(tmp_path):
         page.metadata["hnerv_clip"] = facts
         page.cells.insert(1, nbformat.v4.new_code_cell("a = 3", metadata={
             "tags": ["injected-parameters"]}))
-        nbformat.write(build.clean_page(page, {}), tmp_path / "page.ipynb")
+        nbformat.write(clean.clean_page(page, {}), tmp_path / "page.ipynb")
         said = page_facts.changed_since(tmp_path / "page.ipynb", notebook, str(tmp_path))
         assert words in said and bool(said) == bool(words)
 

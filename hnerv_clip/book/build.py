@@ -8,9 +8,7 @@ them), `site/` (the book's sources with clean copies of those) and `html/`. The 
 from __future__ import annotations
 
 import ast
-import base64
 import difflib
-import io
 import json
 import os
 import re
@@ -26,11 +24,11 @@ from typing import Any
 import nbformat
 
 from hnerv_clip.book import pages
-from hnerv_clip.book.markdown import FOLD, without_html
+from hnerv_clip.book.clean import clean_page
 from hnerv_clip.config import Config, param_names, profile_params
 from hnerv_clip.devices import select_device
 from hnerv_clip.paths import find_checkout, resolve_path
-from hnerv_clip.runs.provenance import code_version, commit_words, device_name, package_versions
+from hnerv_clip.runs.provenance import code_version, device_name, package_versions
 from hnerv_clip.runs.run_dir import RunDir, write_json
 
 # Values of notebook parameters that are not settings of a run, where a profile differs from the
@@ -45,9 +43,6 @@ PLACE_PARAMS = {"outf", "ablations_outf", "cache_dir", "device", "speeds", "clus
                 "gpus_per_node", "timeout_min", "slurm_partition", "slurm_account",
                 "slurm_array_parallelism"}
 PAGE_LIMIT_BYTES = 5 * 2**20  # of a page that is committed
-LARGE_PICTURE = 200_000  # characters of base64, from where a picture is stored as JPEG
-LONG_CELL = 15  # lines of a parameters cell that the page folds away
-WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 class BookError(RuntimeError):
@@ -223,16 +218,6 @@ def execute(notebook: Path, target: Path, *, parameters: dict[str, Any]) -> floa
     return seconds
 
 
-EXECUTED = """*This page was executed at {at} in {seconds} s, on {device}, with PyTorch {torch}, at
-commit {words}. Runs that it shows may have been trained elsewhere: see the table above.*
-"""
-
-
-def execution_note(facts: dict[str, Any]) -> str:
-    """When and where a page was executed, which is not when and where its runs were trained."""
-    return EXECUTED.format(words=commit_words(facts), **facts).strip()
-
-
 def _cost(wall_s: float) -> dict[str, Any]:
     """What a whole book took, from the first notebook to the last page."""
     commit, dirty = code_version()
@@ -245,136 +230,6 @@ def _cost(wall_s: float) -> dict[str, Any]:
 
 def _shown(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
-    """A copy for the reader: no progress bars, no widgets, no machine's paths, no timing noise.
-
-    The answer comes first. Figures get their captions as alternative texts, and large pictures are
-    JPEG; HTML inside Markdown is shown as text, but for `markdown.PLAIN_TAGS`. Code that only
-    imports or formats and tables of more than `markdown.FOLD` rows are folded. The last lines say
-    when and where the page was executed. A clean page stays as it is.
-
-    Args:
-        folders: {absolute path: what the page says instead}, the longest first.
-    """
-    page = nbformat.from_dict(notebook)
-    facts = page.metadata.get("hnerv_clip")
-    page.metadata = nbformat.from_dict({k: v for k, v in page.metadata.items()
-                                        if k in ("kernelspec", "language_info")})
-    for cell in page.cells:
-        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items()
-                                            if k == "tags"})
-        tags = list(cell.metadata.get("tags", []))
-        if cell.cell_type == "code" and not {"hide-input", "remove-input"} & set(tags) and (
-                _only_formats(cell.source)
-                or "parameters" in tags and cell.source.count("\n") > LONG_CELL):
-            cell.metadata["tags"] = [*tags, "hide-input"]
-        if "injected-parameters" in tags:
-            cell.source = _hide_folders(cell.source, folders)
-        if cell.cell_type == "code":
-            cell.outputs = [_clean_output(output, folders) for output in cell.outputs
-                            if output.get("name") != "stderr"
-                            and WIDGET not in output.get("data", {})]
-            if alt := _alternative_text(cell.outputs):
-                cell.metadata["mystnb"] = {"image": {"alt": alt}}
-    if facts:
-        page.cells.append(nbformat.v4.new_markdown_cell(execution_note(facts), id="executed"))
-    _put_answer_first(page)
-    return page
-
-
-def _only_formats(source: str) -> bool:
-    """Whether a cell is imports, a table of where things come from, or prose made from results."""
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError:  # a magic
-        return False
-    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in statements) or any(
-        isinstance(node, ast.Expr) and re.match(
-            r"(display\()?(Markdown|provenance_table)\(", ast.unparse(node))
-        for node in statements)
-
-
-def _put_answer_first(page: nbformat.NotebookNode) -> None:
-    """Repeat below the title what the cell under "## Answer" says, or the last prose before it."""
-    cells = page.cells
-    at = next((i for i, cell in enumerate(cells) if cell.source.startswith("## Answer")), None)
-    if at is None or any(cell.get("id") == "answer" for cell in cells):
-        return
-
-    def prose(cell):
-        return [output.data["text/markdown"] for output in cell.get("outputs", [])
-                if "text/markdown" in output.get("data", {})]
-
-    end = next((i for i in range(at + 1, len(cells)) if cells[i].cell_type == "markdown"),
-               len(cells))
-    said = [text for cell in cells[at:end] for text in prose(cell)]
-    if not said:
-        before = [text for cell in cells[:at] for text in prose(cell)
-                  if not text.startswith(("**Teacher", "|"))]
-        said = before[-1:]
-    teacher = [found[0] for cell in cells for text in prose(cell)
-               if (found := re.match(r"\*\*Teacher: .*?\*\*", text))][:1]
-    if said:
-        said += teacher
-        title, _, rest = cells[0].source.partition("\n")
-        cells[0].source = title
-        cells.insert(1, nbformat.v4.new_markdown_cell(" ".join(said), id="answer"))
-        if rest.strip():
-            cells.insert(2, nbformat.v4.new_markdown_cell(rest.strip(), id="introduction"))
-
-
-def _alternative_text(outputs: list[nbformat.NotebookNode]) -> str:
-    """The captions of the figures among outputs, see `figures.style.CaptionedFigure`."""
-    texts = [output.data.get("text/plain", "") for output in outputs
-             if any(kind.startswith("image/") for kind in output.get("data", {}))]
-    return " ".join(" ".join(text.split()) for text in texts if not text.startswith("<"))
-
-
-def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
-    if "text" in output:  # of a line that was rewritten in place, what remained
-        output.text = re.sub(r"[^\n]*\r(?!\n)", "", _hide_folders(output.text, folders))
-    for kind, value in output.get("data", {}).items():
-        if isinstance(value, str) and (kind.startswith("text/") or kind == "image/svg+xml"):
-            output.data[kind] = _hide_folders(value, folders)
-    if "image/svg+xml" in output.get("data", {}):  # the same figure gives the same page
-        output.data["image/svg+xml"] = re.sub(r"\s*<dc:date>[^<]*</dc:date>", "",
-                                              output.data["image/svg+xml"])
-    if "text/markdown" in output.get("data", {}):
-        output.data["text/markdown"] = without_html(output.data["text/markdown"])
-    if "text/html" in output.get("data", {}):
-        output.data["text/html"] = _fold_table(output.data["text/html"])
-    if len(output.get("data", {}).get("image/png", "")) > LARGE_PICTURE:
-        _make_jpeg(output.data)
-    return output
-
-
-def _fold_table(html: str) -> str:
-    """A data frame of more than `FOLD` rows, under a line that is clicked to open it."""
-    rows = html.count("<tr") - 1
-    if 'class="dataframe"' not in html or rows <= FOLD or html.startswith("<details"):
-        return html
-    return f"<details><summary>Table of {rows} rows</summary>\n{html}\n</details>"
-
-
-def _make_jpeg(data: dict[str, Any]) -> None:
-    """A large picture as JPEG, at the same size, where that takes less than half."""
-    from PIL import Image
-
-    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-    packed = io.BytesIO()
-    picture.convert("RGB").save(packed, "JPEG", quality=88, subsampling=0)
-    text = base64.b64encode(packed.getvalue()).decode()
-    if 2 * len(text) < len(data["image/png"]):
-        del data["image/png"]
-        data["image/jpeg"] = text
-
-
-def _hide_folders(text: str, folders: dict[str, str]) -> str:
-    for folder, name in folders.items():
-        text = text.replace(folder + os.sep, name + "/" if name else "").replace(folder, name)
-    return text
 
 
 def stage(root: Path, study: Path, *, config: Config, run_dir: Path,

@@ -464,6 +464,30 @@ def test_figures_with_pictures_have_dark_paper_and_the_same_pictures(tmp_path):
     assert "#404040" not in made and "fill: #ffffff" not in made and "fill: #121212" in made
 
 
+def test_launch_buttons_wait_for_the_repository():
+    from types import SimpleNamespace
+
+    facts = load_extension("page_facts")
+    for url, offered in (("", False), ("https://github.com/a/b", True)):
+        config = SimpleNamespace(html_theme_options={"repository_url": url, "launch_buttons": {
+            "binderhub_url": "", "thebe": True}})
+        facts.offer_launch(None, config)
+        buttons = config.html_theme_options["launch_buttons"]
+        assert bool(buttons["binderhub_url"]) == offered == ("colab_url" in buttons)
+
+
+def test_films_of_a_page_become_files(tmp_path):
+    from types import SimpleNamespace
+
+    body = ('<video controls width="9"> <source src="data:video/mp4;base64,aGk=" type="video/mp4">'
+            '</video><video src="data:video/mp4;base64,aGk="></video>')
+    app = SimpleNamespace(outdir=tmp_path)
+    made = load_extension("page_facts").films_as_files(app, "book/06_search", body)
+    name, = {path.name for path in (tmp_path / "_static" / "films").iterdir()}
+    assert made.count(f'src="../_static/films/{name}"') == 2 == made.count('preload="metadata"')
+    assert (tmp_path / "_static" / "films" / name).read_bytes() == b"hi"
+
+
 def load_extension(name):
     """A module of `book/_ext`, which only Sphinx imports."""
     import importlib.util

@@ -31,17 +31,18 @@ def _strides_by_product() -> dict[int, tuple[int, ...]]:
     return found
 
 
-def choose_strides(frame_hw: tuple[int, int]) -> tuple[int, ...]:
-    """Strides whose product pads the frame little and leaves about 8 embedding cells.
+def choose_strides(frame_hw: tuple[int, int], cells: int = BASE_CELLS) -> tuple[int, ...]:
+    """Strides whose product pads the frame little and leaves about so many embedding cells.
 
     Args:
         frame_hw: height and width of a frame, in pixels.
+        cells: rows times columns of the embedding.
     Returns:
         From the embedding to the frame, for example (5, 4, 4, 2, 2) at 640×1280.
     """
     def cost(product: int) -> float:
         height, width = pad_to(frame_hw, product)
-        octaves = math.log2(height * width / product**2 / BASE_CELLS)
+        octaves = math.log2(height * width / product**2 / cells)
         return height * width / math.prod(frame_hw) + CELLS_COST * (octaves / 2)**2
 
     known = _strides_by_product()

@@ -29,6 +29,13 @@ def test_padding_is_small_and_so_is_the_embedding(hw):
     assert strides[-1] == 2 and list(strides) == sorted(strides, reverse=True)
 
 
+@pytest.mark.parametrize("cells, strides", [(8, (5, 4, 4, 2, 2)), (32, (5, 4, 4, 2)),
+                                            (128, (5, 4, 2, 2))])
+def test_strides_leave_about_as_many_cells_as_asked_for(cells, strides):
+    assert choose_strides((640, 1280), cells) == strides
+    assert 640 * 1280 // math.prod(strides)**2 == cells
+
+
 def test_one_pixel_has_strides():
     assert choose_strides((1, 1)) == (2,)
 

@@ -35,6 +35,7 @@ from hnerv_clip.losses import learning_rate
 from hnerv_clip.model import build_model
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import RunDir
+from hnerv_clip.sizes import choose_strides
 from hnerv_clip.train import epoch_order, train
 
 # What the search sees; all of `bunny`, and any other file, is left for the comparison
@@ -56,9 +57,11 @@ SEARCHED_LOSSES = ("L2", "Fusion10")
 # Tried first: what was best so far, of each kind of decoder
 KNOWN = (
     {"decoder": "pshuffel", "pshuffel_ks": "0_1_5", "pshuffel_reduce": 1.2, "pshuffel_lr": 2e-3,
-     "embedding_channels": 16, "loss": "L2"},
+     "embedding_channels": 16, "cells": 8, "loss": "L2"},
     {"decoder": "convnext", "convnext_ks": "0_3_3", "convnext_reduce": 1.7, "convnext_blocks": 1,
-     "convnext_lr": 2e-3, "embedding_channels": 16, "loss": "L2"},
+     "convnext_lr": 4e-3, "embedding_channels": 16, "cells": 8, "loss": "L2"},
+    {"decoder": "pshuffel", "pshuffel_ks": "0_1_5", "pshuffel_reduce": 1.2, "pshuffel_lr": 2e-3,
+     "embedding_channels": 8, "cells": 32, "loss": "L2"},
 )
 
 
@@ -119,7 +122,7 @@ def fit(config: Config, *, seconds: float, cache_dir: str | Path = "output/cache
 
 
 def trial_settings(trial: optuna.Trial) -> dict[str, Any]:
-    """The settings that a trial stands for, flat."""
+    """The settings that a trial stands for, flat, as `sized_config` takes them."""
     convnext = trial.suggest_categorical("decoder", ["convnext", "pshuffel"]) == "convnext"
     settings = {"conv_type": f"convnext {'convnext' if convnext else 'pshuffel'}"}
     if convnext:
@@ -131,8 +134,9 @@ def trial_settings(trial: optuna.Trial) -> dict[str, Any]:
         settings["ks"] = trial.suggest_categorical("pshuffel_ks", ["0_1_3", "0_1_5", "0_3_5"])
         settings["reduce"] = trial.suggest_float("pshuffel_reduce", 1.0, 1.4)
         settings["lr"] = trial.suggest_float("pshuffel_lr", 1e-3, 3.5e-3, log=True)
-    channels = trial.suggest_categorical("embedding_channels", [8, 16, 24, 32])
+    channels = trial.suggest_categorical("embedding_channels", [4, 8, 16, 32])
     settings["enc_dim"] = f"64_{channels}"
+    settings["cells"] = trial.suggest_categorical("cells", [8, 32, 128])
     settings["loss"] = trial.suggest_categorical("loss", list(SEARCHED_LOSSES))
     return settings
 
@@ -142,11 +146,16 @@ def sized_config(video: dict[str, Any], settings: dict[str, Any]) -> Config:
 
     Args:
         video: flat settings of the video.
-        settings: those of the recipe, and seed and device; they win.
+        settings: those of the recipe, and seed and device; they win. `cells`, if there, stands for
+            strides that leave about so many cells of the embedding.
     """
     frames = load_dataset(Config.from_params(**BASE | video)).video.frames  # [T, 3, H, W]
     millions = round(VALUES_PER_PIXEL * frames[:, 0].numel() / 1e6, 3)
-    return Config.from_params(**BASE | video | {"modelsize": max(LEAST_SIZE, millions)} | settings)
+    settings = {"modelsize": max(LEAST_SIZE, millions)} | settings
+    if cells := settings.pop("cells", None):
+        strides = choose_strides(tuple(frames.shape[2:]), cells)
+        settings |= {"enc_strds": strides, "dec_strds": strides}
+    return Config.from_params(**BASE | video | settings)
 
 
 def objective(trial: optuna.Trial, *, segments: dict[str, dict[str, Any]], seconds: float,

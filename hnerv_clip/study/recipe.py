@@ -305,11 +305,12 @@ def main(arguments: list[str] | None = None) -> None:
     if "search" in args.parts:
         study = search(args.outf, seconds=args.fit_seconds, minutes=args.minutes,
                        workers=args.workers, device=args.device)
-        print(f"{len(study.trials)} trials; the best: {study.best_trial.user_attrs['settings']}, "
-              f"{study.best_value:.2f} dB")
+        print(f"{len(study.trials)} trials")
+        with contextlib.suppress(ValueError):  # none has ended yet
+            print(f"the best: {study.best_trial.user_attrs['settings']}, {study.best_value:.2f} dB")
     if "compare" in args.parts:
         recipes = {"hnerv": FAITHFUL, "best": PRESETS["best"]}
-        with contextlib.suppress(ValueError):  # no trial has ended yet
+        with contextlib.suppress(ValueError):
             recipes["found"] = open_study(resolve_path(args.outf)).best_trial.user_attrs["settings"]
         compare(args.outf, recipes, videos=args.videos, seeds=args.seeds, seconds=args.seconds,
                 minutes=args.minutes, device=args.device)

@@ -315,6 +315,23 @@ def execute_results(root: Path, only: Iterable[str] = (), *,
     return pages_made
 
 
+def execute_explored(root: Path, run_dir: str, *, say: Callable[[str], Any] = print) -> Path:
+    """Execute notebook 07 over a run of any setting, which the page names, and put it into `book/`.
+
+    Args:
+        run_dir: relative to the repository root, as the page shows it.
+    Raises:
+        BookError: the notebook failed.
+    """
+    notebook, = list_notebooks(root, ["07"])
+    executed = root / "output" / "explored" / notebook.name
+    seconds = execute(notebook, executed, parameters={"outf": run_dir})
+    page = clean_page(nbformat.read(executed, as_version=4), _folder_names(root, root / "output"))
+    nbformat.write(page, root / "book" / notebook.name)
+    say(f"book/{notebook.name}  {seconds:.0f} s")
+    return root / "book" / notebook.name
+
+
 def clean_published(root: Path) -> None:
     """Clean the committed pages of runs (01 to 09) by today's rules; what they say stays."""
     for path in sorted((root / "book").glob("0[0-9]_*.ipynb")):

@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--scaling", metavar="FOLDER", help=
                       "first collect book/results/scaling.json from a folder of hnerv-clip scale")
     made.add_argument("--film", metavar="RUN", help=
-                      "first make the landing page's film from this run or NAME.hnerv")
+                      "first make the landing page's film from this run or NAME.hnerv, and page 07 "
+                      "from the run")
     made.add_argument("--film_text", default="", help=
                       "what its heat map is of (bunny: hare, bikes: moped)")
     made.add_argument("--film_original", default="", metavar="VIDEO", help=
@@ -128,6 +129,8 @@ def _pages(args: argparse.Namespace) -> None:
         for path in make_film(root / "book", args.film, text=args.film_text,
                               original=args.film_original):
             print(f"{path.relative_to(root)}  {path.stat().st_size:,} bytes")
+        if resolve_path(args.film).is_dir():
+            build.execute_explored(root, args.film)
     if args.execute:
         build.execute_results(root)
     build.clean_published(root)

@@ -296,6 +296,7 @@ def test_published_pages_are_there():
         page = (ROOT / "book" / f"{name}.ipynb").read_text()
         published = "code" in [cell["cell_type"] for cell in json.loads(page)["cells"]]
         assert published or page == pages.placeholder(name)
+        assert published or not name.startswith("04")
         assert "papermill" not in json.loads(page)["metadata"]
 
 

@@ -399,3 +399,24 @@ def test_study_figures_draw_every_table():
                                      "A (not CLIP)")]
     for figure in drawn:
         assert "A (not CLIP)" in " ".join(text.get_text() for text in figure.texts)
+
+
+def test_no_p_depends_on_the_seed():
+    """Answers rest on nothing drawn; those of the summary's controls on 200 draws."""
+    teacher = slow_video()
+    predicted = metrics.unit(teacher + 0.5 * slow_video(seed=1))
+    first, *others = (study(predicted, teacher, seed=seed) for seed in range(4))
+    for other in others:
+        assert [answer.p for answer in other.answers] == [answer.p for answer in first.answers]
+        assert np.abs(other.improvements.p - first.improvements.p).max() < 0.01
+
+
+def test_frames_worth_fewer_than_two_get_no_interval():
+    steady = np.linspace(0, 1, 24)
+    values = steady[:, None] + 0.001 * np.random.default_rng(0).standard_normal((24, 2))
+    row = verify_scores._measured("skill", 0.5, values, lambda: time_series.mean_interval(steady))
+    assert np.isnan([row["low"], row["high"], row["standard_error"]]).all() and row["value"] == 0.5
+    rng = np.random.default_rng(1)
+    row = verify_scores._measured("skill", 0.5, values, lambda: time_series.mean_interval(
+        rng.standard_normal(24)))
+    assert row["low"] < row["high"]

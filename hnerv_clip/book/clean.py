@@ -98,7 +98,7 @@ def _put_answer_first(page: nbformat.NotebookNode) -> None:
     teacher = [found[0] for cell in cells for text in prose(cell)
                if (found := re.match(r"\*\*Teacher: .*?\*\*", text))][:1]
     if said:
-        said += teacher
+        said += [words for words in teacher if not any(words in text for text in said)]
         title, _, rest = cells[0].source.partition("\n")
         cells[0].source = title
         cells.insert(1, nbformat.v4.new_markdown_cell(" ".join(said), id="answer"))

@@ -88,6 +88,9 @@ def plot_similarity_over_time(scores: pd.DataFrame, teacher_label: str, source: 
         "Similarity to the teacher, mean over the patches of each frame.", teacher_label, source))
 
 
+WIDEST = 2  # net wins as far as intervals are drawn; none can lie beyond 1, so these say nothing
+
+
 def plot_answers(answers: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
     """Every question's answer: the mean of its deciding test with its interval.
 
@@ -129,8 +132,8 @@ def plot_judged(answers: pd.DataFrame, teacher_label: str) -> Figure:
 def _answer_caption(frames):
     return ("Right of zero the network is better, or knows. Net wins: share of patches where its "
             "error is smaller less the share where it is larger. Bars: 95 % intervals over "
-            f"{frames} held-out frames, allowing for autocorrelation; grey band: too small to "
-            "matter.")
+            f"{frames} held-out frames, allowing for autocorrelation, drawn as far as "
+            f"{WIDEST:g}; grey band: too small to matter.")
 
 
 def _draw_answers(panel, answers):
@@ -139,10 +142,11 @@ def _draw_answers(panel, answers):
     panel.axvspan(-MARGIN, MARGIN, color="#606060", alpha=0.15, linewidth=0)
     for place, row in enumerate(answers.itertuples()):
         colour = colours[row.answer]
-        panel.hlines(place, max(row.low, -1.2), min(row.high, 1.2), color=colour, linewidth=2.5)
+        panel.hlines(place, row.low, row.high, color=colour, linewidth=2.5)
         panel.plot(row.estimate, place, "o", color=colour, markeredgecolor="black",
                    markeredgewidth=0.5)
-    panel.set(xlim=(-1.1, 1.1), ylim=(len(answers) - 0.5, -0.5))
+    left, right = min(-1.1, answers.low.min() - 0.05), max(1.1, answers.high.max() + 0.05)
+    panel.set(xlim=(max(left, -WIDEST), min(right, WIDEST)), ylim=(len(answers) - 0.5, -0.5))
 
 
 def plot_retrieval(measures: pd.DataFrame, teacher_label: str, source: str = "", *,

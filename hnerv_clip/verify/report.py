@@ -129,7 +129,7 @@ def report_text(verification: Verification) -> str:
             mark = "too few frames" if np.isnan(row.p) else \
                 "✓ Significant" if row.significant else "✗ Not significant"
             if np.isfinite(row.p):
-                mark += f" ({p_words(row.p)}, as {row.effective_size:.0f} independent frames)"
+                mark += f" ({p_words(row.p)}, worth {row.effective_size:.1f} independent frames)"
             words = f"Improvement over {name_of(row.over).split()[0].lower()}:"
             lines += [f"{words:<31}{row.clip_similarity:>8.4f}  {mark}"]
     return "\n".join(lines + ["", *_quality(verification), wide, ""])

@@ -40,6 +40,7 @@ MEASURES = {
     "r5_near": "R@5 near", "median_rank_near": "median rank near", "cka": "CKA",
     "text_rank": "rank correlation", "text_top20": "top 20 found", "label_top1": "same label",
 }
+MIN_EFFECTIVE = 2  # independent frames, fewer of which give an interval that says nothing
 CKA_ROWS = 4000  # patches up to which a CKA gets an interval, which needs a matrix of their square
 SOURCES = {
     "encoder": "held-out frames go through the encoder: the model sees the frame it is asked about",
@@ -66,8 +67,9 @@ class Verification:
         on these.
     measures: a row per condition and measure (a key of `MEASURES`): value, its 95 % interval low
         to high, standard_error and freedom of Student's t, the value that chance gives (NaN where
-        that is not known), and frames. Without an interval where frames are fewer than 8, where
-        they do not vary, and for a CKA other than the network's or of more than `CKA_ROWS` patches.
+        that is not known), and frames. Without an interval where frames are fewer than 8 or
+        worth fewer than `MIN_EFFECTIVE` independent ones, where they do not vary, and for a CKA
+        other than the network's or of more than `CKA_ROWS` patches.
     candidates, near: how many patches retrieval looks among, and its tolerance in frames.
     source: where held-out embeddings came from, a key of `SOURCES` or "".
     draws, seed: of the controls.
@@ -290,6 +292,8 @@ def _measured(measure: str, value: float, series, interval: Callable[[], Interva
     if len(series) < MIN_FRAMES or np.ptp(series) < 1e-9:
         return row
     found = interval()
+    if found.effective_size < MIN_EFFECTIVE:
+        return row
     return row | {"low": found.low, "high": found.high, "freedom": found.freedom,
                   "standard_error": found.standard_error}
 

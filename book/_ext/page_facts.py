@@ -117,6 +117,9 @@ def finish_page(app, pagename, templatename, context, doctree) -> None:
     """Date and commit in the footer; without the scripts of Thebe, which this book does not use."""
     if doctree is not None:
         context["last_updated"] = page_version(app, pagename)
+    if "citation-list" in context.get("body", ""):  # a list needs list items, which it has not
+        context["body"] = context["body"].replace('<div role="list" class="citation-list">',
+                                                  '<div class="citation-list">')
     if "data:video/mp4;base64," in context.get("body", ""):
         context["body"] = films_as_files(app, pagename, context["body"])
     context["script_files"] = [

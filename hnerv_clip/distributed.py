@@ -46,7 +46,7 @@ def from_rank0(value: Any) -> Any:
 
 
 def gather_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """On rank 0 the ranks' rows of an evaluation in one rank's order; elsewhere the own ones."""
+    """On rank 0 the ranks' rows of an evaluation in one rank's order; elsewhere its own rows."""
     rank, world = ranks()
     if world == 1:
         return table

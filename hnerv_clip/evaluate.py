@@ -1,9 +1,9 @@
 """What a model is worth: one table, a row per frame, variant and way of getting the embedding.
 
 `variant`: the weights `trained`, or `quantised`, decoded from the file that `codec` wrote.
-`source`: how a frame's embedding came about. `encoder`: the hybrid model saw the frame itself.
+`source`: how a frame's embedding was obtained. `encoder`: the hybrid model saw the frame itself.
 `interpolated`: from the embeddings of the training frames around it, so it is a prediction.
-`coordinates`: from the time (and place) alone.
+`coordinates`: from the time (and position) alone.
 """
 
 from __future__ import annotations
@@ -233,8 +233,9 @@ def evaluation_columns(table: pd.DataFrame) -> dict[str, float]:
     short = {"psnr_db": "psnr", "ms_ssim": "ms_ssim", "clip_similarity": "clip_similarity",
              "clip_centred": "clip_centred", "psnr_inside_db": "psnr_inside",
              "psnr_outside_db": "psnr_outside"}
-    own = table[table.source != "interpolated"]
-    parts = {"all": own, "train": own[own.split == "train"], "val": own[own.split == "val"],
+    asked = table[table.source != "interpolated"]
+    parts = {"all": asked, "train": asked[asked.split == "train"],
+             "val": asked[asked.split == "val"],
              "val_interpolated": table[(table.source == "interpolated") & (table.split == "val")]}
     return {f"eval_{name}_{part}": float(rows[measure].mean())
             for measure, name in short.items() if measure in table

@@ -1,8 +1,8 @@
 """What a trained network gives: per-frame embeddings, frames, CLIP embeddings.
 
-`source`: how a frame's embedding came about. `encoder`: the hybrid model saw the frame itself.
+`source`: how a frame's embedding was obtained. `encoder`: the hybrid model saw the frame itself.
 `interpolated`: from the embeddings of the training frames around it, so it is a prediction.
-`coordinates`: from the time (and place) alone.
+`coordinates`: from the time (and position) alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def interpolate_embeddings(embeddings: Tensor, train: np.ndarray) -> Tensor:
 
 
 def sources_of(model: HNeRV) -> tuple[str, ...]:
-    """The ways in which this model's embeddings come about."""
+    """How this model's embeddings can be obtained."""
     return ("encoder", "interpolated") if model.kind == "hybrid" else ("coordinates",)
 
 
@@ -147,7 +147,7 @@ def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", dev
         config = config.replace(data_path=data_path)
     elif not dataset and not has_source(config.video.data_path):
         raise RunError(f"the video of {run.path}, {config.video.data_path}, is not there any more: "
-                       "give the place where it lies now with --data_path (data_path= in Python)")
+                       "give where it is now with --data_path (data_path= in Python)")
     dataset = dataset or load_dataset(config, cache_dir)
     check_same_video(run, dataset.video, config.video.data_path)
     target = select_device(device)

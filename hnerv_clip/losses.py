@@ -163,7 +163,7 @@ class ClipObjective:
         self.jitter, self.seed = config.train.clip_jitter, config.train.seed
         self.targets, self.centres = targets.to(device), centres.to(device)
         self.axes = [self.centres[:, axis].unique() for axis in (0, 1)]  # rows' y, columns' x
-        self.places = model.clip_head.places(self.centres)
+        self.cells = model.clip_head.cells(self.centres)
         known = self.targets[torch.as_tensor(np.asarray(train), device=device)]  # [T', P, D]
         self.centre = known.mean((0, 1))
         self.contrasts = F.normalize(known.flatten(0, 1) - self.centre, dim=1)  # [T'·P, D]
@@ -180,13 +180,13 @@ class ClipObjective:
             key: float32 scalar that differs from step to step and that a resumed run repeats, as
                 the learning rate does; it seeds the jitter.
         """
-        places, target = self.places, self.targets[indices]
+        cells, target = self.cells, self.targets[indices]
         if self.jitter:
             moved = self.centres + self._moves(indices, key)
             moved = torch.stack([moved[..., i].clamp(ends[0], ends[-1])
                                  for i, ends in enumerate(self.axes)], dim=-1)
-            places, target = self.model.clip_head.places(moved), self._target_at(target, moved)
-        pred = self.model.clip_head.at_places(stages, places)
+            cells, target = self.model.clip_head.cells(moved), self._target_at(target, moved)
+        pred = self.model.clip_head.at_cells(stages, cells)
         cosine = clip_loss(pred, target)
         if self.kind == "cosine":
             return cosine, cosine
@@ -195,9 +195,9 @@ class ClipObjective:
             contrastive_loss(pred, target, self.contrasts)
         return cosine, term
 
-    def _target_at(self, target: Tensor, places: Tensor) -> Tensor:
-        """The teacher's embeddings [B, P, D] interpolated, bilinearly, at places [B, P, 2]."""
-        rows, cols = (_axis_weights(places[..., axis], known)
+    def _target_at(self, target: Tensor, positions: Tensor) -> Tensor:
+        """The teacher's embeddings [B, P, D] interpolated, bilinearly, at positions [B, P, 2]."""
+        rows, cols = (_axis_weights(positions[..., axis], known)
                       for axis, known in enumerate(self.axes))
         weights = (rows[..., :, None] * cols[..., None, :]).flatten(-2)  # [B, P, P]
         # a sum, not a product of matrices, which autocast would compute in half precision
@@ -212,12 +212,12 @@ class ClipObjective:
         return ((2 * noise - 1) * self.jitter).float().view(len(indices), -1, 2)
 
 
-def _axis_weights(places: Tensor, known: Tensor) -> Tensor:
+def _axis_weights(positions: Tensor, known: Tensor) -> Tensor:
     """Shares [..., n] of n known coordinates, in rising order, in linear interpolation [...]."""
     if len(known) == 1:
-        return torch.ones_like(places)[..., None]
-    left = ((places[..., None] >= known).sum(-1) - 1).clamp(0, len(known) - 2)
-    share = (places - known[left]) / (known[left + 1] - known[left])
+        return torch.ones_like(positions)[..., None]
+    left = ((positions[..., None] >= known).sum(-1) - 1).clamp(0, len(known) - 2)
+    share = (positions - known[left]) / (known[left + 1] - known[left])
     left, at = left[..., None], torch.arange(len(known), device=known.device)
     return (at == left) * (1 - share[..., None]) + (at == left + 1) * share[..., None]
 
@@ -246,9 +246,9 @@ def contrastive_loss(pred: Tensor, target: Tensor, contrasts: Tensor) -> Tensor:
     Returns:
         [B].
     """
-    own = (pred * target).sum(-1)
+    matching = (pred * target).sum(-1)
     others = torch.matmul(pred, contrasts.T) / TEMPERATURE
-    return (TEMPERATURE * others.logsumexp(-1) - own).mean(-1)
+    return (TEMPERATURE * others.logsumexp(-1) - matching).mean(-1)
 
 
 def clip_weight(epoch: int, *, clip_loss_weight: float, pixel_loss_warmup_epochs: int) -> float:

@@ -133,7 +133,7 @@ def test_losses_are_least_at_the_target(params, small_config, small_dataset, mon
         right = right[:, None].expand(-1, 8, -1)
     for pred in (right, F.normalize(right + 0.01 * torch.randn(right.shape), dim=-1),
                  small_dataset.embeddings[indices].flip(1)):
-        monkeypatch.setattr(model.clip_head, "at_places", lambda stages, places, pred=pred: pred)
+        monkeypatch.setattr(model.clip_head, "at_cells", lambda stages, cells, pred=pred: pred)
         cosine, term = clip(None, indices, torch.tensor(1e-3))
         torch.testing.assert_close(cosine, 1 - (pred * right).sum(-1).mean(-1))
         terms.append(term)
@@ -143,7 +143,7 @@ def test_losses_are_least_at_the_target(params, small_config, small_dataset, mon
 def test_centred_loss_by_hand(small_config, small_dataset, monkeypatch):
     model, clip = objective(small_config, small_dataset, clip_loss_type="centred")
     pred = small_dataset.embeddings[[7]].flip(1)
-    monkeypatch.setattr(model.clip_head, "at_places", lambda stages, places: pred)
+    monkeypatch.setattr(model.clip_head, "at_cells", lambda stages, cells: pred)
     centre = small_dataset.embeddings[small_dataset.split.train].mean((0, 1))
     expected = 1 - torch.cosine_similarity(pred - centre, small_dataset.embeddings[[7]] - centre,
                                            dim=-1).mean()
@@ -196,8 +196,8 @@ def test_a_moved_positions_target_is_interpolated(small_config, small_dataset):
     alone = torch.stack([torch.full((3,), 5.0), torch.tensor([1.0, 5.0, 9.0])], 1)
     assert torch.equal(_axis_weights(alone[:, 1], torch.tensor([5.0])), torch.ones(3, 1))
     limits = []
-    clip.model.clip_head.at_places = lambda stages, places: own.expand(12, -1, -1)
-    clip.model.clip_head.places = limits.append
+    clip.model.clip_head.at_cells = lambda stages, cells: own.expand(12, -1, -1)
+    clip.model.clip_head.cells = limits.append
     clip.jitter = 1000
     clip(None, torch.arange(12), torch.tensor(1e-3))
     low, high = limits[0].amin((0, 1)), limits[0].amax((0, 1))

@@ -28,7 +28,7 @@ from hnerv_clip.runs.provenance import code_version, device_name, package_versio
 from hnerv_clip.runs.rows import run_row
 from hnerv_clip.runs.run_dir import LATEST, RunDir, write_json
 
-# What `hnerv-clip scale` trains unless told: the paper's network and the bundled teacher, which is
+# What `hnerv-clip scale` trains by default: the paper's network and the bundled teacher, which is
 # not CLIP, for so many epochs that all parts fit seven minutes of two GPUs.
 SETTINGS = {"precision": "bf16", "teacher": "efficientnet-lite0", "epochs": 40,
             "pixel_loss_warmup_epochs": 10, "eval_freq": 4}
@@ -51,7 +51,7 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
     Args:
         config: what each rank trains; batch_size is per rank.
         gpus: ranks of the largest run; 0 for every GPU, and on a CPU for two ranks.
-        parts: which of `PARTS`, all unless told, in the order given.
+        parts: which of `PARTS`, all by default, in the order given.
             speed: 1, 2, 4, … ranks at the same batch per rank, learning rate kept and scaled.
             correctness: the same global batch on one rank and on all.
             checkpoint: the cost of checkpoints in the runs of `speed`.
@@ -59,7 +59,7 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
             sweep: as many independent one-rank runs as GPUs, at once and in sequence.
             run: one whole training on all ranks, in `outf`/run.
         correctness_epochs: of the fp32 comparison.
-        sweep_epochs: of each run of the sweep; a third of the others' unless told.
+        sweep_epochs: of each run of the sweep; by default a third of the others'.
         run_epochs: of the whole training; the CLIP loss joins after a sixth of them.
     Returns:
         What scaling.json holds: gpus, settings, and each part with its figures, the code's version

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 from hnerv_clip.cli import runs, stored, training
 from hnerv_clip.cli.settings import read_settings, show_settings
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def error_message(error: Exception) -> str | None:
-    """What a user is told of an error in place of a traceback; None where that says more."""
+    """What is printed of an error in place of a traceback; None where that says more."""
     if isinstance(error, OSError):
         return explain(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in (
@@ -62,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
                                      "Video networks that know what they show.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command, words: str) -> argparse.ArgumentParser:
+    def add(name: str, command: Callable[[argparse.Namespace], None], words: str
+            ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
         sub.set_defaults(command=command, takes_settings=False)
         return sub

@@ -155,7 +155,7 @@ def _index(args: argparse.Namespace) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     from hnerv_clip.runs.run_dir import FIELD, RunDir
-    from hnerv_clip.search.kept import encode_kept, predict_patches
+    from hnerv_clip.search.cache import encode_cached, predict_patches
     from hnerv_clip.search.rank import rank_patches
     from hnerv_clip.teachers.text import parse_queries
 
@@ -176,22 +176,23 @@ def _search(args: argparse.Namespace) -> None:
         return _search_index(args, queries)
     run = RunDir(args.outf)
     config = run.config_with_head()
-    texts = encode_kept(queries, config.teacher, run.path, device=args.device)
+    texts = encode_cached(queries, config.teacher, run.path, device=args.device)
     path, = match_paths(args.data_path, 1)
-    kept = predict_patches(run.path, cache_dir=args.cache_dir, device=args.device, data_path=path)
+    predicted = predict_patches(run.path, cache_dir=args.cache_dir, device=args.device,
+                                data_path=path)
     for query, vector in zip(queries, texts):
-        found = rank_patches(vector, kept.embeddings, args.top_k, apart=args.apart)
-        found["time_s"] = kept.times_s[found.frame]
+        hits = rank_patches(vector, predicted.embeddings, args.top_k, apart=args.apart)
+        hits["time_s"] = predicted.times_s[hits.frame]
         for i, side in enumerate(("top", "left", "height", "width")):
-            found[side] = kept.boxes[found.patch.to_numpy(), i]
-        _show_found(f"{query}  ({kept.teacher_label}; embeddings: {kept.source})", found)
+            hits[side] = predicted.boxes[hits.patch.to_numpy(), i]
+        _show_hits(f"{query}  ({predicted.teacher_label}; embeddings: {predicted.source})", hits)
 
 
 def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
     from hnerv_clip.field.query import load_field
     from hnerv_clip.inference import sources_of
     from hnerv_clip.search.boxes import search_boxes
-    from hnerv_clip.search.kept import encode_kept
+    from hnerv_clip.search.cache import encode_cached
 
     run = _load_run(args)
     source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
@@ -202,12 +203,12 @@ def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
         asked.append((f"like box {tuple(box)} of frame {frame:g}", field.embed(frame, box),
                       (frame, box)))
     if queries:
-        texts = encode_kept(queries, run.config.teacher, run.run_dir.path, device=args.device)
+        texts = encode_cached(queries, run.config.teacher, run.run_dir.path, device=args.device)
         asked += [(query, vector, None) for query, vector in zip(queries, texts)]
     for words, vector, near in asked:
-        found = search_boxes(field, vector, args.top_k, apart=args.apart, not_near=near)
-        found["time_s"] = run.dataset.video.times_s[found.frame.to_numpy()]
-        _show_found(f"{words}  ({run.dataset.teacher_label}; embeddings: {source})", found)
+        hits = search_boxes(field, vector, args.top_k, apart=args.apart, not_near=near)
+        hits["time_s"] = run.dataset.video.times_s[hits.frame.to_numpy()]
+        _show_hits(f"{words}  ({run.dataset.teacher_label}; embeddings: {source})", hits)
 
 
 def _parse_region(words: str) -> list[float]:
@@ -222,18 +223,18 @@ def _parse_region(words: str) -> list[float]:
 
 
 def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
+    from hnerv_clip.search.cache import encode_cached
     from hnerv_clip.search.index import load_index
-    from hnerv_clip.search.kept import encode_kept
 
     index = load_index(args.outf)
-    texts = encode_kept(queries, index.teacher_config(), resolve_path(args.outf),
+    texts = encode_cached(queries, index.teacher_config(), resolve_path(args.outf),
                         device=args.device)
     for query, vector in zip(queries, texts):
-        found = index.search(vector, args.top_k, apart=args.apart)
-        found["time_s"] = index.times_of(found)
-        _show_found(f"{query}  ({index.label}; {len(index)} patches)", found)
+        hits = index.search(vector, args.top_k, apart=args.apart)
+        hits["time_s"] = index.times_of(hits)
+        _show_hits(f"{query}  ({index.label}; {len(index)} patches)", hits)
 
 
-def _show_found(title: str, found) -> None:
+def _show_hits(title: str, hits: pd.DataFrame) -> None:
     print(title)
-    print(found.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
+    print(hits.to_string(index=False, float_format="{:.3f}".format), end="\n\n")

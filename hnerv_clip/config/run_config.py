@@ -80,11 +80,11 @@ class Config:
             params.setdefault("predict_clip", False)
         groups = {}
         for group, group_type in GROUPS.items():
-            own = {f.name: parse(f.name, params[f.name]) for f in fields(group_type)
-                   if f.name in params}
-            if group == "model" and own.get("clip_dim", AUTO) == AUTO:
-                own["clip_dim"] = resolve_clip_dim(groups["teacher"])
-            groups[group] = group_type(**own)
+            values = {f.name: parse(f.name, params[f.name]) for f in fields(group_type)
+                      if f.name in params}
+            if group == "model" and values.get("clip_dim", AUTO) == AUTO:
+                values["clip_dim"] = resolve_clip_dim(groups["teacher"])
+            groups[group] = group_type(**values)
         config = cls(**groups, chosen=chosen)
         validate(config.video, config.teacher, config.model, config.train)
         frame_hw = config.video.resize_list or config.video.crop_list
@@ -124,14 +124,14 @@ class Config:
         return Config.from_params(**{**self.params(), **left, **params})
 
     def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """Parameters that differ and that change a result, as {name: (own, other's)}.
+        """Parameters that differ and that change a result, as {name: (this one's, the other's)}.
 
         What is still `auto` on one side differs from nothing.
         """
-        own, others = self.params(), other.params()
-        return {name: (own[name], others[name]) for name in own
-                if own[name] != others[name] and name not in RUNTIME_PARAMS
-                and not (name in AUTO_NAMES and AUTO in (own[name], others[name]))
+        params, others = self.params(), other.params()
+        return {name: (params[name], others[name]) for name in params
+                if params[name] != others[name] and name not in RUNTIME_PARAMS
+                and not (name in AUTO_NAMES and AUTO in (params[name], others[name]))
                 and not (name == "clip_dim" and not self.embeds and not other.embeds)}
 
 

@@ -44,15 +44,15 @@ def settle(config: TrainConfig, device: torch.device, before: dict | None = None
     reason = f"precision={config.precision}, engine={config.engine}"
     if device.type != "cuda":
         return Choice(used, config.engine, f"{reason}, no GPU")
-    engine, kept, name = config.engine, used, torch.cuda.get_device_name(device)
+    engine, precision, name = config.engine, used, torch.cuda.get_device_name(device)
     if before is not None and config.precision == "auto":
-        kept = before.get("precision", "tf32")
-        kept = kept if kept in ("tf32", used) else used  # fp32: it began on a CPU
+        precision = before.get("precision", "tf32")
+        precision = precision if precision in ("tf32", used) else used  # fp32: it began on a CPU
     if before is not None and engine == "auto" and "fallback" not in before and \
             before.get("engine", "plain") == "plain" and before.get("device", name) == name:
         engine = "plain"
-    if before is not None and (kept, engine) != (used, config.engine):
-        return Choice(kept, engine, f"{reason}, as this run began")
+    if before is not None and (precision, engine) != (used, config.engine):
+        return Choice(precision, engine, f"{reason}, as this run began")
     if config.precision == "auto":
         reason += f"; {no_bfloat16(device)}" if used == "tf32" else \
             f"; {name} computes in bfloat16, several times as fast as in tf32 and within 0.02 dB"
@@ -84,7 +84,7 @@ def make_engine(config: Config, model: HNeRV, dataset: Dataset, *, autocast: tor
                           "slower", stacklevel=2)
         return PlainEngine(config, model, dataset, autocast=autocast)
     engine, reason = _fast_engine(config, model, dataset, autocast=autocast)
-    # One rank in another engine would wait for the others for ever
+    # One rank in another engine would wait for the others without end
     failed = count_ranks(engine is None, device)
     if failed and engine:
         reason = f"{failed} of {dist.get_world_size()} ranks cannot have it, see their output"

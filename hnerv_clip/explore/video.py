@@ -254,7 +254,7 @@ def _from_file(path: Path, original: str, device: str) -> ExploredVideo:
 def _from_run(path: str | Path, data_path: str, cache_dir: str | Path, device: str
               ) -> ExploredVideo:
     from hnerv_clip.inference import decode_frames, load_run, predict_embeddings
-    from hnerv_clip.search.kept import frame_times_s
+    from hnerv_clip.search.cache import frame_times_s
     from hnerv_clip.teachers import load_teacher
 
     run = load_run(path, cache_dir=cache_dir, device=device, data_path=data_path)

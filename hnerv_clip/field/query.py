@@ -174,7 +174,7 @@ def load_field(run: Run, *, source: str | None = None) -> Field:
     """The field in a run's folder.
 
     Args:
-        source: how frames' embeddings come about, the run's first by default.
+        source: how frames' embeddings are obtained, the run's first by default.
     Raises:
         RunError: none there, damaged, or fitted to another network or teacher.
     """

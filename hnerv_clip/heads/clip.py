@@ -49,10 +49,10 @@ class ClipHead(nn.Sequential):
             ValueError: a position outside the frame.
         """
         check_positions(centres, self.frame_hw)
-        return self.at_places(stages, self.places(centres))
+        return self.at_cells(stages, self.cells(centres))
 
-    def places(self, centres: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Where `at` looks, for `at_places`: computed once, used in every step.
+    def cells(self, centres: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Where `at` looks, for `at_cells`: computed once, used in every step.
 
         Returns:
             Of each stage that feeds the head, (rows, columns): int64 [..., P] cells, or with
@@ -61,24 +61,24 @@ class ClipHead(nn.Sequential):
         return [tuple(self._axis(centres[..., axis], axis, stage_hw) for axis in (0, 1))
                 for stage_hw in self.stage_hws]
 
-    def at_places(self, stages: list[Tensor], places: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """`at` for what `places` returned: nothing here waits for the GPU."""
+    def at_cells(self, stages: list[Tensor], cells: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """`at` for what `cells` returned: nothing here waits for the GPU."""
         picked = []
-        for stage, (rows, cols) in zip(self.stages, places, strict=True):
+        for stage, (rows, cols) in zip(self.stages, cells, strict=True):
             features = stages[stage]
             if self.clip_pool:  # as products: rows, then columns
-                found = _weigh_rows(features, rows)  # [B, P, W, C]
-                found = (found * cols.to(found.dtype)[..., None]).sum(-2).transpose(1, 2)
+                picks = _weigh_rows(features, rows)  # [B, P, W, C]
+                picks = (picks * cols.to(picks.dtype)[..., None]).sum(-2).transpose(1, 2)
             else:  # from channels-last memory: else its gradient would be laid out anew, and slowly
                 frame = slice(None) if rows.ndim == 1 else \
                     torch.arange(len(rows), device=rows.device)[:, None]
-                found = features.permute(0, 2, 3, 1)[frame, rows, cols].transpose(1, 2)
-            picked.append(found)  # [B, Cᵢ, P]
+                picks = features.permute(0, 2, 3, 1)[frame, rows, cols].transpose(1, 2)
+            picked.append(picks)  # [B, Cᵢ, P]
         return self.of_cells(picked)
 
     def of_cells(self, picked: list[Tensor]) -> Tensor:
         """Embeddings [B, P, D] from what the stages that feed the head have there: [B, Cᵢ, P]."""
-        read = [found[:, :width].float() for width, found in zip(self.widths, picked, strict=True)]
+        read = [picks[:, :width].float() for width, picks in zip(self.widths, picked, strict=True)]
         return self._vectors(torch.cat(read, dim=1)[..., None])[..., 0].transpose(1, 2)
 
     def map(self, stages: list[Tensor], *, stride: int = 1, rows: slice = slice(None)) -> Tensor:
@@ -96,11 +96,11 @@ class ClipHead(nn.Sequential):
         for stage, width, stage_hw in zip(self.stages, self.widths, self.stage_hws, strict=True):
             ys, xs = (self._axis(positions[axis], axis, stage_hw) for axis in (0, 1))
             if self.clip_pool:
-                found = _weigh_rows(stages[stage], ys)
-                found = torch.matmul(xs.to(found.dtype), found).permute(0, 3, 1, 2)
+                picks = _weigh_rows(stages[stage], ys)
+                picks = torch.matmul(xs.to(picks.dtype), picks).permute(0, 3, 1, 2)
             else:
-                found = stages[stage][:, :, ys[:, None], xs]
-            picked.append(found[:, :width].float())
+                picks = stages[stage][:, :, ys[:, None], xs]
+            picked.append(picks[:, :width].float())
         return self._vectors(torch.cat(picked, dim=1))
 
     def _axis(self, positions: Tensor, axis: int, stage_hw: tuple[int, int]) -> Tensor:

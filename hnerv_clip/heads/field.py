@@ -42,7 +42,7 @@ class FieldConfig:
     map_hw: tuple[int, int] = (8, 16)
     keyframes: int = 0  # own latent maps, evenly over the video; 0 for none
     latent_channels: int = 0  # of them
-    points: int = 3  # the map is sampled at points × points places of a box
+    points: int = 3  # the map is sampled at points × points positions of a box
     hidden: int = 128
     layers: int = 2
     rank: int = 64  # values that the output basis combines
@@ -170,8 +170,8 @@ class FieldHead(nn.Module):
         """
         if self.config.output != "linear":
             def score_decoded(codes: Tensor) -> Tensor:
-                found = self.decode(codes)
-                return found @ queries.T / found.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+                vectors = self.decode(codes)
+                return vectors @ queries.T / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             return score_decoded
         weight = torch.cat([self.basis.weight, self.basis.bias[:, None]], dim=1)  # [D, rank + 1]
         gram, met = weight.T @ weight, queries @ weight
@@ -219,9 +219,9 @@ def sample_boxes(maps: Tensor, boxes: Tensor, *, frame_hw: tuple[int, int], poin
     x = (left + wide * inside) * (2 / width) - 1
     grid = torch.stack([x[..., None, :].expand(*x.shape[:2], points, points),
                         y[..., :, None].expand(*y.shape[:2], points, points)], dim=-1)
-    found = F.grid_sample(maps, grid.flatten(2, 3), mode="bilinear", padding_mode="border",
+    sampled = F.grid_sample(maps, grid.flatten(2, 3), mode="bilinear", padding_mode="border",
                           align_corners=False)  # [B, C, P, points²]
-    return found.permute(0, 2, 1, 3).flatten(2)
+    return sampled.permute(0, 2, 1, 3).flatten(2)
 
 
 def check_boxes(boxes: Tensor, frame_hw: tuple[int, int], *,

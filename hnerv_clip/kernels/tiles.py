@@ -55,14 +55,14 @@ def gradient_tile(N: int, columns: int, run: int) -> dict[str, int]:
 
 def _fit(**tile: int) -> dict[str, int]:
     """Fewer loads in flight, then smaller blocks, where the GPU's shared memory is smaller."""
-    room = _shared_memory()
+    available = _shared_memory()
 
     def need() -> int:
         return 2 * tile["STAGES"] * tile["BK"] * (tile["BM"] + tile["BN"] + tile["BN2"])
 
-    while need() > room and tile["STAGES"] > 2:
+    while need() > available and tile["STAGES"] > 2:
         tile["STAGES"] -= 1
-    while need() > room and tile["BM"] > 16:
+    while need() > available and tile["BM"] > 16:
         tile["BM"] //= 2
     return tile
 

@@ -69,7 +69,7 @@ def launch(
         slurm_extra: more sbatch options, as {"qos": "high", "mem": "64G", "exclusive": True}.
         slurm_setup: shell lines to run before the tasks, as ["module load cuda"].
         signal_delay_s: seconds between Slurm's signal and the time limit.
-        run: what trains; `hnerv_clip.train.train` unless told.
+        run: what trains; `hnerv_clip.train.train` by default.
         dataset: of a single configuration, where it is loaded already: an inline run then decodes
             no video.
     Returns:

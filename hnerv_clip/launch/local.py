@@ -65,7 +65,7 @@ class LocalQueue:
         self.pump()
 
     def pump(self) -> None:
-        """Start what there is room for."""
+        """Start as many as there are free slots for."""
         self.running = {slot: job for slot, job in self.running.items()
                         if alive(job.record)}
         for slot in self.slots.keys() - self.running.keys():

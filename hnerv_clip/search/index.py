@@ -30,7 +30,7 @@ from hnerv_clip.files import (
 )
 from hnerv_clip.metrics import check_embeddings
 from hnerv_clip.paths import resolve_path, tell_apart
-from hnerv_clip.search.kept import frame_times_s
+from hnerv_clip.search.cache import frame_times_s
 from hnerv_clip.search.rank import check_query
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def build_index(videos: dict, *, teacher: str, exact: bool | None = None) -> Pat
     Args:
         videos: {name: [T, P, D] unit vectors}; T and P may differ between videos.
         teacher: name of the teacher whose space this is; kept, so that a query of another teacher
-            can be told.
+            can be determined.
         exact: compare every vector; None decides by their number.
     Raises:
         ValueError: no video, a bad one, or videos of different D.

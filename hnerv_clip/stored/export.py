@@ -43,11 +43,11 @@ class _Decoder(nn.Module):
             boxes = where.expand(frame.shape[0], -1, -1)  # of any number of frames, when traced
             return pictures, self.field(features, frame.float(), boxes)
         head = self.model.clip_head
-        places = head.places(where)
+        cells = head.cells(where)
         if head.clip_pool:
-            return pictures, head.at_places(stages, places)
+            return pictures, head.at_cells(stages, cells)
         picked = [stages[i].flatten(2).index_select(2, rows * stages[i].shape[3] + cols)
-                  for i, (rows, cols) in zip(head.stages, places)]
+                  for i, (rows, cols) in zip(head.stages, cells)]
         return pictures, head.of_cells(picked)
 
 

@@ -34,7 +34,7 @@ def clip_at(model: HNeRV, embeddings: Tensor, centres: Tensor) -> Tensor:
         return head.at(model.stages(embeddings, last=head.stages[-1]), centres)
     check_positions(centres, model.frame_hw)
     return head.of_cells([features_at(model, embeddings, stage, *cells)
-                          for stage, cells in zip(head.stages, head.places(centres))])
+                          for stage, cells in zip(head.stages, head.cells(centres))])
 
 
 def features_at(model: HNeRV, embeddings: Tensor, stage: int, rows: Tensor, cols: Tensor) -> Tensor:

@@ -120,9 +120,9 @@ def _named_tags(config: TeacherConfig) -> list[str]:
 
     path = resolve_path(config.clip_pretrained)
     folder = next((part for part in path.parts if part.startswith("models--")), "")
-    told = _letters(folder + path.name)
+    named = _letters(folder + path.name)
     tags = [tag for tag in open_clip.list_pretrained_tags_by_model(config.clip_model)
-            if len(_letters(tag)) >= 5 and _letters(tag) in told]
+            if len(_letters(tag)) >= 5 and _letters(tag) in named]
     return [tag for tag in tags if not any(  # dfn2b_s39b, not dfn2b too
         _letters(tag) in _letters(other) and tag != other for other in tags)]
 

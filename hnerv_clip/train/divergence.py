@@ -1,4 +1,4 @@
-"""Whether training has collapsed, judged by the losses of its epochs, which are read anyway.
+"""Whether training has collapsed, by the losses of its epochs, which are read anyway.
 
 A network that died under too high a learning rate gives one picture for every frame and has no
 gradients that could bring it back.
@@ -62,8 +62,8 @@ def measure_baselines(engine: PlainEngine, train: Sequence[int]) -> Baselines:
     engine.model.eval()
     for index in few:
         frame, pred, _ = engine.reconstruct(index[None])
-        own = pixel_loss(pred, frame, loss=loss, mask=engine.mask, constants=engine.ssim)[0]
-        ratios.append(own / color_loss(index).clamp(min=1e-12))
+        untrained = pixel_loss(pred, frame, loss=loss, mask=engine.mask, constants=engine.ssim)[0]
+        ratios.append(untrained / color_loss(index).clamp(min=1e-12))
     engine.model.train()
     return Baselines(float(color), float(color * torch.stack(ratios).mean()))
 

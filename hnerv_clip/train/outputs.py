@@ -71,9 +71,9 @@ class Recorder:
         """Write an evaluation's similarity per frame, on rank 0, as a table and a histogram."""
         self.write_similarity(table)
         if self.has_head:
-            own = table[table.source != "interpolated"]
+            shown = table[table.source != "interpolated"]
             self.board.add_histogram("eval/clip_similarity_distribution",
-                                     own.clip_similarity.to_numpy(), epoch)
+                                     shown.clip_similarity.to_numpy(), epoch)
 
     def write_similarity(self, table: pd.DataFrame) -> None:
         """Write an evaluation's similarity per frame, on rank 0."""
@@ -114,9 +114,9 @@ def final_figures(model: HNeRV, dataset: Dataset, run: RunDir, *, config: Config
         bind_video(run)
     content = from_rank0(video.read_bytes() if rank == 0 else None)
     with tempfile.TemporaryDirectory() as folder:  # a shared disk may show the file late
-        own = Path(folder) / video.name
-        own.write_bytes(content)
-        stored, rate_bpp = evaluate_stored(own, dataset, device=device, share=share)
+        copy = Path(folder) / video.name
+        copy.write_bytes(content)
+        stored, rate_bpp = evaluate_stored(copy, dataset, device=device, share=share)
     stored = gather_rows(stored)
     stored_time_s = time.perf_counter() - started
     if rank:

@@ -235,14 +235,14 @@ class Trainer:
         All of it is in one file, written at once: a run that is interrupted here finds either the
         state before, in which it collapses again, or the state after.
         """
-        train, told = self.config.train, f"training collapsed: {error}"
+        train, message = self.config.train, f"training collapsed: {error}"
         if train.on_divergence == "stop" or len(self.recoveries) == len(LR_FACTORS):
             self.recorder.write_metrics()
             tried = "".join(f", {note['lr']:g}" for note in self.recoveries)
             ways = "another outf" if self.recoveries else \
                 "another outf, or again in this one with on_divergence='recover'"
-            raise TrainError(f"{told}. Train with a lower lr than {train.lr:g}{tried} in {ways}. "
-                             f"{self.run.path} keeps its checkpoints")
+            raise TrainError(f"{message}. Train with a lower lr than {train.lr:g}{tried} in "
+                             f"{ways}. {self.run.path} keeps its checkpoints")
         best = from_rank0(self._best_before(error.fell_at) if self.rank == 0 else None)
         weights = best["model"] if best else build_model(
             self.config.model, frame_hw=self.dataset.video.frame_hw,
@@ -251,10 +251,10 @@ class Trainer:
                 "back_to_epoch": best["epoch"] if best else 0,
                 "lr": LR_FACTORS[len(self.recoveries)] * train.lr}
         self.recoveries.append(note)
-        told += f"; back to epoch {note['back_to_epoch']} with lr={note['lr']:g}"
+        message += f"; back to epoch {note['back_to_epoch']} with lr={note['lr']:g}"
         if self.rank == 0:
-            self.run.log(told)
-            warnings.warn(told, stacklevel=3)
+            self.run.log(message)
+            warnings.warn(message, stacklevel=3)
         self.epoch, self.batch = note["back_to_epoch"], 0
         self.recorder.history = [row for row in self.recorder.history
                                  if row["epoch"] <= self.epoch]

@@ -97,7 +97,7 @@ def ask_places(run: Run, *, taught: PatchGrid | None = None, source: str | None 
 
     Args:
         taught: the grid of the positions that count as taught, by default the run's own.
-        source: how frames' embeddings come about, a prediction by default (`sources_of(…)[-1]`).
+        source: how frames' embeddings are obtained, a prediction by default (`sources_of(…)[-1]`).
     Raises:
         ConfigError: the run has no CLIP head, or its teacher's weights are not there.
     """

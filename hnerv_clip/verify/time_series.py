@@ -135,7 +135,7 @@ def mean_interval(series: np.ndarray, *, level: float = 0.95, least_variance: fl
     series = np.asarray(series, np.float64).ravel()
     if len(series) < MIN_FRAMES:
         raise ValueError(f"an interval needs at least {MIN_FRAMES} frames, got {len(series)}: their"
-                         " autocorrelation can't be told; hold out more frames")
+                         " autocorrelation cannot be estimated; hold out more frames")
     if not np.isfinite(series).all():
         raise ValueError("the series holds NaN or infinite values; look for NaN embeddings")
     mean, error, freedom, size = (float(x) for x in mean_statistics(series))

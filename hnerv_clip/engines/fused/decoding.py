@@ -24,7 +24,7 @@ class Decoder:
         """
         self.model = model
         self.network = network or Network(model, batch=batch, train=False)
-        self.cells = None if centres is None else model.need_clip_head().places(
+        self.cells = None if centres is None else model.need_clip_head().cells(
             centres.to(self.network.device))
         stem = self.network.convs[0]
         self.input = self.network.work.zeros_with_guard(batch * stem.H * stem.W, stem.CI)
@@ -76,7 +76,7 @@ class Decoder:
         if self.model.config.clip_pool:
             stages = [self.network.features_nchw(stage * blocks)
                       for stage in range(self.model.clip_stages[-1] + 1)]
-            return self.model.clip_head.at_places(stages, self.cells)
+            return self.model.clip_head.at_cells(stages, self.cells)
         return self.model.clip_head.of_cells([
             self.network.gather_features(stage * blocks, *cells)
             for stage, cells in zip(self.model.clip_stages, self.cells)])

@@ -37,14 +37,14 @@ class Moments:
 
     def state_dict(self) -> dict:
         numbers = {p: i for i, p in enumerate(self.parameters)}
-        return {"state": {numbers[p]: kept for p, kept in self.state.items()},
+        return {"state": {numbers[p]: moments for p, moments in self.state.items()},
                 "param_groups": [{"params": list(numbers.values()), "fused": True,
                                   "capturable": True}]}  # so that Adam takes the step as a tensor
 
     def load_state_dict(self, state: dict) -> None:
         self.state = {self.parameters[i]: {name: value.to(self.parameters[i])
-                                           for name, value in kept.items()}
-                      for i, kept in state["state"].items()}
+                                           for name, value in moments.items()}
+                      for i, moments in state["state"].items()}
 
 
 class FusedEngine(PlainEngine):
@@ -106,9 +106,9 @@ class FusedEngine(PlainEngine):
         self.cells = None
         if not self.config.model.clip_pool and not self.config.train.clip_jitter:
             # Only these cells are given to the head, one beside the other
-            self.cells = self.clip.places
+            self.cells = self.clip.cells
             row = torch.zeros_like(self.cells[0][0])
-            self.clip.places = [(row, torch.arange(len(row), device=self.device))] * len(self.cells)
+            self.clip.cells = [(row, torch.arange(len(row), device=self.device))] * len(self.cells)
 
     def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
         self.lr.fill_(lr)
@@ -201,15 +201,15 @@ class FusedEngine(PlainEngine):
         Args:
             embeddings: [B, C, h, w].
         """
-        size, found = self.part, []
+        size, outputs = self.part, []
         if self.decoder is None:
             self.decoder = Decoder(self.model, batch=size, network=self.networks[size],
                                    centres=self.centres)
         for part in embeddings.split(size):
             frames, vectors = self.decoder(_filled(part, size), clip=clip)
-            found.append((frames[:len(part)].clone(),
+            outputs.append((frames[:len(part)].clone(),
                           vectors[:len(part)].clone() if clip else None))
-        frames, vectors = zip(*found)
+        frames, vectors = zip(*outputs)
         return torch.cat(frames), torch.cat(vectors) if clip else None
 
     def sync(self) -> None:
@@ -221,9 +221,9 @@ class FusedEngine(PlainEngine):
 
     def load_optimizer(self, state: dict) -> None:
         super().load_optimizer(state)
-        kept = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
-        self.parameters.load({n: (s["exp_avg"], s["exp_avg_sq"]) for n, s in kept.items()},
-                             float(next(iter(kept.values()))["step"]))
+        moments = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
+        self.parameters.load({n: (s["exp_avg"], s["exp_avg_sq"]) for n, s in moments.items()},
+                             float(next(iter(moments.values()))["step"]))
 
     def _own_gradients(self, key: tuple[int, int]) -> Tensor:
         """The gradients of this rank's frames, and their `COLUMNS` [4, B]."""

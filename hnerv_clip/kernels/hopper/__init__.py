@@ -209,7 +209,7 @@ def wgmma_columns(macros: dict[str, int]) -> int:
 
 
 def build(macros: dict[str, int]) -> bytes:
-    """Machine code of the source for those macros, kept on disk beside Triton's.
+    """Machine code of the source for those macros, cached on disk beside Triton's.
 
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
@@ -218,10 +218,10 @@ def build(macros: dict[str, int]) -> bytes:
     source = "".join(f"#define {name} {value}\n" for name, value in defined.items())
     source += enums() + _wgmma_macros(wgmma_columns(macros), b_k_major(macros))
     source += "".join((FOLDER / name).read_text(encoding="utf-8") for name in sources(macros))
-    kept = get_cache_manager(hashlib.sha256(
+    cache = get_cache_manager(hashlib.sha256(
         repr((nvrtc.nvrtcVersion()[1:], source)).encode()).hexdigest())
-    if found := kept.get_file("hopper.cubin"):
-        return Path(found).read_bytes()
+    if path := cache.get_file("hopper.cubin"):
+        return Path(path).read_bytes()
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"hopper.cu", 0, [], []))
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
     status, = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -231,7 +231,7 @@ def build(macros: dict[str, int]) -> bytes:
         raise RuntimeError(f"the CUDA source does not compile: {log.decode().rstrip(chr(0))}")
     code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     _check(nvrtc.nvrtcGetCUBIN(program, code))
-    kept.put(code, "hopper.cubin")
+    cache.put(code, "hopper.cubin")
     return code
 
 

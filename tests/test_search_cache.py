@@ -1,4 +1,4 @@
-"""What a run predicts is kept with it: the next search loads no network and no teacher."""
+"""What a run predicts is cached with it: the next search loads no network and no teacher."""
 
 import json
 import subprocess
@@ -12,11 +12,11 @@ import torch
 from hnerv_clip import cli, inference, teachers
 from hnerv_clip.inference import load_run, predict_embeddings
 from hnerv_clip.runs.run_dir import RunDir
-from hnerv_clip.search import kept
-from hnerv_clip.search.kept import encode_kept, predict_patches
+from hnerv_clip.search import cache
+from hnerv_clip.search.cache import encode_cached, predict_patches
 
 
-def test_predictions_are_kept_and_bound_to_the_checkpoint(trained_copy, cache_dir, monkeypatch):
+def test_predictions_are_cached_and_bound_to_the_checkpoint(trained_copy, cache_dir, monkeypatch):
     run = load_run(trained_copy, cache_dir=cache_dir, device="cpu")
     own = predict_embeddings(run.model, run.dataset, source="interpolated").numpy()
     first = predict_patches(trained_copy, cache_dir=cache_dir, device="cpu")
@@ -44,7 +44,7 @@ def test_a_damaged_file_is_made_anew(trained_copy, cache_dir, name):
     def ask():
         config = RunDir(trained_copy).config()
         return [predict_patches(trained_copy, cache_dir=cache_dir, device="cpu").embeddings,
-                encode_kept(["hare"], config.teacher, trained_copy, device="cpu")]
+                encode_cached(["hare"], config.teacher, trained_copy, device="cpu")]
 
     expected, path = ask(), trained_copy / name
     whole = path.read_bytes()
@@ -69,15 +69,15 @@ def test_a_repeated_query_loads_nothing(trained_copy, cache_dir, capsys):
     assert done.stdout == first + "[]\n", done.stderr
 
 
-def test_two_texts_of_one_meaning_are_refused_when_kept_too(trained_copy):
+def test_two_texts_of_one_meaning_are_refused_when_cached_too(trained_copy):
     teacher = RunDir(trained_copy).config().teacher
-    encode_kept(["hare", "barn"], teacher, trained_copy, device="cpu")
+    encode_cached(["hare", "barn"], teacher, trained_copy, device="cpu")
     arrays = dict(np.load(trained_copy / "queries.npz"))
     arrays["vectors"][1] = arrays["vectors"][0]
     np.savez(trained_copy / "queries.npz", **arrays)
     assert json.loads(arrays["about"].tobytes())["texts"] == ["hare", "barn"]
     with pytest.raises(ValueError, match="'hare' and 'barn' are the same"):
-        encode_kept(["hare", "barn"], teacher, trained_copy, device="cpu")
+        encode_cached(["hare", "barn"], teacher, trained_copy, device="cpu")
 
 
 def test_a_warning_is_given_each_time(trained_copy, monkeypatch):
@@ -93,14 +93,14 @@ def test_a_warning_is_given_each_time(trained_copy, monkeypatch):
     monkeypatch.setattr(teachers, "encode_queries", encode)
     for _ in range(2):
         with pytest.warns(UserWarning, match="no class near 'love'"):
-            encode_kept(["love"], teacher, trained_copy)
-        monkeypatch.setattr(teachers, "encode_queries", None)  # the second is kept
+            encode_cached(["love"], teacher, trained_copy)
+        monkeypatch.setattr(teachers, "encode_queries", None)  # the second is cached
 
 
 def test_bundled_texts_depend_on_what_is_installed():
     from hnerv_clip.teachers import efficientnet, sentences
 
-    assert kept.TEXT_PACKAGES == (efficientnet.BUNDLED_PACKAGE, sentences.PACKAGE)
+    assert cache.TEXT_PACKAGES == (efficientnet.BUNDLED_PACKAGE, sentences.PACKAGE)
 
 
 @pytest.mark.parametrize("command", [["search"], ["verify"], ["index", "INDEX"]])

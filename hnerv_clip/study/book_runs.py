@@ -170,6 +170,7 @@ def _do_bench(places: Places, part: str) -> None:
 def _do_scale(places: Places) -> None:
     from hnerv_clip.bench.multi_gpu import SETTINGS, measure_scaling
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop its ranks
     measure_scaling(Config.from_params(**{**SETTINGS, **places.settings}),
                     places.outf / "scaling", cache_dir=places.cache_dir)
 
@@ -267,8 +268,9 @@ def run_book(places: Places, *, minutes: float = float("inf"), only: tuple[str, 
     collect_results(places, say=say)
     if minutes <= 0 or "waiting" not in states.values():
         return states
-    _prepare(places, [step for step in steps if states[step.name] == "waiting"], say)
     count = max(1, len(gpus))
+    waiting = [step for step in steps if states[step.name] == "waiting"]
+    _prepare(places, first_steps(waiting, minutes * count, recorded), say)
     options = {"places": places, "threads": max(1, (os.cpu_count() or 1) // count)}
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop the workers
     try:
@@ -324,6 +326,17 @@ def chosen_steps(steps: list[Step], only: tuple[str, ...]) -> list[Step]:
     chosen = [step for step in steps if not only or step.name.startswith(tuple(only))]
     needed = {name for step in chosen for name in step.needs} | {step.name for step in chosen}
     return [step for step in steps if step.name in needed]
+
+
+def first_steps(steps: list[Step], minutes: float, recorded: dict[str, float]) -> list[Step]:
+    """The steps that are begun within so many minutes of one GPU, one more than would end."""
+    total, chosen = 0.0, []
+    for step in steps:
+        if total > minutes:
+            break
+        total += minutes_of(step, recorded)
+        chosen.append(step)
+    return chosen
 
 
 def next_step(steps: list[Step], states: dict[str, str], *, left: float,

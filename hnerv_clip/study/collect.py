@@ -169,19 +169,30 @@ def collect_rates(places: Places) -> None:
         path = places.out / "rate_quality.json"
         if not path.is_file():
             write_json(path, read_published(places, "rate_quality.json") or {"codecs": []})
-        collect(path, runs)
+        try:
+            collect(path, runs)
+        except ImportError:  # `bench.rate_quality --run` takes them where it is installed
+            for file in places.outf.glob("rates/*/rate.json"):
+                write_json(places.out / f"rate_{file.parent.name}.json",
+                           read_json(file, fix="remove it"))
+            raise
 
 
 def collect_bench(places: Places) -> None:
-    """`bench_DEVICE.json`: parts that were measured take the place of those there."""
+    """`bench_DEVICE.json`: parts that were measured take the place of those there, and whole
+    trainings (`fit`) stand beside those of other folders."""
     for path in sorted(places.outf.glob("bench/*.json")):
         found = read_json(path, keys={"device": str, "made": dict, "parts": dict}, fix="remove it")
         name = f"bench_{device_word(found['device'])}.json"
         old = read_published(places, name)
         if old is None or old["device"] != found["device"]:
             old = {"device": found["device"], "made": {}, "parts": {}}
+        own = {row["run"] for row in found["parts"].get("fit", [])}
+        fits = [row for row in old["parts"].get("fit", []) if row["run"] not in own]
+        parts = {**old["parts"], **found["parts"]} | (
+            {"fit": [*fits, *found["parts"]["fit"]]} if own else {})
         write_json(places.out / name, {**old, "made": {**old["made"], **found["made"]},
-                                       "parts": {**old["parts"], **found["parts"]}})
+                                       "parts": parts})
 
 
 def device_word(device: str) -> str:

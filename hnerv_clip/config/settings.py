@@ -97,7 +97,8 @@ class ModelConfig:
         1.5, "millions of stored values: decoder, heads, per-frame embeddings")
     act: str = setting("gelu", "activation of the decoder")
     norm: str = setting("none", "norm of the decoder: none, bn or in")
-    conv_type: tuple[str, str] = setting(("convnext", "pshuffel"), "encoder and decoder blocks")
+    conv_type: tuple[str, str] = setting(
+        ("convnext", "pshuffel"), "blocks of encoder and decoder (pshuffel, or convnext on trial)")
     out_bias: str = setting("tanh", "tanh, sigmoid, or a number that is added")
     predict_clip: bool = setting(True, "False is the pixel-only baseline")
     clip_dim: int | Auto = setting(AUTO, "values of an embedding; auto: as the teacher gives")

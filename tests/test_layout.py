@@ -58,6 +58,40 @@ def test_no_module_imports_itself_through_others():
         edges = kept
 
 
+def test_public_functions_are_typed():
+    """But for Triton's kernels, whose arguments are pointers and constants."""
+    untyped = []
+    for path in LIBRARY.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef):
+                untyped += [f"{path.name}: {f.name}" for f in node.body
+                            if isinstance(f, ast.FunctionDef) and not is_typed(f)]
+    assert not untyped
+
+
+def is_typed(function: ast.FunctionDef) -> bool:
+    """Whether a function is private, a kernel, or has a type for all that it takes and returns."""
+    if function.name.startswith("_") or "jit" in "".join(map(ast.unparse,
+                                                            function.decorator_list)):
+        return True
+    taken = function.args
+    names = [*taken.posonlyargs, *taken.args, *taken.kwonlyargs, taken.vararg, taken.kwarg]
+    return function.returns is not None and all(
+        name.annotation for name in names if name and name.arg not in ("self", "cls"))
+
+
+def test_the_library_replaces_no_part_of_itself():
+    """Neither by `unittest.mock` nor by other means of tests."""
+    assert not [path.name for path in LIBRARY.rglob("*.py")
+                if "mock" in path.read_text(encoding="utf-8")]
+
+
+def test_no_module_is_long():
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines())
+             for path in LIBRARY.rglob("*.py")}
+    assert not {name: count for name, count in lines.items() if count > 500}
+
+
 def test_nothing_private_is_imported():
     private = [(path.name, alias.name) for path in LIBRARY.rglob("*.py")
                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -128,7 +129,8 @@ def picture_axes(axes: Axes) -> Axes:
     return axes
 
 
-def new_figure(rows: int = 1, columns: int = 1, *, height: float = 3.2, **options) -> tuple:
+def new_figure(rows: int = 1, columns: int = 1, *, height: float = 3.2, **options: Any
+               ) -> tuple:
     """A figure of book width with its axes, kept out of pyplot so a notebook shows it once.
 
     Args:

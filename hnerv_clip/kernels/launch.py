@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from hnerv_clip.kernels.compile_workers import MOST, Compilers, describe
 _recorded: list | None = None
 
 
-def launch(kernel, grid: tuple[int, ...], *values, **settings) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *values: Any, **settings: Any) -> None:
     """Run a kernel, Triton's or `hopper.convolve`, or note it for `record`."""
     if _recorded is None:
         kernel[grid](*values, **settings)

@@ -30,7 +30,8 @@ class _Decoder(nn.Module):
         self.model, self.field = model, field
         self.register_buffer("embeddings", embeddings)  # [T, C, h, w]
 
-    def forward(self, frame: Tensor, where: Tensor | None = None):
+    def forward(self, frame: Tensor, where: Tensor | None = None
+                ) -> Tensor | tuple[Tensor, Tensor]:
         embeddings = self.embeddings.index_select(0, frame)
         stages = self.model.stages(embeddings)
         pictures = self.model.rgb(stages[-1]).clamp(0, 1)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,10 @@ from hnerv_clip.codec.facts import header_facts
 from hnerv_clip.codec.video import open_network
 from hnerv_clip.config import ConfigError
 from hnerv_clip.patches import PatchGrid, make_grid
+
+if TYPE_CHECKING:
+    from hnerv_clip.field.query import Field
+    from hnerv_clip.teachers.base import Teacher
 
 BATCH = {"cpu": 2, "cuda": 16}  # frames decoded at once
 EMBED_BATCH = 16  # frames of which embeddings are computed at once
@@ -181,7 +186,7 @@ class StoredVideo(Sequence):
         return self._clip_at([frame], centre)[0, 0].numpy()
 
     @cached_property
-    def field(self):
+    def field(self) -> Field:
         """The fitted field (`field.Field`), for searches by box, heat maps and tracking.
 
         Raises:
@@ -288,7 +293,7 @@ class StoredVideo(Sequence):
         y0, x0, height, width = found[["top", "left", "height", "width"]].to_numpy().T
         return _found(found, self.times_s, (x0, y0, x0 + width, y0 + height))
 
-    def teacher(self, weights: str | None = None):
+    def teacher(self, weights: str | None = None) -> Teacher:
         """The teacher in whose space the embeddings are, loaded once.
 
         Raises:

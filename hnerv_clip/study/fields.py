@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from hnerv_clip.heads.field import FieldHead
 from hnerv_clip.inference import Run, embed_frames, predict_embeddings, sources_of
 from hnerv_clip.metrics import bracket_frames
 from hnerv_clip.runs.run_dir import RunDir
-from hnerv_clip.teachers import load_teacher
+from hnerv_clip.teachers import Teacher, load_teacher
 from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes, embed_boxes
 from hnerv_clip.verify.baselines import nearest_training_frame
 
@@ -128,7 +129,7 @@ class Asked:
             for kind, own in self.boxes.items()})
         self.smooth = self._kept("smooth", lambda: {"any": self._smoothed().half()})["any"]
 
-    def teacher(self):
+    def teacher(self) -> Teacher:
         """The run's teacher, loaded when it is first asked."""
         if self._teacher is None:
             self._teacher = load_teacher(self.run.config.teacher,
@@ -151,7 +152,7 @@ class Asked:
         """[D], the teacher's mean over the training frames."""
         return self.truth[kind][self.train].float().mean((0, 1))
 
-    def skills(self, answer) -> Row:
+    def skills(self, answer: Callable[[str, np.ndarray, str], Tensor]) -> Row:
         """Skill and mean-centered cosine of answer(kind, frames, source) → [N, P, D]."""
         row: Row = {}
         sources = sources_of(self.run.model)

@@ -268,7 +268,8 @@ class _Convolution:
                                          (plain, kinds), 0))
         return run
 
-    def warmup(self, *values: Tensor | int | None, grid: tuple[int, ...], **macros: int):
+    def warmup(self, *values: Tensor | int | None, grid: tuple[int, ...], **macros: int
+               ) -> _Convolution:
         device = next(v.device for v in values if isinstance(v, Tensor))
         _load(device.index, tuple(macros.items()))
         return self

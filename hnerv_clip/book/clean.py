@@ -78,27 +78,32 @@ def _only_formats(source: str) -> bool:
 
 
 def _put_answer_first(page: nbformat.NotebookNode) -> None:
-    """Repeat below the title what the cell under "## Answer" says, or the last prose before it."""
+    """Repeat below the title what the page answers: the prose under "## Answer", else the first
+    prose in bold, else the last before that heading."""
     cells = page.cells
-    at = next((i for i, cell in enumerate(cells) if cell.source.startswith("## Answer")), None)
-    if at is None or any(cell.get("id") == "answer" for cell in cells):
+    if not cells or not cells[0].source.startswith("# ") or any(
+            cell.get("id") == "answer" for cell in cells):
         return
 
-    def prose(cell):
-        return [output.data["text/markdown"] for output in cell.get("outputs", [])
-                if "text/markdown" in output.get("data", {})]
+    def prose(these):
+        return [output.data["text/markdown"] for cell in these for output in
+                cell.get("outputs", []) if "text/markdown" in output.get("data", {})]
 
-    end = next((i for i in range(at + 1, len(cells)) if cells[i].cell_type == "markdown"),
-               len(cells))
-    said = [text for cell in cells[at:end] for text in prose(cell)]
-    if not said:
-        before = [text for cell in cells[:at] for text in prose(cell)
-                  if not text.startswith(("**Teacher", "|"))]
-        said = before[-1:]
-    teacher = [found[0] for cell in cells for text in prose(cell)
-               if (found := re.match(r"\*\*Teacher: .*?\*\*", text))][:1]
+    at = next((i for i, cell in enumerate(cells) if cell.source.startswith("## Answer")), None)
+    teacher = re.search(r"\*\*Teacher: .*?\*\*", "\n".join(prose(cells)))
+    if at is not None:
+        end = next((i for i in range(at + 1, len(cells)) if cells[i].cell_type == "markdown"),
+                   len(cells))
+        said = prose(cells[at:end]) or [text for text in prose(cells[:at])
+                                        if not text.startswith(("**Teacher", "|"))][-1:]
+    else:
+        bold = (re.match(r"(?!\*\*Teacher)\*\*.+?\*\*", text, re.S) for text in prose(cells))
+        said = [found[0] for found in bold if found][:1]
+        first = next((i for i, cell in enumerate(cells) if prose([cell])), len(cells))
+        if all("remove-input" in cell.metadata.get("tags", []) for cell in cells[1:first + 1]):
+            return  # it is first already: nothing before it is shown
     if said:
-        said += [words for words in teacher if not any(words in text for text in said)]
+        said += [teacher[0]] if teacher else []
         title, _, rest = cells[0].source.partition("\n")
         cells[0].source = title
         cells.insert(1, nbformat.v4.new_markdown_cell(" ".join(said), id="answer"))

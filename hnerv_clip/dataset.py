@@ -111,13 +111,16 @@ def prepare_dataset(config: Config, cache_dir: str | Path = "output/cache", *,
     return dataset
 
 
-def load_dataset(config: Config, cache_dir: str | Path = "output/cache") -> Dataset:
+def load_dataset(config: Config, cache_dir: str | Path = "output/cache", *,
+                 video: Video | None = None) -> Dataset:
     """Load the video and its cached teacher embeddings; never runs a teacher.
 
+    Args:
+        video: the video, where it is decoded already.
     Raises:
         ConfigError: as `prepare_dataset`, or the embeddings are not cached.
     """
-    dataset = _without_embeddings(config, None)
+    dataset = _without_embeddings(config, video)
     arguments = (dataset.video, dataset.grid, config.teacher, cache_dir)
     dataset.embeddings = cached_embeddings(*arguments)
     if dataset.embeddings is None and config.model.predict_clip:

@@ -21,7 +21,7 @@ from hnerv_clip.devices import select_device, set_precision
 from hnerv_clip.metrics import bracket_frames
 from hnerv_clip.model import HNeRV, build_model, frame_times
 from hnerv_clip.runs.run_dir import BEST, RunDir, RunError, load_weights
-from hnerv_clip.video import has_source
+from hnerv_clip.video import has_source, load_video
 
 BATCH = 4  # frames decoded at once
 
@@ -148,8 +148,9 @@ def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", dev
     elif not dataset and not has_source(config.video.data_path):
         raise RunError(f"the video of {run.path}, {config.video.data_path}, is not there any more: "
                        "give where it is now with --data_path (data_path= in Python)")
-    dataset = dataset or load_dataset(config, cache_dir)
-    check_same_video(run, dataset.video, config.video.data_path)
+    video = dataset.video if dataset else load_video(config.video)
+    check_same_video(run, video, config.video.data_path)
+    dataset = dataset or load_dataset(config, cache_dir, video=video)
     target = select_device(device)
     set_precision(config.train.precision, target)
     model = build_model(config.model, frame_hw=dataset.video.frame_hw,

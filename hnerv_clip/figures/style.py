@@ -110,10 +110,10 @@ class CaptionedFigure(Figure):
                      facecolor=self.get_facecolor(),
                      pil_kwargs={"quality": WEBP_QUALITY, "method": 6})
         words, data = html.escape(self.caption), base64.b64encode(file.getvalue()).decode()
-        # "dark-light": the book's theme leaves it as it is on dark pages
-        return (f'<figure class="pictures" style="margin:0"><img class="dark-light" alt="{words}" '
-                f'style="width:100%" src="data:image/webp;base64,{data}">'
-                f"<figcaption>{words}</figcaption></figure>")
+        # "dark-light" and "picture": the book leaves it as it is on dark pages
+        return (f'<figure style="margin:0;text-align:left"><img class="dark-light picture" '
+                f'style="width:100%" alt="{words}" src="data:image/webp;base64,{data}">'
+                f'<figcaption style="text-align:left"><p>{words}</p></figcaption></figure>')
 
     def __repr__(self) -> str:
         return self.caption or super().__repr__()

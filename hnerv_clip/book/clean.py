@@ -103,7 +103,7 @@ def _put_answer_first(page: nbformat.NotebookNode) -> None:
         if all("remove-input" in cell.metadata.get("tags", []) for cell in cells[1:first + 1]):
             return  # it is first already: nothing before it is shown
     if said:
-        said += [teacher[0]] if teacher else []
+        said += [teacher[0]] if teacher and "**Teacher" not in " ".join(said) else []
         title, _, rest = cells[0].source.partition("\n")
         cells[0].source = title
         cells.insert(1, nbformat.v4.new_markdown_cell(" ".join(said), id="answer"))

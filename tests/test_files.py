@@ -204,6 +204,16 @@ def test_another_run_in_the_folder_is_told_before_the_teacher_runs(tmp_path, cap
                                                  "--epochs", "4")
 
 
+def test_a_relative_path_is_the_runs_own_also_where_its_provenance_is_lost(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDir.create(tmp_path / "run", CONFIG.replace(data_path=str(tmp_path / "clip.mp4")))
+    (run.path / "metrics.csv").write_text("epoch\n1\n", encoding="utf-8")
+    (run.path / "provenance.json").write_text("null", encoding="utf-8")
+    RunDir.check(run.path, CONFIG.replace(data_path="clip.mp4"))
+    with pytest.raises(RunError, match="data_path"):
+        RunDir.check(run.path, CONFIG.replace(data_path="other.mp4"))
+
+
 @pytest.mark.parametrize("command", [["evaluate"], ["search"], ["verify"], ["index", "INDEX"]])
 @pytest.mark.parametrize("content", [b"null", b"[]", b"", b'{"epochs": "\xc3\xa9"}', None])
 def test_a_damaged_config_is_told(tmp_path, capsys, no_teacher, command, content):

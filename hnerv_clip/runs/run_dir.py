@@ -80,7 +80,8 @@ class RunDir:
         check_writable(run.path)
         if (run.path / "config.json").exists():
             differences = config.diff(run.config())
-            if run.recorded_video():  # then the frames are compared, not where they lie
+            paths = {resolve_path(name) for name in differences.get("data_path", ())}
+            if run.recorded_video() or len(paths) == 1:  # then its frames are compared
                 differences.pop("data_path", None)
             if differences and run.begun:
                 listed = "; ".join(f"{name}: {old!r} there, {new!r} asked"

@@ -274,9 +274,10 @@ def reduced_note(config: Config) -> str:
     stride = config.video.frame_stride
     return (f"Reduced setting: pages 1 to 7 and the film are of the quick profile, with "
             f"{size or 'whole'} frames" + (f", one in {stride}" if stride > 1 else "")
-            + f", {config.model.modelsize:g} million values and {config.train.epochs} epochs. Their "
-            "figures are lower than in the full setting, and which choice is better can differ "
-            "from it: so small a network is fitted for so short a time. All else is of full runs.\n")
+            + f", {config.model.modelsize:g} million values and {config.train.epochs} epochs. "
+            "Their figures are lower than in the full setting, and which choice is better can "
+            "differ from it: so small a network is fitted for so short a time. All else is of "
+            "full runs.\n")
 
 
 def _folder_names(root: Path, study: Path) -> dict[str, str]:

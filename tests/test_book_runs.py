@@ -13,7 +13,7 @@ from hnerv_clip.book import field as book_field
 from hnerv_clip.book import judged
 from hnerv_clip.study import book_runs, collect, cross_fit, fields
 from hnerv_clip.study.book_runs import Step
-from hnerv_clip.study.places import make_places
+from hnerv_clip.study.folders import make_folders
 from hnerv_clip.study.plan import study_base, study_configs
 from hnerv_clip.study.run import make_run
 from hnerv_clip.verify.verdict import QUESTIONS
@@ -24,14 +24,14 @@ DONE = ("train bunny_hybrid_base_s0", "train bunny_hybrid_phase_1_s0",
 
 
 @pytest.fixture(scope="module")
-def places(small_config, small_dataset, cache_dir, tmp_path_factory):
+def folders(small_config, small_dataset, cache_dir, tmp_path_factory):
     """Eight steps done on a small video."""
     folder = tmp_path_factory.mktemp("book")
     own = ("predict_clip", "embed", "seed", "clip_loss_weight", "split_phase", "data_split")
     settings = {name: value for name, value in small_config.params().items() if name not in own}
-    places = make_places(folder / "runs", folder / "results", cache_dir, {
+    folders = make_folders(folder / "runs", folder / "results", cache_dir, {
         **settings, "epochs": 1, "eval_freq": 1, "pixel_loss_warmup_epochs": 0})
-    shutil.copytree(collect.resolve_path(collect.PUBLISHED), places.out)
+    shutil.copytree(collect.resolve_path(collect.PUBLISHED), folders.out)
     steps = {step.name: step for step in book_runs.book_steps(1)}
     with pytest.MonkeyPatch.context() as patch:  # the teacher takes 12 ms a box
         patch.setattr(fields, "SMOOTHED", 1)
@@ -40,17 +40,17 @@ def places(small_config, small_dataset, cache_dir, tmp_path_factory):
                                         for kind, sampling in fields.TESTS.items()})
         for name in DONE:
             book_runs.do_step((name, steps[name].kind, steps[name].arguments),
-                              {"places": places})
+                              {"folders": folders})
     said = []
-    collect.collect_results(places, say=said.append)
+    collect.collect_results(folders, say=said.append)
     assert not said
-    return places
+    return folders
 
 
-def test_what_is_done_is_known_and_what_is_missing_is_listed(places):
+def test_what_is_done_is_known_and_what_is_missing_is_listed(folders):
     steps = book_runs.book_steps(1)
-    assert {step.name for step in steps if book_runs.step_done(step, places)} == set(DONE)
-    listed = book_runs.show_steps(steps, places)
+    assert {step.name for step in steps if book_runs.step_done(step, folders)} == set(DONE)
+    listed = book_runs.show_steps(steps, folders)
     assert listed.startswith("train bunny_hybrid_phase_2_s0") and f"{len(DONE)} done" in listed
     assert "scale" in {step.name for step in book_runs.book_steps(2)}
 
@@ -88,9 +88,9 @@ def test_steps_begin_in_order_when_they_can():
         ["train bunny_a_s0", "field bunny"]
 
 
-def test_fields_are_written_as_their_page_reads_them(places):
-    read = book_field.read_fields(places.out)
-    rows = json.loads((places.out / "field_h100.json").read_text())
+def test_fields_are_written_as_their_page_reads_them(folders):
+    read = book_field.read_fields(folders.out)
+    rows = json.loads((folders.out / "field_h100.json").read_text())
     commit = rows["about"]["commits"][max(rows["about"]["commits"])]
     new = [row for row in rows["rows"] if row.get("commit") == commit]
     assert [row["network"] for row in new] == ["frozen"] and new[0]["bytes"] > 1000
@@ -117,53 +117,53 @@ def test_fields_are_the_same_measure_as_before():
     assert fields.skill(constant, truth, mean) == pytest.approx(0)
 
 
-def test_cross_fitted_runs_are_judged_together(places):
-    found = cross_fit.cross_fit_results(places.study)
+def test_cross_fitted_runs_are_judged_together(folders):
+    found = cross_fit.cross_fit_results(folders.study)
     assert [row["phase"] for row in found["runs"]] == [0, 1]
     whole = [row for row in found["answers"] if row["phases"] == "all"]
     assert {row["question"] for row in whole} == set(QUESTIONS)
     frames = {row["phases"]: row["frames"] for row in found["answers"]}
     assert frames["all"] == frames["0"] + frames["1"]
-    published = judged.read_judged(places.out)  # five phases of bunny are published: they stay
+    published = judged.read_judged(folders.out)  # five phases of bunny are published: they stay
     assert published.runs[published.runs.video == "bunny"].phase.nunique() == 5
     merged = cross_fit.merge_cross_fit({"runs": [], "answers": [], "means": []}, found)
     assert merged == found
-    (places.outf / "alone").mkdir()
-    (places.outf / "alone" / "verification_cross_fit.json").write_text(json.dumps(merged))
-    page = judged.read_judged(places.outf / "alone")
+    (folders.outf / "alone").mkdir()
+    (folders.outf / "alone" / "verification_cross_fit.json").write_text(json.dumps(merged))
+    page = judged.read_judged(folders.outf / "alone")
     assert judged.evidence_rows(page, "bunny") and judged.mean_rows(page) and judged.run_rows(page)
     assert "2 of 5 phases" in judged.limit_words(page)
 
 
-def test_study_and_fidelity_keep_what_is_published(places):
+def test_study_and_fidelity_keep_what_is_published(folders):
     old = pd.read_csv(collect.resolve_path(collect.PUBLISHED) / "study.csv")
-    assert set(pd.read_csv(places.out / "study.csv").run) == set(old.run)
-    assert len(pd.read_csv(places.out / "study_new.csv")) == 3
+    assert set(pd.read_csv(folders.out / "study.csv").run) == set(old.run)
+    assert len(pd.read_csv(folders.out / "study_new.csv")) == 3
     new = old[old.run.str.startswith("bikes_pe")].assign(psnr_train_db=99.0)
     merged = collect.merge_study(old, new)
     assert (merged[merged.run.str.startswith("bikes_pe")].psnr_train_db == 99).all()
     assert len(merged) == len(old)
-    fidelity = json.loads((places.out / "fidelity.json").read_text())
+    fidelity = json.loads((folders.out / "fidelity.json").read_text())
     own = [run for run in fidelity["runs"] if run["device"].endswith("cores")]
     assert len(own) == 1 and fidelity["reference"]["paper"]
 
 
-def test_rates_are_measured_through_the_file_and_kept(places):
-    path = places.outf / "rates" / "head" / "rate.json"
+def test_rates_are_measured_through_the_file_and_kept(folders):
+    path = folders.outf / "rates" / "head" / "rate.json"
     found = json.loads(path.read_text())
     assert [point["kind"] for point in found["points"]] == ["8 bits", "6 bits", "tuned"]
     assert found["decode_frames_per_s"]["network alone"] > 0
-    book_runs.do_step(("rates head", "rates", ("head",)), {"places": places})
+    book_runs.do_step(("rates head", "rates", ("head",)), {"folders": folders})
     assert json.loads(path.read_text())["points"] == found["points"]  # not measured again
-    rates = json.loads((places.out / "rate_quality.json").read_text())
+    rates = json.loads((folders.out / "rate_quality.json").read_text())
     assert found["commit"] in {run["commit"] for run in rates["runs"]} and rates["bd_rate"]
 
 
-def test_another_machine_goes_on_from_the_state(places, tmp_path):
-    (places.outf / book_runs.TIMES).write_text('{"fidelity 0": 0.5}')
-    book_runs.pack_state(places, tmp_path / "state.tar.xz")
-    other = make_places(tmp_path / "runs", tmp_path / "out", places.cache_dir,
-                                  places.settings)
+def test_another_machine_goes_on_from_the_state(folders, tmp_path):
+    (folders.outf / book_runs.TIMES).write_text('{"fidelity 0": 0.5}')
+    book_runs.pack_state(folders, tmp_path / "state.tar.xz")
+    other = make_folders(tmp_path / "runs", tmp_path / "out", folders.cache_dir,
+                                  folders.settings)
     book_runs.restore_state(other, tmp_path / "state.tar.xz")
     steps = book_runs.book_steps(1)
     assert {step.name for step in steps if book_runs.step_done(step, other)} == set(DONE)
@@ -179,14 +179,14 @@ def test_only_what_is_begun_in_time_is_prepared():
     assert first == steps[:len(first)]
 
 
-def test_whole_trainings_stand_beside_those_of_other_folders(places):
+def test_whole_trainings_stand_beside_those_of_other_folders(folders):
     bench = {"device": "NVIDIA H100 80GB HBM3", "made": {"fit": {}, "train": {}},
              "parts": {"fit": [{"run": "new"}], "train": [{"engine": "x"}]}}
-    (places.outf / "bench").mkdir()
-    (places.outf / "bench" / "fit.json").write_text(json.dumps(bench))
-    before = json.loads((places.out / "bench_h100.json").read_text())["parts"]
-    collect.collect_bench(places)
-    after = json.loads((places.out / "bench_h100.json").read_text())["parts"]
+    (folders.outf / "bench").mkdir()
+    (folders.outf / "bench" / "fit.json").write_text(json.dumps(bench))
+    before = json.loads((folders.out / "bench_h100.json").read_text())["parts"]
+    collect.collect_bench(folders)
+    after = json.loads((folders.out / "bench_h100.json").read_text())["parts"]
     assert after["fit"] == [*before["fit"], {"run": "new"}] and after["train"] == [{"engine": "x"}]
     assert after["decode"] == before["decode"]
 

@@ -135,27 +135,27 @@ def _study(args: argparse.Namespace) -> None:
 def _study_book(args: argparse.Namespace) -> None:
     from hnerv_clip.devices import visible_gpus
     from hnerv_clip.study import book_runs
-    from hnerv_clip.study.places import make_places
+    from hnerv_clip.study.folders import make_folders
     from hnerv_clip.study.run import count_states
 
-    places = make_places(args.outf or "output/book_runs", args.out, args.cache_dir, args.settings)
+    folders = make_folders(args.outf or "output/book_runs", args.out, args.cache_dir, args.settings)
     if args.pack:
-        book_runs.restore_state(places, args.pack)
+        book_runs.restore_state(folders, args.pack)
     if args.list:
         steps = book_runs.book_steps(len(visible_gpus()))
-        print(book_runs.show_steps(book_runs.chosen_steps(steps, tuple(args.only)), places))
+        print(book_runs.show_steps(book_runs.chosen_steps(steps, tuple(args.only)), folders))
         return
-    for folder in (places.outf, places.out):
+    for folder in (folders.outf, folders.out):
         check_writable(folder)
     try:
-        states = book_runs.run_book(places, minutes=args.minutes, only=tuple(args.only))
+        states = book_runs.run_book(folders, minutes=args.minutes, only=tuple(args.only))
     finally:
         if args.pack:
-            book_runs.pack_state(places, args.pack)
+            book_runs.pack_state(folders, args.pack)
     print(count_states(states))
     failed = [name for name, state in states.items() if state == "failed"]
     if failed:
-        raise SystemExit(f"error: {', '.join(failed)} failed; see NAME.error.txt in {places.outf}")
+        raise SystemExit(f"error: {', '.join(failed)} failed; see NAME.error.txt in {folders.outf}")
 
 
 def _scale(args: argparse.Namespace) -> None:

@@ -26,12 +26,12 @@ from hnerv_clip.files import read_json, write_json
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import BEST, RunDir
 from hnerv_clip.study.collect import collect_results
-from hnerv_clip.study.crew import Crew
 from hnerv_clip.study.cross_fit import cross_fit_names
 from hnerv_clip.study.fields import NETWORKS, SIZES
-from hnerv_clip.study.places import BUNDLED, Places
+from hnerv_clip.study.folders import BUNDLED, Folders
 from hnerv_clip.study.plan import VIDEOS, study_base, study_configs
 from hnerv_clip.study.run import is_done, make_run, prepare_study
+from hnerv_clip.study.worker_pool import WorkerPool
 
 TIMES = "times.json"
 # Minutes of a step on one H100, by kind; of training and fields by video. Recorded ones win.
@@ -102,77 +102,77 @@ def book_steps(gpus: int) -> list[Step]:
     return list({step.name: step for step in steps}.values())
 
 
-def _do_train(places: Places, name: str) -> None:
-    path = places.study / name
+def _do_train(folders: Folders, name: str) -> None:
+    path = folders.study / name
     if RunDir(path).finished and not (path / BEST).is_file():  # restored without its weights
         shutil.rmtree(path)
-    make_run((name, places.configs[name].params()), {
-        "folder": places.study, "cache_dir": places.cache_dir, "verify": True,
-        "grid": places.base.params()["patch_grid"], "runs_per_device": 1})
+    make_run((name, folders.configs[name].params()), {
+        "folder": folders.study, "cache_dir": folders.cache_dir, "verify": True,
+        "grid": folders.base.params()["patch_grid"], "runs_per_device": 1})
 
 
-def _do_fidelity(places: Places, seed: str) -> None:
+def _do_fidelity(folders: Folders, seed: str) -> None:
     from hnerv_clip.train import train
 
-    train(places.fidelity(seed), places.outf / "fidelity" / f"seed{seed}",
-          cache_dir=places.cache_dir, progress=False)
+    train(folders.fidelity(seed), folders.outf / "fidelity" / f"seed{seed}",
+          cache_dir=folders.cache_dir, progress=False)
 
 
-def _do_field(places: Places, video: str, network: str, size: str, seed: str) -> None:
+def _do_field(folders: Folders, video: str, network: str, size: str, seed: str) -> None:
     from hnerv_clip.inference import load_run
     from hnerv_clip.study.fields import measure_field
 
     name = f"{video}_hybrid_{NETWORKS[network]}_s{seed}"
-    run = load_run(_with_weights(places, name), cache_dir=places.cache_dir)
-    tried = {"steps": 12, "boxes": 8} if places.settings else {}
-    row = measure_field(run, size, network=network, seed=int(seed), cache_dir=places.cache_dir,
-                        folder=places.outf / "fields", **tried)
-    write_json(places.field_row((video, network, size, seed)), row | _origin())
+    run = load_run(_with_weights(folders, name), cache_dir=folders.cache_dir)
+    tried = {"steps": 12, "boxes": 8} if folders.settings else {}
+    row = measure_field(run, size, network=network, seed=int(seed), cache_dir=folders.cache_dir,
+                        folder=folders.outf / "fields", **tried)
+    write_json(folders.field_row((video, network, size, seed)), row | _origin())
 
 
-def _do_teacher(places: Places, video: str) -> None:
+def _do_teacher(folders: Folders, video: str) -> None:
     from hnerv_clip.inference import load_run
     from hnerv_clip.study.fields import measure_teacher
 
-    run = load_run(_with_weights(places, f"{video}_hybrid_base_s0"), cache_dir=places.cache_dir)
-    write_json(places.outf / "fields" / f"teacher_{video}.json", {
-        "rows": measure_teacher(run, folder=places.outf / "fields",
-                                cache_dir=places.cache_dir), **_origin()})
+    run = load_run(_with_weights(folders, f"{video}_hybrid_base_s0"), cache_dir=folders.cache_dir)
+    write_json(folders.outf / "fields" / f"teacher_{video}.json", {
+        "rows": measure_teacher(run, folder=folders.outf / "fields",
+                                cache_dir=folders.cache_dir), **_origin()})
 
 
-def _with_weights(places: Places, name: str) -> Path:
+def _with_weights(folders: Folders, name: str) -> Path:
     """A run of the study, trained again where `restore_state` brought it without its weights."""
-    path = places.study / name
+    path = folders.study / name
     if not (path / BEST).is_file():
-        _do_train(places, name)
+        _do_train(folders, name)
     return path
 
 
-def _do_rates(places: Places, kind: str) -> None:
+def _do_rates(folders: Folders, kind: str) -> None:
     from hnerv_clip.bench.rate_gpu import measure_gpu
 
     settings = {"predict_clip": False} if kind == "pixels" else {}
-    tried = {"rates": (0.01,), "epochs": 1} if places.settings else {}
-    measure_gpu(places.outf / "rates" / kind, cache_dir=places.cache_dir, settings={
-        **settings, **places.settings}, device=places.settings.get("device", "auto"), **tried)
+    tried = {"rates": (0.01,), "epochs": 1} if folders.settings else {}
+    measure_gpu(folders.outf / "rates" / kind, cache_dir=folders.cache_dir, settings={
+        **settings, **folders.settings}, device=folders.settings.get("device", "auto"), **tried)
 
 
-def _do_bench(places: Places, part: str) -> None:
+def _do_bench(folders: Folders, part: str) -> None:
     from hnerv_clip.bench.harness import bench
 
     config = Config.from_params(**{"preset": "paper", "data_path": "bunny", "precision": "bf16",
                                    **BUNDLED, **({"data_split": "1_1_1"} if part == "fit" else {}),
-                                   **places.settings})
-    bench(config, parts=[part], out=places.outf / "bench" / f"{part}.json",
-          outf=places.outf / "bench" / "fit", cache_dir=places.cache_dir)
+                                   **folders.settings})
+    bench(config, parts=[part], out=folders.outf / "bench" / f"{part}.json",
+          outf=folders.outf / "bench" / "fit", cache_dir=folders.cache_dir)
 
 
-def _do_scale(places: Places) -> None:
+def _do_scale(folders: Folders) -> None:
     from hnerv_clip.bench.multi_gpu import SETTINGS, measure_scaling
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop its ranks
-    measure_scaling(Config.from_params(**{**SETTINGS, **places.settings}),
-                    places.outf / "scaling", cache_dir=places.cache_dir)
+    measure_scaling(Config.from_params(**{**SETTINGS, **folders.settings}),
+                    folders.outf / "scaling", cache_dir=folders.cache_dir)
 
 
 def _origin() -> dict[str, Any]:
@@ -190,32 +190,32 @@ DO: dict[str, Callable[..., None]] = {
     "rates": _do_rates, "bench": _do_bench, "scale": _do_scale}
 
 
-def step_done(step: Step, places: Places) -> bool:
+def step_done(step: Step, folders: Folders) -> bool:
     """Whether a step came to its end."""
     match step.kind, step.arguments:
         case "train", (name,):
-            return is_done(places.study / name, places.configs[name], True)
+            return is_done(folders.study / name, folders.configs[name], True)
         case "fidelity", (seed,):
-            return RunDir(places.outf / "fidelity" / f"seed{seed}").finished
+            return RunDir(folders.outf / "fidelity" / f"seed{seed}").finished
         case "field", arguments:
-            return places.field_row(arguments).is_file()
+            return folders.field_row(arguments).is_file()
         case "teacher", (video,):
-            return (places.outf / "fields" / f"teacher_{video}.json").is_file()
+            return (folders.outf / "fields" / f"teacher_{video}.json").is_file()
         case _:
-            return _mark(step.kind, step.arguments, places).is_file()
+            return _mark(step.kind, step.arguments, folders).is_file()
 
 
-def _mark(kind: str, arguments: tuple[str, ...], places: Places) -> Path:
+def _mark(kind: str, arguments: tuple[str, ...], folders: Folders) -> Path:
     """The file that stands for the end of a step whose results do not tell."""
-    return places.outf / "done" / f"{'_'.join((kind, *arguments))}.done"
+    return folders.outf / "done" / f"{'_'.join((kind, *arguments))}.done"
 
 
 def do_step(job: tuple[str, str, tuple[str, ...]], options: dict[str, Any]) -> None:
-    """Run a step in a worker of `Crew`: job is (name, kind, arguments), options has places."""
-    places: Places = options["places"]
+    """Run a step in a worker process: job is (name, kind, arguments), options has folders."""
+    folders: Folders = options["folders"]
     _, kind, arguments = job
-    DO[kind](places, *arguments)
-    mark = _mark(kind, arguments, places)
+    DO[kind](folders, *arguments)
+    mark = _mark(kind, arguments, folders)
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.write_text("", encoding="utf-8")
 
@@ -232,12 +232,12 @@ def minutes_of(step: Step, recorded: dict[str, float]) -> float:
     return 1.0
 
 
-def show_steps(steps: list[Step], places: Places) -> str:
+def show_steps(steps: list[Step], folders: Folders) -> str:
     """What is missing, in order, with its minutes on one GPU, as text."""
-    recorded = _read_times(places)
+    recorded = _read_times(folders)
     lines, total, done = [], 0.0, 0
     for step in steps:
-        if step_done(step, places):
+        if step_done(step, folders):
             done += 1
             continue
         minutes = minutes_of(step, recorded)
@@ -247,7 +247,7 @@ def show_steps(steps: list[Step], places: Places) -> str:
                               f"{done} done"])
 
 
-def run_book(places: Places, *, minutes: float = float("inf"), only: tuple[str, ...] = (),
+def run_book(folders: Folders, *, minutes: float = float("inf"), only: tuple[str, ...] = (),
              say: Callable[[str], Any] = print) -> dict[str, str]:
     """Run what is missing, the most valuable first, and write the results.
 
@@ -262,52 +262,52 @@ def run_book(places: Places, *, minutes: float = float("inf"), only: tuple[str, 
     deadline = time.monotonic() + 60 * minutes
     gpus = visible_gpus()
     steps = chosen_steps(book_steps(len(gpus)), only)
-    places.outf.mkdir(parents=True, exist_ok=True)
-    states = {step.name: "finished" if step_done(step, places) else "waiting" for step in steps}
-    recorded = _read_times(places)
-    collect_results(places, say=say)
+    folders.outf.mkdir(parents=True, exist_ok=True)
+    states = {step.name: "finished" if step_done(step, folders) else "waiting" for step in steps}
+    recorded = _read_times(folders)
+    collect_results(folders, say=say)
     if minutes <= 0 or "waiting" not in states.values():
         return states
     count = max(1, len(gpus))
     waiting = [step for step in steps if states[step.name] == "waiting"]
-    _prepare(places, first_steps(waiting, minutes * count, recorded), say)
-    options = {"places": places, "threads": max(1, (os.cpu_count() or 1) // count)}
+    _prepare(folders, first_steps(waiting, minutes * count, recorded), say)
+    options = {"folders": folders, "threads": max(1, (os.cpu_count() or 1) // count)}
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop the workers
     try:
-        with Crew(do_step, options, count=count, gpus=gpus) as crew:
+        with WorkerPool(do_step, options, count=count, gpus=gpus) as pool:
             while True:
-                for place in crew.free:
+                for slot in pool.free:
                     left = (deadline - time.monotonic()) / 60
                     if step := next_step(steps, states, left=left, recorded=recorded,
-                                         busy=[worker.name for worker in crew.busy]):
+                                         busy=[worker.name for worker in pool.busy]):
                         if step.alone:
-                            ended = _run_alone(step, places, deadline, options)
+                            ended = _run_alone(step, folders, deadline, options)
                             states[step.name] = "finished" if not ended else "failed"
                             say(f"{step.name}: {ended or 'finished'}")
-                            collect_results(places, kinds=(step.kind,), say=say)
+                            collect_results(folders, kinds=(step.kind,), say=say)
                             continue
-                        crew.begin(place, step.name, (step.name, step.kind, step.arguments))
+                        pool.begin(slot, step.name, (step.name, step.kind, step.arguments))
                         states[step.name] = "stopped"  # until it ends
-                if not crew.busy:
+                if not pool.busy:
                     break
                 left_s = deadline - time.monotonic()
-                ended = crew.wait(min(left_s, 3600))
+                ended = pool.wait(min(left_s, 3600))
                 if not ended and left_s <= 0:
                     say(f"{minutes:g} minutes are over; what is under way goes on next time")
                     break
                 for name, seconds, error in ended:
                     states[name] = "failed" if error else "finished"
                     if error:
-                        (places.outf / f"{name.replace(' ', '_')}.error.txt").write_text(
+                        (folders.outf / f"{name.replace(' ', '_')}.error.txt").write_text(
                             error, encoding="utf-8")
                         say(f"{name} failed after {seconds:.0f} s: "
                             f"{error.strip().splitlines()[-1]}")
                         continue
                     recorded[name] = round(seconds / 60, 2)
-                    write_json(places.outf / TIMES, recorded)
+                    write_json(folders.outf / TIMES, recorded)
                     say(f"{name} finished after {seconds:.0f} s "
                         f"({list(states.values()).count('finished')} of {len(states)})")
-                    collect_results(places, kinds=(name.split()[0],), say=say)
+                    collect_results(folders, kinds=(name.split()[0],), say=say)
     finally:
         signal.signal(signal.SIGTERM, before)
     return states
@@ -359,57 +359,57 @@ def next_step(steps: list[Step], states: dict[str, str], *, left: float,
     return None
 
 
-def _run_alone(step: Step, places: Places, deadline: float, options: dict[str, Any]) -> str:
+def _run_alone(step: Step, folders: Folders, deadline: float, options: dict[str, Any]) -> str:
     """A step on all GPUs, in a process of its own that is stopped in time; its error, or ""."""
-    with Crew(do_step, options, count=1, gpus=[]) as crew:
-        crew.begin(0, step.name, (step.name, step.kind, step.arguments))
-        ended = crew.wait(deadline - time.monotonic())
+    with WorkerPool(do_step, options, count=1, gpus=[]) as pool:
+        pool.begin(0, step.name, (step.name, step.kind, step.arguments))
+        ended = pool.wait(deadline - time.monotonic())
     if not ended:
         return "stopped, goes on next time"
     return ended[0].error.strip().splitlines()[-1] if ended[0].error else ""
 
 
-def _prepare(places: Places, steps: list[Step], say: Callable[[str], Any]) -> None:
+def _prepare(folders: Folders, steps: list[Step], say: Callable[[str], Any]) -> None:
     """Run the teacher where the study's runs need it, before they begin."""
     names = [step.arguments[0] for step in steps if step.kind == "train"]
     if names:
-        prepare_study([places.configs[name] for name in names], base=places.base,
-                      cache_dir=places.cache_dir, say=say)
+        prepare_study([folders.configs[name] for name in names], base=folders.base,
+                      cache_dir=folders.cache_dir, say=say)
 
 
-def _read_times(places: Places) -> dict[str, float]:
-    path = places.outf / TIMES
+def _read_times(folders: Folders) -> dict[str, float]:
+    path = folders.outf / TIMES
     return read_json(path, fix="remove it") if path.is_file() else {}
 
 
-def pack_state(places: Places, path: str | Path) -> None:
+def pack_state(folders: Folders, path: str | Path) -> None:
     """Keep what ended, without checkpoints, in a .tar.xz, so that another machine goes on."""
     path = resolve_path(path)
-    files = [file for file in sorted(places.outf.rglob("*")) if _is_state(places, file)]
+    files = [file for file in sorted(folders.outf.rglob("*")) if _is_state(folders, file)]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with tarfile.open(partial, "w:xz") as archive:
         for file in files:
-            archive.add(file, str(file.relative_to(places.outf)))
+            archive.add(file, str(file.relative_to(folders.outf)))
     partial.replace(path)
 
 
-def _is_state(places: Places, file: Path) -> bool:
+def _is_state(folders: Folders, file: Path) -> bool:
     """Whether a file is one of what came to its end, and small."""
     if not file.is_file() or file.suffix not in STATE or file.stat().st_size > STATE_BYTES:
         return False
-    kind, *names = file.relative_to(places.outf).parts
+    kind, *names = file.relative_to(folders.outf).parts
     if kind == "rates":
-        return _mark(kind, (names[0],), places).is_file()
+        return _mark(kind, (names[0],), folders).is_file()
     if kind == "scaling":
-        return _mark("scale", (), places).is_file()
+        return _mark("scale", (), folders).is_file()
     return not (file.parent / "config.json").is_file() or RunDir(file.parent).finished
 
 
-def restore_state(places: Places, path: str | Path) -> None:
+def restore_state(folders: Folders, path: str | Path) -> None:
     """Unpack what `pack_state` kept, where nothing is there yet."""
     path = resolve_path(path)
-    if path.is_file() and not (places.outf / TIMES).exists():
-        places.outf.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and not (folders.outf / TIMES).exists():
+        folders.outf.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path) as archive:
-            archive.extractall(places.outf, filter="data")
+            archive.extractall(folders.outf, filter="data")

@@ -19,7 +19,7 @@ from hnerv_clip.files import read_json, write_atomic, write_json
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.study.cross_fit import cross_fit_results, merge_cross_fit
-from hnerv_clip.study.places import Places
+from hnerv_clip.study.folders import Folders
 from hnerv_clip.study.table import StudyError, study_table
 
 PUBLISHED = "book/results"
@@ -30,37 +30,37 @@ NOTE = ("rounds by the command of the book's results: sizes of study.fields.SIZE
 TRADE_OFF = "base|pixels_only|lambda_.*|warmup_.*"
 
 
-def collect_results(places: Places, *, kinds: tuple[str, ...] = (),
+def collect_results(folders: Folders, *, kinds: tuple[str, ...] = (),
                     say: Callable[[str], Any] = print) -> None:
     """Write what steps of these kinds gave, of all by default; a file that fails is said."""
-    places.out.mkdir(parents=True, exist_ok=True)
+    folders.out.mkdir(parents=True, exist_ok=True)
     for kind, makers in COLLECT.items():
         for make in makers if not kinds or kind in kinds else ():
             try:
-                make(places)
+                make(folders)
             except Exception as error:  # the runs themselves are kept
                 say(f"{make.__name__}: not written ({type(error).__name__}: {error})")
 
 
-def read_published(places: Places, name: str) -> dict[str, Any] | None:
+def read_published(folders: Folders, name: str) -> dict[str, Any] | None:
     """What a file of results holds: the one that is written, else the published one."""
-    for folder in (places.out, resolve_path(PUBLISHED)):
+    for folder in (folders.out, resolve_path(PUBLISHED)):
         if (folder / name).is_file():
             return read_json(folder / name, fix=FIX)
     return None
 
 
-def collect_study(places: Places) -> None:
+def collect_study(folders: Folders) -> None:
     """`study_new.csv`; `study.csv` and `study_trade_off.csv` where it holds all of theirs."""
     try:
-        new = study_table(places.study)
+        new = study_table(folders.study)
     except StudyError:
         return
-    _write_csv(new, places.out / "study_new.csv")
+    _write_csv(new, folders.out / "study_new.csv")
     swept = new[(new.video == "bunny") & (new.kind == "hybrid")
                 & new.variant.str.fullmatch(TRADE_OFF)]
     for name, rows in (("study.csv", new), ("study_trade_off.csv", swept)):
-        path = places.out / name
+        path = folders.out / name
         source = path if path.is_file() else resolve_path(PUBLISHED) / name
         old = pd.read_csv(source) if source.is_file() else rows.head(0)
         _write_csv(merge_study(old, rows), path)
@@ -77,20 +77,20 @@ def merge_study(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
                      ignore_index=True).reindex(columns=list(dict.fromkeys([*old, *new])))
 
 
-def collect_cross_fit(places: Places) -> None:
+def collect_cross_fit(folders: Folders) -> None:
     """`verification_cross_fit.json`."""
-    name, found = "verification_cross_fit.json", cross_fit_results(places.study)
+    name, found = "verification_cross_fit.json", cross_fit_results(folders.study)
     if found["runs"]:
-        old = read_published(places, name) or {"runs": [], "answers": [], "means": []}
-        write_json(places.out / name, merge_cross_fit(old, found))
+        old = read_published(folders, name) or {"runs": [], "answers": [], "means": []}
+        write_json(folders.out / name, merge_cross_fit(old, found))
 
 
-def collect_fidelity(places: Places) -> None:
+def collect_fidelity(folders: Folders) -> None:
     """`fidelity.json`: a run takes the place of one of the same seed, engine and precision."""
-    runs = [RunDir(path.parent) for path in sorted(places.outf.glob("fidelity/*/summary.json"))]
+    runs = [RunDir(path.parent) for path in sorted(folders.outf.glob("fidelity/*/summary.json"))]
     if runs:
-        measured = read_published(places, "fidelity.json") or {"runs": [], "reference": {}}
-        write_json(places.out / "fidelity.json", put_fidelity(measured, runs))
+        measured = read_published(folders, "fidelity.json") or {"runs": [], "reference": {}}
+        write_json(folders.out / "fidelity.json", put_fidelity(measured, runs))
 
 
 def put_fidelity(measured: dict[str, Any], runs: list[RunDir]) -> dict[str, Any]:
@@ -104,13 +104,13 @@ def put_fidelity(measured: dict[str, Any], runs: list[RunDir]) -> dict[str, Any]
     return {"runs": list(rows.values()), "reference": measured["reference"]}
 
 
-def collect_fields(places: Places) -> None:
+def collect_fields(folders: Folders) -> None:
     """`field_h100.json`: rows of each commit are a round; pairs and the original head beside."""
-    folder, name = places.outf / "fields", "field_h100.json"
+    folder, name = folders.outf / "fields", "field_h100.json"
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not found:
         return
-    measured = read_published(places, name) or {"about": {"commits": {}}, "rows": []}
+    measured = read_published(folders, name) or {"about": {"commits": {}}, "rows": []}
     about = measured["about"]
     rounds = {commit: number for number, commit in about["commits"].items()}
     for one in found:
@@ -130,7 +130,7 @@ def collect_fields(places: Places) -> None:
     kept = [row for row in measured["rows"] if _field_key(row) not in keys]
     pairs = [{key: value for key, value in row.items() if key != "parts"} for row in fields
              if row["head"] == "default"]
-    write_json(places.out / name, {
+    write_json(folders.out / name, {
         "about": about, "rows": [*kept, *new],
         "pairs": pairs or measured.get("pairs", []),
         "original": original_heads(pairs) or measured.get("original", {})})
@@ -157,41 +157,41 @@ def original_heads(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def collect_rates(places: Places) -> None:
+def collect_rates(folders: Folders) -> None:
     """`rate_quality.json`, from runs with a fine-tuned point; needs bjontegaard."""
     from hnerv_clip.bench.rate_quality import collect, run_of
 
     found = [read_json(path, fix="remove it") for path in
-             sorted(places.outf.glob("rates/*/rate.json"))]
+             sorted(folders.outf.glob("rates/*/rate.json"))]
     runs = [run_of(one, commit=one["commit"], fine_tune_lr=one["fine_tune_lr"]) for one in found
             if any(point["kind"] == "tuned" for point in one["points"])]
     if runs:
-        path = places.out / "rate_quality.json"
+        path = folders.out / "rate_quality.json"
         if not path.is_file():
-            write_json(path, read_published(places, "rate_quality.json") or {"codecs": []})
+            write_json(path, read_published(folders, "rate_quality.json") or {"codecs": []})
         try:
             collect(path, runs)
         except ImportError:  # `bench.rate_quality --run` takes them where it is installed
-            for file in places.outf.glob("rates/*/rate.json"):
-                write_json(places.out / f"rate_{file.parent.name}.json",
+            for file in folders.outf.glob("rates/*/rate.json"):
+                write_json(folders.out / f"rate_{file.parent.name}.json",
                            read_json(file, fix="remove it"))
             raise
 
 
-def collect_bench(places: Places) -> None:
+def collect_bench(folders: Folders) -> None:
     """`bench_DEVICE.json`: parts that were measured take the place of those there, and whole
     trainings (`fit`) stand beside those of other folders."""
-    for path in sorted(places.outf.glob("bench/*.json")):
+    for path in sorted(folders.outf.glob("bench/*.json")):
         found = read_json(path, keys={"device": str, "made": dict, "parts": dict}, fix="remove it")
         name = f"bench_{device_word(found['device'])}.json"
-        old = read_published(places, name)
+        old = read_published(folders, name)
         if old is None or old["device"] != found["device"]:
             old = {"device": found["device"], "made": {}, "parts": {}}
         own = {row["run"] for row in found["parts"].get("fit", [])}
         fits = [row for row in old["parts"].get("fit", []) if row["run"] not in own]
         parts = {**old["parts"], **found["parts"]} | (
             {"fit": [*fits, *found["parts"]["fit"]]} if own else {})
-        write_json(places.out / name, {**old, "made": {**old["made"], **found["made"]},
+        write_json(folders.out / name, {**old, "made": {**old["made"], **found["made"]},
                                        "parts": parts})
 
 
@@ -201,11 +201,11 @@ def device_word(device: str) -> str:
     return words[1].lower() if words[0] == "NVIDIA" and len(words) > 1 else "cpu_here"
 
 
-def collect_scaling(places: Places) -> None:
+def collect_scaling(folders: Folders) -> None:
     """`scaling_new.json`; `hnerv-clip pages --scaling FOLDER` takes it into the book."""
-    path = places.outf / "scaling" / "scaling.json"
+    path = folders.outf / "scaling" / "scaling.json"
     if path.is_file():
-        write_json(places.out / "scaling_new.json", read_json(path, fix="remove it"))
+        write_json(folders.out / "scaling_new.json", read_json(path, fix="remove it"))
 
 
 def _write_csv(table: pd.DataFrame, path: Path) -> None:

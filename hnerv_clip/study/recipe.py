@@ -218,11 +218,11 @@ def search(folder: str | Path, *, seconds: float, minutes: float, workers: int =
         study.enqueue_trial(known, skip_if_exists=True)
     options = (folder, seconds, 60 * minutes, trials, device, segments)
     context = multiprocessing.get_context("spawn")
-    crew = [context.Process(target=_work, args=(gpus[i % len(gpus)] if gpus else "", *options))
-            for i in range(workers or max(1, len(gpus)))]
-    for process in crew:
+    processes = [context.Process(target=_work, args=(gpus[i % len(gpus)] if gpus else "", *options))
+                 for i in range(workers or max(1, len(gpus)))]
+    for process in processes:
         process.start()
-    for process in crew:
+    for process in processes:
         process.join()
     write_json(folder / "trials.json", {"trials": [
         {"number": t.number, "state": t.state.name, "value": t.value, "params": t.params,

@@ -17,8 +17,8 @@ from hnerv_clip.config import Config
 from hnerv_clip.devices import visible_gpus
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
-from hnerv_clip.study.crew import Crew
 from hnerv_clip.study.plan import LABELS
+from hnerv_clip.study.worker_pool import WorkerPool
 
 
 def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
@@ -58,16 +58,16 @@ def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop the workers
     durations: list[float] = []
     try:
-        with Crew(make_run, options, count=count, gpus=gpus) as crew:
+        with WorkerPool(make_run, options, count=count, gpus=gpus) as pool:
             while True:
-                for place in crew.free:
+                for slot in pool.free:
                     if name := _next_run(queue, states, folder, deadline, durations):
-                        crew.begin(place, name, (name, configs[name].params()))
+                        pool.begin(slot, name, (name, configs[name].params()))
                         states[name] = "stopped"  # until it ends
-                if not crew.busy:
+                if not pool.busy:
                     break
                 left = deadline - time.monotonic()
-                ended = crew.wait(min(left, 3600))
+                ended = pool.wait(min(left, 3600))
                 if not ended and left <= 0:
                     say(f"{minutes:g} minutes are over; the runs under way go on next time")
                     break

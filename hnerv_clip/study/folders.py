@@ -15,16 +15,13 @@ BUNDLED = {"teacher": "efficientnet-lite0", "clip_dim": 1280}
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where things lie: of runs and what is kept to go on; of results; of embeddings.
+class Folders:
+    """The folders of one study, and what its runs are set to."""
 
-    settings: flat parameters that win over those of every run; for a try on a CPU.
-    """
-
-    outf: Path
-    out: Path
-    cache_dir: Path
-    settings: dict[str, Any]
+    outf: Path  # runs, and what is needed to resume
+    out: Path  # results
+    cache_dir: Path  # teacher embeddings
+    settings: dict[str, Any]  # flat parameters that win over every run's; for a try on a CPU
 
     @property
     def study(self) -> Path:
@@ -50,7 +47,7 @@ class Places:
         return self.outf / "fields" / f"{'_'.join(arguments)}.json"
 
 
-def make_places(outf: str | Path, out: str | Path, cache_dir: str | Path,
-                settings: dict[str, Any]) -> Places:
-    """`Places` from what a command names."""
-    return Places(resolve_path(outf), resolve_path(out), resolve_path(cache_dir), settings)
+def make_folders(outf: str | Path, out: str | Path, cache_dir: str | Path,
+                 settings: dict[str, Any]) -> Folders:
+    """`Folders` from what a command names."""
+    return Folders(resolve_path(outf), resolve_path(out), resolve_path(cache_dir), settings)

@@ -30,7 +30,7 @@ class _Worker:
     started: float = 0.0
 
 
-class Crew:
+class WorkerPool:
     """Workers, started when they are first needed; a context that stops them at its end.
 
     Args:
@@ -43,7 +43,7 @@ class Crew:
         self.work, self.options, self.gpus = work, options, gpus
         self.workers: list[_Worker | None] = [None] * count
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -58,46 +58,46 @@ class Crew:
 
     @property
     def free(self) -> list[int]:
-        """Places where no job is."""
-        return [place for place, worker in enumerate(self.workers) if not worker or not worker.name]
+        """Slots without a job."""
+        return [slot for slot, worker in enumerate(self.workers) if not worker or not worker.name]
 
     @property
     def busy(self) -> list[_Worker]:
         """Workers at a job."""
         return [worker for worker in self.workers if worker and worker.name]
 
-    def begin(self, place: int, name: str, job: Any) -> None:
-        """Give a job to a free place."""
-        worker = self.workers[place] = self.workers[place] or self._start(place)
+    def begin(self, slot: int, name: str, job: Any) -> None:
+        """Give a job to a free slot."""
+        worker = self.workers[slot] = self.workers[slot] or self._start(slot)
         worker.connection.send(job)
         worker.name, worker.started = name, time.monotonic()
 
     def wait(self, timeout: float) -> list[Ended]:
         """The jobs that ended, of those under way; none where the time is over before.
 
-        After an error a device may be in a bad state, so that place goes on with a new process.
+        After an error a device may be in a bad state, so that slot goes on with a new process.
         """
         ready = wait([worker.connection for worker in self.busy], timeout=max(0, timeout))
         ended = []
-        for place, worker in enumerate(self.workers):
+        for slot, worker in enumerate(self.workers):
             if worker and worker.connection in ready:
                 error = _outcome(worker)
                 ended.append(Ended(worker.name, time.monotonic() - worker.started, error))
                 worker.name = ""
                 if error:
                     worker.process.join()
-                    self.workers[place] = None
+                    self.workers[slot] = None
         return ended
 
-    def _start(self, place: int) -> _Worker:
+    def _start(self, slot: int) -> _Worker:
         context = multiprocessing.get_context("spawn")
         own, other = context.Pipe()
         process = context.Process(target=_live, args=(other, self.work, self.options),
-                                  name=f"study-{place}")
+                                  name=f"study-{slot}")
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
         try:
             if self.gpus:  # the worker sees its own alone
-                os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
+                os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
             process.start()
         finally:
             if before is not None:

@@ -11,11 +11,14 @@ import pytest
 from hnerv_clip import cli
 from hnerv_clip.book import field as book_field
 from hnerv_clip.book import judged
+from hnerv_clip.dataset import prepare_dataset
 from hnerv_clip.study import book_runs, collect, cross_fit, fields
 from hnerv_clip.study.book_runs import Step
 from hnerv_clip.study.folders import make_folders
 from hnerv_clip.study.plan import study_base, study_configs
 from hnerv_clip.study.run import make_run
+from hnerv_clip.teachers import efficientnet
+from hnerv_clip.teachers.base import preprocess
 from hnerv_clip.verify.verdict import QUESTIONS
 
 DONE = ("train bunny_hybrid_base_s0", "train bunny_hybrid_phase_1_s0",
@@ -24,20 +27,23 @@ DONE = ("train bunny_hybrid_base_s0", "train bunny_hybrid_phase_1_s0",
 
 
 @pytest.fixture(scope="module")
-def folders(small_config, small_dataset, cache_dir, tmp_path_factory):
-    """Eight steps done on a small video."""
+def folders(small_config, tmp_path_factory):
+    """Eight steps done on a small video, whose teacher sees pictures of 64×64."""
     folder = tmp_path_factory.mktemp("book")
     own = ("predict_clip", "embed", "seed", "clip_loss_weight", "split_phase", "data_split")
     settings = {name: value for name, value in small_config.params().items() if name not in own}
-    folders = make_folders(folder / "runs", folder / "results", cache_dir, {
+    folders = make_folders(folder / "runs", folder / "results", folder / "cache", {
         **settings, "epochs": 1, "eval_freq": 1, "pixel_loss_warmup_epochs": 0})
     shutil.copytree(collect.resolve_path(collect.PUBLISHED), folders.out)
     steps = {step.name: step for step in book_runs.book_steps(1)}
-    with pytest.MonkeyPatch.context() as patch:  # the teacher takes 12 ms a box
+    with pytest.MonkeyPatch.context() as patch:  # the teacher takes 12 ms a box of its usual size
+        patch.setattr(efficientnet, "preprocess", lambda patches, size, **scale: preprocess(
+            patches, (64, 64), **scale))
         patch.setattr(fields, "SMOOTHED", 1)
         patch.setattr(fields, "SHIFTED", 2)
         patch.setattr(fields, "TESTS", {kind: dataclasses.replace(sampling, count=4, shapes=4)
                                         for kind, sampling in fields.TESTS.items()})
+        prepare_dataset(folders.configs[DONE[0].split()[1]], folders.cache_dir, progress=False)
         for name in DONE:
             book_runs.do_step((name, steps[name].kind, steps[name].arguments),
                               {"folders": folders})

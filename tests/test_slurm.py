@@ -86,6 +86,7 @@ def fails_first(config, run_dir):
     return config.train.seed == 2 and not (Path(run_dir) / "calls.txt").exists()
 
 
+@pytest.mark.slow
 def test_many_configs_are_one_array_and_the_failed_one_alone_starts_again(slurm, tmp_path, capsys):
     configs = {f"seed{s}": CONFIG.replace(seed=s) for s in range(5)}
     jobs = launch_slurm(configs, tmp_path, timed, slurm_array_parallelism=2)
@@ -108,6 +109,7 @@ def test_many_configs_are_one_array_and_the_failed_one_alone_starts_again(slurm,
     assert [len(calls(tmp_path / name)) for name in configs] == [1, 1, 2, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_waiting_job_says_for_what_and_can_be_cancelled(slurm, tmp_path):
     first, second = (launch_slurm(CONFIG, tmp_path / name, make_run(seconds=60), gpus_per_node=8)[0]
                      for name in ("first", "second"))
@@ -292,6 +294,7 @@ def test_a_launcher_that_dies_before_slurm_has_its_job_is_started_anew(slurm, tm
     assert follow([job], poll_s=0.5)["state"].tolist() == ["finished"], job.log()
 
 
+@pytest.mark.slow
 def test_slurm_that_does_not_answer_is_no_reason_to_submit_again(slurm, tmp_path, monkeypatch,
                                                                  capsys):
     [job] = launch_slurm(CONFIG, tmp_path / "main", make_run(seconds=20))

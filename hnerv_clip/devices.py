@@ -27,6 +27,11 @@ def select_device(device: str | torch.device) -> torch.device:
                           f"({str(error).splitlines()[0]}); use device='auto' or 'cpu'") from error
 
 
+def usable_cores() -> int:
+    """Processor cores that this process may use; all of the machine where the system can't tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def visible_gpus() -> list[str]:
     """The GPUs of this process as CUDA_VISIBLE_DEVICES names them, by number or identifier."""
     count = torch.cuda.device_count()

@@ -119,8 +119,8 @@ def test_fields_are_the_same_measure_as_before():
         fields.torch.tensor(rng.standard_normal((4, 3, 8)) + 1), dim=-1)
     mean = truth.mean((0, 1))
     constant = fields.F.normalize(mean, dim=0).expand_as(truth)
-    assert fields.skill(truth, truth, mean) == pytest.approx(1)
-    assert fields.skill(constant, truth, mean) == pytest.approx(0)
+    assert fields.box_skill(truth, truth, mean) == pytest.approx(1)
+    assert fields.box_skill(constant, truth, mean) == pytest.approx(0)
 
 
 def test_cross_fitted_runs_are_judged_together(folders):

@@ -82,3 +82,12 @@ def test_a_run_goes_on_in_what_it_began_with(small_config, gpu, before, precisio
     assert ("as this run began" in choice.reason) == ((precision, engine) != ("bf16", "auto"))
     named = small_config.replace(precision="bf16", engine="fast").train
     assert settle(named, gpu, before)[:2] == ("bf16", "fast")
+
+
+def test_cores_are_counted_where_a_system_knows_no_affinity(monkeypatch):
+    """As macOS."""
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: {0, 3}, raising=False)
+    assert devices.usable_cores() == 2
+    monkeypatch.delattr(devices.os, "sched_getaffinity")
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: 8)
+    assert devices.usable_cores() == 8

@@ -377,7 +377,9 @@ def test_commands_refuse_what_is_no_file(tmp_path, capsys):
     for command in (["info"], ["embed", "--box", "0,0,1,1", "--time", "0"]):
         assert main([command[0], str(tmp_path / "no.hnerv"), *command[1:]]) == 1
         assert "encode it again" in capsys.readouterr().err
-    assert main(["info", str(tmp_path / "none.hnerv")]) == 1
+    for command in (["info"], ["search", "hare"]):
+        assert main([command[0], str(tmp_path / "none.hnerv"), *command[1:]]) == 1
+        assert "cannot read" in capsys.readouterr().err
     with pytest.raises(FileError, match="cannot read"):
         hnerv_clip.open(tmp_path / "none.hnerv")
 

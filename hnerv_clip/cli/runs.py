@@ -165,7 +165,7 @@ def _search(args: argparse.Namespace) -> None:
                             ) if args.queries else []
     if (resolve_path(args.outf) / FIELD).is_file():
         return _search_field(args, queries)
-    if resolve_path(args.outf).is_file():
+    if resolve_path(args.outf).is_file() or args.outf.endswith(".hnerv"):
         return search_file(resolve_path(args.outf), queries, top_k=args.top_k, apart=args.apart,
                            device=args.device, weights=args.weights,
                            region=_parse_region(args.region) if args.region else None)

@@ -14,7 +14,7 @@ from typing import Any
 import submitit
 import submitit.helpers
 
-from hnerv_clip.devices import visible_gpus
+from hnerv_clip.devices import usable_cores, visible_gpus
 from hnerv_clip.launch.errors import Launched, LaunchError
 from hnerv_clip.runs.locks import SILENT_S, is_alive, silent_s
 
@@ -57,7 +57,7 @@ class LocalQueue:
             starts = range(0, len(gpus) - gpus_per_job + 1, gpus_per_job)
             slots = [gpus[start:start + gpus_per_job] for start in starts]
         else:
-            slots = [[]] * max(1, _cpu_count() // self.tasks)
+            slots = [[]] * max(1, usable_cores() // self.tasks)
         self.slots = dict(enumerate(slots[:min(parallelism, len(jobs))]))
         self.waiting, self.running = list(jobs), {}
         for job in jobs:
@@ -80,7 +80,7 @@ class LocalQueue:
                                    gpus_per_node=len(gpus))
         executor.parameters["visible_gpus"] = gpus  # the checked way refuses identifiers
         (job.run_dir / "outcome.json").unlink(missing_ok=True)
-        threads = max(1, _cpu_count() // (len(self.slots) * self.tasks))
+        threads = max(1, usable_cores() // (len(self.slots) * self.tasks))
         with (submitit.helpers.clean_env(),
               submitit.helpers.environment_variables(OMP_NUM_THREADS=threads)):
             started = executor.submit(job.task)
@@ -104,7 +104,3 @@ def state(run_dir: Path, record: dict[str, Any]) -> tuple[str, str]:
 def alive(record: dict[str, Any]) -> bool:
     """Whether the process of a job runs, here."""
     return bool(record) and is_alive({"pid": record["pid"], "start": record["pid_start"]})
-
-
-def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

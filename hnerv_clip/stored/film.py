@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
 
 from hnerv_clip.codec.container import expand_ticks
+from hnerv_clip.devices import usable_cores
 
 if TYPE_CHECKING:
     from hnerv_clip.stored.video import StoredVideo
@@ -112,7 +112,7 @@ def encode_film(path: Path, film: _Film, images: Iterable[np.ndarray], ticks: Se
         ticks: when each is shown, rising, in units of the film.
         workers: encoders at a time; None for the cores of this process.
     """
-    workers = workers or len(psutil.Process().cpu_affinity())
+    workers = workers or usable_cores()
     shortest, longest = SEGMENT
     length = max(shortest, min(longest, -(-len(ticks) // workers),
                                WAITING_BYTES // (2 * math.prod(film.size) * workers)))

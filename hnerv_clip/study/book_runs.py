@@ -9,10 +9,7 @@ on from its last checkpoint. After each step the results that it belongs to are 
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -21,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hnerv_clip.config import Config
-from hnerv_clip.devices import visible_gpus
+from hnerv_clip.devices import usable_cores, visible_gpus
 from hnerv_clip.files import read_json, write_json
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import BEST, RunDir
@@ -30,8 +27,8 @@ from hnerv_clip.study.cross_fit import cross_fit_names
 from hnerv_clip.study.fields import NETWORKS, SIZES
 from hnerv_clip.study.folders import BUNDLED, Folders
 from hnerv_clip.study.plan import VIDEOS, study_base, study_configs
-from hnerv_clip.study.run import is_done, make_run, prepare_study
-from hnerv_clip.study.worker_pool import WorkerPool
+from hnerv_clip.study.run import is_done, make_run, note_end, prepare_study
+from hnerv_clip.study.worker_pool import Ended, WorkerPool, end_on_sigterm
 
 TIMES = "times.json"
 # Minutes of a step on one H100, by kind; of training and fields by video. Recorded ones win.
@@ -170,7 +167,7 @@ def _do_bench(folders: Folders, part: str) -> None:
 def _do_scale(folders: Folders) -> None:
     from hnerv_clip.bench.multi_gpu import SETTINGS, measure_scaling
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop its ranks
+    end_on_sigterm()  # and stop its ranks
     measure_scaling(Config.from_params(**{**SETTINGS, **folders.settings}),
                     folders.outf / "scaling", cache_dir=folders.cache_dir)
 
@@ -271,45 +268,30 @@ def run_book(folders: Folders, *, minutes: float = float("inf"), only: tuple[str
     count = max(1, len(gpus))
     waiting = [step for step in steps if states[step.name] == "waiting"]
     _prepare(folders, first_steps(waiting, minutes * count, recorded), say)
-    options = {"folders": folders, "threads": max(1, (os.cpu_count() or 1) // count)}
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop the workers
-    try:
-        with WorkerPool(do_step, options, count=count, gpus=gpus) as pool:
-            while True:
-                for slot in pool.free:
-                    left = (deadline - time.monotonic()) / 60
-                    if step := next_step(steps, states, left=left, recorded=recorded,
-                                         busy=[worker.name for worker in pool.busy]):
-                        if step.alone:
-                            ended = _run_alone(step, folders, deadline, options)
-                            states[step.name] = "finished" if not ended else "failed"
-                            say(f"{step.name}: {ended or 'finished'}")
-                            collect_results(folders, kinds=(step.kind,), say=say)
-                            continue
-                        pool.begin(slot, step.name, (step.name, step.kind, step.arguments))
-                        states[step.name] = "stopped"  # until it ends
-                if not pool.busy:
-                    break
-                left_s = deadline - time.monotonic()
-                ended = pool.wait(min(left_s, 3600))
-                if not ended and left_s <= 0:
-                    say(f"{minutes:g} minutes are over; what is under way goes on next time")
-                    break
-                for name, seconds, error in ended:
-                    states[name] = "failed" if error else "finished"
-                    if error:
-                        (folders.outf / f"{name.replace(' ', '_')}.error.txt").write_text(
-                            error, encoding="utf-8")
-                        say(f"{name} failed after {seconds:.0f} s: "
-                            f"{error.strip().splitlines()[-1]}")
-                        continue
-                    recorded[name] = round(seconds / 60, 2)
-                    write_json(folders.outf / TIMES, recorded)
-                    say(f"{name} finished after {seconds:.0f} s "
-                        f"({list(states.values()).count('finished')} of {len(states)})")
-                    collect_results(folders, kinds=(name.split()[0],), say=say)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    options = {"folders": folders, "threads": max(1, usable_cores() // count)}
+
+    def next_job() -> tuple[str, Any] | None:
+        while step := next_step(steps, states, left=(deadline - time.monotonic()) / 60,
+                                recorded=recorded, busy=[worker.name for worker in pool.busy]):
+            if not step.alone:
+                states[step.name] = "stopped"  # until it ends
+                return step.name, (step.name, step.kind, step.arguments)
+            error = _run_alone(step, folders, deadline, options)
+            states[step.name] = "failed" if error else "finished"
+            say(f"{step.name}: {error or 'finished'}")
+            collect_results(folders, kinds=(step.kind,), say=say)
+        return None
+
+    def on_end(ended: Ended) -> None:
+        note_end(ended, states, folders.outf, say)
+        if not ended.error:
+            recorded[ended.name] = round(ended.seconds / 60, 2)
+            write_json(folders.outf / TIMES, recorded)
+            collect_results(folders, kinds=(ended.name.split()[0],), say=say)
+
+    with WorkerPool(do_step, options, count=count, gpus=gpus) as pool:
+        if not pool.run(next_job, on_end, deadline=deadline):
+            say(f"{minutes:g} minutes are over; what is under way goes on next time")
     return states
 
 

@@ -29,7 +29,7 @@ from hnerv_clip.field.query import Field, make_field
 from hnerv_clip.files import write_atomic
 from hnerv_clip.heads.field import FieldHead
 from hnerv_clip.inference import Run, embed_frames, predict_embeddings, sources_of
-from hnerv_clip.metrics import bracket_frames
+from hnerv_clip.metrics import bracket_frames, skill
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.teachers import Teacher, load_teacher
 from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes, embed_boxes
@@ -95,7 +95,7 @@ def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
     drawn = draw_boxes(BoxSampling(boxes, min(boxes, 128), seed=seed), asked.frame_hw,
                        asked.count)[train]
     teacher = embed_boxes(asked.teacher(), asked.frames[train], drawn).float().cpu()
-    row["own_boxes"] = skill(make_field(own, field.head, source=sources_of(run.model)[0]).embed(
+    row["own_boxes"] = box_skill(make_field(own, field.head, source=sources_of(run.model)[0]).embed(
         train, drawn), teacher, teacher.mean((0, 1)))
     row |= {"params": field.head.parameter_count(), "bytes": stored_bytes(own, field)
             if rounded else field.head.parameter_count(), "fit_s": field.about["fit_s"],
@@ -162,13 +162,13 @@ class Asked:
                                          ("held", self.held_out, sources[-1])):
                 found = answer(kind, frames, source).float().cpu()
                 truth = self.truth[kind][frames].float()
-                row[f"{kind}_{part}"] = skill(found, truth, constant)
+                row[f"{kind}_{part}"] = box_skill(found, truth, constant)
                 if part == "held":
                     row[f"{kind}_held_centered"] = float(F.cosine_similarity(
                         found - constant, truth - constant, dim=-1).mean())
                     if kind == "any":
                         smooth = self.smooth.float()
-                        row["any_held_smooth"] = skill(found, smooth, smooth.mean((0, 1)))
+                        row["any_held_smooth"] = box_skill(found, smooth, smooth.mean((0, 1)))
         return row
 
     def _smoothed(self) -> Tensor:
@@ -188,11 +188,11 @@ class Asked:
         return F.normalize(total, dim=-1)
 
 
-def skill(found: Tensor, truth: Tensor, constant: Tensor) -> float:
+def box_skill(found: Tensor, truth: Tensor, constant: Tensor) -> float:
     """Skill of answers [N, P, D] against that of a constant answer [D]."""
     own = (found * truth).sum(-1).mean()
     base = (truth @ F.normalize(constant, dim=0)).mean()
-    return float((own - base) / (1 - base))
+    return float(skill(float(own), float(base)))
 
 
 def stored_bytes(run: Run, field: Field) -> int:
@@ -223,7 +223,8 @@ def original_skill(run: Run, asked: Asked) -> dict[str, float]:
         boxes = asked.boxes[kind][0].float()
         own = predict_embeddings(run.model, run.dataset, source=sources_of(run.model)[-1],
                                  centres=boxes[:, :2] + boxes[:, 2:] / 2)[asked.held_out]
-        found[kind] = skill(own, asked.truth[kind][asked.held_out].float(), asked.constant(kind))
+        truth = asked.truth[kind][asked.held_out].float()
+        found[kind] = box_skill(own, truth, asked.constant(kind))
     return found
 
 
@@ -256,7 +257,7 @@ def measure_teacher(run: Run, *, folder: Path, cache_dir: str | Path) -> list[Ro
                     (truth[kind][frames] - mean) @ axes[:r].T @ axes[:r] + mean, dim=-1))})
     rows.append({"what": "shifts", **_shifts(asked)})
     rows.append({"what": f"smoothed teacher (mean of {SMOOTHED} boxes within {SPREAD:.0%}) against "
-                         "the teacher", "any_held": skill(
+                         "the teacher", "any_held": box_skill(
         asked.smooth.float(), truth["any"][asked.held_out], asked.constant("any"))})
     return [{"video": video, **{name: round(value, 4) if isinstance(value, float) else value
                                 for name, value in row.items()}} for row in rows]
@@ -277,11 +278,12 @@ def _shifts(asked: Asked) -> Row:
 
     own = embed(0, 0)
     mean = own.mean((0, 1))
-    row = {f"shift {share:g}": skill(embed(0, max(share, 1 / side)), own, mean)
+    row = {f"shift {share:g}": box_skill(embed(0, max(share, 1 / side)), own, mean)
            for share in SHIFTS}
-    row["mean of ±0.05"] = skill(F.normalize(embed(0, -0.05) + embed(0, 0.05), dim=-1), own, mean)
+    both = F.normalize(embed(0, -0.05) + embed(0, 0.05), dim=-1)
+    row["mean of ±0.05"] = box_skill(both, own, mean)
     for spread in (0.02, 0.05):
         around = sum(embed(spread * math.sin(angle), spread * math.cos(angle))
                      for angle in 2 * np.pi * np.arange(8) / 8)
-        row[f"mean of 8 at {spread:g}"] = skill(F.normalize(around, dim=-1), own, mean)
+        row[f"mean of 8 at {spread:g}"] = box_skill(F.normalize(around, dim=-1), own, mean)
     return row

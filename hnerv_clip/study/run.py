@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,11 +11,11 @@ from typing import Any
 import pandas as pd
 
 from hnerv_clip.config import Config
-from hnerv_clip.devices import visible_gpus
+from hnerv_clip.devices import usable_cores, visible_gpus
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 from hnerv_clip.study.plan import LABELS
-from hnerv_clip.study.worker_pool import WorkerPool
+from hnerv_clip.study.worker_pool import Ended, WorkerPool
 
 
 def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
@@ -54,38 +51,40 @@ def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
     options = {"folder": folder, "cache_dir": cache_dir, "grid": base.params()["patch_grid"],
                "verify": with_verify,
                "runs_per_device": -(-count // max(1, len(gpus))),
-               "threads": max(1, (os.cpu_count() or 1) // count)}
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and stop the workers
+               "threads": max(1, usable_cores() // count)}
     durations: list[float] = []
-    try:
-        with WorkerPool(make_run, options, count=count, gpus=gpus) as pool:
-            while True:
-                for slot in pool.free:
-                    if name := _next_run(queue, states, folder, deadline, durations):
-                        pool.begin(slot, name, (name, configs[name].params()))
-                        states[name] = "stopped"  # until it ends
-                if not pool.busy:
-                    break
-                left = deadline - time.monotonic()
-                ended = pool.wait(min(left, 3600))
-                if not ended and left <= 0:
-                    say(f"{minutes:g} minutes are over; the runs under way go on next time")
-                    break
-                for name, seconds, error in ended:
-                    if error:
-                        states[name] = "failed"
-                        (folder / f"{name}.error.txt").write_text(error, encoding="utf-8")
-                        say(f"{name} failed after {seconds:.0f} s: "
-                            f"{error.strip().splitlines()[-1]}")
-                        continue
-                    states[name] = "finished"
-                    (folder / f"{name}.error.txt").unlink(missing_ok=True)
-                    durations.append(seconds)
-                    say(f"{name} finished after {seconds:.0f} s "
-                        f"({list(states.values()).count('finished')} of {len(states)})")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+    def next_job() -> tuple[str, Any] | None:
+        name = _next_run(queue, states, folder, deadline, durations)
+        if name is None:
+            return None
+        states[name] = "stopped"  # until it ends
+        return name, (name, configs[name].params())
+
+    def on_end(ended: Ended) -> None:
+        durations.extend([ended.seconds] * (not ended.error))
+        note_end(ended, states, folder, say)
+
+    with WorkerPool(make_run, options, count=count, gpus=gpus) as pool:
+        if not pool.run(next_job, on_end, deadline=deadline):
+            say(f"{minutes:g} minutes are over; the runs under way go on next time")
     return states
+
+
+def note_end(ended: Ended, states: dict[str, str], folder: Path, say: Callable[[str], Any]
+             ) -> None:
+    """Say how a job ended and note it in `states`; an error's text goes to NAME.error.txt."""
+    path = folder / f"{ended.name.replace(' ', '_')}.error.txt"
+    if ended.error:
+        states[ended.name] = "failed"
+        path.write_text(ended.error, encoding="utf-8")
+        say(f"{ended.name} failed after {ended.seconds:.0f} s: "
+            f"{ended.error.strip().splitlines()[-1]}")
+        return
+    states[ended.name] = "finished"
+    path.unlink(missing_ok=True)
+    say(f"{ended.name} finished after {ended.seconds:.0f} s "
+        f"({list(states.values()).count('finished')} of {len(states)})")
 
 
 def is_done(run_dir: Path, config: Config, with_verify: bool) -> bool:

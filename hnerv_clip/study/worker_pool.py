@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -31,7 +33,8 @@ class _Worker:
 
 
 class WorkerPool:
-    """Workers, started when they are first needed; a context that stops them at its end.
+    """Workers, started when they are first needed; a context that stops them at its end, and when
+    the process is asked to end (SIGTERM).
 
     Args:
         work: called in a worker as work(job, options); a function of a module.
@@ -42,12 +45,20 @@ class WorkerPool:
     def __init__(self, work: Work, options: dict[str, Any], *, count: int, gpus: list[str]):
         self.work, self.options, self.gpus = work, options, gpus
         self.workers: list[_Worker | None] = [None] * count
+        self.on_sigterm: Any = None  # what to restore
 
     def __enter__(self) -> WorkerPool:
+        self.on_sigterm = end_on_sigterm()
         return self
 
     def __exit__(self, *_: Any) -> None:
         """Stop what runs; what is idle ends by itself."""
+        try:
+            self._stop()
+        finally:
+            signal.signal(signal.SIGTERM, self.on_sigterm)
+
+    def _stop(self) -> None:
         for worker in filter(None, self.workers):
             worker.connection.close()
             if worker.name:
@@ -55,6 +66,30 @@ class WorkerPool:
         for worker in filter(None, self.workers):
             worker.process.join(timeout=30)
             worker.process.kill()
+
+    def run(self, next_job: Callable[[], tuple[str, Any] | None], on_end: Callable[[Ended], None],
+            *, deadline: float) -> bool:
+        """Keep every worker at a job until there is none left, or the time is over.
+
+        Args:
+            next_job: asked for each free worker; (name, job), or None for nothing at present.
+            on_end: called with each job that ended.
+            deadline: of `time.monotonic`; jobs under way are then left to the context's end.
+        Returns:
+            Whether all jobs ended in time.
+        """
+        while True:
+            for slot in self.free:
+                if job := next_job():
+                    self.begin(slot, *job)
+            if not self.busy:
+                return True
+            left_s = deadline - time.monotonic()
+            ended = self.wait(min(left_s, 3600))
+            if not ended and left_s <= 0:
+                return False
+            for one in ended:
+                on_end(one)
 
     @property
     def free(self) -> list[int]:
@@ -106,6 +141,11 @@ class WorkerPool:
                 del os.environ["CUDA_VISIBLE_DEVICES"]
         other.close()
         return _Worker(process, own)
+
+
+def end_on_sigterm() -> Any:
+    """Let SIGTERM raise SystemExit, so that contexts are left; returns what it did before."""
+    return signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def _outcome(worker: _Worker) -> str:

@@ -148,7 +148,8 @@ def _study_book(args: argparse.Namespace) -> None:
     for folder in (folders.outf, folders.out):
         check_writable(folder)
     try:
-        states = book_runs.run_book(folders, minutes=args.minutes, only=tuple(args.only))
+        states = book_runs.run_book(folders, minutes=args.minutes, only=tuple(args.only),
+                                    workers=args.workers)
     finally:
         if args.pack:
             book_runs.pack_state(folders, args.pack)

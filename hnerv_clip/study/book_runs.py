@@ -3,8 +3,9 @@
     hnerv-clip study --plan book --minutes 9 --out book/results
 
 A step is a run of the study, a seed of the fidelity runs, a field, a part of the benchmark, and so
-on. Steps run side by side, one on each GPU; what ended is not done again, and what was stopped goes
-on from its last checkpoint. After each step the results that it belongs to are written.
+on. Steps run side by side, by default one on each GPU; what ended is not done again, and what was
+stopped goes on from its last checkpoint. After each step the results that it belongs to are
+written.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ def show_steps(steps: list[Step], folders: Folders) -> str:
 
 
 def run_book(folders: Folders, *, minutes: float = float("inf"), only: tuple[str, ...] = (),
-             say: Callable[[str], Any] = print) -> dict[str, str]:
+             workers: int = 0, say: Callable[[str], Any] = print) -> dict[str, str]:
     """Run what is missing, the most valuable first, and write the results.
 
     Args:
@@ -253,6 +254,9 @@ def run_book(folders: Folders, *, minutes: float = float("inf"), only: tuple[str
             begun when too little is left.
         only: beginnings of steps' names, such as "field bunny"; all by default. What a chosen
             step needs is run, too.
+        workers: processes, spread over the GPUs; 0 for one on each, or one on a CPU. More than
+            one on a GPU end more steps in a given time, but slow each other down: not for what
+            measures speed.
     Returns:
         {name: finished, failed, stopped or waiting}.
     """
@@ -265,7 +269,7 @@ def run_book(folders: Folders, *, minutes: float = float("inf"), only: tuple[str
     collect_results(folders, say=say)
     if minutes <= 0 or "waiting" not in states.values():
         return states
-    count = max(1, len(gpus))
+    count = workers or max(1, len(gpus))
     waiting = [step for step in steps if states[step.name] == "waiting"]
     _prepare(folders, first_steps(waiting, minutes * count, recorded), say)
     options = {"folders": folders, "threads": max(1, usable_cores() // count)}

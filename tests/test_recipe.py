@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from hnerv_clip.config import PRESETS
 from hnerv_clip.runs.run_dir import RunDir

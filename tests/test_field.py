@@ -109,6 +109,16 @@ def test_a_fit_answers_for_boxes_and_times_it_never_saw():
         torch.testing.assert_close(levels, levels.round(), atol=1e-3, rtol=0)
 
 
+def test_a_fit_depends_on_its_seed_alone():
+    boxes = draw_boxes(BoxSampling(count=4, shapes=4), (40, 80), 3)
+    fit = [fit_field(CONFIG, torch.ones(3, 6, 2, 4), torch.arange(3), boxes,
+                     F.normalize(torch.arange(288.0).view(3, 4, 24).sin(), dim=-1),
+                     settings=FitSettings(steps=2, frames=2, boxes=2))[0]
+           for _ in (torch.manual_seed(1), torch.manual_seed(2))]
+    one, two = (head.state_dict() for head in fit)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_fit_refuses_what_does_not_belong_together():
     boxes = draw_boxes(BoxSampling(count=4, shapes=4), (40, 80), 3)
     with pytest.raises(ConfigError, match="do not belong together"):

@@ -18,6 +18,9 @@ from hnerv_clip.paths import match_paths, resolve_path
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hnerv_clip.field.query import Field
+    from hnerv_clip.inference import Run
+
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands; `add(name, function, help)` returns a parser."""
@@ -59,6 +62,11 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
                                         ("rate_weight", float, "weight of the field's bits")):
                 sub.add_argument(f"--{option}", type=kind,
                                  help=f"{words} (the run's field_{option})")
+            sub.add_argument("--together", type=float, metavar="LAMBDA", help=
+                             "then go on with network and field together at this lambda (0.002 to "
+                             "0.02 is small), as a new run in --to; the run itself stays as it is")
+            sub.add_argument("--to", help="folder of that new run")
+            sub.add_argument("--epochs", type=int, default=30, help="of going on together (30)")
             sub.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True,
                              help="measure it on frames and boxes that it never saw")
         if name == "verify":
@@ -126,13 +134,29 @@ def _fit_head(args: argparse.Namespace) -> None:
     given = {f"field_{name}": getattr(args, name) for name in names
              if getattr(args, name) is not None}
     run.config = run.config.replace(**given)
-    field = fit_head(run, cache_dir=args.cache_dir, device=args.device)
+    if args.together is not None:
+        run, field = _fit_together(args, run)
+    else:
+        field = fit_head(run, cache_dir=args.cache_dir, device=args.device)
     print(f"{field.head.parameter_count():,} parameters, teacher {field.about['teacher_s']} s, "
           f"fit {field.about['fit_s']} s")
     if args.measure:
         table = evaluate_field(run, field, cache_dir=args.cache_dir, device=args.device)
         table.to_csv(run.run_dir.path / "field_evaluation.csv", index=False)
         print(summarise_field(table).to_string(index=False, float_format="{:.4f}".format))
+
+
+def _fit_together(args: argparse.Namespace, run: Run) -> tuple[Run, Field]:
+    """The new run of `--together`, and its field."""
+    from hnerv_clip.inference import load_run
+    from hnerv_clip.train.together import TogetherSettings, fit_together
+
+    if not args.to:
+        raise ConfigError("--together makes a new run: name its folder with --to FOLDER")
+    field = fit_together(run, args.to, cache_dir=args.cache_dir,
+                         settings=TogetherSettings(weight=args.together, epochs=args.epochs))
+    return load_run(args.to, cache_dir=args.cache_dir, device=args.device, dataset=run.dataset
+                    ), field
 
 
 def _index(args: argparse.Namespace) -> None:

@@ -104,10 +104,10 @@ class _Fit:
         self.features = None if features is None else features.detach().float().to(device)
         self.times, self.boxes = times.to(device).float(), boxes.to(device).float()
         self.targets = targets
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(settings.seed)  # `pca_lowrank` draws, too
             self.head = FieldHead(config)
-        start_basis(self.head, targets)
+            start_basis(self.head, targets)
         self.head.to(device).train()
         self.names = [name for name, _ in self.head.named_parameters()]
         self.weights = list(self.head.parameters())

@@ -62,8 +62,9 @@ class FieldConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Scalars only, pairs packed as "8_16", for the header of a file."""
+        unused = () if self.convs else ("convs", "conv_channels")  # unknown to older versions
         return {name: "_".join(map(str, value)) if isinstance(value, tuple) else value
-                for name, value in dataclasses.asdict(self).items()}
+                for name, value in dataclasses.asdict(self).items() if name not in unused}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FieldConfig:

@@ -157,7 +157,7 @@ def test_study_and_fidelity_keep_what_is_published(folders):
 def test_rates_are_measured_through_the_file_and_kept(folders):
     path = folders.outf / "rates" / "head" / "rate.json"
     found = json.loads(path.read_text())
-    assert [point["kind"] for point in found["points"]] == ["8 bits", "6 bits", "tuned"]
+    assert [point["kind"] for point in found["points"]] == ["8 bits", "tuned"]
     assert found["decode_frames_per_s"]["network alone"] > 0
     book_runs.do_step(("rates head", "rates", ("head",)), {"folders": folders})
     assert json.loads(path.read_text())["points"] == found["points"]  # not measured again

@@ -27,8 +27,9 @@ Point = dict[str, Any]
 # What was aimed at: at 640×1280, with the head, through the file
 GOALS = {"psnr_db": 35.5, "rate_bpp": 0.055, "recipe_psnr_db": 37.0, "recipe_rate_bpp": 0.060,
          "similarity_loss": 0.005, "film_frames_per_s": 500, "damaged_files": 10**6}
+ORIGINAL, FIELD, NO_HEAD = "with head", "with field", "no head"
 SETTINGS = ("epochs", "lr", "batch_size", "modelsize", "predict_clip", "clip_loss_weight",
-            "teacher", "data_split", "precision", "seed")
+            "teacher", "data_split", "precision", "seed", "head")
 MEASURES = ("gpu_cpu_largest_level", "gpu_cpu_share_different", "decode_frames_per_s",
             "film_bytes", "cpu", "cpu_all_patches_s", "compile_s")
 
@@ -85,10 +86,20 @@ def add_damaged(kept: dict[str, Any], counted: dict[str, Any], *, commit: str) -
 
 
 def tuned_points(runs: Sequence[dict[str, Any]]) -> list[Point]:
-    """The fine-tuned points of all runs by rate, each with its run's commit, device and head."""
-    points = [{**point, "commit": run["commit"], "device": run["device"],
-               "head": run["settings"]["predict_clip"]}
-              for run in runs for point in run["points"] if point["kind"] == "tuned"]
+    """The fine-tuned points of all runs by rate, each with its run's commit, device, head and
+    modelsize."""
+    return [point for point in _points(runs) if point["kind"] == "tuned"]
+
+
+def plain_points(runs: Sequence[dict[str, Any]]) -> list[Point]:
+    """Likewise the files of networks as they were trained."""
+    return [point for point in _points(runs) if point["kind"] != "tuned"]
+
+
+def _points(runs: Sequence[dict[str, Any]]) -> list[Point]:
+    points = [{**point, "commit": run["commit"], "device": run["device"], "head": head_of(run),
+               "modelsize": run["settings"]["modelsize"]}
+              for run in runs for point in run["points"]]
     return sorted(points, key=lambda point: point["rate_bpp"])
 
 
@@ -142,7 +153,7 @@ def searchable(points: Sequence[Point], measured: dict[str, Any]) -> list[Point]
     """Points whose bytes allow a search: where there is no head, a side file's are added."""
     pixels = math.prod(measured[name] for name in ("frames", "height", "width"))
     extra = side_file(measured)["size_bytes"]
-    return [point if point.get("head") else {
+    return [point if point.get("head", NO_HEAD) != NO_HEAD else {
         **point, "size_bytes": point["size_bytes"] + extra,
         "rate_bpp": 8 * (point["size_bytes"] + extra) / pixels} for point in points]
 
@@ -179,7 +190,8 @@ def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] 
         ValueError: damaged files that are counted already.
     """
     kept = json.loads(path.read_text(encoding="utf-8"))
-    trainings = {(run["commit"], head_of(run)): run for run in [*kept.pop("runs", []), *runs]}
+    trainings = {(run["commit"], head_of(run), run["settings"]["modelsize"]): run
+                 for run in [*kept.pop("runs", []), *runs]}
     kept.pop("hnerv_clip", None)  # one run, without its commit
     kept["runs"] = list(trainings.values())
     for commit, counted in (damaged or {}).items():
@@ -194,9 +206,13 @@ def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] 
 
 
 def head_of(point_or_run: dict[str, Any]) -> str:
-    """`with head` or `no head`, of a run or a point of `tuned_points`."""
-    settings = point_or_run.get("settings", {"predict_clip": point_or_run.get("head")})
-    return "with head" if settings["predict_clip"] else "no head"
+    """What answers for embeddings, of a run or a point of `tuned_points`."""
+    if "settings" not in point_or_run:
+        return point_or_run["head"]
+    settings = point_or_run["settings"]
+    if settings.get("head") == "field":
+        return FIELD
+    return ORIGINAL if settings["predict_clip"] else NO_HEAD
 
 
 def fine_tuning_words(point: Point) -> str:

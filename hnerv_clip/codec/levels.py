@@ -63,20 +63,33 @@ def quantise(tensor: Tensor, *, bits: int) -> Quantised:
     return best
 
 
-def quantise_by_step(tensor: Tensor, step: float) -> Quantised:
+def quantise_by_step(tensor: Tensor, step: float | Tensor) -> Quantised:
     """Round to multiples of a step, as learned in rate-aware training.
 
+    Args:
+        step: of the whole tensor, or [1, I, …] for each input channel of a tensor [O, I, …],
+            as `stored_step` gives them.
     Raises:
         ValueError: NaN or infinity, a step not above 0, or one so small that levels overflow.
     """
     values = _finite(tensor)
-    if not 0 < step < np.inf or np.abs(values).max(initial=0) / step > 2**15:
-        raise ValueError(f"a step of {step} does not suit values up to "
+    axis = 0 if isinstance(step, Tensor) and step.ndim else -1
+    steps = np.broadcast_to(np.asarray(step, np.float32), values.shape if axis < 0 else (
+        1, *values.shape[1:]))
+    if not (np.isfinite(steps) & (steps > 0)).all() or \
+            np.abs(values / steps).max(initial=0) > 2**15:
+        raise ValueError(f"a step of {steps.min():g} does not suit values up to "
                          f"{np.abs(values).max(initial=0):g}: give one above 0, at least a "
                          "2^-15th of them")
-    shape = bounds_shape(values.shape, -1)
-    scale = np.full(shape, step, np.float32)
-    return Quantised(np.round(values / scale).astype(np.int32), np.zeros(shape, np.float32), scale)
+    kind, shape = np.float32 if axis < 0 else np.float16, bounds_shape(values.shape, axis)
+    scale = np.full(shape, step, kind) if axis < 0 else steps.astype(kind)
+    return Quantised(np.round(values / scale.astype(np.float32)).astype(np.int32),
+                     np.zeros(shape, kind), scale, axis)
+
+
+def stored_step(step: Tensor) -> float | Tensor:
+    """A step, or those of input channels, as a file keeps them: the latter in float16's range."""
+    return step.detach().cpu().clamp(2.0**-14, 2.0**15).half().float() if step.ndim else float(step)
 
 
 def _finite(tensor: Tensor) -> np.ndarray:

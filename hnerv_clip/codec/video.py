@@ -63,15 +63,15 @@ class About:
 
 
 def encode_video(model: HNeRV, embeddings: Tensor | None, path: str | Path, *, config: Config,
-                 about: About | None = None, steps: dict[str, float] | None = None,
+                 about: About | None = None, steps: dict[str, float | Tensor] | None = None,
                  field: FieldHead | None = None) -> int:
     """Write the video that a model stores.
 
     Args:
         embeddings: [T, C, h, w] per-frame embeddings of a hybrid model; None for coordinates.
-        steps: quantisation steps by tensor, as `rate` learns them, `embeddings` among them, and
-            those of the field as `field.NAME`; what is not named is quantised by HNeRV's rule, to
-            `quant_model_bit` and `quant_embed_bit`.
+        steps: quantisation steps by tensor, as `fine_tune` learns them, `embeddings` among them,
+            and those of the field as `field.NAME`; what is not named is quantised to
+            `quant_model_bit` and `quant_embed_bit` by HNeRV's rule.
         field: a head that was fitted on this network.
     Returns:
         size_bytes of the file: all that is needed to play and search it.

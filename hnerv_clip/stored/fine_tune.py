@@ -1,7 +1,8 @@
 """Fewer bytes at the same quality: a trained network fine-tuned for its quantised self.
 
-Weights and per-frame embeddings are rounded to multiples of learned steps in every forward pass
-(straight-through gradients; LSQ, Esser et al. 2020, arXiv 1902.08153), and an estimate of the coded
+Weights and per-frame embeddings are rounded to multiples of learned steps in every forward pass,
+one for each input channel of a layer (straight-through gradients; LSQ, Esser et al. 2020, arXiv
+1902.08153), and an estimate of the coded
 size joins the loss: distortion + `rate` · bits per pixel. The estimate is the entropy of two-sided
 geometric distributions whose spread is a product of one number per row and one per column of a
 tensor, which is how `codec` codes them (dual axes as in NVRC, arXiv 2409.07414).
@@ -9,7 +10,9 @@ tensor, which is how `codec` codes them (dual axes as in NVRC, arXiv 2409.07414)
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from hnerv_clip.codec.about import describe_dataset
+from hnerv_clip.codec.levels import stored_step
 from hnerv_clip.codec.network import EMBEDDINGS
 from hnerv_clip.codec.video import encode_video
 from hnerv_clip.config import Config
@@ -31,6 +35,7 @@ from hnerv_clip.model import HNeRV, build_model, frame_times
 
 STEP_LR = 5e-3  # of the logarithms of the steps
 FIRST_LEVEL = 5.0  # mean absolute level of a weight at first: about 4.8 bits each
+RATE_GAIN = 0.3  # of the logarithm of the weight of bits, an epoch, by that of the rate's excess
 FIRST_LEVEL_BIAS = 30.0  # of biases, which are few and matter
 SCHEDULE = "cosine_0.05_1_0.1"
 
@@ -39,13 +44,15 @@ SCHEDULE = "cosine_0.05_1_0.1"
 class Tuned:
     """A network fine-tuned for its file.
 
-    steps: by tensor, as `encode_video` takes them. history: per epoch, what the quantised network
-    measures of its training frames: pixel_loss, clip_loss, psnr_db, rate_bpp (estimated).
+    steps: by tensor, as `encode_video` takes them: of weights, one for each
+    input channel. history: per epoch, what the quantised network
+    measures of its training frames: pixel_loss, clip_loss, psnr_db, rate_bpp (estimated); and
+    rate, the weight of a bit per pixel.
     """
 
     model: HNeRV
     embeddings: Tensor | None  # [T, C, h, w]
-    steps: dict[str, float]
+    steps: dict[str, float | Tensor]
     history: list[dict[str, float]] = field(default_factory=list)
 
     def store(self, path: str | Path, dataset: Dataset, config: Config) -> int:
@@ -56,7 +63,8 @@ class Tuned:
 
 def fine_tune(model: HNeRV, dataset: Dataset, config: Config, *, rate: float, epochs: int = 60,
               lr: float = 5e-4, compiled: bool | None = None, progress: bool = True,
-              tuner: Tuner | None = None) -> Tuned:
+              tuner: Tuner | None = None, start: Tuned | None = None,
+              target_bpp: float | None = None) -> Tuned:
     """Fine-tune a trained network for quality at few bytes; the encoder is not needed any more.
 
     Args:
@@ -67,15 +75,21 @@ def fine_tune(model: HNeRV, dataset: Dataset, config: Config, *, rate: float, ep
             between 0.0005 (near the trained quality) and 0.02.
         epochs: passes over the training frames.
         lr: largest learning rate of Adam for the weights.
-        compiled: compile the step; None does on a GPU.
+        compiled: see `Tuner`.
         tuner: of an earlier call with the same model, which saves compiling again.
+        start: go on from an earlier result for this model, with its steps.
+        target_bpp: estimated bits per pixel to end at: `rate` is only the first one then, and
+            follows from epoch to epoch.
     Raises:
-        ValueError: a rate that is negative or not finite.
+        ValueError: a rate that is negative or not finite, or a target that is not above 0.
     """
     if not 0 <= rate < math.inf:
         raise ValueError(f"rate={rate} must be 0 or more and finite; 0.002 is a good start")
+    if target_bpp is not None and not (0 < target_bpp < math.inf and rate > 0):
+        raise ValueError(f"target_bpp={target_bpp} and the first rate={rate} must be above 0 and "
+                         "finite; 0.05 and 0.002 are a good start")
     tuner = tuner or Tuner(model, dataset, config, compiled=compiled)
-    tuner.reset(model)
+    tuner.reset(model, start)
     frames = torch.from_numpy(dataset.split.train)
     order = torch.Generator().manual_seed(config.train.seed)
     history, steps = [], -(-len(frames) // config.train.batch_size)
@@ -88,75 +102,119 @@ def fine_tune(model: HNeRV, dataset: Dataset, config: Config, *, rate: float, ep
                                      step_lr=STEP_LR * now)
         pixel, clip, psnr_db, bpp = (sums / len(frames)).tolist()
         history.append({"epoch": epoch + 1, "pixel_loss": pixel, "clip_loss": clip,
-                        "psnr_db": psnr_db, "rate_bpp": bpp})
+                        "psnr_db": psnr_db, "rate_bpp": bpp, "rate": rate})
+        if target_bpp is not None:
+            rate *= (bpp / target_bpp) ** RATE_GAIN
     return tuner.result(history)
 
 
 class Tuner:
     """Weights, embeddings and steps that are fine-tuned, and their optimizer."""
 
+    WARM_UP = 3  # steps before one is captured: they compile, and make the optimizer's state
+
     def __init__(self, model: HNeRV, dataset: Dataset, config: Config, *,
-                 compiled: bool | None = None, mode: str | None = None):
-        """`mode` is that of `torch.compile`, such as `reduce-overhead` for CUDA graphs."""
+                 compiled: bool | None = None):
+        """
+        Args:
+            compiled: compile the step, and on a GPU replay it as a CUDA graph; None does on a GPU.
+        """
         self.config = config
         self.device = next(model.parameters()).device
         self.autocast = set_precision(config.train.precision, self.device)
-        self.model, self.dataset = model, dataset
-        self.network = _Losses(model, dataset, config, self.autocast)
+        on_gpu = self.device.type == "cuda"
+        compiled = on_gpu if compiled is None else compiled
+        self.model, self.dataset = copy.deepcopy(model), dataset
+        if on_gpu:
+            self.model.pad_channels(8)
+        self.network = _Losses(self.model, dataset, config, self.autocast)
         self.pixels = model.frame_count * math.prod(model.frame_hw)
         self.frames = dataset.video.frames.to(self.device)
         self.train = torch.from_numpy(dataset.split.train).to(self.device)
         self.position = torch.zeros(model.frame_count, dtype=torch.long, device=self.device)
         self.position[self.train] = torch.arange(len(self.train), device=self.device)
-        on_gpu = self.device.type == "cuda"
-        compiled = on_gpu if compiled is None else compiled
-        self.loss = torch.compile(self._loss, dynamic=False, mode=mode) if compiled else self._loss
+        self.lr, self.step_lr, self.rate = (torch.tensor(0.0, device=self.device)
+                                            for _ in range(3))
+        self.loss = torch.compile(self._loss, dynamic=False) if compiled else self._loss
+        self.indices = torch.zeros(config.train.batch_size, dtype=torch.long, device=self.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warmed_up = 0
+        self.captures = compiled and on_gpu
+        self.stream = torch.cuda.Stream(self.device) if self.captures else None
         self.weights: dict[str, Tensor] = {}
 
-    def reset(self, model: HNeRV) -> None:
-        """Begin anew from a trained model: its weights, its encoder's embeddings, first steps."""
-        names = [name for name, _ in model.named_parameters() if not name.startswith("encoder.")]
+    def reset(self, model: HNeRV, start: Tuned | None = None) -> None:
+        """Begin anew from a trained model: its weights, its encoder's embeddings, first steps; or
+        from an earlier result."""
         state = model.state_dict()
+        names = [name for name, _ in model.named_parameters() if not name.startswith("encoder.")]
+        if start is not None:
+            state = start.model.state_dict()
         values = {name: state[name].detach().float().clone(
             memory_format=torch.preserve_format) for name in names}
         if model.kind == "hybrid":
-            with torch.inference_mode():
-                whole = embed_frames(model, self.dataset).float()
+            if start is None:
+                with torch.inference_mode():
+                    whole = embed_frames(model, self.dataset).float()
+            else:
+                whole = start.embeddings
             self.whole = whole.clone()
             values[EMBEDDINGS] = self.whole[self.train].clone()
-        first = torch.stack([_first_step(value, FIRST_LEVEL if value.ndim > 1 else FIRST_LEVEL_BIAS)
-                             for value in values.values()]).log()
-        if self.weights:  # in place, for what is compiled
+        first = _first_steps(values) if start is None else {
+            name: torch.as_tensor(start.steps[name], device=self.device) for name in values}
+        if self.weights:  # in place, for what is compiled or captured
             with torch.no_grad():
                 for name, value in values.items():
                     self.weights[name].copy_(value)
-                self.log_steps.copy_(first)
-        else:
-            self.weights = {name: nn.Parameter(value) for name, value in values.items()}
-            self.log_steps = nn.Parameter(first)
-        self.lr = torch.tensor(0.0, device=self.device)
-        self.step_lr = torch.tensor(0.0, device=self.device)
+                    self.log_steps[name].copy_(first[name].log())
+            for moments in self.optimizer.state.values():
+                for moment in moments.values():
+                    moment.zero_()
+            return
+        self.weights = {name: nn.Parameter(value) for name, value in values.items()}
+        self.log_steps = {name: nn.Parameter(step.log()) for name, step in first.items()}
         self.optimizer = torch.optim.Adam(
             [{"params": list(self.weights.values()), "lr": self.lr},
-             {"params": [self.log_steps], "lr": self.step_lr}],
+             {"params": list(self.log_steps.values()), "lr": self.step_lr}],
             fused=True, capturable=self.device.type == "cuda")
-        self.rate = torch.tensor(0.0, device=self.device)
 
     def step(self, indices: Tensor, *, rate: float, lr: float, step_lr: float) -> Tensor:
         """One update; sums over the frames of pixel_loss, clip_loss, psnr_db and rate_bpp."""
         self.lr.fill_(lr)
         self.step_lr.fill_(step_lr)
         self.rate.fill_(rate)
+        if len(indices) != len(self.indices):  # a short batch at the end of an epoch
+            return self._update(self._loss, indices)
+        self.indices.copy_(indices)
+        if not self.captures:
+            return self._update(self.loss, self.indices)
+        if self.graph is None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            if self.warmed_up < self.WARM_UP:
+                with torch.cuda.stream(self.stream):
+                    measured = self._update(self.loss, self.indices)
+                torch.cuda.current_stream().wait_stream(self.stream)
+                self.warmed_up += 1
+                return measured
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.measured = self._update(self.loss, self.indices)
+            self.graph = graph
+        self.graph.replay()
+        return self.measured.clone()
+
+    def _update(self, loss: Callable[..., tuple[Tensor, Tensor]], indices: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        total, measured = self.loss(self.weights, self.log_steps, indices, self.rate)
+        total, measured = loss(self.weights, self.log_steps, indices, self.rate)
         total.backward()
         self.optimizer.step()
         return measured
 
-    def _loss(self, weights: dict[str, Tensor], log_steps: Tensor, indices: Tensor, rate: Tensor
-              ) -> tuple[Tensor, Tensor]:
+    def _loss(self, weights: dict[str, Tensor], log_steps: dict[str, Tensor], indices: Tensor,
+              rate: Tensor) -> tuple[Tensor, Tensor]:
         rounded, bits = {}, torch.zeros((), device=self.device)
-        for (name, value), step in zip(weights.items(), log_steps.exp()):
+        for name, value in weights.items():
+            step = log_steps[name].exp()
             levels = round_through(value / step)
             rounded[name] = levels * step
             # a held-out frame's embedding is coded, too, at about the same cost
@@ -182,7 +240,7 @@ class Tuner:
         state = self.model.state_dict()
         state |= {n: w.detach().clone() for n, w in self.weights.items() if n != EMBEDDINGS}
         model.load_state_dict(state)
-        steps = dict(zip(self.weights, self.log_steps.exp().tolist()))
+        steps = {name: stored_step(step.exp()) for name, step in self.log_steps.items()}
         embeddings = None
         if EMBEDDINGS in self.weights:
             embeddings = self.whole.clone()  # held-out frames keep their encoder's
@@ -255,6 +313,13 @@ def estimate_bits(levels: Tensor, *, columns: bool = True) -> Tensor:
     return bits.mean() * levels.numel()
 
 
-def _first_step(value: Tensor, level: float) -> Tensor:
-    """A step that makes the mean absolute level so large; a constant 0 takes any."""
-    return (value.abs().mean() / level).clamp_min(1e-6)
+def _first_steps(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Steps that make the mean absolute level of each tensor so large; a constant 0 takes any."""
+    steps = {}
+    for name, value in values.items():
+        level = FIRST_LEVEL if value.ndim > 1 else FIRST_LEVEL_BIAS
+        step = (value.abs().mean() / level).clamp_min(1e-6)
+        if value.ndim > 1 and name != EMBEDDINGS:  # one for each input channel
+            step = step.repeat(1, value.shape[1], *[1] * (value.ndim - 2))
+        steps[name] = step
+    return steps

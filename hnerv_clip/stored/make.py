@@ -14,7 +14,7 @@ from hnerv_clip.config import AUTO, BUNDLED, Config, TeacherConfig
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.field.fit_run import fit_head
 from hnerv_clip.field.query import Field, has_field, load_field
-from hnerv_clip.inference import embed_frames, load_run
+from hnerv_clip.inference import Run, embed_frames, load_run
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.stored.fine_tune import fine_tune
 from hnerv_clip.teachers.base import describe_teacher
@@ -92,7 +92,7 @@ def store_run(run_dir: str | Path, out: str | Path, *, rate: float | None = None
     """
     run = load_run(run_dir, cache_dir=cache_dir, device=device)
     model, dataset, config = run.model, run.dataset, run.config
-    steps: dict[str, float] = {}
+    steps: dict[str, float | torch.Tensor] = {}
     with torch.inference_mode():
         embeddings = embed_frames(model, dataset) if model.kind == "hybrid" else None
     if rate is not None:
@@ -104,14 +104,14 @@ def store_run(run_dir: str | Path, out: str | Path, *, rate: float | None = None
             field = load_field(run)
         else:  # another network needs another field: fitted on what the file will give
             encode_video(model, embeddings, out, config=config, about=about, steps=steps)
-            field = _fit_on_file(run, out, cache_dir=cache_dir, device=device, progress=progress)
+            field = fit_on_file(run, out, cache_dir=cache_dir, device=device, progress=progress)
         steps = steps | {f"{FIELD}.{name}": step for name, step in field.steps.items()}
     return encode_video(model, embeddings, out, config=config, about=about, steps=steps,
                         field=None if field is None else field.head)
 
 
-def _fit_on_file(run, path: str | Path, *, cache_dir: str | Path, device: str, progress: bool
-                 ) -> Field:
+def fit_on_file(run: Run, path: str | Path, *, cache_dir: str | Path = "output/cache",
+                device: str = "auto", progress: bool = True) -> Field:
     """A field of the network that a file holds; kept in the run's folder, in `stored`."""
     model, embeddings = decode_video(path)
     target = next(run.model.parameters()).device

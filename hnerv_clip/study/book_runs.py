@@ -149,8 +149,8 @@ def _with_weights(folders: Folders, name: str) -> Path:
 def _do_rates(folders: Folders, kind: str) -> None:
     from hnerv_clip.bench.rate_gpu import measure_gpu
 
-    settings = {"predict_clip": False} if kind == "pixels" else {}
-    tried = {"rates": (0.01,), "epochs": 1} if folders.settings else {}
+    settings = {"predict_clip": False, "head": "original"} if kind == "pixels" else {}
+    tried = {"targets": (0.5,), "epochs": 1} if folders.settings else {}
     measure_gpu(folders.outf / "rates" / kind, cache_dir=folders.cache_dir, settings={
         **settings, **folders.settings}, device=folders.settings.get("device", "auto"), **tried)
 

@@ -223,6 +223,25 @@ def test_a_whole_book_notes_what_it_took(repo, monkeypatch):
     assert cost["wall_s"] > 0 and cost["peak_memory_bytes"] > 2**20 and cost["device"]
 
 
+def test_a_book_is_executed_on_one_machine_and_published_on_another(repo, monkeypatch):
+    """The first has no Jupyter Book; what was not executed keeps its committed page."""
+    monkeypatch.setattr(build, "render", None)
+    monkeypatch.setattr(pages, "write_generated", lambda book, **_: (book / "_generated").mkdir())
+    committed = (repo / "book/02_second.ipynb").read_bytes()
+    made = build.make_book("full", only=["01"], render_html=False, say=lambda text: None)
+    assert [path.name for path in made.iterdir()] == ["01_first.ipynb"]
+    assert not (repo / "output/full/site").exists()
+    with pytest.raises(BookError, match="not published.*no finished run"):
+        build.make_book("full", execute_notebooks=False, render_html=False, publish_pages=True)
+
+    monkeypatch.setattr(RunDir, "finished", True)
+    build.make_book("full", execute_notebooks=False, render_html=False, publish_pages=True,
+                    say=lambda text: None)
+    assert "executed at" in (repo / "book/01_first.ipynb").read_text()
+    assert (repo / "book/02_second.ipynb").read_bytes() == committed
+    assert not (repo / "ran").exists()
+
+
 def test_a_page_too_large_to_commit_is_not_published(repo, monkeypatch):
     site = repo / "output" / "quick" / "site"
     (site / "book").mkdir(parents=True)

@@ -232,17 +232,30 @@ def _shown(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def stage(root: Path, study: Path, *, config: Config, run_dir: Path,
-          cache_dir: str | Path = "output/cache", reduced: bool = False) -> tuple[Path, list[str]]:
-    """Lay out the book's sources in `study/site`: static pages, executed pages, figures.
-
-    A notebook that was not executed yet gets a page that says so; a page of results that was not
-    is the committed one.
+def find_pages(root: Path, study: Path, *, committed: str = pages.RESULTS
+               ) -> dict[str, Path | None]:
+    """The notebook behind each page of the book: executed, else committed, else None.
 
     Args:
+        committed: pattern of the notebooks whose committed pages may be used.
+    """
+    found: dict[str, Path | None] = {}
+    for name in re.findall(r"book/(\d\d_\w+)", (root / "_toc.yml").read_text(encoding="utf-8")):
+        executed, page = study / "executed" / f"{name}.ipynb", root / "book" / f"{name}.ipynb"
+        found[name] = (executed if executed.exists() else
+                       page if page.match(committed) and page.exists() else None)
+    return found
+
+
+def stage(root: Path, study: Path, sources: dict[str, Path | None], *, config: Config,
+          run_dir: Path, cache_dir: str | Path = "output/cache", reduced: bool = False) -> Path:
+    """Lay out the book's sources in `study/site`: static pages, executed pages, figures.
+
+    Args:
+        sources: of `find_pages`; a page without one says how it is made.
         reduced: pages of the study say that their setting is a reduced one.
     Returns:
-        the site's folder, and the names of the notebooks that were not executed.
+        the site's folder.
     """
     site = study / "site"
     shutil.rmtree(site, ignore_errors=True)
@@ -250,22 +263,21 @@ def stage(root: Path, study: Path, *, config: Config, run_dir: Path,
         "[0-9][0-9]_*", "__pycache__", ".ipynb_checkpoints", "_build"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(root / name, site / name)
-    folders, missing = _folder_names(root, study), []
-    for name in re.findall(r"book/(\d\d_\w+)", (root / "_toc.yml").read_text(encoding="utf-8")):
-        executed = study / "executed" / f"{name}.ipynb"
-        if executed.exists():
-            page = clean_page(nbformat.read(executed, as_version=4), folders)
-            nbformat.write(page, site / "book" / executed.name)
-        elif executed.match(pages.RESULTS) and (root / "book" / executed.name).exists():
-            shutil.copy(root / "book" / executed.name, site / "book")
+    folders = _folder_names(root, study)
+    for name, source in sources.items():
+        target = site / "book" / f"{name}.ipynb"
+        if source is None:
+            target.write_text(pages.placeholder(name), encoding="utf-8")
+        elif source.parent == root / "book":
+            shutil.copy(source, target)
         else:
-            missing.append(name)
-            (site / "book" / executed.name).write_text(pages.placeholder(name), encoding="utf-8")
-    pages.write_generated(site / "book", config=config, run_dir=run_dir, cache_dir=cache_dir)
+            nbformat.write(clean_page(nbformat.read(source, as_version=4), folders), target)
+    pages.write_generated(site / "book", config=config, run_dir=run_dir, cache_dir=cache_dir,
+                          moving=not reduced)
     if reduced:
         (site / "book" / "_generated" / "reduced.md").write_text(reduced_note(config),
                                                                  encoding="utf-8")
-    return site, missing
+    return site
 
 
 def reduced_note(config: Config) -> str:
@@ -382,8 +394,8 @@ def publish(root: Path, site: Path) -> list[Path]:
 
 
 def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None,
-              only: Iterable[str] = (), publish_pages: bool | None = None,
-              say: Callable[[str], Any] = print) -> Path:
+              only: Iterable[str] = (), execute_notebooks: bool = True, render_html: bool = True,
+              publish_pages: bool | None = None, say: Callable[[str], Any] = print) -> Path:
     """Execute the notebooks, build the book, and for `full` publish its pages.
 
     Finished runs are reused, so a second call costs little. Pages of results are those in `book/`,
@@ -392,10 +404,14 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
     Args:
         overrides: notebook parameters, by name; `outf` moves the study to the folder around it.
         only: numbers or names of the notebooks to execute; the other pages stay as they are.
-        publish_pages: None publishes a whole `full` study that is the profile's own, overridden
+        execute_notebooks: False takes the executed copies that are there, such as those of another
+            machine.
+        render_html: False builds no HTML, for a machine without Jupyter Book.
+        publish_pages: True publishes the executed pages, and the committed ones stay in place of
+            the others; None publishes a whole `full` study that is the profile's own, overridden
             in `PLACE_PARAMS` at most.
     Returns:
-        the book's first page.
+        the book's first page; without HTML, the folder of what was made.
     Raises:
         BookError, ConfigError, RunError: before any work where the request is wrong; BookError
             where it stopped later.
@@ -417,35 +433,46 @@ def make_book(profile: str = "quick", *, overrides: dict[str, Any] | None = None
     if publish_pages and profile != "full":
         raise BookError(f"only --profile full is published; a {profile} book stays in "
                         f"output/{profile}/html")
-    if not only:
+    whole = execute_notebooks and not only
+    if whole:
         check_run(config)
-    if (run_dir / "config.json").exists() and not only:
-        RunDir.create(run_dir, config)  # refuses a run of other settings before any work
-    if not only:
+        if (run_dir / "config.json").exists():
+            RunDir.create(run_dir, config)  # refuses a run of other settings before any work
         shutil.rmtree(study / "executed", ignore_errors=True)
-    fresh = not only and not RunDir(run_dir).finished
+    fresh = whole and not RunDir(run_dir).finished
     started = time.perf_counter()
     for i, (notebook, parameters) in enumerate(zip(notebooks, injected)):
+        if not execute_notebooks:
+            break
         changed = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
         say(f"[{i + 1}/{len(notebooks)}] {notebook.stem}" + (f"  ({changed})" if changed else ""))
         seconds = execute(notebook, study / "executed" / notebook.name, parameters=parameters)
         say(f"      {seconds:.0f} s")
     if (run_dir / "config.json").exists():
         config = RunDir(run_dir).config()
-    site, missing = stage(root, study, config=config, run_dir=run_dir,
-                          cache_dir=overrides.get("cache_dir", "output/cache"),
-                          reduced=profile == "quick")
-    say("rendering the book")
-    render(site, study / "html")
-    if fresh:
-        write_json(study / "book.json", _cost(time.perf_counter() - started))
+    if publish_pages and not RunDir(run_dir).finished:
+        raise BookError(f"not published: {_shown(run_dir)} holds no finished run, from which the "
+                        "landing page's film and table are made")
+    sources = find_pages(root, study,
+                         committed="[0-9][0-9]_*" if publish_pages else pages.RESULTS)
+    missing = [name for name, source in sources.items() if source is None]
     if publish_pages is None:
         publish_pages = profile == "full" and set(overrides) <= PLACE_PARAMS and not missing
+    if publish_pages and missing:
+        raise BookError(f"not published: {', '.join(missing)} were not executed")
+    made = study / "executed"
+    if render_html or publish_pages:
+        made = stage(root, study, sources, config=config, run_dir=run_dir,
+                     cache_dir=overrides.get("cache_dir", "output/cache"),
+                     reduced=profile == "quick")
+    if render_html:
+        say("rendering the book")
+        render(made, study / "html")
+        made = study / "html" / "index.html"
+        if fresh:
+            write_json(study / "book.json", _cost(time.perf_counter() - started))
     if publish_pages:
-        if missing:
-            raise BookError(f"not published: {', '.join(missing)} were not executed")
-        publish(root, site)
+        publish(root, study / "site")
         say("published the executed pages in book/")
-    say(f"{_shown(study / 'html' / 'index.html')}  ({time.perf_counter() - started:.0f} s in all)")
-    return study / "html" / "index.html"
-
+    say(f"{_shown(made)}  ({time.perf_counter() - started:.0f} s in all)")
+    return made

@@ -19,7 +19,7 @@ from hnerv_clip.explore.video import ExploredVideo, open_video
 from hnerv_clip.figures.heat import TEXT_RANGE
 
 LIMIT_BYTES = 1_500_000  # of each film
-CRFS = (21, 24, 27, 30)  # x264's quality: the best that keeps within it
+CRFS = (21, 24, 27, 30, 33, 36)  # x264's quality: the best that keeps within it
 PANELS = {False: 480, True: 540}  # pixels of a panel's width: side by side, one below the other
 MOVING = {"width": 260, "quality": 45}  # of the animated picture for the README
 TEXTS = {"bunny": "hare", "bikes": "moped"}  # what the heat map is of, if no text is given

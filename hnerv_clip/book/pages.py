@@ -169,12 +169,14 @@ def collect_quick(results: Path, study: Path) -> None:
         "train_frames_per_s": summary["train_frames_per_s"], "versions": facts["versions"]})
 
 
-def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str | Path) -> None:
+def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str | Path,
+                    moving: bool = False) -> None:
     """Write what `book/*.md` include: results, the drawing of the network, the film of a run.
 
     Args:
         book: the folder with the pages; `_generated` and `_static` in it are written to.
         run_dir: the study's main run; where it is not finished, film and table are left out.
+        moving: also the README's animated picture.
     """
     write_results(book)
     folder = book / "_generated"
@@ -184,7 +186,7 @@ def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str
     run = RunDir(run_dir)
     (folder / "headline.md").write_text(headline(run) if run.finished else "", encoding="utf-8")
     if run.finished:
-        make_film(book, run.path, cache_dir=cache_dir, moving=False)
+        make_film(book, run.path, cache_dir=cache_dir, moving=moving)
     else:
         (folder / "film.md").write_text("", encoding="utf-8")
 

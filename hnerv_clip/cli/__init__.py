@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
                       help="execute only these notebooks, for example 03 04")
     book.add_argument("--outf", help="run folder; executed notebooks, site and html go beside it "
                                      "(output/PROFILE/main)")
+    book.add_argument("--execute", action=argparse.BooleanOptionalAction, default=True,
+                      help="execute the notebooks; if not, the executed copies that are there are "
+                           "used")
+    book.add_argument("--render", action=argparse.BooleanOptionalAction, default=True,
+                      help="build the HTML, which needs Jupyter Book")
     book.add_argument("--publish", action=argparse.BooleanOptionalAction, default=None,
                       help="copy the executed pages into book/ (by default for an unchanged full "
                            "profile)")
@@ -110,7 +115,8 @@ def _book(args: argparse.Namespace) -> None:
     from hnerv_clip.book import make_book
 
     overrides = dict(args.parameter) | ({"outf": args.outf} if args.outf else {})
-    make_book(args.profile, overrides=overrides, only=args.only, publish_pages=args.publish)
+    make_book(args.profile, overrides=overrides, only=args.only, execute_notebooks=args.execute,
+              render_html=args.render, publish_pages=args.publish)
 
 
 def _pages(args: argparse.Namespace) -> None:

@@ -477,13 +477,16 @@ def test_figures_with_pictures_have_dark_paper_and_the_same_pictures(tmp_path):
     figure = np.full((100, 120, 3), 255, np.uint8)
     figure[20:60, 30:90] = picture
     figure[70:74, 30:60] = 0  # a line of text
+    figure[60, 30:90] = 250  # JPEG's ripples at its edge
+    figure[60, 40] = 230
     shown = dark.darken_raster(figure)
     assert (shown[20:60, 30:90] == picture).all()
-    assert shown[0, 0].max() < 30 and shown[72, 40].min() > 220
+    assert shown[0, 0].max() < 30 and shown[72, 40].min() > 220 and shown[60, 30:90].max() < 60
 
     drawn, axes = plt.subplots(figsize=(2, 2))
     axes.imshow(picture)
     axes.set_title("Title", color="#404040")
+    axes.plot([0, 50], [0, 30], color="#E69F00")
     drawn.savefig(tmp_path / "a.svg")
     plt.close(drawn)
     text = (tmp_path / "a.svg").read_text()
@@ -491,6 +494,7 @@ def test_figures_with_pictures_have_dark_paper_and_the_same_pictures(tmp_path):
     images = [re.findall(r"<image[^>]*>", svg) for svg in (text, made)]
     assert images[0] and images[0] == images[1]
     assert "#404040" not in made and "fill: #ffffff" not in made and "fill: #121212" in made
+    assert "stroke: #e69f00" in made, "colors mean the same on dark paper"
 
 
 def test_launch_buttons_wait_for_the_repository():

@@ -1,7 +1,6 @@
-"""For dark mode, a second file of each figure with pictures in it: dark paper, the same pictures.
+"""For dark mode, a second file of each figure: dark paper, the same colors and pictures.
 
-`book.js` shows `_images/dark-NAME` in place of `_images/NAME` where the page is dark. Drawings
-without pictures need none: a style sheet inverts them.
+`book.js` shows `_images/dark-NAME` in place of `_images/NAME` where the page is dark.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ from PIL import Image
 from scipy import ndimage
 
 INK = "#dddddd"  # of what has no color of its own
+LIGHTER = {"#0072b2": "#3d9ae0"}  # colors that are too dark for dark paper
 WHITE = 238  # from where a gray level counts as paper, JPEG's ripples included
 SMALLEST, FULL = 10, 0.6  # pixels a side, and share that is not paper, of what is a picture
-# Inverts colors and turns their hue back, as the style sheet does for drawings
+RIPPLES = 3  # pixels by which JPEG may widen a picture
+# Inverts colors and turns their hue back: text, axes and lines beside pictures
 TURN = np.array([[-0.574, 1.430, 0.144], [0.426, 0.430, 0.144], [0.426, 1.430, -0.856]])
 
 
@@ -34,25 +35,37 @@ def darken_raster(pixels: np.ndarray) -> np.ndarray:
     for i, box in enumerate(ndimage.find_objects(parts)):
         part = parts[box]
         if min(part.shape) >= SMALLEST and (part == i + 1).mean() >= FULL:
-            keep[box] = True
+            keep[_without_ripples(~ink, box)] = True
     turned = np.clip((255.0 - pixels) @ TURN.T, 0, 255) * 0.93 + 18
     return np.where(keep[..., None], pixels, turned.round().astype(np.uint8))
 
 
+def _without_ripples(paper: np.ndarray, box: tuple[slice, slice]) -> tuple[slice, slice]:
+    """A box less the outermost rows and columns that are mostly paper."""
+    sides = []
+    for axis, side in enumerate(box):
+        lines = paper[box].mean(1 - axis) > 0.5
+        first = next((i for i in range(RIPPLES) if not lines[i]), RIPPLES)
+        last = next((i for i in range(RIPPLES) if not lines[-1 - i]), RIPPLES)
+        sides.append(slice(side.start + first, side.stop - last))
+    return sides[0], sides[1]
+
+
 def darken_svg(text: str) -> str:
-    """The same for a drawing of Matplotlib's with pictures inside."""
+    """A drawing of Matplotlib's on dark paper; pictures inside it and its colors are unchanged."""
     parts = re.split(r"(<image\b[^>]*>)", text)
     parts = [part if part.startswith("<image") else _recolor(part) for part in parts]
     return "".join(parts).replace("<svg ", f'<svg fill="{INK}" ', 1)
 
 
 def _recolor(part: str) -> str:
-    """Grays become what the style sheet makes of them: black light, white dark."""
+    """Grays are inverted: black becomes light, white dark."""
     def turned(found: re.Match) -> str:
         level = round((255 - int(found[2], 16)) * 0.93) + 18
         return found[1] + f"#{min(level, 255):02x}" + f"{min(level, 255):02x}" * 2
 
-    return re.sub(r"((?:fill|stroke): ?)#([0-9a-f]{2})\2\2\b", turned, part)
+    part = re.sub(r"((?:fill|stroke): ?)#([0-9a-f]{2})\2\2\b", turned, part)
+    return re.sub("|".join(LIGHTER), lambda found: LIGHTER[found[0]], part)
 
 
 def write_dark_files(app, exception) -> None:
@@ -65,9 +78,7 @@ def write_dark_files(app, exception) -> None:
         if path.name.startswith("dark-") or target.exists():
             continue
         if path.suffix == ".svg":
-            text = path.read_text(encoding="utf-8")
-            if "<image" in text:
-                target.write_text(darken_svg(text), encoding="utf-8")
+            target.write_text(darken_svg(path.read_text(encoding="utf-8")), encoding="utf-8")
         elif path.suffix in (".png", ".jpg", ".jpeg"):
             pixels = darken_raster(np.asarray(Image.open(path).convert("RGB")))
             Image.fromarray(pixels).save(target, quality=88)

@@ -3,8 +3,7 @@
 - commit and date of each page, in its footer;
 - a notice where notebook or library changed since a page was executed;
 - in a book at a reduced setting, a notice on its own pages (`book/_generated/reduced.md`);
-- an alternative text for each figure that has none of its own, and whether it is drawn in lines
-  (which dark mode inverts) or a picture (which it leaves alone);
+- an alternative text for each figure that has none of its own;
 - docstrings in the reference are plain text;
 - films inside a page are files beside it, loaded when they are played;
 - buttons for Binder and Colab where `repository: url` in `_config.yml` names the repository.
@@ -87,7 +86,7 @@ def add_notices(app, doctree: nodes.document) -> None:
 
 
 class Figures(SphinxPostTransform):
-    """Alternative texts, and the classes `lines` and `picture`."""
+    """Alternative texts, and the class `picture`, whose files `book.js` exchanges in dark mode."""
 
     default_priority = 900
 
@@ -95,10 +94,7 @@ class Figures(SphinxPostTransform):
         for node in self.document.findall(nodes.image):
             if not node.get("alt"):
                 node["alt"] = self.words(node)
-            path = Path(self.app.srcdir) / node["uri"]
-            lines = path.suffix == ".svg" and path.is_file() and "<image" not in path.read_text(
-                encoding="utf-8")
-            node["classes"].append("lines" if lines else "picture")
+            node["classes"].append("picture")
 
     def words(self, node: nodes.image) -> str:
         """The heading above a figure and the text before it."""

@@ -16,7 +16,7 @@ function named() {
 window.addEventListener("load", () => { reachable(); named(); });
 window.addEventListener("resize", reachable);
 
-// Figures with pictures have a second file on dark paper.
+// Figures have a second file on dark paper.
 function themed() {
   const dark = document.documentElement.dataset.theme === "dark";
   for (const figure of document.querySelectorAll("img.picture")) {

@@ -176,6 +176,7 @@ def _fit(run: Run, new: RunDir, config: Config, settings: TogetherSettings,
                                  progress=progress)
     autocast = set_precision(settle(train, device).precision, device)
     kept = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.model.to(memory_format=torch.channels_last)  # as in training
     head = FieldHead.from_config(field.head.config)
     head.load_state_dict(field.head.state_dict())
     engine = TogetherEngine(config, run, head.to(device), boxes, targets, settings,

@@ -11,10 +11,13 @@ from typing import Any
 
 import pandas as pd
 
+from hnerv_clip.book.markdown import join_words
 from hnerv_clip.book.results import ResultsError, read_json
+from hnerv_clip.paths import resolve_path
 from hnerv_clip.verify.paired import compare_paired
 
 FILE, SCOUT = "field_h100.json", "semantic_scout_h100.json"
+TOGETHER, BOXES = "field_together.json", "field_boxes_h100.json"
 NEAREST, INTERPOLATED = "nearest training frame", "interpolated teacher"
 FIX = "git checkout book/results"
 GOALS = {"any_held": {"bunny": 0.90, "bikes": 0.85}, "eight_held": {"bunny": 0.94, "bikes": 0.88}}
@@ -80,6 +83,59 @@ def pair_rows(folder: str | Path) -> list[dict[str, str]]:
                          "held-out PSNR, joint less frozen": compare_paired(
                              joint.psnr_held_db, frozen.psnr_held_db).words("dB")})
     return rows
+
+
+def read_together(folder: str | Path) -> pd.DataFrame:
+    """Rows of `study.together`: the same field on networks as they are and that went on at a λ.
+
+    Empty where none was measured. `where` says video, size and device.
+    """
+    if not (resolve_path(folder) / TOGETHER).is_file():
+        return pd.DataFrame()
+    rows = pd.DataFrame(read_json(folder, TOGETHER, fix=FIX)["rows"])
+    rows["where"] = rows.video + " " + rows["size"] + ", " + rows.device
+    return rows
+
+
+def together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
+    """Means over seeds and differences to going on with the picture alone (λ = 0), in words.
+
+    A row for each of `where` and λ: skill at any box and PSNR on held-out frames, paired by seed.
+    """
+    rows = []
+    for where, part in together.groupby("where", sort=False):
+        alone = part[part.weight == 0].set_index("seed")
+        for weight, own in part.groupby(part.weight.fillna(-1)):
+            own = own.set_index("seed")
+            less = weight > 0 and len(own.index.intersection(alone.index)) > 0
+            rows.append({
+                "measured on": where, "λ": "frozen" if weight < 0 else f"{weight:g}",
+                "any box": f"{own.any_held.mean():.3f}",
+                "any box, less λ = 0": compare_paired(own.any_held, alone.any_held).words(
+                    digits=3) if less else None,
+                "PSNR": f"{own.psnr_held_db.mean():.2f} dB",
+                "PSNR, less λ = 0": compare_paired(own.psnr_held_db, alone.psnr_held_db).words("dB")
+                if less else None,
+                "kB": f"{own.bytes.mean() / 1e3:.0f}"})
+    return rows
+
+
+def together_answer(together: pd.DataFrame) -> str:
+    """The largest gain of skill at any box that going on at a λ had, and what it cost, in words."""
+    said = []
+    for where, part in together.groupby("where", sort=False):
+        alone = part[part.weight == 0].set_index("seed")
+        pairs = []
+        for weight, own in part[part.weight > 0].groupby("weight"):
+            own = own.set_index("seed")
+            if len(own.index.intersection(alone.index)):
+                pairs.append((weight, compare_paired(own.any_held, alone.any_held),
+                              compare_paired(own.psnr_held_db, alone.psnr_held_db)))
+        if pairs:
+            weight, gain, cost = max(pairs, key=lambda pair: pair[1].difference)
+            said.append(f"{gain.words(digits=3)} in skill at any box and {cost.words('dB')} in "
+                        f"held-out PSNR at λ = {weight:g} ({where})")
+    return join_words(said)
 
 
 def read_perceptrons(folder: str | Path) -> dict[str, dict[str, Any]]:

@@ -113,6 +113,13 @@ class FieldHead(nn.Module):
         self.code = nn.Linear(c.hidden, c.rank)
         self.basis = nn.Linear(c.rank, c.dim)
 
+    @property
+    def box_values(self) -> int:
+        """Values that one box takes before the first layer, which set how many go at once."""
+        c = self.config
+        channels = (c.map_channels if c.source_channels else 0) + c.latent_channels
+        return max(channels * c.points**2, self.first.in_features)
+
     @classmethod
     def from_config(cls, config: FieldConfig | dict[str, Any]) -> FieldHead:
         """A field with random weights, for `load_state_dict`."""

@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hnerv_clip.config import BUNDLED, TeacherConfig
 from hnerv_clip.devices import synchronise
 from hnerv_clip.files import write_json
 from hnerv_clip.inference import Run, load_run
 from hnerv_clip.runs.provenance import code_version, device_name
 from hnerv_clip.study.fields import BOXES, held_out_psnr, measure_field
+from hnerv_clip.teachers.base import describe_teacher
 from hnerv_clip.train.together import TogetherSettings, fit_together
 
+FILE = "field_together.json"
 WEIGHTS = (0.0, 0.002, 0.005, 0.02)
 KEPT = ("eight_held", "any_train", "any_held", "any_held_smooth", "square_held", "own_boxes",
         "params", "bytes")
@@ -36,8 +39,9 @@ def measure_together(run: Run, *, folder: Path, cache_dir: str | Path, seed: int
         steps, boxes: of the fields that are measured, 0 steps for the settings'.
         go_on: asked before each network; False ends with the rows so far.
     Returns:
-        Rows: video, network ("frozen" or "together"), weight (λ; None where frozen), epochs, seed,
-        the skills and bytes of `measure_field`, psnr_held_db, psnr_train_db, device, commit.
+        Rows: video, frames, size (of a frame), network ("frozen" or "together"), weight (λ; None
+        where frozen), epochs, seed, boxes, the skills and bytes of `measure_field`, psnr_held_db,
+        psnr_train_db, device, commit.
     """
     rows = []
     for weight in (None, *weights):
@@ -59,8 +63,10 @@ def measure_together(run: Run, *, folder: Path, cache_dir: str | Path, seed: int
             synchronise(device)
         found = measure_field(own, "default", network="frozen", seed=seed, folder=folder / "fields",
                               cache_dir=cache_dir, steps=steps, boxes=boxes)
+        height, width = run.model.frame_hw
         rows.append({
-            "video": found["video"], "network": "frozen" if weight is None else "together",
+            "video": found["video"], "frames": run.model.frame_count, "size": f"{height}×{width}",
+            "boxes": boxes, "network": "frozen" if weight is None else "together",
             "weight": weight, "epochs": 0 if weight is None else epochs, "seed": seed,
             **{key: found[key] for key in KEPT}, "psnr_held_db": held_out_psnr(own),
             "psnr_train_db": float(own.run_dir.summary()["eval_psnr_train"]),
@@ -68,3 +74,16 @@ def measure_together(run: Run, *, folder: Path, cache_dir: str | Path, seed: int
             "commit": code_version()[0]})
         write_json(path, rows[-1])
     return rows
+
+
+def collect_together(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Put rows of `measure_together` into `out`/field_together.json, beside or for what is there.
+
+    Rows of one video, size, device, λ, number of epochs and seed replace each other.
+    """
+    path, keys = out / FILE, ("video", "size", "device", "network", "weight", "epochs", "seed")
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    kept = {tuple(row[key] for key in keys): row for row in [*known, *rows]}
+    write_json(path, {"about": {"teacher": describe_teacher(TeacherConfig(teacher=BUNDLED)).label,
+                                "made by": "hnerv_clip.study.together.measure_together"},
+                      "rows": list(kept.values())})

@@ -121,9 +121,9 @@ def plot_field_boxes(rows: pd.DataFrame, *, goals: dict[str, float], teacher_lab
     axes[0][0].set_ylabel("skill")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8)
-    return caption(figure, "More boxes bring the two upper lines together. Hollow marks: a wider "
-                           "field. Weights are not rounded. One seed. Teacher: "
-                           f"{teacher_label}.")
+    return caption(figure, "Where blue and green are apart, there are too few boxes; where they "
+                           "meet, more of them would change nothing. Hollow marks: a wider field. "
+                           f"Weights are not rounded. One seed. Teacher: {teacher_label}.")
 
 
 def _plain_ticks(panel: Axes, values: Sequence[float]) -> None:

@@ -48,14 +48,15 @@ def test_runs_are_put_beside_the_codecs(tmp_path):
     rate.collect(path, [measured("b" * 40, head=False, psnr=37.0)])
     kept = json.loads(path.read_text())
     assert [run["trained_psnr_db"] for run in kept["runs"]] == [36, 37]
-    assert kept["damaged"]["files"] == 7 and "hnerv_clip" not in kept
+    assert kept["damaged"][0]["files"] == 7 and "hnerv_clip" not in kept
     assert "clip_loss" not in kept["runs"][0]["points"][1]["history"][0]
     assert {row["anchor"] for row in rate.bd_rates(codecs, LINE + [
         {"rate_bpp": 0.32, "psnr_db": 40.0}])} == {"x264"}, "no PSNR is shared with the other"
 
 
 def test_goals_are_met_or_missed():
-    rows = rate.goals({"runs": [measured()], "damaged": {"files": 10**6}})
+    rows = rate.goals({"runs": [measured()], "damaged": [
+        dict.fromkeys(rate.COUNTS, 0) | {"files": 10**6, "seeds": [1]}]})
     assert [row["met"] for row in rows] == ["no", "no", "yes", "no", "yes"]
     assert rows[0]["measured"] == "34.92 dB there; 35.5 dB at 0.0673"
     assert rows[1]["measured"] == "35.17 dB there"
@@ -66,12 +67,15 @@ def test_goals_are_met_or_missed():
 
 def test_counts_of_damaged_files_add_up_once():
     counted = {"files": 7, "refused": 5, "read": 2, "failed": 0, "seeds": [1, 2]}
-    old = {**counted, "commit": "a", "failed": 1}  # as one commit was kept
-    both = rate.add_damaged(old, {**counted, "seeds": [3]}, commit="a")
-    assert both == {"files": 14, "refused": 10, "read": 4, "failed": 1, "commits": {"a": [1, 2, 3]}}
-    assert rate.add_damaged(both, counted, commit="b")["commits"]["b"] == [1, 2]
+    rows = rate.add_damaged([], counted | {"failed": 1}, commit="a")
+    rows = rate.add_damaged(rows, counted | {"seeds": [3]}, commit="a")
+    assert rows == [{"commit": "a", "files": 14, "refused": 10, "read": 4, "failed": 1,
+                     "seeds": [1, 2, 3]}]
+    rows = rate.add_damaged(rows, counted, commit="b")
+    assert [row["commit"] for row in rows] == ["a", "b"] and rate.all_damaged(rows) == {
+        "files": 21, "refused": 15, "read": 6, "failed": 1, "processes": 5}
     with pytest.raises(ValueError, match="counted already"):
-        rate.add_damaged(both, counted, commit="a")
+        rate.add_damaged(rows, counted, commit="a")
 
 
 def test_a_side_file_makes_every_file_searchable():

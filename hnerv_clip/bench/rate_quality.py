@@ -27,6 +27,7 @@ Point = dict[str, Any]
 # What was aimed at: at 640×1280, with the head, through the file
 GOALS = {"psnr_db": 35.5, "rate_bpp": 0.055, "recipe_psnr_db": 37.0, "recipe_rate_bpp": 0.060,
          "similarity_loss": 0.005, "film_frames_per_s": 500, "damaged_files": 10**6}
+COUNTS = ("files", "refused", "read", "failed")  # of damaged files, and of processes the last
 ORIGINAL, FIELD, NO_HEAD = "with head", "with field", "no head"
 SETTINGS = ("epochs", "lr", "batch_size", "modelsize", "predict_clip", "clip_loss_weight",
             "teacher", "data_split", "precision", "seed", "head")
@@ -69,20 +70,27 @@ def count_damaged(log: str) -> dict[str, Any]:
             "failed": len(re.findall(r"^rc [1-9]", ends[0], re.M)) if ends else 0}
 
 
-def add_damaged(kept: dict[str, Any], counted: dict[str, Any], *, commit: str) -> dict[str, Any]:
-    """The sum of two counts as of `count_damaged`; `commits` names the seeds of each.
+def add_damaged(kept: Sequence[dict[str, Any]], counted: dict[str, Any], *, commit: str
+                ) -> list[dict[str, Any]]:
+    """Counts as of `count_damaged`, a row for each commit, with one more.
 
     Raises:
         ValueError: seeds of this commit that are counted already.
     """
-    commits = kept.get("commits") or ({kept["commit"]: kept["seeds"]} if kept else {})
-    twice = set(commits.get(commit, ())) & set(counted["seeds"])
-    if twice:
+    rows = {row["commit"]: row for row in kept}
+    old = rows.get(commit, dict.fromkeys(COUNTS, 0) | {"seeds": []})
+    if twice := set(old["seeds"]) & set(counted["seeds"]):
         raise ValueError(f"seeds {sorted(twice)} of {commit} are counted already: give a log of "
                          "others")
-    return {**{name: kept.get(name, 0) + counted[name]
-               for name in ("files", "refused", "read", "failed")},
-            "commits": {**commits, commit: [*commits.get(commit, ()), *counted["seeds"]]}}
+    rows[commit] = {"commit": commit, **{name: old[name] + counted[name] for name in COUNTS},
+                    "seeds": [*old["seeds"], *counted["seeds"]]}
+    return list(rows.values())
+
+
+def all_damaged(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The sums over all commits: files, refused, read, failed, and processes."""
+    return {name: sum(row[name] for row in rows) for name in COUNTS} | {
+        "processes": sum(len(row["seeds"]) for row in rows)}
 
 
 def tuned_points(runs: Sequence[dict[str, Any]]) -> list[Point]:
@@ -195,7 +203,7 @@ def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] 
     kept.pop("hnerv_clip", None)  # one run, without its commit
     kept["runs"] = list(trainings.values())
     for commit, counted in (damaged or {}).items():
-        kept["damaged"] = add_damaged(kept.get("damaged", {}), counted, commit=commit)
+        kept["damaged"] = add_damaged(kept.get("damaged", []), counted, commit=commit)
     tuned = tuned_points(kept["runs"])
     kept["bd_rate"] = bd_rates(kept["codecs"], tuned)
     if "side_files" in kept:
@@ -237,7 +245,7 @@ def goals(measured: dict[str, Any]) -> list[dict[str, Any]]:
               and "clip_similarity" in point]
     film = max((rate for run in runs for name, rate in run.get("decode_frames_per_s", {}).items()
                 if name != "network alone"), default=np.nan)
-    files = measured.get("damaged", {}).get("files", 0)
+    files = all_damaged(measured.get("damaged", []))["files"]
     rows = [
         (f"{GOALS['psnr_db']} dB at {GOALS['rate_bpp']} bits per pixel",
          f"{reached:.2f} dB there; {GOALS['psnr_db']} dB at {needed:.4f}",

@@ -1,7 +1,8 @@
 """What `auto` means: strides, padding and patch positions for a frame of any size.
 
-All of it depends on height and width alone. At the sizes of HNeRV's paper it gives the paper's
-values: at 640×1280 strides of 5 4 4 2 2, no padding, and 2×4 patches.
+All of it depends on height and width alone, and the size of the network for `encode` on the number
+of frames, too. At the sizes of HNeRV's paper it gives the paper's values: at 640×1280 strides of
+5 4 4 2 2, no padding, and 2×4 patches; for 132 such frames 1.5 M values.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ FACTORS, MOST_STAGES = (5, 4, 3, 2), 5
 BASE_CELLS = 8  # of the embedding, as the paper's 2×4
 # Cost of an embedding of four times as many cells or a quarter, in padded pixels per pixel
 CELLS_COST = 0.08
+
+VALUES_PER_PIXEL = 1.5e6 / (132 * 640 * 1280)  # of the paper's 1.5 M for Big Buck Bunny
+LEAST_SIZE, MOST_SIZE = 0.1, 12.0  # millions of values that are chosen
 
 PATCH_SHARE = 448 / 640  # side of a patch, of the frame's shorter side
 PATCH_STEP = 277 / 640  # distance between patches along the longer side, likewise
@@ -47,6 +51,12 @@ def choose_strides(frame_hw: tuple[int, int], cells: int = BASE_CELLS) -> tuple[
 
     known = _strides_by_product()
     return known[min(sorted(known), key=cost)]
+
+
+def choose_modelsize(frame_hw: tuple[int, int], frames: int) -> float:
+    """Millions of values for a video: as many for each pixel of each frame as the paper's."""
+    millions = VALUES_PER_PIXEL * frames * math.prod(frame_hw) / 1e6
+    return round(min(MOST_SIZE, max(LEAST_SIZE, millions)), 3)
 
 
 def pad_to(frame_hw: tuple[int, int], product: int) -> tuple[int, int]:

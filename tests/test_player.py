@@ -424,7 +424,7 @@ def test_export_holds_the_field(with_field, tmp_path):
 
 def test_encode_needs_no_setting(tmp_path, cache_dir, capsys, monkeypatch):
     """No weights of CLIP: the bundled teacher, which is said; and the same command goes on."""
-    from hnerv_clip.stored import make
+    from hnerv_clip.stored import effort, make
     from hnerv_clip.teachers.clip_weights import NoWeights
 
     prepare = make.prepare_run
@@ -441,7 +441,8 @@ def test_encode_needs_no_setting(tmp_path, cache_dir, capsys, monkeypatch):
     assert dataset.embeddings.shape[-1] == 1280
     assert "bundled teacher, not CLIP" in capsys.readouterr().out
     assert (config.teacher.teacher, config.model.clip_dim) == ("efficientnet-lite0", 1280)
-    assert config.params().items() >= make.ENCODE.items()
+    assert config.params().items() >= (make.ENCODE | effort.CPU_SETTINGS).items()
+    assert (config.model.modelsize, config.train.epochs) == (0.02, 1)
     with pytest.raises(ConfigError, match="not on this machine"):
         make.prepare_encoding({**small, "teacher": "clip"}, tmp_path / "work", cache_dir=cache_dir)
     named = make.encode_settings({**small, "teacher": "efficientnet-lite0"}, tmp_path / "work")

@@ -2,7 +2,8 @@
 
     python -m hnerv_clip.bench.rate_cpu book/results/rate_quality.json
 
-puts `side_files` and `times` into the file that holds the other codecs' points.
+puts `side_files` and `times` into the file that holds the other codecs' points; with `--only` it
+times those codecs and leaves all else as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hnerv_clip.metrics import centred_cosine, cosine
 from hnerv_clip.model import build_model
 from hnerv_clip.runs.provenance import code_version, device_name
 from hnerv_clip.verify.side_file import write_side_file
+from hnerv_clip.video import load_video
 
 BUDGETS = tuple(1000 * kb for kb in (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96))
 SETTINGS = {"data_path": "bunny", "preset": "paper", "data_split": "1_1_1", "teacher": BUNDLED,
@@ -114,6 +116,27 @@ def measure_cpu(path: Path, *, cache_dir: str | Path = "output/cache",
     return kept
 
 
+def time_more(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Time some codecs and put them into the file at `path`, each with its own commit and device.
+
+    Raises:
+        ValueError: no point of such a codec is there.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if missing := set(names) - {point["codec"] for point in kept["codecs"]}:
+        raise ValueError(f"{path} has no points of {sorted(missing)}: it knows "
+                         f"{sorted({point['codec'] for point in kept['codecs']})}")
+    video = load_video(Config.from_params(**SETTINGS).video)
+    made = dict(zip(("commit", "dirty"), code_version())) | {
+        "device": device_name(torch.device("cpu"))}
+    points = [point for point in kept["codecs"] if point["codec"] in names]
+    for row in time_codecs(video.frames, points, psnr_db=GOALS["psnr_db"], fps=video.fps):
+        others = [old for old in kept["times"]["codecs"] if old["codec"] != row["codec"]]
+        kept["times"]["codecs"] = [*others, row | made]
+        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return kept
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line above."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -121,7 +144,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache_dir", default="output/cache")
     parser.add_argument("--without", nargs="+", default=[], metavar="CODEC",
                         help="not timed, for example 'x265 veryslow'")
+    parser.add_argument("--only", nargs="+", default=[], metavar="CODEC", help="time these alone")
     args = parser.parse_args(argv)
+    if args.only:
+        time_more(args.path, args.only)
+        return
     measure_cpu(args.path, cache_dir=args.cache_dir, without=args.without)
 
 

@@ -55,7 +55,11 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argume
     for sub in (decode, embed):
         sub.add_argument("--device", default="auto")
     encode = add("encode", _encode, "fit any video and store it in one file; takes settings as "
-                                    "train does")
+                 "train does. Where they are not given, --modelsize follows the video's pixels and "
+                 "frames (1.5 M for 132 frames of 640x1280), and --epochs, --batch_size, --lr and "
+                 "--rate_epochs the device: 300, then 60 epochs of fine-tuning on a GPU; on a CPU "
+                 "as many as take a few minutes for a short video, 40 and 15 at least. What is "
+                 "chosen is printed first")
     encode.add_argument("video", metavar="VIDEO", help="video file, folder of pictures, or a name "
                                                        "such as bunny")
     encode.add_argument("file", metavar="FILE", help="stored video to write, NAME.hnerv")
@@ -68,13 +72,14 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argume
     store.add_argument("--cache_dir", default="output/cache")
     store.add_argument("--device", default="auto")
     store.add_argument("--force", action="store_true", help="replace what is there")
-    for sub, rate, without in ((encode, 0.001, "(0.001); see --rate_epochs"),
-                               (store, None, "else weights are rounded as they are")):
+    for sub, rate, without, epochs in (
+            (encode, 0.001, "(0.001); see --rate_epochs", "for the video and the device"),
+            (store, None, "else weights are rounded as they are", "60")):
         sub.add_argument("--rate", type=float, default=rate, help=
                          "fine-tune for a small file: what a bit per pixel costs, from 0.0005 "
                          f"(best quality) to 0.02 (smallest) {without}")
-        sub.add_argument("--rate_epochs", type=int, default=60, help=
-                         "of that fine-tuning (60); 0: weights are rounded as they are")
+        sub.add_argument("--rate_epochs", type=int, default=None if sub is encode else 60, help=
+                         f"of that fine-tuning ({epochs}); 0: weights are rounded as they are")
     return encode
 
 
@@ -180,11 +185,19 @@ def _encode(args: argparse.Namespace) -> None:
     out = _check_file(args)
     work = resolve_path(args.work or f"output/encode/{out.stem}")
     check_writable(work)
+    from hnerv_clip.stored.effort import choose_tuning
     from hnerv_clip.stored.make import prepare_encoding
     from hnerv_clip.train import train
 
     config, dataset = prepare_encoding({**args.settings, "data_path": args.video}, work,
                                        cache_dir=args.cache_dir)
+    if args.rate_epochs is None:
+        args.rate_epochs = choose_tuning(config, dataset.video)
+    video, options = dataset.video, config.train
+    print(f"{video.name}: {len(video.frames)} frames of {'×'.join(map(str, video.frame_hw))} in a "
+          f"network of {config.model.modelsize:g} M values: {options.epochs} epochs of training, "
+          f"then {args.rate_epochs} of fine-tuning for the file (--modelsize, --epochs and "
+          "--rate_epochs change that)")
     train(config, work, cache_dir=args.cache_dir, dataset=dataset)
     args.outf, args.device = str(work), config.train.device
     _write_run(args, out)

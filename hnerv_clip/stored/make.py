@@ -10,12 +10,13 @@ import torch
 
 from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import FIELD, bind_embeddings, decode_video, encode_video
-from hnerv_clip.config import AUTO, BUNDLED, Config, TeacherConfig
+from hnerv_clip.config import AUTO, BUNDLED, PRESETS, Config, TeacherConfig
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.field.fit_run import fit_head
 from hnerv_clip.field.query import Field, has_field, load_field
 from hnerv_clip.inference import Run, embed_frames, load_run
 from hnerv_clip.runs.run_dir import RunDir
+from hnerv_clip.stored.effort import choose_settings
 from hnerv_clip.stored.fine_tune import fine_tune
 from hnerv_clip.teachers.base import describe_teacher
 from hnerv_clip.teachers.clip_weights import NoWeights
@@ -39,6 +40,9 @@ def encode_settings(given: dict[str, Any], work: str | Path) -> dict[str, Any]:
         ConfigError: see `Config.from_params`.
     """
     run, settings = RunDir(work), {**ENCODE, **given}
+    if given.get("preset") == "best":  # its values win over these
+        settings = {name: value for name, value in settings.items()
+                    if name in given or name not in PRESETS["best"]}
     if given.get("preset", "best") != "best":
         settings = dict(given)
     elif run.begun:
@@ -52,8 +56,8 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
                      ) -> tuple[Config, Dataset]:
     """Choose all settings, and run the teacher over the video where that was not done before.
 
-    Where no teacher is named and CLIP's weights are not to be had, it is the bundled one, and that
-    is said.
+    Size and epochs follow the video and the device, see `effort`, unless a run has begun. Where no
+    teacher is named and CLIP's weights are not to be had, it is the bundled one, and that is said.
 
     Args:
         given: see `encode_settings`; with data_path.
@@ -64,6 +68,10 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
     """
     config = Config.from_params(**encode_settings(given, work))
     video = load_video(config.video)
+    if not RunDir(work).begun and given.get("preset", "best") == "best":
+        preset = PRESETS["best"] if "preset" in given else {}
+        given = choose_settings(config, video, {**preset, **given}) | given
+        config = Config.from_params(**encode_settings(given, work))
     try:
         return prepare_run(config, cache_dir, video)
     except NoWeights as error:

@@ -35,7 +35,7 @@ from hnerv_clip.losses import learning_rate
 from hnerv_clip.model import build_model
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import RunDir
-from hnerv_clip.sizes import choose_strides
+from hnerv_clip.sizes import LEAST_SIZE, VALUES_PER_PIXEL, choose_strides
 from hnerv_clip.train import epoch_order, train
 
 # What the search sees; all of `bunny`, and any other file, is left for the comparison
@@ -46,9 +46,7 @@ SEGMENTS: dict[str, dict[str, Any]] = {
 }
 FAITHFUL = {"batch_size": 2, "lr": 1e-3}  # the paper's
 BASE = {"predict_clip": False, "data_split": "1_1_1"}
-VALUES_PER_PIXEL = 1.5e6 / (132 * 640 * 1280)  # of the paper's 1.5 M, for segments of any size
 SEARCH_SEED = 1000  # the comparison's are 0, 1, 2, …
-LEAST_SIZE = 0.1  # millions of values, for small segments
 PROBE_S = 3.0  # of steps, that tell how long one takes
 WARM_UP = 8  # steps before the clock starts: they compile and capture
 REPORTS = 4  # of a fit, at which it may be pruned

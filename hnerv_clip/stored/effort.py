@@ -1,0 +1,76 @@
+"""How large a network `encode` fits and for how long, where nobody says: as suits the video and the
+device. A CPU's epochs fit a few minutes where the video is short, and end at a least number."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hnerv_clip.config import Config
+from hnerv_clip.devices import select_device
+from hnerv_clip.model import HNeRV
+from hnerv_clip.sizes import choose_modelsize
+from hnerv_clip.video import Video
+
+# Floating-point operations of a CPU's training and fine-tuning: some two minutes of two cores
+CPU_TRAINING, CPU_TUNING = 6e12, 3e12
+BACKWARD = 3  # a training step's operations in forward passes
+EPOCHS, TUNING = 300, 60  # on a GPU, and at most
+LEAST_EPOCHS, LEAST_TUNING = 40, 15
+CPU_SETTINGS = {"batch_size": 1, "lr": 3e-3}  # more and larger steps in few epochs
+WARM_UP = 50 / 300  # share of the epochs before the head's loss joins, as in the paper's setting
+
+
+def choose_settings(config: Config, video: Video, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings that nobody gave: as many values for each pixel as the paper's; on a CPU few epochs.
+
+    Args:
+        config: all settings, given or not.
+        given: flat parameters by name; they are not chosen.
+    Returns:
+        Flat parameters: modelsize, epochs, and on a CPU batch_size, lr, pixel_loss_warmup_epochs.
+    """
+    chosen: dict[str, Any] = {"modelsize": choose_modelsize(video.frame_hw, len(video.frames)),
+                              "epochs": EPOCHS}
+    if _on_cpu(config):
+        config = config.replace(**{"modelsize": chosen["modelsize"], **_only(given, "modelsize")})
+        chosen["epochs"] = _epochs(config, video, CPU_TRAINING, least=LEAST_EPOCHS, most=EPOCHS)
+        epochs = int(given.get("epochs", chosen["epochs"]))
+        chosen |= CPU_SETTINGS | {"pixel_loss_warmup_epochs": round(WARM_UP * epochs)}
+    return {name: value for name, value in chosen.items() if name not in given}
+
+
+def choose_tuning(config: Config, video: Video) -> int:
+    """Epochs of fine-tuning for the file, likewise."""
+    if not _on_cpu(config):
+        return TUNING
+    return _epochs(config, video, CPU_TUNING, least=LEAST_TUNING, most=TUNING)
+
+
+def _on_cpu(config: Config) -> bool:
+    return select_device(config.train.device).type == "cpu"
+
+
+def _only(given: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: given[name]} if name in given else {}
+
+
+def _epochs(config: Config, video: Video, work: float, *, least: int, most: int) -> int:
+    frames = len(video.frames)
+    an_epoch = BACKWARD * frames * count_operations(config, frame_hw=video.frame_hw, frames=frames)
+    return max(least, min(most, round(work / an_epoch)))
+
+
+def count_operations(config: Config, *, frame_hw: tuple[int, int], frames: int) -> int:
+    """Floating-point operations of a frame's forward pass, encoder, decoder and RGB head."""
+    config = config.replace(predict_clip=False).resolve(frame_hw)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a frame size that the decoder is resized to
+        model = HNeRV(config.model, frame_hw=frame_hw, frame_count=frames)
+        with FlopCounterMode(display=False) as counter:
+            model.rgb(model.features(model.embed(torch.empty(1, 3, *frame_hw), torch.zeros(
+                1, dtype=torch.float64))))
+    return counter.get_total_flops()

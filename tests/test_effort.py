@@ -1,0 +1,39 @@
+"""What `encode` chooses where nobody says: a size for the video, epochs for the device."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hnerv_clip.config import Config
+from hnerv_clip.sizes import choose_modelsize
+from hnerv_clip.stored import effort
+
+CLIP = SimpleNamespace(frame_hw=(182, 322), frames=range(13))
+BUNNY = SimpleNamespace(frame_hw=(640, 1280), frames=range(132))
+CPU = Config.from_params(crop_list="", device="cpu")
+
+
+def test_the_size_follows_pixels_and_frames():
+    assert choose_modelsize((640, 1280), 132) == 1.5, "the paper's"
+    assert choose_modelsize((640, 1280), 264) == 3.0
+    assert choose_modelsize((182, 322), 13) == 0.1 and choose_modelsize((2160, 3840), 9000) == 12
+
+
+def test_a_cpu_gets_fewer_epochs_and_no_setting_that_was_given_is_chosen(monkeypatch):
+    chosen = effort.choose_settings(CPU, CLIP, {})
+    assert effort.LEAST_EPOCHS < chosen["epochs"] < effort.EPOCHS and chosen["batch_size"] == 1
+    assert chosen["pixel_loss_warmup_epochs"] == round(chosen["epochs"] / 6)
+    larger = effort.choose_settings(CPU, CLIP, {"modelsize": 1.0, "lr": "1e-3"})
+    assert larger["epochs"] < chosen["epochs"] and not {"modelsize", "lr"} & set(larger)
+    assert effort.choose_settings(CPU, CLIP, {"epochs": "12"})["pixel_loss_warmup_epochs"] == 2
+    assert effort.choose_settings(CPU, BUNNY, {})["epochs"] == effort.LEAST_EPOCHS
+    assert effort.LEAST_TUNING <= effort.choose_tuning(CPU, CLIP) <= effort.TUNING
+    monkeypatch.setattr(effort, "select_device", lambda name: torch.device("cuda"))
+    assert effort.choose_settings(CPU, BUNNY, {}) == {"modelsize": 1.5, "epochs": effort.EPOCHS}
+    assert effort.choose_tuning(CPU, BUNNY) == effort.TUNING
+
+
+def test_operations_are_those_of_the_convolutions():
+    forward = effort.count_operations(CPU, frame_hw=(640, 1280), frames=132)
+    assert forward == pytest.approx(2 * 30.4e9, rel=0.01)  # 30 GMAC a frame

@@ -12,6 +12,7 @@ Auto = Literal["auto"]
 EMBEDS = ("", "pe", "xyt")
 ACTIVATIONS = ("relu", "leaky", "leaky01", "relu6", "gelu", "sin", "swish", "softplus", "hardswish")
 NORMS = ("none", "bn", "in")
+OPTIMIZERS = ("adam", "muon")
 DECODER_BLOCKS = ("pshuffel", "convnext")
 BUNDLED, BUNDLED_DIM = "efficientnet-lite0", 1280  # the teacher that needs no download; not CLIP
 TEACHERS = ("clip", BUNDLED)
@@ -121,6 +122,8 @@ class TrainConfig:
     batch_size: int = setting(2, "frames per step and rank")
     lr: float = setting(1e-3, "largest learning rate of Adam")
     lr_type: str = setting("cosine_0.1_1_0.1", "cosine_WARMUP-SHARE_POWER_START-FACTOR")
+    optimizer: str = setting(
+        "adam", "adam, or muon for the decoder's weights and Adam for all else")
     loss: str = setting("L2", "pixel loss, a row of losses.PIXEL_LOSSES")
     clip_loss_weight: float = setting(0.5, "lambda of the cosine term")
     pixel_loss_warmup_epochs: int = setting(50, "epochs before the cosine term joins")

@@ -14,6 +14,10 @@ def folder(tmp_path_factory, cache_dir, small_config):
     settings = {**small_config.replace(epochs=2).params(), "preset": "auto", "head": "field",
                 "predict_clip": False, "field_boxes": 4, "field_steps": 8, "field_rank": 4,
                 "field_hidden": 8}
+    flags = [word for name, value in settings.items() for word in ("-p", name, str(value))]
+    rate_gpu.main([str(folder / "before"), *flags, "--compile_only", "--device", "cpu",
+                   "--cache_dir", str(cache_dir)])
+    assert not (folder / "before" / "run").exists()
     for minutes in (0, 10):  # stopped, and gone on
         rate_gpu.measure_gpu(folder, settings=settings, targets=(4.0, 5.0), epochs=4,
                              more_epochs=2, minutes=minutes, cache_dir=cache_dir, device="cpu")

@@ -30,6 +30,7 @@ from hnerv_clip.codec.video import FIELD, encode_video
 from hnerv_clip.config import BUNDLED, BUNDLED_DIM, PRESETS, Config
 from hnerv_clip.devices import select_device, synchronise
 from hnerv_clip.evaluate import evaluate_stored
+from hnerv_clip.field.fit_run import sampling_of
 from hnerv_clip.field.query import Field, load_field
 from hnerv_clip.files import write_json
 from hnerv_clip.inference import embed_frames, load_run
@@ -40,6 +41,7 @@ from hnerv_clip.stored.film import write_film
 from hnerv_clip.stored.fine_tune import Tuned, Tuner, fine_tune
 from hnerv_clip.stored.make import ENCODE, fit_on_file, prepare_encoding
 from hnerv_clip.teachers import teacher_embeddings
+from hnerv_clip.teachers.boxes import box_targets
 from hnerv_clip.train import train
 
 TARGETS = (0.060, 0.055, 0.045)  # bits per pixel of whole files, from the largest
@@ -78,6 +80,16 @@ class _Programme:
             warnings.warn(f"a captured step measures {steps[-1].tolist()} where a plain one "
                           f"measures {steps[0].tolist()}: steps are not captured", stacklevel=2)
             self.tuner.captures = False
+
+    def prepare(self) -> None:
+        """Fill the caches that `measure_gpu` reads: of the compiler and of the teacher."""
+        if self.config.model.head == FIELD:
+            options = {"cache_dir": self.cache_dir, "device": self.device}
+            box_targets(self.dataset.video, self.dataset.split.train, self.config.teacher,
+                        sampling_of(self), **options)
+            teacher_embeddings(self.dataset.video, self.dataset.grid, self.config.teacher,
+                               **options)
+        self.make_tuner()
 
     @property
     def tuning(self) -> Config:
@@ -282,12 +294,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache_dir", default="output/cache")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile_only", action="store_true", help="compile the step of "
-                        "fine-tuning for a later call, beside another's training, and stop")
+                        "fine-tuning and make the teacher's embeddings for another call, beside "
+                        "its training, and stop")
     args = vars(parser.parse_args(argv))
     folder, settings = args.pop("folder"), dict(args.pop("p"))
     if args.pop("compile_only"):
         _Programme(folder, settings=settings, cache_dir=args["cache_dir"],
-                   device=args["device"]).make_tuner()
+                   device=args["device"]).prepare()
         return
     measured = measure_gpu(folder, settings=settings, **args)
     files = sum(point["kind"] == "tuned" for point in measured["points"])

@@ -56,8 +56,8 @@ def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
     Returns:
         A row per frame: frame, split, psnr_db, ms_ssim (empty below 161 pixels a side, where its
         five scales are undefined), clip_similarity and clip_centred (cosine with the teacher, raw
-        and with the mean of its training embeddings taken off both; means over patches, there with
-        the CLIP head only); where a mask hides boxes, psnr_outside_db and psnr_inside_db.
+        and with the mean of its training embeddings subtracted from both; means over patches, only
+        with the CLIP head); where a mask hides boxes, psnr_outside_db and psnr_inside_db.
     """
     device = embeddings.device
     mask = None if dataset.mask is None else dataset.mask.to(device)

@@ -73,7 +73,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def centred_cosine(a: np.ndarray, b: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Cosine after `centre` [D] is taken off both: what is left when the common part is gone."""
+    """Cosine after `centre` [D] is subtracted from both, so that the common part does not count."""
     return cosine(a - centre, b - centre)
 
 
@@ -177,7 +177,7 @@ class Structure(NamedTuple):
     """How a teacher's embeddings of one video relate; cosines at the same patch position."""
 
     raw: np.ndarray  # [T, T] cosine between frames
-    centred: np.ndarray  # [T, T], the mean of all embeddings taken off first
+    centred: np.ndarray  # [T, T], the mean of all embeddings subtracted first
     raw_by_lag: np.ndarray  # [L] of frames 0, 1, … L-1 apart
     centred_by_lag: np.ndarray
     mean_energy: float  # see `mean_energy`

@@ -15,7 +15,8 @@ from scipy import ndimage
 INK = "#dddddd"  # of what has no color of its own
 LIGHTER = {"#0072b2": "#3d9ae0"}  # colors that are too dark for dark paper
 WHITE = 238  # from where a gray level counts as paper, JPEG's ripples included
-SMALLEST, FULL = 10, 0.6  # pixels a side, and share that is not paper, of what is a picture
+SMALLEST, FULL = 24, 0.6  # pixels a side, and share that is not paper, of what is a picture
+MIDDLE = (0x7a, 0xd0)  # grays that are read on either paper
 RIPPLES = 3  # pixels by which JPEG may widen a picture
 # Inverts colors and turns their hue back: text, axes and lines beside pictures
 TURN = np.array([[-0.574, 1.430, 0.144], [0.426, 0.430, 0.144], [0.426, 1.430, -0.856]])
@@ -59,9 +60,11 @@ def darken_svg(text: str) -> str:
 
 
 def _recolor(part: str) -> str:
-    """Grays are inverted: black becomes light, white dark."""
+    """Black becomes light and white dark; what is gray on white is gray on dark paper, too."""
     def turned(found: re.Match) -> str:
-        level = round((255 - int(found[2], 16)) * 0.93) + 18
+        level = int(found[2], 16)
+        if not MIDDLE[0] <= level <= MIDDLE[1]:
+            level = round((255 - level) * 0.93) + 18
         return found[1] + f"#{min(level, 255):02x}" + f"{min(level, 255):02x}" * 2
 
     part = re.sub(r"((?:fill|stroke): ?)#([0-9a-f]{2})\2\2\b", turned, part)

@@ -17,8 +17,8 @@ def find_texts(video: ExploredVideo, texts: Sequence[str]) -> pd.DataFrame:
     """The best hit of each text, the best matches first.
 
     Returns:
-        text, match (standard score, see `match_scores`), found (whether it is told from any name),
-        frame, time_s, x0, y0, x1, y1 (pixels).
+        text, match (standard score, see `match_scores`), found (whether it is distinguished from
+        other names), frame, time_s, x0, y0, x1, y1 (pixels).
     Raises:
         as `ExploredVideo.encode`.
     """
@@ -35,27 +35,27 @@ def find_texts(video: ExploredVideo, texts: Sequence[str]) -> pd.DataFrame:
 
 
 def answer_words(table: pd.DataFrame) -> str:
-    """What of the texts is in the video, by the network; a sentence."""
+    """Which of the texts the network finds in the video; a sentence."""
     def listed(rows):
         return ", ".join(f"{row.text} ({row.match:.1f})" for row in rows.itertuples())
 
     found, rest = table[table.found], table[~table.found]
     start = f"Of {len(table)} texts the network finds {len(found)}"
     start += f": {listed(found)}" if len(found) else ""
-    return start + (f"; not told from any other name: {listed(rest)}." if len(rest) else ".")
+    return start + (f"; not distinguished from other names: {listed(rest)}." if len(rest) else ".")
 
 
 def facts_words(video: ExploredVideo) -> str:
-    """Size, length and what can be asked about, in words."""
+    """Size, length, and which regions can be searched, in words."""
     height, width = video.size
-    asked = ("any box can be asked about" if video.has_field else
-             f"{len(video.grid)} patches a frame can be asked about")
+    asked = ("any box can be searched" if video.has_field else
+             f"{len(video.grid)} patches per frame can be searched")
     return (f"{video.name}, {len(video)} frames of {height}×{width}, {video.times_s[-1]:.1f} s; "
             f"{asked}. {video.about}".strip())
 
 
 def rate(video: ExploredVideo) -> float:
-    """Frames a second, in the mean."""
+    """Mean frames per second."""
     return (len(video) - 1) / float(video.times_s[-1] - video.times_s[0]) if len(video) > 1 else 25
 
 

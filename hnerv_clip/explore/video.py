@@ -61,7 +61,7 @@ class ExploredVideo:
 
     @property
     def has_field(self) -> bool:
-        """Whether any box can be asked about; else the patches."""
+        """Whether any box can be searched; otherwise only the patches can."""
         return isinstance(self.head, Field)
 
     def original(self, frame: int) -> np.ndarray | None:

@@ -89,7 +89,7 @@ def _draw_heads(axes: Axes, x: float, config: Config, plan: Plan, *, frame_hw: t
     heads = [("rgb", f"RGB head\n3×3: {width} → 3, {config.model.out_bias}",
               f"frame\n3 · {frame_hw[0]}×{frame_hw[1]}\n(pixel loss)")]
     if config.model.predict_clip:
-        heads.append(("clip", f"CLIP head\n1×1: {width} → {2 * width} → {config.model.clip_dim}",
+        heads.append(("clip", f"CLIP head, 1×1\n{width} → {2 * width} → {config.model.clip_dim}",
                       f"unit embeddings\n{patch_count} patches · {config.model.clip_dim}\n"
                       "(cosine loss)"))
     heights = [0.0] if len(heads) == 1 else [1.1, -1.1]
@@ -110,11 +110,12 @@ def _block(axes: Axes, x: float, hw: tuple[int, int], channels: int, part: str, 
     height = 0.35 + 2.6 * math.log2(1 + hw[0]) / math.log2(1 + frame_hw[0])
     width = 0.14 + 0.4 * min(1.0, channels / 80)
     face = PALETTE.get(part, "#B8B8B8")
+    size = f"{hw[0]}×{hw[1]}" if hw[1] < 100 else f"{hw[0]}×\n{hw[1]}"  # else it meets the next
     axes.add_patch(Rectangle((x - width / 2, -height / 2), width, height, facecolor=face,
                              edgecolor="white", linewidth=0.5))
     axes.text(x, height / 2 + 0.08, words, ha="center", va="bottom", fontsize=8,
               linespacing=1.1)
-    axes.text(x, -height / 2 - 0.08, f"{channels}\n{hw[0]}×{hw[1]}", ha="center", va="top",
+    axes.text(x, -height / 2 - 0.08, f"{channels}\n{size}", ha="center", va="top",
               fontsize=7, linespacing=1.2)
     if arrow:
         _arrow(axes, x + 0.32, x + STEP - 0.32)

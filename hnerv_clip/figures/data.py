@@ -15,7 +15,7 @@ SPLIT_NAMES = {"train": "training", "val": "validation", "skip": "skipped"}
 
 def plot_frames(frames: np.ndarray, labels: list[str], *, credit: str = "", count: int = 8,
                 columns: int = 4) -> Figure:
-    """Frames from beginning to end, bordered in the colour of their split.
+    """Frames from beginning to end, bordered in the color of their split.
 
     Args:
         frames: uint8 [T, 3, H, W].
@@ -36,7 +36,7 @@ def plot_frames(frames: np.ndarray, labels: list[str], *, credit: str = "", coun
         panel.set_title(f"frame {index}, {SPLIT_NAMES[labels[index]]}", fontsize=8)
         _border(panel, PALETTE[labels[index]])
     return caption(figure, f"{len(chosen)} of {len(frames)} frames, in order; the border is the "
-                           "colour of the split." + (f" {credit}." if credit else ""))
+                           "color of the split." + (f" {credit}." if credit else ""))
 
 
 def plot_split(labels: list[str]) -> Figure:
@@ -86,7 +86,7 @@ def plot_patch_grid(frame: np.ndarray, grid: PatchGrid) -> Figure:
     seen = grid.coverage()
     return caption(figure, f"The {len(grid)} patches of {grid.size[0]}×{grid.size[1]} pixels on a "
                            f"frame of {height}×{width}; every pixel lies in {seen.min()} to "
-                           f"{seen.max()} of them. The dot is the centre, where the network "
+                           f"{seen.max()} of them. The dot is the center, where the network "
                            "predicts the patch's embedding.")
 
 
@@ -106,7 +106,7 @@ def plot_patches(patches: np.ndarray, grid: PatchGrid, *, frame_index: int) -> F
 
 
 def plot_frame_similarity(raw: np.ndarray, centred: np.ndarray, teacher_label: str) -> Figure:
-    """How alike the teacher finds any two frames, before and after the common mean is taken off.
+    """Cosine between any two frames' embeddings by the teacher, raw and mean-centered.
 
     Args:
         raw, centred: [T, T] cosine between frames, mean over patch positions.
@@ -114,15 +114,15 @@ def plot_frame_similarity(raw: np.ndarray, centred: np.ndarray, teacher_label: s
     """
     figure, axes = new_figure(1, 2, height=3.9)
     panels = [(np.asarray(raw), "raw cosine", 0, 1, None),
-              (np.asarray(centred), "cosine, mean taken off", -1, 1, DIVERGING)]
+              (np.asarray(centred), "mean-centered cosine", -1, 1, DIVERGING)]
     for panel, (values, title, low, high, colours) in zip(axes, panels, strict=True):
         shown = panel.imshow(values, vmin=low, vmax=high, cmap=colours)
         panel.set(title=title, xlabel="frame", ylabel="frame")
         panel.grid(False)
         figure.colorbar(shown, ax=panel, shrink=0.75)
-    return caption(figure, "Left, all frames look alike, since all embeddings share a large "
-                           "part. Right, with that part taken off: blocks are stretches of the "
-                           f"video that the teacher finds alike. Teacher: {teacher_label}.")
+    return caption(figure, "Left, all frames look similar, since all embeddings share a "
+                           "large component. Right, without it: blocks are scenes whose frames are "
+                           f"similar to the teacher. Teacher: {teacher_label}.")
 
 
 def plot_similarity_by_lag(raw: np.ndarray, centred: np.ndarray, *, mean_energy: float, fps: float,
@@ -141,7 +141,7 @@ def plot_similarity_by_lag(raw: np.ndarray, centred: np.ndarray, *, mean_energy:
     figure, axes = new_figure(height=3.0)
     axes.plot(time_s, raw, color=PALETTE["teacher"], label="raw cosine")
     axes.plot(time_s, centred, color=PALETTE["teacher"], linestyle="--",
-              label="cosine, mean taken off")
+              label="mean-centered cosine")
     axes.axhline(constant, color=PALETTE["mean"], linestyle=":",
                  label="raw cosine of the constant mean")
     axes.set(xlabel="time between frames (s)", ylabel="cosine at the same position", xlim=(0, None),
@@ -149,7 +149,7 @@ def plot_similarity_by_lag(raw: np.ndarray, centred: np.ndarray, *, mean_energy:
     figure.legend(loc="outside upper left", ncols=3)
     return caption(figure, f"The constant mean embedding holds {mean_energy:.0%} of the energy and "
                            f"scores a cosine of {constant:.2f} with nothing learnt: results are "
-                           f"therefore also given with the mean taken off. "
+                           f"therefore also given as mean-centered cosine. "
                            f"Teacher: {teacher_label}.")
 
 

@@ -7,7 +7,6 @@ that noise has no bright spot; frames lie gray beneath, so that color means heat
 from __future__ import annotations
 
 import numpy as np
-from matplotlib import rcParams
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -20,6 +19,7 @@ from hnerv_clip.figures.style import (
     caption,
     new_figure,
     picture_axes,
+    text_color,
 )
 
 TEXT_RANGE = (2.0, 4.0)  # standard scores of a text among names: clear to full
@@ -112,7 +112,7 @@ def plot_heat_maps(rows: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]], te
             if title in heats:
                 panel.imshow(lay_heat(frame, heats[title]))
                 panel.set_title(f"{title}\nup to {heats[title].max():.1f}", fontsize=9,
-                                color=PALETTE.get(title, rcParams["text.color"]))
+                                color=text_color(title))
     _scale(figure, axes)
     box = " Box: the best hit." if boxes else ""
     return caption(figure, f"Where each text is found, the frame gray beneath.{box} {WORDS} "

@@ -18,6 +18,7 @@ from hnerv_clip.figures.style import (
     caption,
     new_figure,
     picture_axes,
+    text_color,
 )
 
 
@@ -47,10 +48,10 @@ def plot_ranked_patches(frames: np.ndarray, boxes: np.ndarray, predicted: pd.Dat
                             f"{hit.score:.3f}", fontsize=8, loc="center")
             if name == "predicted" and (hit.frame, hit.patch) in found:
                 frame_panel(panel, PALETTE["good"])
-        panels[0].set_ylabel(name, color=PALETTE[name], fontsize=10)
+        panels[0].set_ylabel(name, color=text_color(name), fontsize=10)
     figure.suptitle(f"“{query}”", fontsize=11, x=0.01, ha="left")
     return caption(figure, f"Best patches for “{query}”: above by the network's predicted "
-                           "embedding, below by the teacher's own; frame, centre of the patch in "
+                           "embedding, below by the teacher's own; frame, center of the patch in "
                            "pixels, cosine. Framed in green: also in the row below. "
                            f"Teacher: {teacher_label}.")
 
@@ -110,10 +111,10 @@ def cut(frame: np.ndarray, box: Sequence[int]) -> np.ndarray:
     return np.moveaxis(frame[:, top:top + height, left:left + width], 0, -1)
 
 
-def frame_panel(panel: Any, colour: str) -> None:
-    """Draw a coloured border around a picture."""
+def frame_panel(panel: Any, color: str) -> None:
+    """Draw a colored border around a picture."""
     for spine in panel.spines.values():
-        spine.set(visible=True, color=colour, linewidth=2.5)
+        spine.set(visible=True, color=color, linewidth=2.5)
 
 
 def plot_strips(scores: dict, teacher_label: str, *, reference: dict | None = None,
@@ -139,7 +140,7 @@ def plot_strips(scores: dict, teacher_label: str, *, reference: dict | None = No
             panel.grid(False)
             panel.set_yticks([])
             if row == 0:
-                panel.set_title(kind, color=PALETTE[kind])
+                panel.set_title(kind, color=text_color(kind))
         axes[row, 0].set_ylabel(query, rotation=0, ha="right", va="center")
     for panel in axes[-1]:
         panel.set_xlabel("frame")
@@ -174,10 +175,10 @@ def plot_embedding_map(places: pd.DataFrame, frames: np.ndarray, boxes: np.ndarr
             panel.add_artist(AnnotationBbox(box, (point.x, point.y), pad=0.1,
                                             bboxprops={"linewidth": 0.5}))
         panel.set(xticks=[], yticks=[])
-        panel.set_title(kind, color=PALETTE[kind])
+        panel.set_title(kind, color=text_color(kind))
         panel.grid(False)
     figure.colorbar(shade, ax=list(axes), label="frame", shrink=0.8)
-    return caption(figure, "Every dot is a patch; neighbours on the map are neighbours among the "
+    return caption(figure, "Every dot is a patch; neighbors on the map are neighbors among the "
                            "embeddings (t-SNE of both sets together). The same patches are shown "
                            f"on both sides. Teacher: {teacher_label}.")
 

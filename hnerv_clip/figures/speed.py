@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from hnerv_clip.figures.style import CYCLE, PALETTE, caption, new_figure
+from hnerv_clip.figures.style import CYCLE, PALETTE, caption, name_rows, new_figure
 
 
 def plot_rates(rows: pd.DataFrame) -> Figure:
@@ -22,15 +22,14 @@ def plot_rates(rows: pd.DataFrame) -> Figure:
     bars = axes.barh(range(len(rows)), rows.frames_per_s, color=colors)
     axes.bar_label(bars, [f"{rate:.3g}" if rate < 100 else f"{rate:.0f}"
                           for rate in rows.frames_per_s], padding=3, fontsize=8)
-    axes.set_yticks(range(len(rows)), [
-        f"{name}, {'with' if head else 'no'} CLIP head"
-        for name, head in zip(rows["name"], rows.clip_head)])
+    name_rows(axes, [f"{name}, {'with' if head else 'no'} CLIP head"
+                     for name, head in zip(rows["name"], rows.clip_head)])
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="training frames/s")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     devices = ", ".join(dict.fromkeys(device for device in rows.device if device))
-    return caption(figure, f"Blue: here, on one {devices}. Grey: other codes as published, on an "
-                           "H100. Logarithmic axis; right is better.")
+    return caption(figure, f"Blue: here, on one {devices}. Gray: other implementations as "
+                           "published, on an H100. Logarithmic axis; right is better.")
 
 
 def plot_growth(devices: dict[str, list[dict[str, Any]]],

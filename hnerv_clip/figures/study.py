@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hnerv_clip.figures.style import GREY, PALETTE, caption, new_figure
+from hnerv_clip.figures.style import GREY, PALETTE, caption, name_rows, new_figure
 
 KIND_NAMES = {"hybrid": "hybrid", "xyt": "position and time", "pe": "time only"}
 
@@ -89,12 +88,15 @@ def plot_pareto(rows: pd.DataFrame, *, pixels_only: dict[str, float], teacher_la
                        markersize=4)
             text = f"λ {row['clip_loss_weight']:g}" if row["is_base_warmup"] else \
                 f"warm-up {row['pixel_loss_warmup_epochs']:g}"
-            panel.annotate(text, (row[x], row[y]), xytext=(5, 4), textcoords="offset points",
-                           fontsize=8)
+            above = row["is_base_warmup"]  # of the curve above it, of the others below theirs
+            panel.annotate(text, (row[x], row[y]), xytext=(0, 6 if above else -6), fontsize=8,
+                           textcoords="offset points", ha="center",
+                           va="bottom" if above else "top")
         if np.isfinite(pixels_only.get(part, np.nan)):
             panel.axvline(pixels_only[part], color=PALETTE["pixel-only"], linestyle="--",
                           linewidth=1.2)
         panel.set(title=title, xlabel="PSNR (dB)")
+        panel.margins(x=0.1, y=0.1)
     axes[0].set_ylabel("mean-centered cosine")
     return caption(figure, "Up and right is better. Circles: λ at the base's warm-up; diamonds: "
                            "other warm-ups; small dots: seeds; dashed: PSNR of pixels only. "
@@ -111,5 +113,5 @@ def _seeds(panel: Axes, values: Sequence[float], y: float, low: float, high: flo
 
 
 def _name_rows(panel: Axes, names: list[str]) -> None:
-    panel.set_yticks(range(len(names)), [textwrap.fill(name, 40) for name in names], fontsize=8)
+    name_rows(panel, names)
     panel.set_ylim(len(names) - 0.5, -0.5)

@@ -1,11 +1,11 @@
-"""One look for every figure: readable at book width, safe for colour-blind readers.
+"""One look for every figure: readable at book width, safe for color-blind readers.
 
 Two kinds: drawings, as SVG on white; and figures of pictures, as WebP at twice the page's
 sharpness, transparent, with text that is read on light and on dark pages and the caption below.
 
-The colours are Okabe and Ito's (jfly.uni-koeln.de/color), given out by meaning, so that the same
-thing has the same colour in every figure. Lines are drawn as SVG with real text; an image inside a
-figure stays a bitmap.
+The colors are those of Okabe and Ito (jfly.uni-koeln.de/color), assigned by meaning, so that the
+same thing has the same color in every figure. Lines are drawn as SVG with real text; an image
+inside a figure stays a bitmap.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from typing import Any
 
 import matplotlib as mpl
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE, GREY = "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
 
-# Colours by meaning.
+# Colors by meaning.
 PALETTE = {
     # frames
     "train": BLUE, "val": ORANGE, "held_out": ORANGE, "skip": "#C8C8C8",
@@ -50,7 +51,9 @@ SEQUENTIAL = "viridis"  # values from low to high
 INFERNO = mpl.colormaps["inferno"]  # how far a query is answered, and nothing else
 DIVERGING = "RdBu_r"  # values around zero
 WIDTH = 8.0  # inches: the text width of a book page
+ROW_NAME = 26  # characters of a line of a row's name
 MIDDLE = "#7A7A7A"  # a gray that is read on white (4.3 : 1) and on the book's dark pages (4.1 : 1)
+MIDDLE_BLUE = "#3C87C9"  # a blue that is (3.8 : 1, 4.9 : 1)
 SHARP_DPI = 200  # two pixels of a figure for one of the page
 WEBP_QUALITY = 82
 
@@ -119,6 +122,12 @@ class CaptionedFigure(Figure):
         return self.caption or super().__repr__()
 
 
+def text_color(name: str) -> str:
+    """The color in which a name of `PALETTE` is written, where any page may lie behind it."""
+    color = PALETTE.get(name, mpl.rcParams["text.color"])
+    return MIDDLE_BLUE if color == BLUE and CaptionedFigure.as_html else color
+
+
 def picture_axes(axes: Axes) -> Axes:
     """Turn axes into a bare frame for a picture: no ticks, no grid, no spines."""
     axes.set_xticks([])
@@ -127,6 +136,12 @@ def picture_axes(axes: Axes) -> Axes:
     for spine in axes.spines.values():
         spine.set_visible(False)
     return axes
+
+
+def name_rows(panel: Axes, names: list[str]) -> None:
+    """Names of rows at 0, 1, …, in lines so short that a telephone shows the data, too."""
+    panel.set_yticks(range(len(names)), [textwrap.fill(name, ROW_NAME) for name in names],
+                     fontsize=8)
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, height: float = 3.2, **options: Any

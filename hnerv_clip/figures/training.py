@@ -85,7 +85,7 @@ def plot_reconstructions(frames: np.ndarray, decoded: Mapping[str, np.ndarray], 
                 panel.imshow(picture.transpose(1, 2, 0))
             else:
                 panel.imshow(picture, cmap="gray", vmin=0, vmax=255)
-    return caption(figure, "Original, decoded, and mean absolute error over the colours, "
+    return caption(figure, "Original, decoded, and mean absolute error over the color channels, "
                            f"enlarged {gain} times." + (f" {credit}." if credit else ""))
 
 
@@ -143,16 +143,17 @@ def plot_tradeoff(table: pd.DataFrame, *, teacher_label: str) -> Figure:
         axes.plot(rows[f"psnr_{part}_db"], rows[f"clip_centred_{part}"], marker="o",
                   color=PALETTE[part], label=label)
         for _, row in rows.iterrows():
-            axes.annotate(f"λ={row.clip_loss_weight:g}",
-                          (row[f"psnr_{part}_db"], row[f"clip_centred_{part}"]),
-                          xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(f"λ={row.clip_loss_weight:g}", rotation=40, fontsize=8,  # others are near
+                          xy=(row[f"psnr_{part}_db"], row[f"clip_centred_{part}"]),
+                          xytext=(2, 3), textcoords="offset points")
     axes.set(xlabel="PSNR (dB)", ylabel="mean-centered cosine")
-    axes.legend()
+    axes.margins(y=0.15)
+    axes.legend(loc="center left")
     return caption(figure, f"Up and right is better; one run each. Teacher: {teacher_label}.")
 
 
 def plot_ablation(table: pd.DataFrame, *, teacher_label: str) -> Figure:
-    """PSNR and centred similarity of each run, training and held-out frames side by side.
+    """PSNR and mean-centered cosine of each run, training and held-out frames side by side.
 
     Args:
         table: a row per run: run, and the columns that `plot_tradeoff` takes.

@@ -10,14 +10,14 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hnerv_clip.figures.style import PALETTE, caption, new_figure
+from hnerv_clip.figures.style import PALETTE, caption, name_rows, new_figure
 from hnerv_clip.verify.pool import Study
 from hnerv_clip.verify.scores import SOURCES
 from hnerv_clip.verify.verdict import MARGIN, QUESTIONS, name_of
 
-MEASURES = {"clip_similarity": "raw cosine", "clip_centred": "cosine, training mean taken off"}
+MEASURES = {"clip_similarity": "raw cosine", "clip_centred": "mean-centered cosine"}
 SPLIT_NAMES = {"train": "training", "held_out": "held-out"}
-# Finer versions of a baseline have its colour, and another dash where lines are drawn.
+# Finer versions of a baseline have its color, and another dash where lines are drawn.
 COLOURS = {"position": "mean", "between": "neighbour", "spatial": "temporal"}
 DASHES = {"position": "--", "between": "--"}
 OVER_TIME = ("learned", "between", "neighbour", "position", "mean")
@@ -29,7 +29,7 @@ def short_name(condition: str) -> str:
 
 
 def plot_conditions(scores: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
-    """Cosine of every condition, raw beside centred, training above held-out frames.
+    """Cosine of every condition, raw beside mean-centered, training above held-out frames.
 
     Args:
         scores: `Verification.scores`.
@@ -98,10 +98,10 @@ def plot_answers(answers: pd.DataFrame, teacher_label: str, source: str = "") ->
         answers: `verdict.answer_table`.
         teacher_label, source: for the caption, as in `plot_conditions`.
     """
-    figure, panel = new_figure(height=0.4 * len(answers) + 1.2)
+    figure, panel = new_figure(height=0.46 * len(answers) + 1.2)
     _draw_answers(panel, answers)
-    panel.set_yticks(range(len(answers)), [
-        f"{QUESTIONS[row.question][0]} {row.answer.upper()}" for row in answers.itertuples()])
+    name_rows(panel, [f"{QUESTIONS[row.question][0]} {row.answer.upper()}"
+                      for row in answers.itertuples()])
     panel.set_xlabel("net wins over the baseline, or score of changes")
     return caption(figure, _words(_answer_caption(answers.frames.iloc[0]), teacher_label, source))
 
@@ -114,7 +114,7 @@ def plot_judged(answers: pd.DataFrame, teacher_label: str) -> Figure:
         teacher_label: the teacher in words, for the caption.
     """
     videos, questions = list(answers.video.unique()), list(answers.question.unique())
-    figure, axes = new_figure(1, len(videos), height=0.36 * len(questions) + 1.2, sharey=True,
+    figure, axes = new_figure(1, len(videos), height=0.46 * len(questions) + 1.2, sharey=True,
                               squeeze=False)
     for panel, video in zip(axes[0], videos):
         own = answers[answers.video == video].set_index("question", drop=False).loc[questions]
@@ -124,7 +124,7 @@ def plot_judged(answers: pd.DataFrame, teacher_label: str) -> Figure:
             panel.text(row.high + 0.08 if left else row.low - 0.08, place, row.answer, va="center",
                        ha="left" if left else "right", fontsize=9)
         panel.set(title=f"{video}, {own.frames.iloc[0]} frames", xlabel="net wins, or score")
-    axes[0, 0].set_yticks(range(len(questions)), [QUESTIONS[name][0] for name in questions])
+    name_rows(axes[0, 0], [QUESTIONS[name][0] for name in questions])
     frames = " and ".join(str(n) for n in answers.groupby("video", sort=False).frames.first())
     return caption(figure, _words(_answer_caption(frames), teacher_label))
 
@@ -133,7 +133,7 @@ def _answer_caption(frames):
     return ("Right of zero the network is better, or knows. Net wins: share of patches where its "
             "error is smaller less the share where it is larger. Bars: 95 % intervals over "
             f"{frames} held-out frames, allowing for autocorrelation, drawn as far as "
-            f"{WIDEST:g}; grey band: too small to matter.")
+            f"{WIDEST:g}; gray band: too small to matter.")
 
 
 def _draw_answers(panel, answers):
@@ -210,7 +210,7 @@ def plot_positions(scores: pd.DataFrame, teacher_label: str, source: str = "") -
         map_panel.invert_yaxis()
         map_panel.grid(False)
         map_panel.set_title(f"network, {SPLIT_NAMES[split]} frames")
-        figure.colorbar(shade, ax=map_panel, label="centred cosine", shrink=0.8)
+        figure.colorbar(shade, ax=map_panel, label="mean-centered cosine", shrink=0.8)
         means = scores[scores.split == split].groupby(["where", "answer"]).clip_centred.mean()
         places = [name for name in ("supervised", "between", "anywhere") if name in means]
         for shift, (kind, colour) in zip((-0.25, 0, 0.25), kinds.items()):
@@ -218,10 +218,10 @@ def plot_positions(scores: pd.DataFrame, teacher_label: str, source: str = "") -
                       width=0.24, color=colour, label=ANSWER_WORDS[kind] if split == splits[0]
                       else None)
         panel.set_xticks(range(len(places)), places)
-        panel.set(ylabel="centred cosine", ylim=(min(0, means.min()) - 0.02, 1.02))
+        panel.set(ylabel="mean-centered cosine", ylim=(min(0, means.min()) - 0.02, 1.02))
     figure.legend(loc="outside upper right", ncols=3)
     return caption(figure, _words(
-        "Left: mean centred cosine at the supervised positions (circles) and half-way between. "
+        "Left: mean-centered cosine at the supervised positions (circles) and half-way between. "
         "Right: the head asked at the position; its own answers at the supervised positions, "
         "interpolated; the teacher's there, interpolated. Anywhere: in the middle of 4 × 8 equal "
         "cells.", teacher_label, source))
@@ -266,18 +266,18 @@ def plot_side_files(files: Any, head_bytes: int, learned: float, teacher_label: 
 
     Args:
         files: table, or list of rows, with size_bytes and clip_centred, a row per budget.
-        head_bytes, learned: the head's size and its centred cosine on the same frames.
+        head_bytes, learned: the head's size and its mean-centered cosine on the same frames.
         teacher_label: the teacher in words, for the caption.
         frames: which frames, for the axis.
     """
     figure, panel = new_figure(height=3.0)
     files = pd.DataFrame(files).sort_values("size_bytes")
     panel.plot(files.size_bytes / 1000, files.clip_centred, "o-", color=PALETTE["teacher"],
-               label="stored: PCA, quantised, interpolated in time")
+               label="stored: PCA, quantized, interpolated in time")
     panel.plot(head_bytes / 1000, learned, "D", color=PALETTE["learned"], markersize=8,
                markeredgecolor="black", label="network: its CLIP head")
     ticks = np.round([*files.size_bytes / 1000]).astype(int)
-    panel.set(xscale="log", xlabel="kilobytes", ylabel=f"centred cosine, {frames} frames")
+    panel.set(xscale="log", xlabel="kilobytes", ylabel=f"mean-centered cosine, {frames} frames")
     panel.set_xticks(ticks, ticks)
     panel.minorticks_off()
     panel.legend(loc="best")

@@ -111,19 +111,26 @@ def comparison(results: Path) -> str:
     """`comparison_rows` as Markdown, with a caption that says where each figure comes from."""
     facts = read_facts(results)
     hnerv, proposal = facts.runs["hnerv"]["source"], facts.runs["proposal"]["source"]
-    caption = escape(
-        f"{VIDEO}, 132 frames of 640×1280, 1.5 million stored values, 300 epochs; teacher "
-        f"{facts.judged.teacher_label}. Skill: 0 is the best constant, 1 the teacher.")
+    caption = escape(f"{setting_words(facts)}; teacher {facts.judged.teacher_label}. Skill: 0 is "
+                     "the best constant, 1 the teacher.")
     sources = " ".join(escape(words) for words in (
         "Held-out frames are decoded from interpolated embeddings.",
-        "The proposal's head was trained here for its skill; a field is fitted afterwards and "
-        "leaves the picture as it is.",
-        "Against: mean-centered cosine of the head here and of what it is compared with.",
+        "The skill of the proposal's head was measured on a head trained here; a field is fitted "
+        "afterwards and leaves the picture as it is.",
+        "Against: mean-centered cosine of the head here and of the baseline.",
         f"This project: one {facts.device}; preset best: {facts.best.change}, one seed.",
         f"HNeRV: {hnerv}; PSNR, {facts.fidelity['reference']['paper']['source']}.",
         f"Original proposal: {proposal}; its code's speed on the same H100."))
     return (f"{table(comparison_rows(facts))}\n\n*{caption}*\n\n"
             f"{folded('Where the figures come from', sources)}\n")
+
+
+def setting_words(facts: Facts) -> str:
+    """Video, size, budget and epochs of the runs that are compared."""
+    config, answers = facts.fidelity["runs"][0]["config"], facts.judged.answers
+    frames = answers.frames[answers.video == VIDEO].iloc[0]
+    return (f"{VIDEO}, {frames} frames of {config['crop_list'].replace('_', '×')}, "
+            f"{config['modelsize']:g} million stored values, {config['epochs']} epochs")
 
 
 def claim(results: Path) -> str:
@@ -137,12 +144,12 @@ def claim_words(facts: Facts) -> str:
     better, others = ([words for name, words in AGAINST.items()
                        if (given.loc[name] == answer).all()] for answer in ("yes", "no"))
     decoded = fastest(facts.decode)["frames_per_s"]
-    said = [f"better than {_join(better, 'and')}"] if better else []
-    said += [f"no better than {_join(others, 'or')}"] if others else []
-    return ("One small network holds a whole video and knows what it shows: its "
-            f"{facts.stored_values / 1e6:.2f} million values decode {round(decoded, -2):,.0f} "
-            f"frames a second on one {facts.device.split()[1]}, with embeddings "
-            f"{', but '.join(said)}.")
+    said = [f"closer to the teacher's than those of {_join(better, 'and')}"] if better else []
+    closer = "no closer than" if better else "no closer to the teacher's than"
+    said += [f"{closer} those of {_join(others, 'or')}"] if others else []
+    return (f"One small network of {facts.stored_values / 1e6:.2f} million stored values holds a "
+            f"whole video and its semantics: it decodes {round(decoded, -2):,.0f} frames per "
+            f"second on one {facts.device.split()[1]}, with embeddings {', but '.join(said)}.")
 
 
 def fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -126,6 +126,49 @@ def test_planted_nulls_are_not(planted):
     assert len(nulls) and (nulls.rejected <= 0.2).all() and (nulls.yes <= 0.1).all(), nulls
 
 
+@pytest.mark.parametrize("planted, rho", [("equal", 0.97), ("equal", 0.9), ("noise 0.25", 0.9)])
+def test_a_small_change_of_the_predictions_changes_no_answer(planted, rho):
+    """Noise of a thousandth: one answer in 350 may stand where it turns."""
+    rng, changes = np.random.default_rng(0), np.random.default_rng(1)
+    design = simulation.DESIGNS["quick"]
+    split = split_frames(design.frames, design.split, 0)
+    predicted, teacher, decoded = simulation.plant(rng, planted, frames=design.frames, datasets=50,
+                                                   rho=rho)
+    noise = changes.standard_normal(predicted.shape) / predicted.shape[-1] ** 0.5
+    answers = [[answer for found in simulation.made_evidence(
+        x, teacher, decoded, split.train, split.val, np.random.default_rng(2))
+        for answer in verdict.judge(found)] for x in (predicted, unit(predicted + 1e-3 * noise))]
+    pairs = list(zip(*answers))
+    assert sum(one.answer != other.answer for one, other in pairs) <= 1
+    assert max(abs(one.p - other.p) for one, other in pairs) < 0.08
+
+
+def test_parts_of_a_simulation_join_to_their_mean():
+    parts = [simulation.simulate_planted("equal", "quick", datasets=n, seed=n) for n in (2, 6)]
+    joined = simulation.join_parts(parts)
+    assert list(joined) == list(parts[0]) and (joined.datasets == 8).all()
+    assert joined.yes.tolist() == pytest.approx(
+        ((parts[0].yes * 2 + parts[1].yes * 6) / 8).tolist())
+    intervals = simulation.join_parts([simulation.simulate_interval(
+        datasets=10, designs=("quick",), rhos=(0.5,), seed=seed) for seed in (0, 1)])
+    assert intervals.datasets.tolist() == [20, 20]
+
+
+def test_calibration_is_written_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(simulation, "PLANTED", {"perfect": "", "equal": ""})
+    monkeypatch.setattr(simulation, "DESIGNS", {"quick": simulation.DESIGNS["quick"]})
+    path = tmp_path / "found.json"
+    simulation.calibrate(str(path), datasets=3, part=2, processes=1)
+    tables = simulation.read_calibration(str(path))
+    assert tables["planted"].datasets.unique().tolist() == [3]
+    assert tables["intervals"].datasets.unique().tolist() == [6]
+    assert tables["intervals"].series.tolist() == ["autoregression"] * 4 + ["net wins"] * 4
+    assert tables["made"].datasets.tolist() == [3]
+    path.unlink()
+    simulation.calibrate(str(path), datasets=3, part=2, processes=1, limit_s=-1)
+    assert not path.exists()
+
+
 def by_chance(share, datasets, cells):
     """The share that so many data sets give at most, in one of so many cells once in a thousand."""
     return stats.binom.isf(1e-3 / cells, datasets, share) / datasets

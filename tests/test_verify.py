@@ -412,11 +412,11 @@ def test_no_p_depends_on_the_seed():
 
 
 def test_frames_worth_fewer_than_two_get_no_interval():
-    steady = np.linspace(0, 1, 24)
-    values = steady[:, None] + 0.001 * np.random.default_rng(0).standard_normal((24, 2))
+    steady = np.linspace(0, 1, 12)
+    values = steady[:, None] + 0.001 * np.random.default_rng(0).standard_normal((12, 2))
     row = verify_scores._measured("skill", 0.5, values, lambda: time_series.mean_interval(steady))
     assert np.isnan([row["low"], row["high"], row["standard_error"]]).all() and row["value"] == 0.5
     rng = np.random.default_rng(1)
     row = verify_scores._measured("skill", 0.5, values, lambda: time_series.mean_interval(
-        rng.standard_normal(24)))
+        rng.standard_normal(12)))
     assert row["low"] < row["high"]

@@ -10,8 +10,11 @@ each question is answered yes. `simulate_interval` counts how often an interval 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +23,11 @@ import pandas as pd
 from scipy.signal import lfilter
 
 from hnerv_clip.config import Split
+from hnerv_clip.devices import usable_cores
 from hnerv_clip.metrics import cosine, unit
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import code_version
+from hnerv_clip.runs.run_dir import write_atomic
 from hnerv_clip.verify.baselines import interpolate_teacher, nearest_training_frame
 from hnerv_clip.verify.evidence import (
     KNOWS,
@@ -205,20 +210,16 @@ def simulate_interval(*, datasets: int = 1000, designs: Any = tuple(DESIGNS),
         series, design, frames (held out), rho, covered, rejected (p of 5 % or less), datasets.
     """
     rows = []
-    for kind in series:
-        rng = np.random.default_rng([list(SERIES).index(kind), seed])
-        for design in designs:
-            frames, split, phases = DESIGNS[design]
-            held_out = np.sort(np.concatenate([split_frames(frames, split, x).val
-                                               for x in phases]))
-            for rho in rhos:
-                made = np.concatenate([_made_series(kind, rng, frames, min(100, datasets - start),
-                                                    rho) for start in range(0, datasets, 100)])
-                found = [mean_interval(x) for x in made[:, held_out]]
-                rows.append({"series": kind, "design": design, "frames": len(held_out),
-                             "rho": rho, "datasets": datasets,
-                             "covered": np.mean([x.low <= 0 <= x.high for x in found]),
-                             "rejected": np.mean([x.p <= 0.05 for x in found])})
+    for kind, design, rho in itertools.product(series, designs, rhos):
+        seeds = [list(SERIES).index(kind), list(DESIGNS).index(design), round(100 * rho), seed]
+        rng, (frames, split, phases) = np.random.default_rng(seeds), DESIGNS[design]
+        held_out = np.sort(np.concatenate([split_frames(frames, split, x).val for x in phases]))
+        made = np.concatenate([_made_series(kind, rng, frames, min(100, datasets - start), rho)
+                               for start in range(0, datasets, 100)])
+        found = [mean_interval(x) for x in made[:, held_out]]
+        rows.append({"series": kind, "design": design, "frames": len(held_out), "rho": rho,
+                     "covered": np.mean([x.low <= 0 <= x.high for x in found]),
+                     "rejected": np.mean([x.p <= 0.05 for x in found]), "datasets": datasets})
     return pd.DataFrame(rows)
 
 
@@ -233,10 +234,27 @@ def _made_series(kind, rng, frames, datasets, rho):
 def simulate_all(*, datasets: int = 1000, seed: int = 0,
                  designs: Any = tuple(DESIGNS)) -> pd.DataFrame:
     """`simulate_planted` of everything; what `EVERY_RHO` names at every autocorrelation."""
-    plans = [(planted, rho) for planted in PLANTED
-             for rho in (RHOS if planted in EVERY_RHO else (0.9,))]
     return pd.concat([simulate_planted(planted, design, rho=rho, datasets=datasets, seed=seed)
-                      for design in designs for planted, rho in plans], ignore_index=True)
+                      for design in designs for planted, rho in _plans()], ignore_index=True)
+
+
+def _plans():
+    return [(planted, rho) for planted in PLANTED
+            for rho in (RHOS if planted in EVERY_RHO else (0.9,))]
+
+
+def join_parts(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One table of several of `simulate_planted` or `simulate_interval` with other seeds."""
+    table = pd.concat(parts, ignore_index=True)
+    shares = [name for name in ("yes", "rejected", "no", "estimate", "covered") if name in table]
+    keys = [name for name in table if name not in (*shares, "kind", "datasets")]
+    table[shares] = table[shares].mul(table.datasets, axis=0)
+    found = table.groupby(keys, sort=False, as_index=False)[[*shares, "datasets"]].sum()
+    found[shares] = found[shares].div(found.datasets, axis=0)
+    if "question" in found:
+        found.insert(len(keys), "kind", [_kind(row.planted, row.question, row.estimate)
+                                         for row in found.itertuples()])
+    return found
 
 
 def worst_cases(planted: pd.DataFrame) -> pd.DataFrame:
@@ -261,21 +279,67 @@ def read_calibration(path: str) -> dict[str, pd.DataFrame] | None:
             for name, rows in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
+def calibrate(path: str, *, datasets: int = 1000, part: int = 1000, processes: int = 1,
+              limit_s: float = np.inf) -> None:
+    """Write both tables as JSON, anew every ten seconds or so.
+
+    Args:
+        datasets: for each thing planted, autocorrelation and design; twice as many for intervals.
+        part: data sets that one process simulates at a time. All first parts come first, and of
+            these the ones of few frames.
+        limit_s: no part is begun later; at the end `datasets` says how many there were.
+    """
+    start, written, parts = time.monotonic(), 0.0, {}
+    jobs = [(name, (seed, *cell)) for seed in range(-(-datasets // part)) for design in DESIGNS
+            for name, cell in (*(("intervals", (kind, design, rho)) for kind in SERIES
+                                 for rho in (0, *RHOS)),
+                               *(("planted", (planted, design, rho)) for planted, rho in _plans()))]
+    with ProcessPoolExecutor(processes) as pool:
+        futures = {pool.submit(_simulate_part, name, min(part, datasets - cell[0] * part), *cell,
+                               start + limit_s): (name, *cell) for name, cell in jobs}
+        for future in as_completed(futures):
+            parts[futures[future]] = future.result()
+            if any(part is not None for part in parts.values()) and (
+                    time.monotonic() > written + 10 or len(parts) == len(jobs)):
+                written = time.monotonic()
+                done = [(name, parts[name, *cell]) for name, cell in jobs
+                        if parts.get((name, *cell)) is not None]
+                _write_tables(path, {table: [x for name, x in done if name == table]
+                                     for table in ("planted", "intervals")})
+
+
+def _simulate_part(name, datasets, seed, what, design, rho, deadline):
+    if time.monotonic() > deadline:
+        return None
+    if name == "planted":
+        return simulate_planted(what, design, rho=rho, datasets=datasets, seed=seed)
+    return simulate_interval(datasets=2 * datasets, designs=(design,), rhos=(rho,), seed=seed,
+                             series=(what,))
+
+
+def _write_tables(path, parts):
+    tables = {name: join_parts(found) for name, found in parts.items() if found}
+    if "intervals" in tables:
+        tables["intervals"] = tables["intervals"].sort_values(
+            "series", key=lambda names: names.map(list(SERIES).index), kind="stable")
+    commit, dirty = code_version()
+    tables["made"] = pd.DataFrame([{"commit": commit, "dirty": dirty, "datasets": min(
+        table.datasets.min() for table in tables.values())}])
+    text = json.dumps({name: table.round(5).to_dict("records")
+                       for name, table in tables.items()}, indent=1)
+    write_atomic(resolve_path(path), lambda file: file.write(f"{text}\n".encode()))
+
+
 def main() -> None:
     """Write the tables as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--datasets", type=int, default=1000)
+    parser.add_argument("--processes", type=int, default=usable_cores())
+    parser.add_argument("--limit_s", type=float, default=np.inf)
     args = parser.parse_args()
-    tables = {"planted": simulate_all(datasets=args.datasets),
-              "intervals": simulate_interval(datasets=2 * args.datasets)}
-    commit, dirty = code_version()
-    tables["made"] = pd.DataFrame([{"commit": commit, "dirty": dirty, "datasets": args.datasets}])
-    path = resolve_path(args.out)
-    text = json.dumps({name: table.round(5).to_dict("records")
-                       for name, table in tables.items()}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
-    print(path)
+    calibrate(args.out, datasets=args.datasets, processes=args.processes, limit_s=args.limit_s)
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Means of series in time, where neighbouring frames are not independent: intervals and tests.
 
-A series of n frames counts as `effective_size` independent values, the *equivalent sample size* of
-a first-order autoregression (Zwiers and von Storch 1995, J. Climate 8, 336–351), and its mean is
-tested with Student's t of that many values. Net wins are signs of a difference, and signs of an
-autoregression are none themselves: their correlation begins lower and lasts longer than the one at
-lag 1 tells. So means over blocks of frames (batch means; Conway 1963, Management Science 10, 47–61)
-are looked at in the same way, and the largest standard error counts. `mean_interval` does this,
+A series is taken as a first-order autoregression around its mean. An autocorrelation estimated from
+some twenty frames is unsteady, and so is a p-value that rests on it; so none is estimated. The
+standard error is averaged over autocorrelations instead, each weighted by how likely the series
+makes it (Zellner and Tiao 1964, J. Am. Stat. Assoc. 59, 763–778, with a flat prior of the logarithm
+of the time scale 1 / (1 - ρ)), and the less they agree, the fewer degrees of freedom Student's t
+gets. Every step is smooth in the data: a small change of the series changes p little.
+
+Net wins are signs of a difference, and signs of an autoregression are none themselves: they stay
+correlated for longer than the next frame tells. So long series are averaged over blocks of frames
+first (batch means; Conway 1963, Management Science 10, 47–61). `mean_interval` does all this,
 `smooth_interval` and `median_interval` for other statistics, `pool_intervals` for several seeds.
 How often they err is measured in `simulation`.
 """
@@ -13,17 +17,17 @@ How often they err is measured in `simulation`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtr, stdtrit
+from scipy.special import digamma, polygamma, stdtr, stdtrit
 
 MIN_FRAMES = 8  # fewer frames tell nothing about autocorrelation
-CAUTION = 1.0  # standard errors that are added to an estimated autocorrelation
-LARGEST = 0.99  # autocorrelation at most
-BLOCKS = (4, 8)  # frames of a block whose mean is one value
-MIN_BLOCKS = 16  # fewer cost more power than they save errors
+SLOWEST = 100.0  # frames: the longest time scale 1 / (1 - ρ) that is reckoned with
+TIME_SCALES = 21  # from 1 frame to the slowest, evenly in the logarithm
+MIN_BLOCKS = 44  # of a series that is averaged over blocks of frames; shorter ones are left as is
 
 
 @dataclass(frozen=True)
@@ -53,70 +57,101 @@ class Interval:
         return max(above, self.p_below(margin)) < level
 
 
-def lag_one(series: np.ndarray, *, caution: float = CAUTION) -> np.ndarray:
-    """Autocorrelation at lag 1 over the last axis, cautiously estimated.
+class _Models(NamedTuple):
+    """First-order autoregressions of n values and unit variance, one of each time scale.
 
-    The estimate r of a series of n lies about (1 + 3ρ) / n below ρ, which is corrected (Kendall
-    1954), and one that is above 0 gets `caution` standard errors √((1 - ρ²) / n + 4 / n²) on top
-    (at most its own size), since one that is too low costs more; the second term stands for the
-    wider spread near 1. Negative values count as 0, none is above `LARGEST`.
+    basis: [R, n, n] eigenvectors of the correlation matrix. ones: [R, n] a vector of ones in that
+    basis. power: [R, n] eigenvalues. inflation: [R] variance of the mean. prior: [R] logarithm of
+    all factors of the likelihood that do not depend on the data.
+    """
+
+    basis: np.ndarray
+    ones: np.ndarray
+    power: np.ndarray
+    inflation: np.ndarray
+    prior: np.ndarray
+
+    def squares(self, series: np.ndarray) -> np.ndarray:
+        """Generalised sums of squares around the mean: [M, n] → [R, M]."""
+        values = series @ self.basis  # [R, M, n]
+        weights = (1 / self.power)[..., None]
+        precision = (self.ones ** 2 / self.power).sum(axis=1)
+        across = (values @ (weights * self.ones[..., None]))[..., 0]
+        return (values ** 2 @ weights)[..., 0] - across ** 2 / precision[:, None]
+
+
+@lru_cache(maxsize=32)
+def _models(count: int, length: int) -> _Models:
+    """The models of `count` means over blocks of `length` frames."""
+    rho = 1 - 1 / np.geomspace(1, max(4, SLOWEST / length), TIME_SCALES)
+    lags = np.abs(np.subtract.outer(np.arange(count), np.arange(count)))
+    power, basis = np.linalg.eigh(rho[:, None, None] ** lags)
+    power, ones = np.maximum(power, 1e-9), basis.sum(axis=1)
+    prior = -0.5 * (np.log(power).sum(axis=1) + np.log((ones ** 2 / power).sum(axis=1)))
+    return _Models(basis, ones, power, (power * ones ** 2).sum(axis=1) / count ** 2, prior)
+
+
+def mean_statistics(series: npt.ArrayLike, *, least_variance: float = 0.0
+                    ) -> tuple[np.ndarray, ...]:
+    """(mean, standard error, degrees of freedom, effective size) over the last axis [..., n].
+
+    With a model's autocorrelation, the variance of the mean is scaled inverse chi-squared with
+    n - 1 degrees of freedom. The mixture of all models is replaced by the one such distribution
+    whose logarithm has the same mean and variance (as Smyth 2004, Stat. Appl. Genet. Mol. Biol.
+    3, 3, fits them). A missing variance is then added to it.
 
     Args:
-        series: [..., n], n of at least 4.
+        series: [..., n] values in order of time.
+        least_variance: of the values, for those that are bounded and may all be equal; what their
+            own is short of it is added as white noise.
     """
     series = np.asarray(series, np.float64)
-    series = series - series.mean(axis=-1, keepdims=True)
-    count, power = series.shape[-1], (series ** 2).sum(axis=-1)
-    raw = (series[..., 1:] * series[..., :-1]).sum(axis=-1) / np.maximum(power, 1e-30)
-    rho = np.clip((count * raw + 1) / (count - 3), 0, 0.99)
-    error = caution * np.sqrt((1 - rho ** 2) / count + 4 / count ** 2)
-    raised = np.minimum(rho + np.minimum(error, rho), LARGEST)
-    return np.where((power > 1e-24) & (rho > 0), raised, 0.0)
+    count, lead = series.shape[-1], series.shape[:-1]
+    flat = series.reshape(-1, count)
+    mean, variance = flat.mean(axis=1), flat.var(axis=1)
+    missing = np.maximum(least_variance - variance, 0)
+    length = max(1, count // MIN_BLOCKS)
+    blocks = count // length
+    first = (count - blocks * length) // 2
+    values = (flat - mean[:, None])[:, first:first + blocks * length]
+    values = values.reshape(-1, blocks, length).mean(axis=2)
+
+    models, freedom = _models(blocks, length), blocks - 1
+    squares = np.maximum(models.squares(values), 1e-30)  # [R, M]
+    weights = models.prior[:, None] - freedom / 2 * np.log(squares)
+    weights = np.exp(weights - weights.max(axis=0))
+    weights /= weights.sum(axis=0)
+    logs = np.log(squares / freedom * models.inflation[:, None])  # of the mean's variance
+    centre = (weights * logs).sum(axis=0)
+    spread = (weights * (logs - centre) ** 2).sum(axis=0)
+    half = _inverse_trigamma(spread + polygamma(1, freedom / 2))
+    own = np.exp(centre - digamma(freedom / 2) + np.log(freedom / 2) + digamma(half) - np.log(half))
+    own = np.where(variance > 1e-24, own, 0)
+    error, half = _add_variances(own, half, missing / count, (count - 1) / 2)
+    size = np.where(error > 0, 1 + (variance + missing) / np.maximum(error, 1e-30), count)
+    return tuple(x.reshape(lead) for x in (mean, np.sqrt(error), 2 * half,
+                                           np.minimum(size, count)))
 
 
-def variance_inflation(count: int, rho: Any) -> np.ndarray | float:
-    """Variance of the mean of `count` values of an AR(1), times count, for unit variance."""
-    return (1 + rho) / (1 - rho) - 2 * rho * (1 - rho ** count) / (count * (1 - rho) ** 2)
+def _add_variances(a, freedom_a, b, freedom_b):
+    """(sum, degrees of freedom by Satterthwaite 1946)"""
+    total = a + b
+    share = np.where(total > 0, a / np.maximum(total, 1e-30), 0)
+    return total, 1 / (share ** 2 / freedom_a + (1 - share) ** 2 / freedom_b)
+
+
+def _inverse_trigamma(values):
+    """Newton's iteration of Smyth 2004."""
+    found = 0.5 + 1 / values
+    for _ in range(8):
+        there = polygamma(1, found)
+        found = found + there * (1 - there / values) / polygamma(2, found)
+    return found
 
 
 def effective_size(series: np.ndarray) -> np.ndarray:
     """Independent values whose mean varies as that of a series, over the last axis [..., n]."""
     return mean_statistics(series)[3]
-
-
-def mean_statistics(series: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(mean, standard error, degrees of freedom, effective size) over the last axis [..., n].
-
-    The last three from the values themselves, or from means over blocks of `BLOCKS` frames (the
-    frames that are left over at the ends go without) where that standard error is larger; these
-    are less noisy, so that they go without `CAUTION`. There is always at least one degree of
-    freedom.
-    """
-    series = np.asarray(series, np.float64)
-    found = _spread(series, CAUTION)
-    count = series.shape[-1]
-    for length in BLOCKS:
-        blocks = count // length
-        if blocks < MIN_BLOCKS:
-            break
-        first = (count - blocks * length) // 2
-        means = series[..., first:first + blocks * length].reshape(
-            *series.shape[:-1], blocks, length).mean(axis=-1)
-        other = _spread(means, 0.0)
-        found = tuple(np.where(other[0] > found[0], b, a) for a, b in zip(found, other))
-    return series.mean(axis=-1), *found
-
-
-def _spread(series, caution):
-    """(standard error of the mean, degrees of freedom, effective size) over the last axis.
-
-    The sample variance of a persistent series is too small by its mean's own variance, which is
-    put right.
-    """
-    count = series.shape[-1]
-    size = count / variance_inflation(count, lag_one(series, caution=caution))
-    variance = series.var(axis=-1) / size / np.maximum(1 - 1 / size, 0.05)
-    return np.sqrt(variance), np.maximum(size - 1, 1), size
 
 
 def mean_interval(series: np.ndarray, *, level: float = 0.95, least_variance: float = 0.0
@@ -128,7 +163,7 @@ def mean_interval(series: np.ndarray, *, level: float = 0.95, least_variance: fl
 
     Args:
         series: [n] values in order of time.
-        least_variance: of the values, for those that are bounded and may all be equal.
+        least_variance: see `mean_statistics`.
     Raises:
         ValueError: fewer than 8 values, or NaN.
     """
@@ -138,8 +173,8 @@ def mean_interval(series: np.ndarray, *, level: float = 0.95, least_variance: fl
                          " autocorrelation cannot be estimated; hold out more frames")
     if not np.isfinite(series).all():
         raise ValueError("the series holds NaN or infinite values; look for NaN embeddings")
-    mean, error, freedom, size = (float(x) for x in mean_statistics(series))
-    error = max(error, np.sqrt(least_variance / size))
+    mean, error, freedom, size = (float(x) for x in mean_statistics(
+        series, least_variance=least_variance))
     return make_interval(mean, error, freedom, level=level, size=size, count=len(series))
 
 

@@ -31,18 +31,18 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ConvNeXtBlock(nn.Module):
-    """k×k depthwise convolution and a two-layer perceptron per pixel, residual.
+    """7×7 depthwise convolution and a two-layer perceptron per pixel, residual.
 
-    ConvNeXt (Liu et al. 2022, arXiv 2201.03545), layer scale starting at `scale`.
+    ConvNeXt (Liu et al. 2022, arXiv 2201.03545), layer scale starting at 1e-6.
     """
 
-    def __init__(self, width: int, *, kernel: int = 7, scale: float = 1e-6):
+    def __init__(self, width: int):
         super().__init__()
-        self.depthwise = nn.Conv2d(width, width, kernel, padding=(kernel - 1) // 2, groups=width)
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
-        self.scale = nn.Parameter(torch.full((width,), scale))
+        self.scale = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         y = self.depthwise(x).permute(0, 2, 3, 1)  # [B, H, W, C]
@@ -91,45 +91,6 @@ class UpBlock(nn.Module):
                                            multiple=self.multiple, group=self.stride**2)
         x = F.conv2d(x, weight, bias, padding=self.conv.padding)
         return self.act(self.norm(F.pixel_shuffle(x, self.stride)))
-
-
-class UpConvNeXt(nn.Module):
-    """1×1 convolution to the width, bilinear upsampling by s, ConvNeXt block.
-
-    As in HiNeRV (arXiv 2306.09818) parameters go into widths, not into positions of a pixel
-    shuffle. A deviation: widths shrink before the upsampling, which gives the same as after it and
-    takes 1/s² of the work.
-    """
-
-    def __init__(self, in_width: int, width: int, *, stride: int, kernel: int):
-        super().__init__()
-        self.project = nn.Conv2d(in_width, width, 1) if stride > 1 or in_width != width else \
-            nn.Identity()
-        self.stride = stride
-        self.block = ConvNeXtBlock(width, kernel=kernel, scale=1.0)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, width, s·H, s·W]
-        return self.block(upsample_bilinear(self.project(x), self.stride))
-
-
-def upsample_bilinear(x: Tensor, factor: int) -> Tensor:
-    """`F.interpolate(x, scale_factor=factor, mode="bilinear")` of [B, C, H, W].
-
-    From shifted copies: its backward pass adds nothing atomically, so it is the same at every call,
-    and compilers fuse it.
-    """
-    if factor == 1:
-        return x
-    x = x.permute(0, 2, 3, 1)
-    for dim in (1, 2):
-        size, phases = x.shape[dim], []
-        before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, size - 1)], dim)
-        after = torch.cat([x.narrow(dim, 1, size - 1), x.narrow(dim, size - 1, 1)], dim)
-        for phase in range(factor):
-            distance = (phase + 0.5) / factor - 0.5  # from the input's pixel, in its pixels
-            phases.append(torch.lerp(x, before if distance < 0 else after, abs(distance)))
-        x = torch.stack(phases, dim + 1).flatten(dim, dim + 1)
-    return x.permute(0, 3, 1, 2)
 
 
 def pad_convolution(weight: Tensor, bias: Tensor, *, in_width: int, multiple: int, group: int = 1

@@ -6,7 +6,6 @@ authors' implementation: `from_hnerv_state` renames its weights, which then give
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import math
 import re
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from hnerv_clip.config import ConfigError, ModelConfig, clip_stages, embed_kind, resolve_model
 from hnerv_clip.heads.clip import ClipHead
 from hnerv_clip.heads.rgb import RgbHead
-from hnerv_clip.layers import Encoder, Stem, UpBlock, UpConvNeXt, sinusoids
+from hnerv_clip.layers import Encoder, Stem, UpBlock, sinusoids
 from hnerv_clip.sizes import choose_strides
 
 
@@ -64,10 +63,9 @@ class HNeRV(nn.Module):
         for i, stride in enumerate(config.dec_strds):
             width_in, width = plan.widths[i], plan.widths[i + 1]
             for block in range(config.num_blks[1]):
-                sizes = {"in_width": width if block else width_in, "width": width,
-                         "stride": 1 if block else stride, "kernel": plan.kernels[i]}
-                layers.append(UpBlock(**sizes, norm=config.norm, act=config.act) if
-                              config.conv_type[1] == "pshuffel" else UpConvNeXt(**sizes))
+                layers.append(UpBlock(width if block else width_in, width,
+                                      stride=1 if block else stride, kernel=plan.kernels[i],
+                                      norm=config.norm, act=config.act))
         self.decoder = nn.Sequential(*layers)
         self.rgb_head = RgbHead(plan.widths[-1], out_bias=config.out_bias, frame_hw=frame_hw,
                                 pads=plan.pads)
@@ -272,8 +270,6 @@ def plan_model(config: ModelConfig, *, frame_hw: tuple[int, int], frame_count: i
     plan = Plan(widths=[], kernels=kernels, unfold=unfold, embed_channels=channels,
                 embed_values=values, base=base, levels=levels, frame_hw=tuple(frame_hw),
                 padded_hw=padded_hw, output_hw=out_hw)
-    if config.conv_type[1] == "convnext":
-        return _fit_width(config, plan, frame_hw=frame_hw, frame_count=frame_count)
     by_stride = config.reduce == -1
     # Block i holds s²·k²·w_i·w_(i+1) weights, with w_i ≈ w₀ / rⁱ
     r = up ** (0.5 / len(config.dec_strds)) if by_stride else config.reduce
@@ -296,31 +292,6 @@ def _narrow(width: int, config: ModelConfig) -> list[int]:
         reduction = math.sqrt(stride) if config.reduce == -1 else config.reduce
         widths.append(int(max(round(widths[-1] / reduction), config.lower_width)))
     return widths
-
-
-def _fit_width(config: ModelConfig, plan: Plan, *, frame_hw: tuple[int, int], frame_count: int
-               ) -> Plan:
-    """The widest plan whose stored values, counted exactly with biases and heads, fit `modelsize`.
-
-    Raises:
-        ConfigError: not even a width of 1 does.
-    """
-    def stored(width: int) -> int:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a frame size that the decoder is resized to
-            return HNeRV(config, frame_hw=frame_hw, frame_count=frame_count,
-                         plan=dataclasses.replace(plan, widths=_narrow(width, config))
-                         ).part_sizes()["stored"]
-
-    budget = config.modelsize * 1e6
-    if stored(1) > budget:
-        raise ConfigError(f"modelsize={config.modelsize} is too small: use at least "
-                          f"{stored(1) / 1e6:.3f}")
-    fits, above = 1, 2
-    while stored(above) <= budget:
-        fits, above = above, 2 * above
-    width = bisect.bisect_right(range(fits, above), budget, key=stored) + fits - 1
-    return dataclasses.replace(plan, widths=_narrow(width, config))
 
 
 def _check_padding(config: ModelConfig, frame_hw: tuple[int, int]) -> tuple[int, int]:

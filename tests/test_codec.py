@@ -341,20 +341,3 @@ def fuzz(count, *, seed):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "'refused'" in done.stdout
-
-
-def test_a_convnext_decoder_is_stored_and_exported(small_config, small_dataset, tmp_path):
-    config = small_config.replace(conv_type="convnext convnext", ks="0_3_5")
-    model = build_model(config.model, frame_hw=small_dataset.video.frame_hw,
-                        frame_count=len(small_dataset.video.frames)).eval()
-    path = tmp_path / "v.hnerv"
-    store_video(model, small_dataset, path, config=config)
-    stored, embeddings = decode_video(path)
-    with torch.inference_mode():
-        own = embed_frames(model, small_dataset)
-        difference = stored.rgb(stored.features(embeddings)) - model.rgb(model.features(own))
-    assert stored.plan == model.plan and difference.abs().max() < 0.05
-    pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    from hnerv_clip.stored.export import export_onnx
-
-    assert max(export_onnx(path, tmp_path / "d.onnx").values()) < 1e-4

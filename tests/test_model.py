@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.layers import sinusoids, upsample_bilinear
+from hnerv_clip.layers import sinusoids
 from hnerv_clip.model import build_model, from_hnerv_state
 
 PAPER = Config.from_params()  # 640×1280, 1.5 M, as in HNeRV's table for Bunny
@@ -175,49 +175,6 @@ def test_padding_channels_changes_nothing():
     for a, b in zip((*plain, *grads), (*padded, *padded_grads)):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert model.features(model.embed(frames, times)).shape[1] % 8 == 0
-
-
-CONVNEXT = {"conv_type": "convnext convnext", "ks": "0_3_5"}
-
-
-@pytest.mark.parametrize("factor", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("hw", [(4, 7), (1, 2)])
-def test_upsampling_is_pytorchs_bilinear_one(factor, hw):
-    x = torch.randn(2, 3, *hw, dtype=torch.double, requires_grad=True)
-    expected = F.interpolate(x, scale_factor=factor, mode="bilinear")
-    torch.testing.assert_close(upsample_bilinear(x, factor), expected)
-    weights = torch.randn_like(expected)
-    grads = [torch.autograd.grad((y * weights).sum(), x)[0]
-             for y in (upsample_bilinear(x, factor), F.interpolate(x, scale_factor=factor,
-                                                                   mode="bilinear"))]
-    torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("params", [
-    {}, {"num_blks": "1_2", "reduce": 2, "lower_width": 6}, {"clip_stage": "all"},
-    {"predict_clip": False}, {"embed": "pe_1.25_8"}, {"embed": "xyt_1.25_8"}])
-def test_convnext_decoder_fills_modelsize_exactly(params):
-    """All that is stored counts, biases and heads too; one channel more would be too much."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = small_model(**CONVNEXT, **params)
-    stored = model.part_sizes()["stored"]
-    assert stored == sum(t.numel() for t in model.stored_state().values()) + \
-        model.plan.embed_values
-    assert 0.93 * 50_000 < stored <= 50_000
-    frames, times = inputs()
-    rgb, clip = model(frames, times, torch.tensor([[3.0, 5.0]])
-                      if model.config.predict_clip else None)
-    assert rgb.shape == (2, 3, 80, 160)
-    rgb.sum().backward()
-    assert all(p.grad is not None for p in model.decoder.parameters())
-    assert [s.shape[1:] for s in model.stages(model.embed(frames, times))] == [
-        (w, *model.stage_hw(i)) for i, w in enumerate(model.plan.widths)]
-
-
-def test_a_convnext_decoder_needs_a_size_above_its_smallest():
-    with pytest.raises(ConfigError, match="too small: use at least 0.0"):
-        small_model(**CONVNEXT, modelsize=0.005)
 
 
 def test_output_of_another_size_is_resized_with_one_warning():

@@ -49,7 +49,7 @@ def test_a_search_tries_what_is_known_first_and_goes_on(tmp_path):
                           segments=SEGMENTS)
     assert [trial.state.name for trial in study.trials] == [
         "FAIL", "COMPLETE", "COMPLETE", "WAITING"]
-    assert [t.params["decoder"] for t in study.trials[1:3]] == ["pshuffel", "convnext"]
+    assert [t.params["optimizer"] for t in study.trials[1:3]] == ["muon", "adam"]
     for trial in study.trials[1:3]:
         assert recipe.sized_config(TINY, trial.user_attrs["settings"])
         assert trial.value == pytest.approx(

@@ -10,8 +10,7 @@ from hnerv_clip.stored.windows import clip_at
 
 @pytest.mark.parametrize("changes", [
     {}, {"num_blks": "1_2"}, {"clip_stage": "all"}, {"clip_stage": "1_2"}, {"norm": "bn"},
-    {"act": "softplus", "ks": "0_3_7"}, {"clip_pool": 0.3}, {"embed": "pe_1.25_8", "fc_hw": "2_4"},
-    {"conv_type": "convnext convnext", "ks": "0_3_5"}])
+    {"act": "softplus", "ks": "0_3_7"}, {"clip_pool": 0.3}, {"embed": "pe_1.25_8", "fc_hw": "2_4"}])
 def test_windows_give_what_the_whole_frame_gives(changes):
     config = Config.from_params(**{"data_path": "clip.mp4",
         "enc_strds": "5 4 2 2", "dec_strds": "5 4 2 2", "enc_dim": "8_4", "modelsize": 0.03,

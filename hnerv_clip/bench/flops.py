@@ -33,12 +33,10 @@ def count_work(config: ModelConfig, plan: Plan, *, frame_hw: tuple[int, int],
              ) -> tuple[int, int]:  # `scale`: input cells of an output cell
         return width_in * width * kernel_area * cells, (width_in * scale + width) * cells
 
-    def convnext(width: int, cells: int, kernel: int = 7) -> list[tuple[int, int]]:
-        return [(kernel**2 * width * cells, 2 * width * cells), conv(width, 4 * width, 1, cells),
-                conv(4 * width, width, 1, cells)]
-
     def blocks(width: int, cells: int) -> list[tuple[int, int]]:
-        return config.num_blks[0] * convnext(width, cells)
+        return config.num_blks[0] * [
+            (7**2 * width * cells, 2 * width * cells), conv(width, 4 * width, 1, cells),
+            conv(4 * width, width, 1, cells)]
 
     parts: dict[str, list[tuple[int, int]]] = {}
     kind = embed_kind(config.embed)
@@ -64,13 +62,8 @@ def count_work(config: ModelConfig, plan: Plan, *, frame_hw: tuple[int, int],
         for block in range(config.num_blks[1]):
             width_in, s = plan.widths[i + (block > 0)], 1 if block else stride
             width, kernel = plan.widths[i + 1], plan.kernels[i]
-            if config.conv_type[1] == "pshuffel":
-                decoder.append(conv(width_in, width * s**2, kernel**2, h * w))
-            elif not block:
-                decoder.append(conv(width_in, width, 1, h * w))
+            decoder.append(conv(width_in, width * s**2, kernel**2, h * w))
             h, w = h * s, w * s
-            if config.conv_type[1] == "convnext":
-                decoder += convnext(width, h * w, kernel)
     parts["decoder"] = decoder
     width = plan.widths[-1]
     parts["rgb_head"] = [conv(width, 3, 9, h * w)]

@@ -9,7 +9,6 @@ from hnerv_clip.config.settings import (
     ACTIVATIONS,
     AUTO,
     CLIP_LOSSES,
-    DECODER_BLOCKS,
     EMBEDS,
     ENGINES,
     HEADS,
@@ -99,10 +98,9 @@ def validate(video: VideoConfig, teacher: TeacherConfig, model: ModelConfig, tra
     if not 0 <= model.clip_pool <= 2:
         raise ConfigError(f"clip_pool={model.clip_pool} must lie between 0 (one pixel) and 2 frame "
                           "heights; 0.7 is the whole default patch")
-    if model.conv_type[0] != "convnext" or model.conv_type[1] not in DECODER_BLOCKS:
+    if model.conv_type != ("convnext", "pshuffel"):
         raise ConfigError(f"conv_type={pack('conv_type', model.conv_type)!r} is not built; "
-                          "use conv_type='convnext pshuffel', the one that HNeRV publishes, or "
-                          "'convnext convnext'")
+                          "use conv_type='convnext pshuffel', the one that HNeRV publishes")
     if model.out_bias not in ("tanh", "sigmoid"):
         _at_least("out_bias", _parse_number("out_bias", model.out_bias), -math.inf)
     for name, low in [("frame_limit", 0), ("frame_stride", 1), ("split_phase", 0),

@@ -13,7 +13,6 @@ EMBEDS = ("", "pe", "xyt")
 ACTIVATIONS = ("relu", "leaky", "leaky01", "relu6", "gelu", "sin", "swish", "softplus", "hardswish")
 NORMS = ("none", "bn", "in")
 OPTIMIZERS = ("adam", "muon")
-DECODER_BLOCKS = ("pshuffel", "convnext")
 BUNDLED, BUNDLED_DIM = "efficientnet-lite0", 1280  # the teacher that needs no download; not CLIP
 TEACHERS = ("clip", BUNDLED)
 ENGINES = ("auto", "plain", "fast")
@@ -99,7 +98,7 @@ class ModelConfig:
     act: str = setting("gelu", "activation of the decoder")
     norm: str = setting("none", "norm of the decoder: none, bn or in")
     conv_type: tuple[str, str] = setting(
-        ("convnext", "pshuffel"), "blocks of encoder and decoder (pshuffel, or convnext on trial)")
+        ("convnext", "pshuffel"), "blocks of encoder and decoder; no others are built")
     out_bias: str = setting("tanh", "tanh, sigmoid, or a number that is added")
     predict_clip: bool = setting(True, "False is the pixel-only baseline")
     clip_dim: int | Auto = setting(AUTO, "values of an embedding; auto: as the teacher gives")

@@ -29,7 +29,7 @@ def clip_at(model: HNeRV, embeddings: Tensor, centres: Tensor) -> Tensor:
         ValueError: a position outside the frame.
     """
     head = model.need_clip_head()
-    if head.clip_pool or model.config.norm == "in" or model.config.conv_type[1] != "pshuffel":
+    if head.clip_pool or model.config.norm == "in":
         # these look at the whole frame, or at windows that are not known here
         return head.at(model.stages(embeddings, last=head.stages[-1]), centres)
     check_positions(centres, model.frame_hw)

@@ -52,15 +52,10 @@ WARM_UP = 8  # steps before the clock starts: they compile and capture
 REPORTS = 4  # of a fit, at which it may be pruned
 STUDY = "recipe"
 SEARCHED_LOSSES = ("L2", "Fusion10")
-# Tried first: what was best so far, of each kind of decoder
-KNOWN = (
-    {"decoder": "pshuffel", "pshuffel_ks": "0_1_5", "pshuffel_reduce": 1.2, "pshuffel_lr": 2e-3,
-     "embedding_channels": 16, "cells": 8, "loss": "L2"},
-    {"decoder": "convnext", "convnext_ks": "0_3_3", "convnext_reduce": 1.7, "convnext_blocks": 1,
-     "convnext_lr": 4e-3, "embedding_channels": 16, "cells": 8, "loss": "L2"},
-    {"decoder": "pshuffel", "pshuffel_ks": "0_1_5", "pshuffel_reduce": 1.2, "pshuffel_lr": 2e-3,
-     "embedding_channels": 8, "cells": 32, "loss": "L2"},
-)
+# Tried first: what was best so far, with either optimizer
+KNOWN = tuple({"optimizer": optimizer, "ks": "0_1_5", "reduce": 1.2, "lr": 2e-3,
+               "embedding_channels": channels, "cells": cells, "loss": "L2"}
+              for optimizer, channels, cells in (("muon", 16, 8), ("adam", 16, 8), ("muon", 8, 32)))
 
 
 class Fit(NamedTuple):
@@ -121,22 +116,14 @@ def fit(config: Config, *, seconds: float, cache_dir: str | Path = "output/cache
 
 def trial_settings(trial: optuna.Trial) -> dict[str, Any]:
     """The settings that a trial stands for, flat, as `sized_config` takes them."""
-    convnext = trial.suggest_categorical("decoder", ["convnext", "pshuffel"]) == "convnext"
-    settings = {"conv_type": f"convnext {'convnext' if convnext else 'pshuffel'}"}
-    if convnext:
-        settings["ks"] = trial.suggest_categorical("convnext_ks", ["0_3_3", "0_3_5", "0_3_7"])
-        settings["reduce"] = trial.suggest_float("convnext_reduce", 1.3, 2.2)
-        settings["num_blks"] = f"1_{trial.suggest_int('convnext_blocks', 1, 3)}"
-        settings["lr"] = trial.suggest_float("convnext_lr", 1e-3, 8e-3, log=True)
-    else:
-        settings["ks"] = trial.suggest_categorical("pshuffel_ks", ["0_1_3", "0_1_5", "0_3_5"])
-        settings["reduce"] = trial.suggest_float("pshuffel_reduce", 1.0, 1.4)
-        settings["lr"] = trial.suggest_float("pshuffel_lr", 1e-3, 3.5e-3, log=True)
     channels = trial.suggest_categorical("embedding_channels", [4, 8, 16, 32])
-    settings["enc_dim"] = f"64_{channels}"
-    settings["cells"] = trial.suggest_categorical("cells", [8, 32, 128])
-    settings["loss"] = trial.suggest_categorical("loss", list(SEARCHED_LOSSES))
-    return settings
+    return {"optimizer": trial.suggest_categorical("optimizer", ["adam", "muon"]),
+            "ks": trial.suggest_categorical("ks", ["0_1_3", "0_1_5", "0_3_5"]),
+            "reduce": trial.suggest_float("reduce", 1.0, 1.4),
+            "lr": trial.suggest_float("lr", 1e-3, 4e-3, log=True),
+            "enc_dim": f"64_{channels}",
+            "cells": trial.suggest_categorical("cells", [8, 32, 128]),
+            "loss": trial.suggest_categorical("loss", list(SEARCHED_LOSSES))}
 
 
 def sized_config(video: dict[str, Any], settings: dict[str, Any]) -> Config:

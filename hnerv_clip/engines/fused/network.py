@@ -25,8 +25,6 @@ BUILD_ERRORS = (triton.TritonError, OSError, RuntimeError, subprocess.CalledProc
 def unsupported(model: HNeRV) -> str | None:
     """What of a model the kernels do not support, or None where they do all of it."""
     config = model.config
-    if config.conv_type[1] != "pshuffel":
-        return f"decoder blocks of conv_type={' '.join(config.conv_type)!r}"
     if config.act not in ACTIVATIONS or config.norm != "none":
         return (f"act={config.act!r} with norm={config.norm!r} (they know "
                 f"{', '.join(ACTIVATIONS)} without a norm)")

@@ -37,7 +37,7 @@ class Dataset:
     mask: Tensor | None = None  # float32 [H, W], 0 where pixels are hidden from the run
 
     def facts(self) -> pd.DataFrame:
-        """What a reader needs to know of it, as a table of values by name."""
+        """A description of the data, as a table of values by name."""
         height, width = self.video.frame_hw
         rows = {
             "video": self.video.name,
@@ -57,7 +57,7 @@ class Dataset:
 
 
 def resolve_config(config: Config, video: Video | None = None) -> Config:
-    """A configuration with all that is `auto` chosen for its teacher and its video.
+    """A configuration with every `auto` resolved for its teacher and its video.
 
     Args:
         video: its video, else one frame of it is read where the size is needed.
@@ -96,7 +96,7 @@ def prepare_dataset(config: Config, cache_dir: str | Path = "output/cache", *,
     A pixel-only run (`predict_clip=False`) takes cached embeddings, or goes without.
 
     Args:
-        video: the video, where it is decoded already.
+        video: the video, if it is already decoded.
     Raises:
         ConfigError: see `load_video`, `make_grid` and `load_teacher`; or the teacher's dimension
             is not `clip_dim`.
@@ -116,7 +116,7 @@ def load_dataset(config: Config, cache_dir: str | Path = "output/cache", *,
     """Load the video and its cached teacher embeddings; never runs a teacher.
 
     Args:
-        video: the video, where it is decoded already.
+        video: the video, if it is already decoded.
     Raises:
         ConfigError: as `prepare_dataset`, or the embeddings are not cached.
     """
@@ -152,7 +152,7 @@ def _check_dim(config: Config, label: str) -> None:
 
 
 def inpainting_mask(frame_hw: tuple[int, int], size: int) -> Tensor | None:
-    """1 everywhere but in five boxes: the centre and the four quarter points, as in HNeRV.
+    """1 everywhere but in five boxes: the center and the four quarter points, as in HNeRV.
 
     Args:
         size: side of a box, in pixels (an odd one loses a pixel); 0 for no boxes.

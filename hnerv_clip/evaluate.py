@@ -1,4 +1,4 @@
-"""What a model is worth: one table, a row per frame, variant and way of getting the embedding.
+"""Evaluation of a model: one table, a row per frame, variant and way of getting the embedding.
 
 `variant`: the weights `trained`, or `quantised`, decoded from the file that `codec` wrote.
 `source`: how a frame's embedding was obtained. `encoder`: the hybrid model saw the frame itself.
@@ -134,7 +134,7 @@ def evaluate_model(model: HNeRV, dataset: Dataset, *, variant: str = "trained",
 
 @torch.inference_mode()
 def warm_up(model: HNeRV, dataset: Dataset) -> None:
-    """Evaluate some frames for nothing: the libraries of the plain model take seconds to load."""
+    """Evaluate some frames and discard the result: the plain model's libraries load slowly."""
     frames = np.arange(min(BATCH, model.frame_count))
     evaluate_embeddings(model, dataset, embed_frames(model, dataset, frames), frames)
 

@@ -1,4 +1,4 @@
-"""What a trained network gives: per-frame embeddings, frames, CLIP embeddings.
+"""Outputs of a trained network: per-frame embeddings, frames, CLIP embeddings.
 
 `source`: how a frame's embedding was obtained. `encoder`: the hybrid model saw the frame itself.
 `interpolated`: from the embeddings of the training frames around it, so it is a prediction.
@@ -38,7 +38,7 @@ def embed_frames(model: HNeRV, dataset: Dataset, chosen: np.ndarray | None = Non
 
 
 def interpolate_embeddings(embeddings: Tensor, train: np.ndarray) -> Tensor:
-    """Replace the embeddings of all but the training frames by what lies between those.
+    """Replace the embeddings of all but the training frames by interpolation between those.
 
     Args:
         embeddings: [T, C, h, w]; rows outside `train` are not read.
@@ -53,7 +53,7 @@ def interpolate_embeddings(embeddings: Tensor, train: np.ndarray) -> Tensor:
 
 
 def sources_of(model: HNeRV) -> tuple[str, ...]:
-    """How this model's embeddings can be obtained."""
+    """The sources from which this model's embeddings can be obtained."""
     return ("encoder", "interpolated") if model.kind == "hybrid" else ("coordinates",)
 
 
@@ -133,8 +133,8 @@ def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", dev
 
     Args:
         needs_head: refuse a run without the CLIP head, before its weights are looked for.
-        data_path: where its video lies now; by default where it was.
-        dataset: its data, where they are loaded already.
+        data_path: the path of its video, if that has changed.
+        dataset: its data, if already loaded.
     Raises:
         RunError: no run there, a damaged or foreign checkpoint, no video, or another one's frames.
         ConfigError: the teacher's embeddings are not in `cache_dir`; or there is no head where one

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hnerv_clip.config import Config, ConfigError, parse_lr_type
 from hnerv_clip.model import HNeRV
+from hnerv_clip.patches import linear_weights
 
 # Each pixel loss as weights of its terms; the Fusion mixtures are HNeRV's.
 PIXEL_LOSSES: dict[str, dict[str, float]] = {
@@ -197,7 +198,7 @@ class ClipObjective:
 
     def _target_at(self, target: Tensor, positions: Tensor) -> Tensor:
         """The teacher's embeddings [B, P, D] interpolated, bilinearly, at positions [B, P, 2]."""
-        rows, cols = (_axis_weights(positions[..., axis], known)
+        rows, cols = (linear_weights(positions[..., axis], known)
                       for axis, known in enumerate(self.axes))
         weights = (rows[..., :, None] * cols[..., None, :]).flatten(-2)  # [B, P, P]
         # a sum, not a product of matrices, which autocast would compute in half precision
@@ -210,16 +211,6 @@ class ClipObjective:
             self.centres.numel(), device=indices.device)
         noise = _scramble(_scramble(counter) + step).double() / 2**32
         return ((2 * noise - 1) * self.jitter).float().view(len(indices), -1, 2)
-
-
-def _axis_weights(positions: Tensor, known: Tensor) -> Tensor:
-    """Shares [..., n] of n known coordinates, in rising order, in linear interpolation [...]."""
-    if len(known) == 1:
-        return torch.ones_like(positions)[..., None]
-    left = ((positions[..., None] >= known).sum(-1) - 1).clamp(0, len(known) - 2)
-    share = (positions - known[left]) / (known[left + 1] - known[left])
-    left, at = left[..., None], torch.arange(len(known), device=known.device)
-    return (at == left) * (1 - share[..., None]) + (at == left + 1) * share[..., None]
 
 
 def _scramble(x: Tensor) -> Tensor:

@@ -6,10 +6,8 @@ frame of H rows and W columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,9 +178,18 @@ def cut_patches(frames: Tensor, grid: PatchGrid) -> Tensor:
                         for top in grid.tops for left in grid.lefts], dim=1)
 
 
-def linear_weights(wanted: Sequence[float], known: Sequence[float]) -> np.ndarray:
-    """Shares of K known coordinates, rising, in linear interpolation at N wanted: [N, K].
+def linear_weights(wanted: Tensor, known: Tensor) -> Tensor:
+    """Weights of known coordinates in linear interpolation, constant beyond the first and the last.
 
-    Constant beyond the first and the last.
+    Args:
+        wanted: [...] floating point.
+        known: [K], in rising order.
+    Returns:
+        [..., K].
     """
-    return np.stack([np.interp(wanted, known, one) for one in np.eye(len(known))], axis=1)
+    if len(known) == 1:
+        return torch.ones_like(wanted)[..., None]
+    left = ((wanted[..., None] >= known).sum(-1) - 1).clamp(0, len(known) - 2)
+    share = ((wanted - known[left]) / (known[left + 1] - known[left])).clamp(0, 1)
+    left, at = left[..., None], torch.arange(len(known), device=known.device)
+    return (at == left) * (1 - share[..., None]) + (at == left + 1) * share[..., None]

@@ -1,7 +1,7 @@
 """What `auto` means: strides, padding and patch positions for a frame of any size.
 
 All of it depends on height and width alone, and the size of the network for `encode` on the number
-of frames, too. At the sizes of HNeRV's paper it gives the paper's values: at 640×1280 strides of
+of frames as well. At the sizes of HNeRV's paper it gives the paper's values: at 640×1280 strides of
 5 4 4 2 2, no padding, and 2×4 patches; for 132 such frames 1.5 M values.
 """
 

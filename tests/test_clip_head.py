@@ -9,9 +9,9 @@ from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.evaluate import store_video
 from hnerv_clip.inference import load_run, predict_embeddings
-from hnerv_clip.losses import TEMPERATURE, ClipObjective, _axis_weights, contrastive_loss
+from hnerv_clip.losses import TEMPERATURE, ClipObjective, contrastive_loss
 from hnerv_clip.model import build_model
-from hnerv_clip.patches import axis_shares
+from hnerv_clip.patches import axis_shares, linear_weights
 from hnerv_clip.train import train
 
 HEADS = [{}, {"clip_stage": "1"}, {"clip_stage": "0_2"}, {"clip_stage": "all"},
@@ -194,7 +194,7 @@ def test_a_moved_positions_target_is_interpolated(small_config, small_dataset):
     expected = torch.stack([0.75 * own[0, 1] + 0.25 * own[0, 2], own[0, 6], own[0, 0] + own[0, 4]])
     torch.testing.assert_close(found[0], F.normalize(expected, dim=1))
     alone = torch.stack([torch.full((3,), 5.0), torch.tensor([1.0, 5.0, 9.0])], 1)
-    assert torch.equal(_axis_weights(alone[:, 1], torch.tensor([5.0])), torch.ones(3, 1))
+    assert torch.equal(linear_weights(alone[:, 1], torch.tensor([5.0])), torch.ones(3, 1))
     limits = []
     clip.model.clip_head.at_cells = lambda stages, cells: own.expand(12, -1, -1)
     clip.model.clip_head.cells = limits.append

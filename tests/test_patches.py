@@ -1,8 +1,15 @@
+import numpy as np
 import pytest
 import torch
 
 from hnerv_clip.config import ConfigError, TeacherConfig
-from hnerv_clip.patches import axis_shares, cut_patches, feature_index, make_grid
+from hnerv_clip.patches import (
+    axis_shares,
+    cut_patches,
+    feature_index,
+    linear_weights,
+    make_grid,
+)
 
 
 def test_settled_geometry():
@@ -103,3 +110,12 @@ def test_cut_patches():
         assert torch.equal(patches[:, index], frames[..., top:top + height, left:left + width])
     with pytest.raises(ValueError, match="160×320"):
         cut_patches(frames[..., :-1], grid)
+
+
+def test_linear_weights_are_those_of_interpolation():
+    """Between, at and beyond the known coordinates, against NumPy's interpolation."""
+    wanted = torch.tensor([-3.0, 0, 1, 4.5, 7, 9], dtype=torch.float64)
+    known = torch.tensor([0, 2, 7])
+    expected = np.stack([np.interp(wanted, known, one) for one in np.eye(3)], axis=1)
+    assert np.allclose(linear_weights(wanted, known).numpy(), expected)
+    assert linear_weights(wanted, known[:1]).shape == (6, 1)

@@ -162,7 +162,7 @@ def _counted(config: Config, dataset: Dataset) -> dict[str, float]:
 
 
 def measure_profile(bench: Bench) -> Iterator[dict[str, Any]]:
-    """The parts of a training step, by the plain engine and on a GPU by the fused one, too."""
+    """The parts of a training step, by the plain engine, and on a GPU also by the fused one."""
     config = bench.config.replace(embed="", predict_clip=True)
     if bench.on_gpu:
         config = config.replace(precision="bf16")

@@ -2,7 +2,7 @@
 
 `measure_scaling` trains through `launch` in processes of this machine, one task a GPU (on a CPU:
 ranks over gloo), and writes `scaling.json` as it goes: a part that is there is not measured again,
-and what a time limit interrupts goes on from its last finished run.
+and what a time limit interrupts resumes after its last finished run.
 """
 
 from __future__ import annotations

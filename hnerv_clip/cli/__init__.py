@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             args.config = Config.from_params(**args.settings)
         args.command(args)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes from here", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `hnerv-clip settings | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = add("pages", _pages, "make anew what README and book take from book/results")
     made.add_argument("--execute", action=argparse.BooleanOptionalAction, default=True,
-                      help="execute the notebooks over book/results (10 to 20), too")
+                      help="also execute the notebooks over book/results (10 to 20)")
     made.add_argument("--fidelity", nargs="+", metavar="RUN", help=
                       "first collect book/results/fidelity.json from these finished runs")
     made.add_argument("--quick", metavar="FOLDER", help=

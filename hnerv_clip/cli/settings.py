@@ -12,8 +12,8 @@ SHORT = {"b": "batch_size", "batchSize": "batch_size", "e": "epochs", "d": "dist
 INSTEAD = {
     "distributed": "add --gpus_per_node N, and --cluster local or slurm",
     "eval_only": "use `hnerv-clip evaluate OUTF`",
-    "resume": "a run in the same --outf goes on by itself",
-    "weight": "a run in the same --outf goes on by itself",
+    "resume": "a run in the same --outf resumes by itself",
+    "weight": "a run in the same --outf resumes by itself",
     "vid": "--outf names the run, --data_path the video",
 }
 

@@ -48,12 +48,12 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
     study.add_argument("--workers", type=int, default=0, help="processes, spread over the GPUs (0: "
                                                               "one on each, or one on the CPU)")
     study.add_argument("--minutes", type=float, default=float("inf"), help=
-                       "stop after so many, the next call goes on; 0 only gathers what is there")
+                       "stop after so many; the next call resumes; 0 only gathers existing results")
     study.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
-                       help="put every run to the verification, too")
+                       help="also verify every run")
     study.add_argument("--csv", help="write the table of results here")
     study.add_argument("--pack", help="write all but the checkpoints here, a .tar.xz; the book's "
-                                      "plan goes on from it on another machine")
+                                      "plan resumes from it on another machine")
     study.add_argument("--out", default="book/results", help="folder of the book's results")
     scale = add("scale", _scale, "measure what several GPUs give on this machine; settings as for "
                 "train, by default the paper's network with the bundled teacher, 40 epochs")

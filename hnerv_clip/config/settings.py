@@ -47,7 +47,7 @@ class VideoConfig:
 
     data_path: str = setting("bunny", "bunny, bikes, carphone, a video file, or a folder of images")
     crop_list: tuple[int, int] | None = setting(
-        None, "centre crop, height_width; auto: whole, but bunny")
+        None, "center crop, height_width; auto: the whole frame, except for bunny")
     resize_list: tuple[int, int] | None = setting(
         None, 'antialiased resize after the crop; "" for none')
     frame_limit: int = setting(0, "use the first so many frames after striding; 0 for all")
@@ -80,14 +80,15 @@ class ModelConfig:
     """The network. The width is solved from `modelsize`."""
 
     embed: str = setting("", '"" hybrid, pe_BASE_LEVELS (time), xyt_BASE_LEVELS (coordinates)')
-    enc_strds: tuple[int, ...] | Auto = setting(AUTO, "encoder strides; auto: for the frame's size")
+    enc_strds: tuple[int, ...] | Auto = setting(
+        AUTO, "encoder strides; auto: chosen for the frame size")
     enc_dim: tuple[int, float] = setting(
         (64, 16), "encoder width, embedding channels (<1: share of size)")
     dec_strds: tuple[int, ...] | Auto = setting(
-        AUTO, "decoder upsampling factors; auto: as enc_strds")
+        AUTO, "decoder upsampling factors; auto: same as enc_strds")
     fc_hw: tuple[int, int] | Auto = setting(AUTO, "base resolution of coordinate embeddings")
     pad_list: tuple[int, int] | Auto | None = setting(
-        AUTO, "frame with repeated edges, as the strides ask")
+        AUTO, "padded size (edges repeated); auto: what the strides divide")
     ks: tuple[int, int, int] = setting(
         (0, 1, 5), "kernel sizes: unused, first and largest decoder kernel")
     num_blks: tuple[int, int] = setting((1, 1), "ConvNeXt blocks and decoder blocks per stage")
@@ -99,23 +100,23 @@ class ModelConfig:
     norm: str = setting("none", "norm of the decoder: none, bn or in")
     conv_type: tuple[str, str] = setting(
         ("convnext", "pshuffel"), "blocks of encoder and decoder; no others are built")
-    out_bias: str = setting("tanh", "tanh, sigmoid, or a number that is added")
+    out_bias: str = setting("tanh", "output function: tanh, sigmoid, or a constant that is added")
     predict_clip: bool = setting(True, "False is the pixel-only baseline")
-    clip_dim: int | Auto = setting(AUTO, "values of an embedding; auto: as the teacher gives")
+    clip_dim: int | Auto = setting(AUTO, "values of an embedding; auto: as many as the teacher's")
     clip_stage: str = setting(
         "last", "what feeds the CLIP head: last, all, or stages as 1_3 (0: the stem)")
     clip_pool: float = setting(
-        0.0, "side of the square it averages, in frame heights; 0 for one pixel")
+        0.0, "side of the square that the head averages over, in frame heights; 0: a pixel")
     head: str = setting(
         "original", "original (at patch centers, with lambda), or field (any box, frozen)")
     field_rank: int = setting(
-        96, "values that a field's output basis combines; more is better and larger")
+        96, "rank of a field's output basis; higher is better and larger")
     field_hidden: int = setting(128, "width of a field's perceptron")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How it is fitted, and how it is measured."""
+    """How the network is trained and evaluated."""
 
     epochs: int = setting(300, "passes over the training frames")
     batch_size: int = setting(2, "frames per step and rank")
@@ -123,23 +124,24 @@ class TrainConfig:
     lr_type: str = setting("cosine_0.1_1_0.1", "cosine_WARMUP-SHARE_POWER_START-FACTOR")
     optimizer: str = setting(
         "adam", "adam, or muon for the decoder's weights and Adam for all else")
-    loss: str = setting("L2", "pixel loss, a row of losses.PIXEL_LOSSES")
-    clip_loss_weight: float = setting(0.5, "lambda of the cosine term")
+    loss: str = setting("L2", "pixel loss: L2, L1, SSIM, Fusion1 … Fusion12")
+    clip_loss_weight: float = setting(0.5, "λ, the weight of the cosine term")
     pixel_loss_warmup_epochs: int = setting(50, "epochs before the cosine term joins")
     clip_loss_type: str = setting(
-        "cosine", "cosine, centred (less the training mean), or contrastive")
+        "cosine", "cosine, centred (training mean subtracted), or contrastive")
     clip_jitter: int = setting(
-        0, "training moves each position and its target by up to so many pixels")
-    field_boxes: int = setting(256, "random boxes a frame that a field is fitted to")
-    field_steps: int = setting(4000, "steps of its fit, on a GPU of 32 frames × 64 boxes")
-    field_rate_weight: float = setting(1e-7, "of its estimated bits in its loss; more is smaller")
+        0, "pixels by which training moves each position and its target, at most")
+    field_boxes: int = setting(256, "random boxes per frame that a field is fitted to")
+    field_steps: int = setting(4000, "steps of that fit; on a GPU, of 32 frames × 64 boxes each")
+    field_rate_weight: float = setting(
+        1e-7, "weight of its estimated bits in its loss; larger: a smaller file")
     inpaint_size: int = setting(0, "side of the five boxes that the loss leaves out; 0 for none")
     eval_freq: int = setting(30, "epochs between evaluations")
     checkpoint_s: float = setting(30.0, "seconds between writes of model_latest.pth")
-    on_divergence: str = setting("recover", "recover (go back, lower lr), or stop with an error")
-    quant_model_bit: int = setting(8, "bits of a weight, for the quantised evaluation")
-    quant_embed_bit: int = setting(6, "bits of an embedding value, likewise")
-    seed: int = setting(0, "of weights and frame order")
+    on_divergence: str = setting("recover", "recover (go back and lower lr), or stop with an error")
+    quant_model_bit: int = setting(8, "bits of a weight, for the quantized evaluation")
+    quant_embed_bit: int = setting(6, "bits of an embedding value, for the quantized evaluation")
+    seed: int = setting(0, "random seed of the initial weights and the order of frames")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = setting(
         "auto", "auto (bf16 on a GPU that has it, fp32 on a CPU), fp32, tf32, bf16")

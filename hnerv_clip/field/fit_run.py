@@ -76,7 +76,7 @@ def fit_head(run: Run, *, cache_dir: str | Path = "output/cache",
 
 def _source(run: Run, frames: np.ndarray, sampling: BoxSampling, changes: dict[str, Any]
             ) -> tuple[FieldConfig, Tensor | None]:
-    """The field's configuration, and what it takes of the training frames."""
+    """The field's configuration, and its inputs from the training frames."""
     model = run.config.model
     config = field_config(run, **{
         "hidden": model.field_hidden, "rank": model.field_rank, "size_range": sampling.size_range,

@@ -139,7 +139,7 @@ def picture_axes(axes: Axes) -> Axes:
 
 
 def name_rows(panel: Axes, names: list[str]) -> None:
-    """Names of rows at 0, 1, …, in lines so short that a telephone shows the data, too."""
+    """Names of rows at 0, 1, …, in lines so short that the data beside them fit on a phone."""
     panel.set_yticks(range(len(names)), [textwrap.fill(name, ROW_NAME) for name in names],
                      fontsize=8)
 

@@ -53,8 +53,8 @@ def launch(
 ) -> list[Job]:
     """Train one configuration, or many; safe to call again.
 
-    A finished run is picked up, one that is under way is followed, one that failed or died goes
-    on from its last checkpoint. Nothing is submitted twice.
+    A finished run is reused, one that is under way is followed, and one that failed or died resumes
+    from its last checkpoint. Nothing is submitted twice.
 
     Args:
         configs: one Config, trained in `outf`, or {name: Config}, each trained in `outf`/name.
@@ -63,14 +63,14 @@ def launch(
         cache_dir: where notebook 01 left the teacher's embeddings.
         nodes, gpus_per_node: of each run; one task a GPU. Without GPUs on the machine, local
             tasks and the Slurm tasks run on the CPU; 0 asks for no GPU and one task.
-        timeout_min: Slurm's time limit; a run that reaches it is requeued and goes on.
+        timeout_min: Slurm's time limit; a run that reaches it is requeued and resumes.
         slurm_array_parallelism: how many of the runs go at once; in local processes too, where
             the GPUs or else the CPU cores also bound it.
         slurm_extra: more sbatch options, as {"qos": "high", "mem": "64G", "exclusive": True}.
         slurm_setup: shell lines to run before the tasks, as ["module load cuda"].
         signal_delay_s: seconds between Slurm's signal and the time limit.
         run: what trains; `hnerv_clip.train.train` by default.
-        dataset: of a single configuration, where it is loaded already: an inline run then decodes
+        dataset: of a single configuration, if it is already loaded: an inline run then decodes
             no video.
     Returns:
         Jobs in the order of `configs`. Inline, they have ended; a single config's error is

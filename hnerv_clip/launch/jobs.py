@@ -167,7 +167,7 @@ class Job:
         return self._result
 
     def cancel(self) -> None:
-        """Stop it; its checkpoints stay, and launching it again goes on from them."""
+        """Stop it; its checkpoints stay, and launching it again resumes from them."""
         self._look()  # finds the id of a job that lacks it
         record = self.record
         if self._queue:
@@ -220,7 +220,7 @@ class Job:
         """Train in this process; an error is kept in `why`, and raised unless `keep_error`.
 
         Args:
-            dataset: the run's data, where they are loaded already.
+            dataset: the run's data, if already loaded.
         """
         token = self.write_record("inline", pid=os.getpid())
         try:

@@ -31,7 +31,7 @@ STOPPED = "stopped by a signal"  # said by a rank that is requeued or interrupte
 
 
 class Task(submitit.helpers.Checkpointable):
-    """What a process of a job runs. It has no state: a requeued job goes on from the run folder."""
+    """What a process of a job runs. It has no state: a requeued job resumes from the run folder."""
 
     def __init__(self, params: dict[str, Any], run_dir: str, cache_dir: str,
                  run: Callable[..., Any] | None):

@@ -94,9 +94,9 @@ def spread_scores(scores: npt.ArrayLike, grid: PatchGrid, *, stride: int = 8) ->
         raise ValueError(f"scores have shape {scores.shape}; give [T, {len(grid)}], one for each "
                          "patch of the grid")
     _check_stride(stride, grid.frame)
-    rows, cols = (linear_weights(np.arange(stride // 2, length, stride) + 0.5,
-                                 np.array(starts) + side / 2) for starts, side, length in
-                  zip((grid.tops, grid.lefts), grid.size, grid.frame))
+    rows, cols = (linear_weights(torch.arange(stride // 2, length, stride).double() + 0.5,
+                                 torch.tensor(starts) + side / 2).numpy() for starts, side, length
+                  in zip((grid.tops, grid.lefts), grid.size, grid.frame))
     return np.einsum("tkl,yk,xl->tyx", scores.reshape(-1, grid.rows, grid.cols), rows, cols,
                      optimize=True).astype(np.float32)
 

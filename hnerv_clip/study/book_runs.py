@@ -253,7 +253,7 @@ def run_book(folders: Folders, *, minutes: float = float("inf"), only: tuple[str
         minutes: after so many everything is stopped; steps that could not go on later are not
             begun when too little is left.
         only: beginnings of steps' names, such as "field bunny"; all by default. What a chosen
-            step needs is run, too.
+            step needs is run as well.
         workers: processes, spread over the GPUs; 0 for one on each, or one on a CPU. More than
             one on a GPU end more steps in a given time, but slow each other down: not for what
             measures speed.
@@ -295,7 +295,7 @@ def run_book(folders: Folders, *, minutes: float = float("inf"), only: tuple[str
 
     with WorkerPool(do_step, options, count=count, gpus=gpus) as pool:
         if not pool.run(next_job, on_end, deadline=deadline):
-            say(f"{minutes:g} minutes are over; what is under way goes on next time")
+            say(f"{minutes:g} minutes are over; what is under way resumes next time")
     return states
 
 
@@ -351,7 +351,7 @@ def _run_alone(step: Step, folders: Folders, deadline: float, options: dict[str,
         pool.begin(0, step.name, (step.name, step.kind, step.arguments))
         ended = pool.wait(deadline - time.monotonic())
     if not ended:
-        return "stopped, goes on next time"
+        return "stopped, resumes next time"
     return ended[0].error.strip().splitlines()[-1] if ended[0].error else ""
 
 
@@ -369,7 +369,7 @@ def _read_times(folders: Folders) -> dict[str, float]:
 
 
 def pack_state(folders: Folders, path: str | Path) -> None:
-    """Keep what ended, without checkpoints, in a .tar.xz, so that another machine goes on."""
+    """Keep what ended, without checkpoints, in a .tar.xz, so that another machine can resume."""
     path = resolve_path(path)
     files = [file for file in sorted(folders.outf.rglob("*")) if _is_state(folders, file)]
     path.parent.mkdir(parents=True, exist_ok=True)

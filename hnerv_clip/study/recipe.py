@@ -1,7 +1,7 @@
 """The search for the preset `best`: the settings that give the best picture in a given time.
 
 `search` fits segments of several videos for a fixed time each, by settings that Optuna proposes;
-many processes share the GPUs and one journal file, and a search that was stopped goes on.
+many processes share the GPUs and one journal file, and a search that was stopped can be resumed.
 `compare` then trains the winner and the faithful preset on whole videos and seeds that the search
 did not see, one run at a time, to equal size and in equal time.
 """
@@ -192,7 +192,7 @@ def search(folder: str | Path, *, seconds: float, minutes: float, workers: int =
         seconds: of training steps for each segment. Processes that share a GPU share its time, so
             give n processes n times as much.
         workers: processes, spread over the GPUs; 0 for one on each GPU, or one on the CPU.
-        trials: stop after so many of each process, too.
+        trials: also stop after so many of each process.
         segments: what is fitted, see `objective`.
     """
     folder = resolve_path(folder)
@@ -233,7 +233,7 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
     """Whole runs of recipes, one at a time, with as many epochs as fit the time.
 
     Each recipe's step is timed first, once for a video, and kept in the run's folder. Stopped at
-    any moment, the next call goes on.
+    any moment, the next call resumes.
 
     Args:
         folder: of the runs; the rows go to its comparison.json.

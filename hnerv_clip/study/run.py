@@ -1,4 +1,4 @@
-"""Trains and measures the study's runs on any number of GPUs, and goes on where it was stopped."""
+"""Trains and measures the study's runs on any number of GPUs, and resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
               say: Callable[[str], Any] = print) -> dict[str, str]:
     """Train and measure the runs that are not finished, each worker one at a time.
 
-    Killed at any moment, the next call goes on from the last checkpoints. A run that fails is
+    If it is killed, the next call resumes from the last checkpoints. A run that fails is
     reported and the others go on; another process that trains a run is left alone.
 
     Args:
@@ -34,7 +34,7 @@ def run_study(configs: dict[str, Config], folder: str | Path, *, base: Config,
         workers: processes, spread over the GPUs; 0 for one on each GPU, or one on the CPU.
         minutes: after so many, workers are stopped; before, no run is begun that would not end in
             time, judged by those that did.
-        with_verify: put each run to `verify_runs.verify_run`, too.
+        with_verify: also verify each run (`verify.run`).
     Returns:
         {name: finished, failed, stopped, busy or waiting}.
     """

@@ -110,7 +110,7 @@ class WorkerPool:
     def wait(self, timeout: float) -> list[Ended]:
         """The jobs that ended, of those under way; none where the time is over before.
 
-        After an error a device may be in a bad state, so that slot goes on with a new process.
+        After an error a device may be in a bad state, so that slot continues with a new process.
         """
         ready = wait([worker.connection for worker in self.busy], timeout=max(0, timeout))
         ended = []

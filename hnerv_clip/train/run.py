@@ -108,9 +108,9 @@ def check_run(config: Config, video: Video | None = None) -> Config:
     """Raise what would stop a run later, before the teacher or any training takes time.
 
     Args:
-        video: the video, where it is decoded already.
+        video: the video, if it is already decoded.
     Returns:
-        The configuration with all that was `auto` chosen for the teacher and the video's size.
+        The configuration with every `auto` resolved for the teacher and the video's size.
     Raises:
         ConfigError: see `load_video`, `make_grid`, `plan_model` and the MS-SSIM losses.
     """
@@ -132,9 +132,9 @@ def prepare_run(config: Config, cache_dir: str | Path = "output/cache",
     """Check a run, and run its teacher where its embeddings are not cached; decodes once.
 
     Args:
-        video: the video, where it is decoded already.
+        video: the video, if it is already decoded.
     Returns:
-        The configuration with all that was `auto` chosen, and the data, for `train`.
+        The configuration with every `auto` resolved, and the data, for `train`.
     Raises:
         ConfigError: see `check_run` and `prepare_dataset`.
         RunError: `cache_dir` cannot be written.

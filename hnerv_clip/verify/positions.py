@@ -71,8 +71,8 @@ def anywhere_grid(grid: PatchGrid) -> PatchGrid:
 def interpolate_places(embeddings: npt.ArrayLike, taught: PatchGrid,
                        wanted: PatchGrid) -> np.ndarray:
     """Embeddings [T, P, D] at a grid's patches, bilinearly at another's: unit [T, P', D]."""
-    weights = [linear_weights(wanted.tops, taught.tops),
-               linear_weights(wanted.lefts, taught.lefts)]
+    weights = [linear_weights(torch.tensor(at, dtype=torch.float64), torch.tensor(known)).numpy()
+               for at, known in ((wanted.tops, taught.tops), (wanted.lefts, taught.lefts))]
     return unit(np.einsum("pk,tkd->tpd", np.kron(*weights), np.asarray(embeddings)))
 
 

@@ -37,7 +37,7 @@ def test_places_are_interpolated_by_hand():
     taught = PatchGrid(frame=(8, 24), size=(4, 4), tops=(0, 4), lefts=(0, 8, 20))
     wanted = PatchGrid(frame=(8, 24), size=(4, 4), tops=(1,), lefts=(8, 11))
     own = slow_video(5, 6)
-    found = positions.interpolate_places(own, taught, wanted)
+    found = positions.interpolate_positions(own, taught, wanted)
     left = 0.75 * own[:, 1] + 0.25 * own[:, 4]
     right = 0.75 * own[:, 2] + 0.25 * own[:, 5]
     np.testing.assert_allclose(found[:, 0], metrics.unit(left), atol=1e-6)
@@ -48,13 +48,13 @@ def test_places_are_interpolated_by_hand():
 def test_positions_by_hand():
     """One row of two patches and the one between: three answers, their means and intervals."""
     taught = PatchGrid(frame=(8, 24), size=(8, 8), tops=(0,), lefts=(0, 16))
-    grids = positions.place_grids(taught)
+    grids = positions.position_grids(taught)
     dense, anywhere = grids["between"][0], grids["anywhere"][0]
     teacher, predicted = slow_video(20, 3), slow_video(20, 3, seed=1)
     other = slow_video(20, len(anywhere), seed=2)
-    places = positions.join_places({dense: (predicted, teacher), anywhere: (other, other)},
+    places = positions.join_positions({dense: (predicted, teacher), anywhere: (other, other)},
                                    grids, taught)
-    scores = positions.score_places(places, np.arange(15))
+    scores = positions.score_positions(places, np.arange(15))
     assert len(scores) == 3 * 20 * (3 + len(anywhere))
     between = scores[scores["where"] == "between"]
     assert set(between.x) == {12} and set(between.y) == {4}

@@ -149,7 +149,7 @@ def prepare_study(configs: Iterable[Config], *, base: Config, cache_dir: str | P
     from hnerv_clip.dataset import prepare_dataset
     from hnerv_clip.teachers import teacher_embeddings
     from hnerv_clip.train import check_run
-    from hnerv_clip.verify.positions import place_grids
+    from hnerv_clip.verify.positions import position_grids
 
     wanted: dict[tuple, tuple[Config, bool]] = {}
     for config in configs:
@@ -161,7 +161,7 @@ def prepare_study(configs: Iterable[Config], *, base: Config, cache_dir: str | P
     for config, measured in wanted.values():
         started, device = time.monotonic(), config.train.device
         dataset = prepare_dataset(config, cache_dir, device=device, progress=False)
-        grids = {grid for grid, _ in place_grids(dataset.grid).values()} if measured else ()
+        grids = {grid for grid, _ in position_grids(dataset.grid).values()} if measured else ()
         for grid in grids:
             teacher_embeddings(dataset.video, grid, config.teacher, cache_dir=cache_dir,
                                device=device, progress=False)

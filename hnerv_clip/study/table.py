@@ -55,25 +55,25 @@ def measure_run(run: Any, *, grid: str, cache_dir: str | Path) -> pd.DataFrame:
     """
     from hnerv_clip.inference import sources_of
     from hnerv_clip.patches import make_grid
-    from hnerv_clip.verify.positions import ask_places
+    from hnerv_clip.verify.positions import answer_positions
 
     taught = make_grid(run.config.replace(patch_grid=grid).teacher, run.dataset.video.frame_hw)
     split, found = run.dataset.split, []
     for source in sources_of(run.model):
-        places = ask_places(run, taught=taught, source=source, cache_dir=cache_dir,
-                            device=run.config.train.device, progress=False)
-        known = places["supervised"].teacher[split.train].mean((0, 1))  # [D]
+        answers = answer_positions(run, taught=taught, source=source, cache_dir=cache_dir,
+                                   device=run.config.train.device, progress=False)
+        known = answers["supervised"].teacher[split.train].mean((0, 1))  # [D]
         for part, frames in [("train", split.train), ("held_out", split.val)]:
             if len(frames) and not (part == "train" and source == "interpolated"):
                 found += [{"source": source, "split": part, "place": name,
                            **_measures(name, place, frames, split.train, known)}
-                          for name, place in places.items()]
+                          for name, place in answers.items()]
     return pd.DataFrame(found)
 
 
 def _measures(name: str, place, frames: np.ndarray, train: np.ndarray, known: np.ndarray
               ) -> dict[str, float]:
-    """The columns of `measure_run` for a `positions.Place` on some frames."""
+    """The columns of `measure_run` for a `positions.Positions` on some frames."""
     from hnerv_clip.metrics import centred_cosine, cosine, skill, unit
     from hnerv_clip.verify.baselines import interpolate_teacher, nearest_training_frame
     from hnerv_clip.verify.retrieval import retrieval_ranks, retrieval_summary

@@ -1,7 +1,7 @@
-"""What a learnt prediction must beat: shuffles, means, and neighbours.
+"""Controls and baselines for a learnt prediction: shuffles, means, and neighbours.
 
-Every function answers for some frames as a prediction would: unit vectors [N, P, D]. Baselines see
-the teacher's embeddings of the training frames only.
+Every function returns, like a prediction, unit vectors [N, P, D] for some frames. Baselines see the
+teacher's embeddings of the training frames only.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ GRAM_ROWS = 4000  # embeddings up to which all products are made at once
 
 def conditions(predicted: np.ndarray, teacher: np.ndarray, train_frames: np.ndarray,
                frames: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """What each condition answers on some frames.
+    """The embeddings of each condition on some frames.
 
     Args:
         predicted, teacher: [T, P, D] unit vectors.
         train_frames: the only frames whose teacher embeddings a baseline may use.
-        frames: [N] frames asked about.
+        frames: [N] frame numbers.
     Returns:
         {condition: [N, P, D]}: learned; the controls random, shuffled, temporal and (with two or
         more patches) spatial; the baselines mean, position, neighbour and between.
@@ -66,7 +66,7 @@ def interpolate_teacher(teacher: np.ndarray, train_frames: np.ndarray,
 
     Args:
         teacher: [T, P, D]; only `train_frames` are read.
-        frames: [N] frames asked about.
+        frames: [N] frame numbers.
     Returns:
         [N, P, D] unit vectors.
     """
@@ -83,7 +83,7 @@ def shuffle_pairs(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarra
 def shuffle_time(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Move every embedding [N, P, D] to another frame of the same patch position, at random.
 
-    Positions keep their content and lose their time; `shuffle_pairs` loses both.
+    Positions keep their content, frames do not; `shuffle_pairs` keeps neither.
     """
     return _reorder(embeddings, "temporal", rng)
 
@@ -91,10 +91,10 @@ def shuffle_time(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray
 def shuffle_space(embeddings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Move every embedding [N, P, D] to another patch position of the same frame, at random.
 
-    Frames keep their content and lose its place.
+    Frames keep their content, positions do not.
 
     Raises:
-        ValueError: one patch a frame, which has nowhere to go.
+        ValueError: one patch a frame, which has no other position.
     """
     if embeddings.shape[1] < 2:
         raise ValueError("a spatial shuffle needs at least 2 patches a frame, got 1: "
@@ -112,11 +112,11 @@ def _order(control, frames, patches, rng):
     """[frames·patches] which of all embeddings a control puts at each (frame, patch)."""
     if control == "shuffled":
         return _cycle(frames * patches, rng)
-    places = np.arange(frames * patches).reshape(frames, patches)
+    indices = np.arange(frames * patches).reshape(frames, patches)
     if control == "temporal":
-        return np.stack([places[_cycle(frames, rng), patch] for patch in range(patches)],
+        return np.stack([indices[_cycle(frames, rng), patch] for patch in range(patches)],
                         axis=1).ravel()
-    return np.concatenate([row[_cycle(patches, rng)] for row in places])
+    return np.concatenate([row[_cycle(patches, rng)] for row in indices])
 
 
 def control_cosines(learned: np.ndarray, target: np.ndarray, rng: np.random.Generator,

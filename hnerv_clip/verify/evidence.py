@@ -1,15 +1,15 @@
-"""What every held-out frame says of a prediction: one table, from which the verdict follows.
+"""Evidence from held-out frames: one table of a prediction, from which the verdict follows.
 
-The error of an answer at a patch is 1 - cosine, half the squared distance between unit vectors. Per
-frame and baseline stands
+The error of an answer at a patch is 1 - cosine, half the squared distance between unit vectors. For
+each frame and baseline,
 
     wins = share of patches where the network's error is smaller - share where it is larger,
 
-in -1…1, which turns sign when the two are exchanged: 1 for a network that is always closer, 0 for
-equals. Unlike a difference of errors it does not hang on the few frames on which something happens,
-and it saturates, so that a network that is far better has a steady series.
+in -1…1, which changes sign when the two are exchanged: 1 for a network that is always closer, 0 for
+equals. Unlike a mean difference of errors it does not depend on the few frames on which something
+happens, and it saturates, so that a network that is far better has a steady series.
 
-Whether the network knows when and where is asked of *changes*: what changes from one held-out frame
+*When* and *where* are tested on *changes*: what changes from one held-out frame
 of a run to its next, at every patch position, less its least-squares line in time (so that no
 constant and no linear or quadratic trend is left), scaled to unit length over all positions. For
 the changes u_k of the prediction and v_j of the teacher,
@@ -17,10 +17,11 @@ the changes u_k of the prediction and v_j of the teacher,
     when[k, j] = Σ_i <u_k[i], v_j[i]>,
     where[k, j] = when[k, j] - mean of the same over all pairs of different positions.
 
-If the prediction knows nothing of time, or of place, k = j is like any other pair. The mean over
-k = j, less that of all pairs, is compared with the spread along all other diagonals, which is the
-temporal shuffle made in all ways at once: nothing is drawn (`diagonal_test`). Differences of slow
-series are nearly independent, which is why this keeps its level where levels do not.
+If the prediction carries nothing about time, or about position, k = j is like any other pair. The
+mean over k = j, less that of all pairs, is compared with the spread along all other diagonals,
+which is every temporal shift at once: nothing is drawn at random (`diagonal_test`). Differences of
+slow series are nearly independent, so this test keeps its size where one on the series themselves
+does not.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _products(own, right):
 class DiagonalTest(NamedTuple):
     """Is k = j unlike other pairs? estimate: by how much, on average; t: over standard_error.
 
-    freedom: degrees of freedom of Student's t, n - 2 since a line was taken off.
+    freedom: degrees of freedom of Student's t, n - 2 since a line was subtracted.
     """
 
     estimate: float
@@ -87,7 +88,7 @@ def diagonal_test(matrix: np.ndarray) -> DiagonalTest:
     The matrix is centered by row and column. If the series are unrelated, its sum along the
     diagonal is about normal with mean 0, as under random permutations (Hoeffding 1951), with the
     variance of sums along diagonals: n times the autocovariance of entries along diagonals, summed
-    over lags to a fifth of the series with falling weights (Newey and West 1987). Entries on and
+    over lags up to a fifth of the series with falling weights (Newey and West 1987). Entries on and
     beside the diagonal, which hold what is tested, are left out of it.
     """
     count = len(matrix)
@@ -115,7 +116,7 @@ def _without_trend(changes):
 
 
 class Evidence(NamedTuple):
-    """What held-out frames say.
+    """The evidence of held-out frames.
 
     frames: a row per frame: frame, of every answer error_CONDITION (mean over patches), and of all
         but learned wins_CONDITION, the network's net wins over it.

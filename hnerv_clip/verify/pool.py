@@ -77,7 +77,7 @@ def join_runs(folders: Iterable, *, by: tuple[str, ...] = ()) -> Study:
     """
     contents = {str(folder): read_verification(folder) for folder in folders}
     if not contents:
-        raise ValueError("no run to join; give run folders that `hnerv-clip verify` has seen")
+        raise ValueError("no run to join; run `hnerv-clip verify` on run folders and give these")
     runs = pd.DataFrame([{"folder": folder, "video": content["video"], "kind": content["kind"],
                           **_chosen(content, by, folder), "seed": content["seed"],
                           "phase": content["phase"], "epochs": content["params"]["epochs"]}

@@ -1,8 +1,8 @@
-"""A run asked where nobody taught it: half-way between its patches, and anywhere in the frame.
+"""Predictions at positions without supervision: half-way between the patches, and anywhere.
 
-Three answers stand side by side at a position: the network's own; its answers at the taught
-positions, interpolated, which asks nothing of the head elsewhere; and the teacher's embeddings at
-the taught positions, interpolated, which needs no network.
+Three answers are compared at a position: the network's own; its answers at the supervised
+positions, interpolated, for which the head is not evaluated elsewhere; and the teacher's embeddings
+at the supervised positions, interpolated, which needs no network.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ANYWHERE = (4, 8)  # rows and columns of cells
 ANSWERS = ("network", "own_places", "teacher_places")
 
 
-class Place(NamedTuple):
-    """Some positions of every frame, and what is answered there: [T, P, D] unit vectors."""
+class Positions(NamedTuple):
+    """Some positions of every frame, and the embeddings there: [T, P, D] unit vectors."""
 
     centres: np.ndarray  # [P, 2] (y, x) in frame pixels
-    teacher: np.ndarray  # the truth
+    teacher: np.ndarray  # the reference
     network: np.ndarray
     own_places: np.ndarray
     teacher_places: np.ndarray
@@ -68,7 +68,7 @@ def anywhere_grid(grid: PatchGrid) -> PatchGrid:
                                lefts=middles(grid.lefts, ANYWHERE[1]))
 
 
-def interpolate_places(embeddings: npt.ArrayLike, taught: PatchGrid,
+def interpolate_positions(embeddings: npt.ArrayLike, taught: PatchGrid,
                        wanted: PatchGrid) -> np.ndarray:
     """Embeddings [T, P, D] at a grid's patches, bilinearly at another's: unit [T, P', D]."""
     weights = [linear_weights(torch.tensor(at, dtype=torch.float64), torch.tensor(known)).numpy()
@@ -76,7 +76,7 @@ def interpolate_places(embeddings: npt.ArrayLike, taught: PatchGrid,
     return unit(np.einsum("pk,tkd->tpd", np.kron(*weights), np.asarray(embeddings)))
 
 
-def place_grids(taught: PatchGrid) -> dict[str, tuple[PatchGrid, np.ndarray]]:
+def position_grids(taught: PatchGrid) -> dict[str, tuple[PatchGrid, np.ndarray]]:
     """{supervised, between, anywhere: (a grid, [P] which of its patches)}, where there are any."""
     dense = halfway_grid(taught)
     boxes = taught.boxes.tolist()
@@ -87,22 +87,22 @@ def place_grids(taught: PatchGrid) -> dict[str, tuple[PatchGrid, np.ndarray]]:
     return {name: (grid, chosen) for name, (grid, chosen) in grids.items() if chosen.any()}
 
 
-def ask_places(run: Run, *, taught: PatchGrid | None = None, source: str | None = None,
+def answer_positions(run: Run, *, taught: PatchGrid | None = None, source: str | None = None,
                cache_dir: str | Path = "output/cache", device: str | torch.device = "auto",
-               progress: bool = True) -> dict[str, Place]:
-    """What a run answers at `place_grids`, and what the teacher says there.
+               progress: bool = True) -> dict[str, Positions]:
+    """What a run predicts at `position_grids`, and the teacher's embeddings there.
 
-    The teacher embeds each of those patches (cached like others): at 2×4 taught ones these are
+    The teacher embeds each of those patches (cached like others): at 2×4 supervised ones these are
     21 + 32 a frame, so 6.6 times the teacher's usual work.
 
     Args:
-        taught: the grid of the positions that count as taught, by default the run's own.
+        taught: the grid of the positions that count as supervised, by default the run's own.
         source: how frames' embeddings are obtained, a prediction by default (`sources_of(…)[-1]`).
     Raises:
         ConfigError: the run has no CLIP head, or its teacher's weights are not there.
     """
     taught = taught or run.dataset.grid
-    grids = place_grids(taught)
+    grids = position_grids(taught)
     distinct = list(dict.fromkeys(grid for grid, _ in grids.values()))
     centres = torch.cat([grid.centres for grid in distinct])
     predicted = predict_embeddings(run.model, run.dataset, centres=centres,
@@ -111,60 +111,60 @@ def ask_places(run: Run, *, taught: PatchGrid | None = None, source: str | None 
         run.dataset.video, grid, run.config.teacher, cache_dir=cache_dir, device=device,
         progress=progress).numpy())
         for grid, own in zip(distinct, predicted.split([len(grid) for grid in distinct], dim=1))}
-    return join_places(found, grids, taught)
+    return join_positions(found, grids, taught)
 
 
-def join_places(found: Mapping[PatchGrid, tuple[np.ndarray, np.ndarray]],
+def join_positions(found: Mapping[PatchGrid, tuple[np.ndarray, np.ndarray]],
                 grids: Mapping[str, tuple[PatchGrid, np.ndarray]], taught: PatchGrid
-                ) -> dict[str, Place]:
-    """`ask_places` from embeddings: {grid: (predicted, teacher), each [T, P, D]}."""
+                ) -> dict[str, Positions]:
+    """`answer_positions` from embeddings: {grid: (predicted, teacher), each [T, P, D]}."""
     dense, known = grids["supervised"]
     corners = [values[:, known] for values in check_pair(*found[dense])]
-    places = {}
+    found_at = {}
     for name, (grid, chosen) in grids.items():
         predicted, teacher = check_pair(*found[grid])
-        own, reference = (interpolate_places(values, taught, grid) for values in corners)
-        places[name] = Place(grid.centres.numpy()[chosen], teacher[:, chosen],
+        own, reference = (interpolate_positions(values, taught, grid) for values in corners)
+        found_at[name] = Positions(grid.centres.numpy()[chosen], teacher[:, chosen],
                              *(values[:, chosen] for values in (predicted, own, reference)))
-    return places
+    return found_at
 
 
 def position_scores(run: Run, *, taught: PatchGrid | None = None, source: str | None = None,
                     cache_dir: str | Path = "output/cache", device: str | torch.device = "auto",
                     progress: bool = True) -> pd.DataFrame:
-    """How well a run answers at its patches, half-way between them, and anywhere.
+    """How well a run predicts at its patches, half-way between them, and anywhere.
 
     Args:
-        taught, source, cache_dir, device, progress: see `ask_places`.
+        taught, source, cache_dir, device, progress: see `answer_positions`.
     Returns:
         A row per frame, position and answer (of `ANSWERS`): source, split (train, held_out),
         where (supervised, between, anywhere), frame, y, x (centre in pixels), answer,
         clip_similarity (raw cosine) and clip_centred.
     Raises:
-        ConfigError: see `ask_places`.
+        ConfigError: see `answer_positions`.
     """
     source = source or sources_of(run.model)[-1]
-    places = ask_places(run, taught=taught, source=source, cache_dir=cache_dir, device=device,
-                        progress=progress)
-    return score_places(places, run.dataset.split.train).assign(source=source)
+    answers = answer_positions(run, taught=taught, source=source, cache_dir=cache_dir,
+                               device=device, progress=progress)
+    return score_positions(answers, run.dataset.split.train).assign(source=source)
 
 
-def score_places(places: Mapping[str, Place], train_frames: npt.ArrayLike) -> pd.DataFrame:
-    """`position_scores` of answers; the centre is the teacher's mean at the taught positions."""
-    centre = places["supervised"].teacher[train_frames].mean(axis=(0, 1))
+def score_positions(answers: Mapping[str, Positions], train_frames: npt.ArrayLike) -> pd.DataFrame:
+    """`position_scores` of answers, centered at the teacher's mean at the supervised positions."""
+    centre = answers["supervised"].teacher[train_frames].mean(axis=(0, 1))
     rows = []
-    for name, place in places.items():
-        frames, count = place.teacher.shape[:2]
+    for name, found in answers.items():
+        frames, count = found.teacher.shape[:2]
         split = np.where(np.isin(np.arange(frames), train_frames), "train", "held_out")
         where = {"split": np.repeat(split, count), "where": name,
                  "frame": np.repeat(np.arange(frames), count),
-                 "y": np.tile(place.centres[:, 0], frames),
-                 "x": np.tile(place.centres[:, 1], frames)}
+                 "y": np.tile(found.centres[:, 0], frames),
+                 "x": np.tile(found.centres[:, 1], frames)}
         for answer in ANSWERS:
-            given = getattr(place, answer)
+            given = getattr(found, answer)
             rows.append(pd.DataFrame(where | {
-                "answer": answer, "clip_similarity": cosine(given, place.teacher).ravel(),
-                "clip_centred": centred_cosine(given, place.teacher, centre).ravel()}))
+                "answer": answer, "clip_similarity": cosine(given, found.teacher).ravel(),
+                "clip_centred": centred_cosine(given, found.teacher, centre).ravel()}))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -174,16 +174,16 @@ def summarise_positions(scores: pd.DataFrame, *, level: float = 0.95) -> pd.Data
     Returns:
         source, split, where, answer, clip_similarity, clip_centred, low and high (of clip_centred,
         within −1…1; empty with fewer than 8 frames), over_own_places (clip_centred of the network
-        minus that of its own interpolated answers: above 0, asking the head there is worth it),
+        minus that of its own interpolated answers: above 0, evaluating the head there is worth it),
         frames, positions.
     """
     rows = []
     keys = ["source", "split", "where"]
-    for place, part in scores.groupby(keys, sort=False):
+    for key, part in scores.groupby(keys, sort=False):
         means = part.groupby("answer", sort=False).clip_centred.mean()
         for answer, own in part.groupby("answer", sort=False):
             series = own.groupby("frame").clip_centred.mean()
-            row = dict(zip(keys, place)) | {
+            row = dict(zip(keys, key)) | {
                 "answer": answer, "clip_similarity": own.clip_similarity.mean(),
                 "clip_centred": own.clip_centred.mean(),
                 "low": np.nan, "high": np.nan, "over_own_places":

@@ -81,7 +81,7 @@ def answer_words(answer: Answer) -> str:
     """The evidence of one answer: "net wins 0.61 [0.55, 0.67], p < 0.0001"."""
     what = "correlation of changes" if answer.test in KNOWS else "net wins"
     if answer.test == "where":
-        what += " beyond other places"
+        what += " beyond other positions"
     interval = f" [{answer.low:.2f}, {answer.high:.2f}], {p_words(answer.p_holm)}" \
         if np.isfinite(answer.p) else ", too few frames for a test"
     ratio = f"error {answer.error_ratio:.2f} of its, " if np.isfinite(answer.error_ratio) else ""

@@ -21,16 +21,16 @@ def retrieval_ranks(predicted: np.ndarray, candidates: np.ndarray, frames: np.nd
         rank), right (how many candidates count for `rank_near`), candidates (how many there are).
     """
     total, patches, dim = candidates.shape
-    pool, places = candidates.reshape(-1, dim).T, np.arange(patches)
+    pool, positions = candidates.reshape(-1, dim).T, np.arange(patches)
     ranks, ranks_near, right = [], [], []
     for frame, answer in zip(frames, predicted):
         scores = (answer @ pool).reshape(patches, total, patches)
         first, last = max(frame - near, 0), min(frame + near, total - 1)
-        ranks.append(_rank(scores, scores[places, frame, places]))
-        ranks_near.append(_rank(scores, scores[places, first:last + 1, places].max(axis=1)))
+        ranks.append(_rank(scores, scores[positions, frame, positions]))
+        ranks_near.append(_rank(scores, scores[positions, first:last + 1, positions].max(axis=1)))
         right.append(last - first + 1)
     return pd.DataFrame({
-        "frame": np.repeat(frames, patches), "patch": np.tile(places, len(ranks)),
+        "frame": np.repeat(frames, patches), "patch": np.tile(positions, len(ranks)),
         "rank": np.concatenate(ranks), "rank_near": np.concatenate(ranks_near),
         "right": np.repeat(right, patches), "candidates": total * patches})
 

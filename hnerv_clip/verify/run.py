@@ -1,4 +1,4 @@
-"""A trained run is verified, and the answer kept in its folder."""
+"""Verify a trained run and keep the result in its folder."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
                ) -> dict[str, Verification]:
     """Verify what a run predicts for the frames that it did not train on.
 
-    Beside the baselines of `verify_embeddings`, the prediction meets a side file of as many bytes
-    as the head takes, and on held-out frames the teacher run on the decoded frame.
+    Beside the baselines of `verify_embeddings` it is compared with a side file of as many bytes as
+    the head takes, and on held-out frames with the teacher run on the decoded frame.
 
     Args:
         teacher: the run's, loaded if it is not given.
         seed: of the random embeddings and the shuffles.
         near: see `verify_embeddings`.
         labels: texts to rank and label patches by, see `teachers.parse_queries`; none by default.
-        all_sources: also what a hybrid model answers when its encoder sees the held-out frame.
+        all_sources: also what a hybrid model predicts when its encoder sees the held-out frame.
     Returns:
         {source: its Verification}, the prediction last; see `inference.sources_of`.
     Raises:
@@ -99,7 +99,7 @@ def head_bytes(run: Run) -> int:
 
 def write_verification(run: Run, studies: dict[str, Verification], *,
                        labels: str | Iterable[str] = "") -> list[Path]:
-    """Keep what `verify_run` found in the run's folder, each file whole or not at all.
+    """Write the result of `verify_run` to the run's folder, each file atomically.
 
     `verification.csv`: a row per source, split, condition and measure. `verification.json`: every
     table, the verdicts, and what was verified. `verification.txt`: the reports.
@@ -176,9 +176,9 @@ def read_verification(folder: str | Path) -> dict:
 
 def is_verified(folder: str | Path, *, seed: int = 0, near: int = 2,
                 labels: str | Iterable[str] = "", all_sources: bool = False) -> bool:
-    """Whether a run's verification is there, of its checkpoint as it is, made in the same way.
+    """Whether a run has a verification of its present checkpoint, made with these settings.
 
-    Without labels, one with any will do; so will one of more sources.
+    Without labels, one with any labels counts; so does one of more sources.
     """
     try:
         content = read_verification(folder)
@@ -195,7 +195,7 @@ def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
                    device: str = "auto", seed: int = 0, near: int = 2,
                    labels: str | Iterable[str] = "", all_sources: bool = False,
                    force: bool = False, data_paths: Iterable[str] = ()) -> list[Path]:
-    """Verify runs one after the other, and keep the answers in their folders.
+    """Verify runs one after the other, and keep the results in their folders.
 
     A run whose verification is there, of the same checkpoint, seed, near and labels, is left as it
     is; so is one with these whose checkpoint is not here any more. The teacher is loaded once for

@@ -1,11 +1,11 @@
-"""Is what the CLIP head learnt real? The study of the project's description, and an honest reading.
+"""Is what the CLIP head learnt real? The verification study: measures and their intervals.
 
-Pure functions on arrays: predicted p and teacher g, unit vectors [T, P, D]. A raw cosine flatters,
-because the embeddings of one video share most of their direction; so beside it (`clip_similarity`)
-every condition is measured after the mean of the training frames' teacher embeddings is taken off
-(`clip_centred`), and stands beside what needs no learning (`baselines`). The verdict is that of
-`verdict`, from held-out frames alone. No model and no teacher is touched here: trained runs are put
-to it by `run`.
+Pure functions on arrays: predicted p and teacher g, unit vectors [T, P, D]. A raw cosine is high
+for any prediction, because the embeddings of one video share most of their direction; so beside it
+(`clip_similarity`) every condition is measured after the mean of the training frames' teacher
+embeddings is subtracted (`clip_centred`), and compared with what needs no learning (`baselines`).
+The verdict is that of `verdict`, from held-out frames alone. No model and no teacher is run here:
+`run` does that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MEASURES = {
     "r5_near": "R@5 near", "median_rank_near": "median rank near", "cka": "CKA",
     "text_rank": "rank correlation", "text_top20": "top 20 found", "label_top1": "same label",
 }
-MIN_EFFECTIVE = 2  # independent frames, fewer of which give an interval that says nothing
+MIN_EFFECTIVE = 2  # independent frames; with fewer no interval is given
 CKA_ROWS = 4000  # patches up to which a CKA gets an interval, which needs a matrix of their square
 SOURCES = {
     "encoder": "held-out frames go through the encoder: the model sees the frame it is asked about",
@@ -63,8 +63,8 @@ class Verification:
         the constant, and n. Of the controls, over `draws` draws, raw alone.
     improvements: a row per split and other condition: learned minus it in raw cosine, its interval
         low to high, p (one-sided, uncorrected), effective_size (independent frames that tell as
-        much), and `significant` (p below 5 %). No answer rests
-        on these.
+        much), and `significant` (p below 5 %). No answer
+        depends on these.
     measures: a row per condition and measure (a key of `MEASURES`): value, its 95 % interval low
         to high, standard_error and freedom of Student's t, the value that chance gives (NaN where
         that is not known), and frames. Without an interval where frames are fewer than 8 or
@@ -100,15 +100,15 @@ def verify_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, train_fr
         predicted, teacher: [T, P, D] unit vectors of the same frames and patches.
         train_frames, held_out_frames: frame numbers, or boolean masks [T]. Held-out frames may be
             none (a split such as 1_1_1).
-        seed: of the random embeddings and the shuffles, on which no answer rests.
+        seed: of the random embeddings and the shuffles, on which no answer depends.
         source: how held-out frames were predicted, a key of `SOURCES` or "".
         teacher_label: the teacher in words, for the report.
         others: more baselines, {name: [T, P, D] unit vectors}, or {name: (frames, [N, P, D])} for
             one that answers only those frames; a part that it does not cover goes without it.
             The verdict reads `side_file` and `decoded`.
         near: frames of tolerance in the near retrieval, see `retrieval.retrieval_ranks`.
-        texts: [K, D] vectors of the teacher's text space; with them the measures include how far
-            patches are ranked by each text, and labelled, as the teacher does.
+        texts: [K, D] vectors of the teacher's text space; with them the measures include the
+            agreement with the teacher in ranking and labeling patches by text.
         draws: of each control, of which the summary gives the mean.
     Raises:
         ValueError: shapes differ, NaN, another teacher's size, a frame in both parts, or a part
@@ -225,7 +225,7 @@ def _whole(answer, teacher, name):
     known, answer = answer if isinstance(answer, tuple) else (np.arange(len(teacher)), answer)
     known = np.asarray(known)
     if name in CONDITIONS and name not in ("side_file", "decoded"):
-        raise ValueError(f"{name!r} is one of the study's own conditions; choose another name")
+        raise ValueError(f"{name!r} is a condition of the study; choose another name")
     answer, _ = check_pair(answer, teacher[known])
     whole = np.zeros_like(teacher)
     whole[known] = answer

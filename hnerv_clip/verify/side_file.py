@@ -1,4 +1,4 @@
-"""Teacher embeddings stored in a file of so many bytes: what a head is worth, without a network."""
+"""A side file: teacher embeddings stored in a given number of bytes, the head's alternative."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SideFile:
 
 def store_embeddings(teacher: np.ndarray, train_frames: np.ndarray, budget_bytes: int
                      ) -> tuple[SideFile, np.ndarray]:
-    """A side file of the training frames' embeddings, and what it answers for every frame.
+    """A side file of the training frames' embeddings, and what it decodes to for every frame.
 
     Args:
         teacher: [T, P, D]; only `train_frames` are read.
@@ -52,7 +52,7 @@ MAGIC = b"PCA1"
 
 
 def write_side_file(embeddings: np.ndarray, budget_bytes: int) -> SideFile:
-    """Store embeddings in at most so many bytes: what the head is worth, without a network.
+    """Store embeddings in at most `budget_bytes`.
 
     Principal components, uniform quantisation, differences in time, LZMA. The number of components
     and the bits of their values are those that decode best within the budget.

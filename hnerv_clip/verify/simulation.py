@@ -1,8 +1,8 @@
 """How often the verdict errs, on simulated data with a known answer.
 
-`simulate_planted` plants a truth (the teacher plus noise) or nothing (an unrelated series, the
-teacher rolled in time, another video, ...) in place of a network's prediction, and counts how often
-each question is answered yes. `simulate_interval` counts how often an interval holds the truth.
+`simulate_planted` puts a truth (the teacher plus noise) or a null (an unrelated series, the teacher
+rolled in time, another video, ...) where a network's prediction would be, and counts how often each
+question is answered yes. `simulate_interval` counts how often an interval holds the truth.
 
     python -m hnerv_clip.verify.simulation --out book/results/verification_calibration.json
 """
@@ -53,7 +53,7 @@ DESIGNS = {"quick": Design(44, Split(1, 2, 2)), "one run": Design(132, Split(4, 
            "cross-fitted": Design(132, Split(4, 5, 5), (0, 1, 2, 3, 4))}
 RHOS = (0.5, 0.9, 0.97)  # lag-one autocorrelations of the teacher's embeddings
 NOISES = (0.25, 0.5)  # of a planted truth, in standard deviations of what changes
-# Planted in place of a prediction → what it is.
+# Planted as a prediction → what it is.
 PLANTED = {
     "perfect": "the teacher itself",
     **{f"noise {level}": f"the teacher with noise of {level} of its standard deviation"
@@ -68,7 +68,7 @@ PLANTED = {
     "permuted": "the teacher at other positions",
     "equal": "as good as the teacher on the decoded frame",
 }
-# Whose mean is 0 → what it is
+# Series of mean 0 → what it is
 SERIES = {"autoregression": "an autoregression", "net wins": "net wins between equals"}
 TRUTHS = tuple(name for name in PLANTED if name == "perfect" or name.startswith("noise"))
 EVERY_RHO = (*TRUTHS, "unrelated", "equal")  # the others at 0.9 alone
@@ -88,7 +88,7 @@ def autoregression(rng: np.random.Generator, shape: tuple[int, ...], rho: float)
 
 def plant(rng: np.random.Generator, planted: str, *, frames: int, datasets: int, rho: float
           ) -> tuple[np.ndarray, ...]:
-    """Made data: what stands for the prediction, the teacher, and the teacher on decoded frames.
+    """Simulated data: the prediction, the teacher, and the teacher on decoded frames.
 
     A teacher's embedding is a constant, a mean per position, and an AR(1) of which half the
     variance is common to all positions.
@@ -102,26 +102,26 @@ def plant(rng: np.random.Generator, planted: str, *, frames: int, datasets: int,
         return np.sqrt(0.5) * (autoregression(rng, shape, rho)
                                + autoregression(rng, (frames, datasets, 1, SIZE), rho))
 
-    def around(series, constant, places):
-        return unit(3 * constant + places + series)
+    def around(series, constant, means):
+        return unit(3 * constant + means + series)
 
     constant, other = unit(rng.standard_normal((2, datasets, 1, SIZE))) * np.sqrt(SIZE)
-    places, elsewhere = 0.7 * rng.standard_normal((2, datasets, PATCHES, SIZE))
+    means, others = 0.7 * rng.standard_normal((2, datasets, PATCHES, SIZE))
     truth, own = moving(), moving()
     if planted in ("trend", "shared trend"):
         slopes = rng.standard_normal((2, *shape[1:]))
         time = TREND * np.linspace(-0.5, 0.5, frames)[:, None, None, None]
         truth = truth + time * slopes[0]
         own = own + time * slopes[0 if planted == "shared trend" else 1]
-    teacher = around(truth, constant, places)
-    decoded = around(truth + DECODED_NOISE * moving(), constant, places)
+    teacher = around(truth, constant, means)
+    decoded = around(truth + DECODED_NOISE * moving(), constant, means)
     if planted == "perfect":
         predicted = teacher
     elif planted.startswith("noise"):
         noise = float(planted.split()[1]) * rng.standard_normal(shape)
-        predicted = around(truth + noise, constant, places)
+        predicted = around(truth + noise, constant, means)
     elif planted == "equal":
-        predicted = around(truth + DECODED_NOISE * own, constant, places)
+        predicted = around(truth + DECODED_NOISE * own, constant, means)
     elif planted == "rolled":
         predicted = np.roll(teacher, rng.integers(frames // 4, 3 * frames // 4), axis=0)
     elif planted == "reversed":
@@ -129,11 +129,11 @@ def plant(rng: np.random.Generator, planted: str, *, frames: int, datasets: int,
     elif planted == "permuted":
         predicted = np.roll(teacher, rng.integers(1, PATCHES), axis=2)
     elif planted == "another video":
-        predicted = around(own, other, elsewhere)
+        predicted = around(own, other, others)
     elif planted == "position means":
-        predicted = around(own, constant, places)
+        predicted = around(own, constant, means)
     else:
-        predicted = around(own, constant, elsewhere)
+        predicted = around(own, constant, others)
     return predicted, teacher, decoded
 
 
@@ -156,7 +156,7 @@ def made_evidence(predicted: npt.ArrayLike, teacher: npt.ArrayLike, decoded: Any
 
 def simulate_planted(planted: str, design: str, *, rho: float = 0.9, datasets: int = 1000,
                      seed: int = 0) -> pd.DataFrame:
-    """Put planted predictions to the verdict.
+    """Judge planted predictions.
 
     Args:
         planted: a key of `PLANTED`. design: a key of `DESIGNS`.

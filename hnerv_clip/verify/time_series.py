@@ -25,7 +25,7 @@ import numpy.typing as npt
 from scipy.special import digamma, polygamma, stdtr, stdtrit
 
 MIN_FRAMES = 8  # fewer frames tell nothing about autocorrelation
-SLOWEST = 100.0  # frames: the longest time scale 1 / (1 - ρ) that is reckoned with
+SLOWEST = 100.0  # frames: the longest time scale 1 / (1 - ρ)
 TIME_SCALES = 21  # from 1 frame to the slowest, evenly in the logarithm
 MIN_BLOCKS = 44  # of a series that is averaged over blocks of frames; shorter ones are left as is
 

@@ -2,12 +2,14 @@
 
 **What is estimated.** For one video and one setting: the mean, over the moments of a long video of
 which the frames at hand are a stretch, of net wins or of a change score (`evidence`), for a
-network that did not train on the moment asked about. With cross-fitting every frame of the video is
-asked about, once by the run that held it out; with several seeds, frame by frame for their mean.
-**Why the interval is valid.** The mean of such a series is about normal, and its variance is that
-of `effective_size` independent frames, estimated from the series; `simulation` measures how often
-the intervals hold the truth, and how often each answer is a wrong yes. It says nothing about other
-videos: for these, videos are the units (`paired.compare_paired`).
+network that did not train on the moment in question. With cross-fitting every frame of the video
+counts once, by the run that held it out; with several seeds, by the mean over these.
+**Why the interval is valid.** The mean of such a series is about normal. Its variance depends on
+the autocorrelation, which some twenty frames hardly tell, so none is estimated: the variance is
+averaged over all autocorrelations, each weighted by its likelihood, and Student's t has fewer
+degrees of freedom the less these agree (`time_series`). `simulation` measures how often intervals
+hold the truth, and how often each answer is a wrong yes. Intervals are for this video; for other
+videos, videos are the units (`paired.compare_paired`).
 """
 
 from __future__ import annotations

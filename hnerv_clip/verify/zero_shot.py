@@ -54,7 +54,7 @@ def label_agreement(labels: Sequence[str], vectors: np.ndarray, predicted: np.nd
 
 
 class WordScores(NamedTuple):
-    """What embeddings of some frames say of texts, see `score_words`."""
+    """How the embeddings of some frames rank texts and patches, see `score_words`."""
 
     ranks: np.ndarray  # [N + 1, K, N·P], see `_unit_ranks`
     top: np.ndarray  # [K, N·P] how surely a patch is among the first top_k of a text
@@ -83,7 +83,7 @@ def score_words(embeddings: np.ndarray, vectors: np.ndarray, *, centre: np.ndarr
     flat = scores.reshape(len(vectors), -1)
     top_k = min(top_k, max(1, flat.shape[1] - 1))
     last = -np.partition(-flat, top_k - 1)[:, top_k - 1, None]
-    above, tied = flat > last, flat == last  # those that tie for the last places share them
+    above, tied = flat > last, flat == last  # those that tie for the last ranks share them
     share = (top_k - above.sum(1, keepdims=True)) / tied.sum(1, keepdims=True)
     labels = (unit(embeddings - centre) @ vectors.T).argmax(axis=-1)
     return WordScores(_unit_ranks(scores), above + tied * share, labels, top_k)
@@ -103,13 +103,13 @@ def _unit_ranks(scores):
         ranks -= ranks.mean(axis=1, keepdims=True)
         with np.errstate(invalid="ignore"):
             ranks = (ranks / np.linalg.norm(ranks, axis=1, keepdims=True)).reshape(kept.shape)
-        place = found[out].reshape(scores.shape)
-        place[:, np.arange(frames) != out] = ranks
+        ranked = found[out].reshape(scores.shape)
+        ranked[:, np.arange(frames) != out] = ranks
     return found
 
 
 def word_agreement(own: WordScores, teacher: WordScores) -> dict[str, tuple[float, np.ndarray]]:
-    """How far an answer ranks and labels patches as the teacher does, over several texts.
+    """Agreement of an answer with the teacher in ranking and labeling patches, over several texts.
 
     Args:
         own, teacher: of the same frames and texts.

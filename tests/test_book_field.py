@@ -67,7 +67,8 @@ def more_boxes(head, boxes, own, any_held, **change):
     fit = {"rounding": change.pop("rounding", 0.0)}
     return {"video": "bunny", "head": head, "boxes_a_frame": boxes, "shapes": "all",
             "bytes": 30_000, "own_boxes": own, "any_held": any_held, "any_train": any_held,
-            "params": 30_000, "change": {**change, "fit": fit}}
+            "params": 30_000, "patches": change.pop("patches", 0),
+            "change": {**change, "fit": fit}}
 
 
 def test_more_boxes_are_told_by_design(folder):
@@ -76,10 +77,12 @@ def test_more_boxes_are_told_by_design(folder):
         {"what": "teacher"}, more_boxes("coord_320", 320, 0.9, 0.7),
         more_boxes("coord_all", 4096, 0.85, 0.8), more_boxes("crop_all", 4096, 0.9, 0.85, convs=2),
         more_boxes("crop_wide_all", 4096, 0.92, 0.87, convs=2),
-        more_boxes("coord_small_all", 4096, 0.7, 0.76, rank=32, rounding=0.8)]}))
+        more_boxes("coord_small_all", 4096, 0.7, 0.76, rank=32, rounding=0.8),
+        more_boxes("coord_patches", 8192, 0.9, 0.8, patches=64)]}))
     rows = book.read_boxes(folder)["fields"]
-    assert list(rows.design) == ["perceptron"] * 2 + ["convolutional"] * 2 + ["perceptron"]
-    assert list(rows["size"]) == ["usual", "usual", "usual", "wide", "small"]
+    assert list(rows.design) == ["perceptron"] * 2 + ["convolutional"] * 2 + ["perceptron"] * 2
+    assert list(rows["size"]) == ["usual", "usual", "usual", "wide", "small", "usual"]
+    assert rows.boxes.iloc[5] == "8192, any shape, and 64 times the patches"
     assert book.boxes_answer(rows) == (
         "From 320 to 4096 boxes a frame the perceptron field of bunny goes from 0.90 to 0.85 at "
         "boxes that it was fitted to, and from 0.70 to 0.80 at others in held-out frames")

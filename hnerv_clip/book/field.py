@@ -107,7 +107,9 @@ def read_boxes(folder: str | Path) -> dict[str, Any]:
                     for name in rows["head"]]
     rows["is_rounded"] = [change["fit"].get("rounding", 0) > 0 for change in rows.change]
     rows["kb"] = rows.bytes / 1e3
+    rows["patches"] = rows["patches"].fillna(0).astype(int) if "patches" in rows else 0
     rows["boxes"] = [f"{row.boxes_a_frame}, {'128 shapes' if row.shapes == '128' else 'any shape'}"
+                     + (f", and {row.patches} times the patches" if row.patches else "")
                      for row in rows.itertuples()]
     return {"about": measured["about"], "fields": rows}
 
@@ -129,7 +131,7 @@ def boxes_answer(fields: pd.DataFrame) -> str:
 
 def _usual(fields: pd.DataFrame) -> pd.DataFrame:
     """Fields of one size and design that differ in their boxes alone."""
-    return fields[(fields["size"] == "usual") & ~fields.is_rounded]
+    return fields[(fields["size"] == "usual") & ~fields.is_rounded & (fields.patches == 0)]
 
 
 def read_together(folder: str | Path) -> pd.DataFrame:

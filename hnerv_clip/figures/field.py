@@ -96,12 +96,13 @@ def plot_field_boxes(rows: pd.DataFrame, *, goals: dict[str, float], teacher_lab
     """Skill against the boxes of a frame that a field is fitted to, a panel per design.
 
     Args:
-        rows: video, design, size, is_rounded, boxes_a_frame, shapes, own_boxes, any_train,
-            any_held; those of the usual size that are not rounded make the lines, wide ones stand
-            beside them.
+        rows: video, design, size, is_rounded, boxes_a_frame, shapes, patches, own_boxes,
+            any_train, any_held; those of the usual size that are not rounded make the lines, wide
+            ones stand beside them. Fields that were fitted to the patches, too, are left out.
         goals: {video: skill} at any box.
     """
-    rows = rows[~rows.is_rounded & ((rows["size"] != "usual") | (rows.shapes != "128"))]
+    rows = rows[~rows.is_rounded & (rows.patches == 0)
+                & ((rows["size"] != "usual") | (rows.shapes != "128"))]
     panels = list(rows[["video", "design"]].drop_duplicates().itertuples(index=False))
     figure, axes = new_figure(1, len(panels), height=3.8, sharey=True, squeeze=False)
     shown = {"own_boxes": ("train", "o-", "boxes fitted to, training frames"),

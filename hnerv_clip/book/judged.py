@@ -180,7 +180,7 @@ def error_sentences(planted: pd.DataFrame) -> Markup:
         truth.loc[truth.yes.idxmin()]
     return Markup(
         f"**Where nothing is planted, a wrong yes comes in at most {yes.yes:.1%} of "
-        f"{yes.datasets} data sets; where a truth is, a yes in at least {weak.yes:.1%}.** "
+        f"{yes.datasets:,} data sets; where a truth is, a yes in at least {weak.yes:.1%}.** "
         f"A cell is one thing planted, one autocorrelation, one size and one question: "
         f"{len(null)} cells without a truth, {len(truth)} with one. Before Holm's correction, p is "
         f"5 % or less in up to {p.rejected:.1%} ({_cell_words(p)}), and in more than 6 % in "

@@ -311,8 +311,8 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
     axes[1].set_ylabel("smallest share answered yes")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return caption(figure, "The worst case of each question over what was planted; "
-                           f"{planted.datasets.iloc[0]} simulated data sets each. Dashed: at most "
-                           "5 %, at least 90 %.")
+                           f"{planted.datasets.min()} or more simulated data sets each. Dashed: at "
+                           "most 5 %, at least 90 %.")
 
 
 def _splits(table):

@@ -1,4 +1,4 @@
-"""What depends on the device alone."""
+"""Devices: choice, precision, and what they support."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def visible_gpus() -> list[str]:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given; at once on a CPU."""
+    """Wait until all work given to the device is done; returns at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """What is computed in.
+    """The precision of computations.
 
     `auto` is bf16 on a GPU that has it, tf32 on another, and fp32 on a CPU, which also has fp32 in
     the place of tf32.

@@ -1,4 +1,4 @@
-"""Ranks of a training: who am I, what do all agree on, what did each measure."""
+"""The ranks of a distributed training run: their number, agreement, and gathered results."""
 
 from __future__ import annotations
 

@@ -36,5 +36,5 @@ def _band(value, bands, name):
         return bands[0][1:]
     return next(band[1:] for band in bands[1:] if value >= band[0])
 SOURCE_WORDS = {"encoder": "encoded from the frame itself",
-                "interpolated": "predicted from their neighbours' embeddings",
+                "interpolated": "predicted from their neighbors' embeddings",
                 "coordinates": "predicted from coordinates"}

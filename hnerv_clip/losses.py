@@ -145,7 +145,7 @@ def clip_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 
 class ClipObjective:
-    """What the CLIP head is trained towards; its tensors are made once and stay on the device.
+    """The objective of the CLIP head; its tensors are made once and stay on the device.
 
     Nothing in a call waits for the GPU or depends on values for its shapes, so that a step with it
     can be captured in a CUDA graph.

@@ -1,4 +1,4 @@
-"""What agreement between embeddings is worth: plain measures on numpy arrays.
+"""Measures of agreement between embeddings, on NumPy arrays.
 
 T frames, P patches a frame, D values an embedding. Embeddings are unit vectors, float32 [T, P, D].
 """
@@ -84,7 +84,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def skill(score: npt.ArrayLike, reference: npt.ArrayLike) -> np.ndarray:
-    """Share of the way from a reference score to a perfect one: (score - ref) / (1 - ref).
+    """Improvement over a reference score relative to a perfect one: (score - ref) / (1 - ref).
 
     1 is perfect, 0 is no better than the reference, negative is worse.
     """
@@ -186,7 +186,7 @@ class Structure(NamedTuple):
 
 
 def describe_structure(embeddings: npt.ArrayLike) -> Structure:
-    """How alike the embeddings [T, P, D] of a video are, so that a score can be judged."""
+    """How similar the embeddings [T, P, D] of a video are, as a baseline for scores."""
     raw, centred = frame_similarity(embeddings), frame_similarity(embeddings, centred=True)
     by_lag, energy = similarity_by_lag(raw), mean_energy(embeddings)
     return Structure(

@@ -96,7 +96,7 @@ class HNeRV(nn.Module):
         return positions if self.kind == "pe" else self.coordinate_encoder(positions)
 
     def positions(self, times: Tensor) -> Tensor:
-        """What a coordinate model sees: the encoded time, and for xyt the place too.
+        """The input of a coordinate model: the encoded time, and for xyt also the position.
 
         Args:
             times: [B] float64.
@@ -168,7 +168,7 @@ class HNeRV(nn.Module):
         return self.rgb(stages[-1]), None if centres is None else self.clip_at(stages, centres)
 
     def part_sizes(self) -> dict[str, int]:
-        """Values of each part; `stored` is what must be kept to show the video.
+        """Values of each part; `stored` is what must be stored to play the video.
 
         Returns:
             encoder (hybrid only, not stored), embeddings (hybrid only), coordinate_encoder,
@@ -184,7 +184,7 @@ class HNeRV(nn.Module):
         return sizes | {"stored": sum(sizes.values()) - sizes["encoder"]}
 
     def stored_state(self) -> dict[str, Tensor]:
-        """The state that must be kept to show the video: all but the hybrid model's encoder."""
+        """The state that must be stored to play the video: all but the hybrid model's encoder."""
         return {n: t for n, t in self.state_dict().items() if not n.startswith("encoder.")}
 
     def need_clip_head(self) -> ClipHead:
@@ -197,7 +197,7 @@ class HNeRV(nn.Module):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `modelsize` and the frame's size decide."""
+    """The sizes that follow from `modelsize` and the frame size."""
 
     widths: list[int]  # channels after the stem and after each decoder stage
     kernels: list[int]  # of each decoder stage

@@ -44,7 +44,7 @@ class PatchGrid:
 
     @property
     def centres(self) -> Tensor:
-        """float32 [P, 2]: (y, x), where a pixel's centre is at its index plus one half."""
+        """float32 [P, 2]: (y, x), where a pixel's center is at its index plus one half."""
         boxes = self.boxes.float()
         return boxes[:, :2] + boxes[:, 2:] / 2
 

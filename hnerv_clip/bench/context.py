@@ -1,4 +1,4 @@
-"""What the parts of a benchmark share: data, engines, repeated timing, a run's record."""
+"""Shared by the parts of a benchmark: data, engines, repeated timing, a run's record."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLOCKS = ("data_s", "setup_time_s", "compile_s", "train_time_s", "eval_time_s", 
 
 @dataclass
 class Bench:
-    """What the parts share."""
+    """Data, engines and timing that the parts of a benchmark share."""
 
     config: Config
     device: torch.device

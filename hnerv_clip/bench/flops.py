@@ -1,4 +1,4 @@
-"""What a frame costs by the plan alone: operations and values moved."""
+"""The cost of a frame, counted from the plan: operations and values moved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Layer(NamedTuple):
 
 def count_work(config: ModelConfig, plan: Plan, *, frame_hw: tuple[int, int],
                patch_count: int) -> list[Layer]:
-    """What a frame costs by the plan alone: convolutions and linear layers, widths unpadded.
+    """The cost of a frame, counted from the plan: convolutions and linear layers, widths unpadded.
 
     Training takes three times as much: forward, gradients of the inputs, gradients of the weights
     (an upper bound by one layer, since the frame needs no gradient). Element-wise work is left out,

@@ -1,4 +1,4 @@
-"""How fast it is, on this machine: warmed up, synchronised, medians with their spread.
+"""Speed on this machine: warmed up, synchronized, medians with their spread.
 
 Every part gives rows of plain values, which one JSON file collects, also from several calls.
 Training is measured on the video of the configuration with random unit vectors in place of the
@@ -53,7 +53,7 @@ CLIP_MODEL = "ViT-B-32-quickgelu"
 
 # The parts: each yields rows
 def measure_ceilings(bench: Bench) -> Iterator[dict[str, Any]]:
-    """What the device reaches at best: matrix products, and copies within its memory."""
+    """Peak rates of the device: matrix products, and copies within its memory."""
     size = 8192 if bench.on_gpu else 1024
     often = {"warm_up": 3, "repeats": 7, "repeat_s": 0.3}
     for precision in ("bf16", "tf32", "fp32") if bench.on_gpu else ("bf16", "fp32"):
@@ -254,7 +254,7 @@ def _time_varied(bench: Bench, config: Config, dataset: Dataset, *, frame_hw: tu
 
 
 def measure_decode(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Frames, and embeddings at the patch centres, from stored per-frame embeddings."""
+    """Frames, and embeddings at the patch centers, from stored per-frame embeddings."""
     config = bench.config.replace(predict_clip=True)
     if bench.on_gpu and config.train.precision == "auto":
         config = config.replace(precision="bf16")

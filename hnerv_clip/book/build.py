@@ -219,7 +219,7 @@ def execute(notebook: Path, target: Path, *, parameters: dict[str, Any]) -> floa
 
 
 def _cost(wall_s: float) -> dict[str, Any]:
-    """What a whole book took, from the first notebook to the last page."""
+    """Time and memory of a whole book, from the first notebook to the last page."""
     commit, dirty = code_version()
     unit = 1 if sys.platform == "darwin" else 1024
     largest = max(resource.getrusage(who).ru_maxrss
@@ -281,19 +281,19 @@ def stage(root: Path, study: Path, sources: dict[str, Path | None], *, config: C
 
 
 def reduced_note(config: Config) -> str:
-    """What a book of the quick profile says on its own pages."""
+    """The notice on the pages of a book of the quick profile."""
     size = "×".join(map(str, config.video.resize_list or config.video.crop_list or ()))
     stride = config.video.frame_stride
-    return (f"Reduced setting: pages 1 to 7 and the film are of the quick profile, with "
+    return (f"Reduced setting: pages 1 to 7 and the film were made with the quick profile: "
             f"{size or 'whole'} frames" + (f", one in {stride}" if stride > 1 else "")
             + f", {config.model.modelsize:g} million values and {config.train.epochs} epochs. "
-            "Their figures are lower than in the full setting, and which choice is better can "
-            "differ from it: so small a network is fitted for so short a time. All else is of "
-            "full runs.\n")
+            "Their quality is lower than in the full setting, and comparisons between settings can "
+            "come out differently, since the network is small and trained for a short time. All "
+            "other pages are of full runs.\n")
 
 
 def _folder_names(root: Path, study: Path) -> dict[str, str]:
-    """What pages say instead of this machine's folders, the longest first."""
+    """Replacements for this machine's folders on pages, the longest first."""
     folders = {str(root): ".", str(study): study.name, sys.prefix: "(environment)",
                str(Path.home()): "~"}
     return {k: v for k, v in sorted(folders.items(), key=lambda kv: -len(kv[0])) if k != "/"}
@@ -303,8 +303,8 @@ def execute_results(root: Path, only: Iterable[str] = (), *,
                     say: Callable[[str], Any] = print) -> list[Path]:
     """Execute the notebooks over `book/results` and put their pages into `book/`.
 
-    Those pages hold no time or machine of their own, so that they change with the results alone;
-    their last table says where those come from.
+    These pages contain no time or machine, so that they change only with the results, whose
+    origin is in their last table.
 
     Args:
         only: numbers or names of some of them.
@@ -346,7 +346,7 @@ def execute_explored(root: Path, run_dir: str, *, say: Callable[[str], Any] = pr
 
 
 def clean_published(root: Path) -> None:
-    """Clean the committed pages of runs (01 to 09) by today's rules; what they say stays."""
+    """Clean the committed pages of runs (01 to 09) by today's rules; their content stays."""
     for path in sorted((root / "book").glob("0[0-9]_*.ipynb")):
         page = clean_page(nbformat.read(path, as_version=4), {})
         text = nbformat.writes(page) + "\n"

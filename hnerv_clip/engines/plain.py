@@ -1,4 +1,4 @@
-"""What one training step computes: its definition, in eager PyTorch, on any device."""
+"""The training step in eager PyTorch on any device: the reference for the other engines."""
 
 from __future__ import annotations
 

@@ -49,16 +49,16 @@ class Field:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of its weights."""
         return next(self.head.parameters()).device
 
     @property
     def frame_count(self) -> int:
-        """T."""
+        """Number of frames, T."""
         return self.head.config.frame_count
 
     def features(self, times: Tensor) -> Tensor | None:
-        """What the head takes of the frames at times [B]: [B, C, …], or None."""
+        """The head's inputs from the frames at times [B]: [B, C, …], or None."""
         config = self.head.config
         if not config.source_channels:
             return None
@@ -147,7 +147,7 @@ class Field:
         write_atomic(Path(path), lambda file: torch.save(content, file))
 
     def to(self, device: str | torch.device) -> Field:
-        """Itself, moved."""
+        """The same field, moved to a device."""
         self.head.to(device)
         self.model.to(device)
         self.embeddings = None if self.embeddings is None else self.embeddings.to(device)

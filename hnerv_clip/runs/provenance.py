@@ -1,4 +1,4 @@
-"""What a run was made with: commit, device, versions, data."""
+"""Provenance of a run: commit, device, versions, data."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PACKAGES = ("hnerv-clip", "torch", "torchvision", "numpy", "open_clip_torch", "t
 
 def make_provenance(config: Config, *, device: torch.device, data_digest: str, teacher: str | None,
                     world_size: int = 1) -> dict[str, Any]:
-    """What is about to run, on what: known before the first step.
+    """The provenance of a run, known before its first step.
 
     Args:
         data_digest: hash of the frames.
-        teacher: name of the teacher whose embeddings are learnt; None without the CLIP head.
+        teacher: name of the teacher whose embeddings are learned; None without the CLIP head.
     """
     import torch
 
@@ -97,7 +97,7 @@ def device_name(device: torch.device) -> str:
 
 
 def provenance_table(*run_dirs: str | Path) -> pd.DataFrame:
-    """What each run was made with, a column per run, for the end of a page."""
+    """Provenance of runs, a column per run, for the end of a page."""
     columns = {}
     for path, name in zip(run_dirs, tell_apart(run_dirs)):
         run = RunDir(path)

@@ -27,6 +27,16 @@ def test_between_points_by_the_logarithm_of_the_rate():
     assert math.isnan(rate.at_rate(LINE, 0.009)) and math.isnan(rate.at_psnr(LINE, 38.1))
 
 
+def test_the_best_of_several_trainings_counts():
+    good = [point | {"psnr_db": point["psnr_db"] + 3} for point in LINE[1:]]
+    points = [point | {"head": rate.FIELD, "modelsize": 1.5, "commit": name}
+              for name, line in (("a", LINE), ("b", good)) for point in line]
+    assert rate.reached(points, 0.02) == pytest.approx(32), "the other has no file so small"
+    assert rate.reached(points, 0.08) == pytest.approx(39) and rate.needed(points, 36) == 0.04
+    assert math.isnan(rate.reached(points, 0.009)) and math.isnan(rate.needed(points, 42))
+    assert len(rate.trainings(points)) == 2
+
+
 def test_damaged_files_are_counted_once_by_seed():
     log = ("60 files of seed 1: {'refused': 50, 'read': 10}\nrc 0\nRecursionError: deep\nrc 1\n"
            "60 files of seed 3: {'refused': 60}\nrc 0\n")
@@ -59,6 +69,8 @@ def test_goals_are_met_or_missed():
         dict.fromkeys(rate.COUNTS, 0) | {"files": 10**6, "seeds": [1]}]})
     assert [row["met"] for row in rows] == ["no", "no", "yes", "no", "yes"]
     assert rows[0]["measured"] == "34.92 dB there; 35.5 dB at 0.0673"
+    plain = rate.goals({"runs": [measured(), measured("b" * 40, head=False, psnr=60.0)]})
+    assert plain[0] == rows[0], "what has no head does not count"
     assert rows[1]["measured"] == "35.17 dB there"
     assert rows[3]["measured"] == "300 frames/s"
     assert rate.fine_tuning_words(measured()["points"][1]).startswith(

@@ -9,18 +9,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from hnerv_clip.figures.style import (
-    BLACK,
     GREEN,
     ORANGE,
     PALETTE,
     PURPLE,
+    SKY,
     VERMILLION,
     caption,
     new_figure,
 )
 
 CODEC_COLORS = {"x264": ORANGE, "x265": VERMILLION, "SVT-AV1": PURPLE}
-HEAD_COLORS = {"with head": PALETTE["learned"], "with field": GREEN, "no head": BLACK}
+HEAD_COLORS = {"with head": PALETTE["learned"], "with field": GREEN, "no head": SKY}
 
 
 def plot_rate_quality(codecs: dict[str, Sequence[dict[str, Any]]], plain: Sequence[dict[str, Any]],

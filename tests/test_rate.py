@@ -7,7 +7,7 @@ import torch
 from hnerv_clip.codec import decode_video, entropy
 from hnerv_clip.evaluate import evaluate_stored, store_video
 from hnerv_clip.inference import load_run
-from hnerv_clip.stored.fine_tune import estimate_bits, fine_tune
+from hnerv_clip.stored.fine_tune import Tuner, estimate_bits, fine_tune
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,19 @@ def test_a_target_is_reached_and_an_earlier_result_goes_on(run, tmp_path):
     assert on.history[0]["pixel_loss"] < first.history[3]["pixel_loss"]
     with pytest.raises(ValueError, match="must be above 0"):
         fine_tune(None, None, None, rate=0.0, target_bpp=0.1)
+
+
+def test_the_file_holds_the_network_that_was_fine_tuned(run, tmp_path):
+    tuner = Tuner(run.model, run.dataset, run.config)
+    tuned = fine_tune(run.model, run.dataset, run.config, rate=0.01, epochs=20, lr=2e-3,
+                      progress=False, tuner=tuner)
+    frames = torch.from_numpy(run.dataset.split.train)
+    last = sum(tuner.step(batch, rate=0.0, lr=0.0, step_lr=0.0) for batch in
+               frames.split(run.config.train.batch_size))[2] / len(frames)
+    tuned.store(tmp_path / "tuned.hnerv", run.dataset, run.config)
+    table = evaluate_stored(tmp_path / "tuned.hnerv", run.dataset, device=torch.device("cpu"))[0]
+    own = table[(table.source == "encoder") & (table.split == "train")].psnr_db.mean()
+    assert own == pytest.approx(float(last), abs=2e-3), "another network than in training"
 
 
 def test_held_out_frames_are_not_fitted(run):

@@ -87,9 +87,9 @@ def quantise_by_step(tensor: Tensor, step: float | Tensor) -> Quantised:
                      np.zeros(shape, kind), scale, axis)
 
 
-def stored_step(step: Tensor) -> float | Tensor:
-    """A step, or those of input channels, as a file keeps them: the latter in float16's range."""
-    return step.detach().cpu().clamp(2.0**-14, 2.0**15).half().float() if step.ndim else float(step)
+def stored_step(steps: Tensor) -> Tensor:
+    """The steps of input channels as a file keeps them, in float16; float32, in its range."""
+    return steps.detach().clamp(2.0**-14, 2.0**15).half().float()
 
 
 def _finite(tensor: Tensor) -> np.ndarray:

@@ -214,7 +214,7 @@ class Tuner:
               rate: Tensor) -> tuple[Tensor, Tensor]:
         rounded, bits = {}, torch.zeros((), device=self.device)
         for name, value in weights.items():
-            step = log_steps[name].exp()
+            step = as_stored(log_steps[name].exp())
             levels = round_through(value / step)
             rounded[name] = levels * step
             # a held-out frame's embedding is coded, too, at about the same cost
@@ -240,7 +240,8 @@ class Tuner:
         state = self.model.state_dict()
         state |= {n: w.detach().clone() for n, w in self.weights.items() if n != EMBEDDINGS}
         model.load_state_dict(state)
-        steps = {name: stored_step(step.exp()) for name, step in self.log_steps.items()}
+        steps = {name: stored_step(step.exp()).cpu() if step.ndim else float(step.exp())
+                 for name, step in self.log_steps.items()}
         embeddings = None
         if EMBEDDINGS in self.weights:
             embeddings = self.whole.clone()  # held-out frames keep their encoder's
@@ -283,6 +284,12 @@ class _Losses(nn.Module):
 def round_through(levels: Tensor) -> Tensor:
     """Rounded, with the gradient of what was not."""
     return levels + (levels.round() - levels).detach()
+
+
+def as_stored(steps: Tensor) -> Tensor:
+    """Steps as the file rounds them, with the gradient of what was not: else weights that training
+    left at the border of two levels fall to either side, which costs half a decibel."""
+    return steps + (stored_step(steps) - steps).detach() if steps.ndim else steps
 
 
 def estimate_bits(levels: Tensor, *, columns: bool = True) -> Tensor:

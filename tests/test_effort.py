@@ -29,9 +29,12 @@ def test_a_cpu_gets_fewer_epochs_and_no_setting_that_was_given_is_chosen(monkeyp
     assert effort.choose_settings(CPU, CLIP, {"epochs": "12"})["pixel_loss_warmup_epochs"] == 2
     assert effort.choose_settings(CPU, BUNNY, {})["epochs"] == effort.LEAST_EPOCHS
     assert effort.LEAST_TUNING <= effort.choose_tuning(CPU, CLIP) <= effort.TUNING
+    monkeypatch.setattr(effort, "usable_cores", lambda: 2)
+    assert 1 < effort.guess_minutes(CPU.replace(modelsize=0.1), CLIP, epochs=182) < 3
     monkeypatch.setattr(effort, "select_device", lambda name: torch.device("cuda"))
     assert effort.choose_settings(CPU, BUNNY, {}) == {"modelsize": 1.5, "epochs": effort.EPOCHS}
     assert effort.choose_tuning(CPU, BUNNY) == effort.TUNING
+    assert effort.guess_minutes(CPU, BUNNY, epochs=1) is None
 
 
 def test_operations_are_those_of_the_convolutions():

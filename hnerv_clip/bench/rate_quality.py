@@ -255,8 +255,8 @@ def fine_tuning_words(point: Point) -> str:
     history = point["history"]
     lowest, last = min(history, key=lambda row: row["psnr_db"]), history[-1]
     before = history[-min(4, len(history))]
-    return (f"At the weight {point['rate']:.2g} of its bits it fell to {lowest['psnr_db']:.2f} dB at "
-            f"epoch {lowest['epoch']} and rose to {last['psnr_db']:.2f} dB at epoch "
+    return (f"At the weight {point['rate']:.2g} of its bits it fell to {lowest['psnr_db']:.2f} dB "
+            f"at epoch {lowest['epoch']} and rose to {last['psnr_db']:.2f} dB at epoch "
             f"{last['epoch']}; of that, {last['psnr_db'] - before['psnr_db']:.2f} dB came after "
             f"epoch {before['epoch']}, while the rate went from {before['rate_bpp']:.4f} to "
             f"{last['rate_bpp']:.4f} bits per pixel.")

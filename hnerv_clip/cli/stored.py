@@ -21,6 +21,7 @@ from hnerv_clip.config import ConfigError
 from hnerv_clip.files import check_writable
 from hnerv_clip.paths import resolve_path
 
+LONG_MINUTES = 20  # of encoding, that a hint follows
 FILMS = (".mp4", ".mkv", ".mov")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
            "veryslow")  # of x264
@@ -185,7 +186,7 @@ def _encode(args: argparse.Namespace) -> None:
     out = _check_file(args)
     work = resolve_path(args.work or f"output/encode/{out.stem}")
     check_writable(work)
-    from hnerv_clip.stored.effort import choose_tuning
+    from hnerv_clip.stored.effort import choose_tuning, guess_minutes
     from hnerv_clip.stored.make import prepare_encoding
     from hnerv_clip.train import train
 
@@ -194,10 +195,14 @@ def _encode(args: argparse.Namespace) -> None:
     if args.rate_epochs is None:
         args.rate_epochs = choose_tuning(config, dataset.video)
     video, options = dataset.video, config.train
+    minutes = guess_minutes(config, video, epochs=options.epochs + args.rate_epochs)
     print(f"{video.name}: {len(video.frames)} frames of {'×'.join(map(str, video.frame_hw))} in a "
           f"network of {config.model.modelsize:g} M values: {options.epochs} epochs of training, "
           f"then {args.rate_epochs} of fine-tuning for the file (--modelsize, --epochs and "
-          "--rate_epochs change that)")
+          "--rate_epochs change that)" + ("" if minutes is None else
+          f"; about {max(1, round(minutes)):,} minutes where no other program uses this CPU")
+          + ("" if minutes is None or minutes < LONG_MINUTES else
+             ": --resize_list, --frame_stride and fewer epochs make it shorter"))
     train(config, work, cache_dir=args.cache_dir, dataset=dataset)
     args.outf, args.device = str(work), config.train.device
     _write_run(args, out)

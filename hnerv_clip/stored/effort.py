@@ -10,13 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hnerv_clip.config import Config
-from hnerv_clip.devices import select_device
+from hnerv_clip.devices import select_device, usable_cores
 from hnerv_clip.model import HNeRV
 from hnerv_clip.sizes import choose_modelsize
 from hnerv_clip.video import Video
 
 # Floating-point operations of a CPU's training and fine-tuning: some two minutes of two cores
 CPU_TRAINING, CPU_TUNING = 6e12, 3e12
+CORE_SPEED = 5e10  # operations a second that a core of an AMD EPYC does in training, about
 BACKWARD = 3  # a training step's operations in forward passes
 EPOCHS, TUNING = 300, 60  # on a GPU, and at most
 LEAST_EPOCHS, LEAST_TUNING = 40, 15
@@ -50,6 +51,13 @@ def choose_tuning(config: Config, video: Video) -> int:
     return _epochs(config, video, CPU_TUNING, least=LEAST_TUNING, most=TUNING)
 
 
+def guess_minutes(config: Config, video: Video, *, epochs: int) -> float | None:
+    """About how long so many epochs of training and fine-tuning take on this CPU; None on a GPU."""
+    if not _on_cpu(config):
+        return None
+    return epochs * _operations(config, video) / (CORE_SPEED * usable_cores()) / 60
+
+
 def _on_cpu(config: Config) -> bool:
     return select_device(config.train.device).type == "cpu"
 
@@ -59,9 +67,13 @@ def _only(given: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _epochs(config: Config, video: Video, work: float, *, least: int, most: int) -> int:
+    return max(least, min(most, round(work / _operations(config, video))))
+
+
+def _operations(config: Config, video: Video) -> int:
+    """Of an epoch."""
     frames = len(video.frames)
-    an_epoch = BACKWARD * frames * count_operations(config, frame_hw=video.frame_hw, frames=frames)
-    return max(least, min(most, round(work / an_epoch)))
+    return BACKWARD * frames * count_operations(config, frame_hw=video.frame_hw, frames=frames)
 
 
 def count_operations(config: Config, *, frame_hw: tuple[int, int], frames: int) -> int:

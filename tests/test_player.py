@@ -324,17 +324,20 @@ def test_pictures_of_padded_channels_are_the_same(path):
 
 @pytest.mark.gpu
 def test_a_gpu_writes_the_same_film(path, tmp_path):
-    """Padded channels, and frames copied while the next are computed."""
+    """Padded channels, and frames copied while the next are computed.
+
+    Without loss: what a level more or less changes in a lossy film is far larger than a level.
+    """
     from hnerv_clip.stored.film import write_film
 
     here, there = (hnerv_clip.open(path, device=name) for name in ("cpu", "cuda"))
     assert np.abs(here[:].astype(int) - there[:]).max() <= 2
     films = []
     for name, video in (("a.mp4", here), ("b.mp4", there)):
-        write_film(tmp_path / name, video, range(6), progress=False)
+        write_film(tmp_path / name, video, range(6), crf=0, progress=False)
         with av.open(str(tmp_path / name)) as container:
             films.append(np.stack([f.to_ndarray() for f in container.decode(video=0)]).astype(int))
-    assert np.abs(films[0] - films[1]).mean() < 1
+    assert np.abs(films[0] - films[1]).max() <= 3
     np.testing.assert_allclose(there.embed((30, 10, 40, 20), 0.1),
                                here.embed((30, 10, 40, 20), 0.1), atol=1e-3)
 

@@ -239,6 +239,6 @@ def headline(run: RunDir) -> str:
 HEADLINE = """{table}
 
 *Teacher: {teacher}. Means over n frames. Mean-centered cosine: with the mean embedding subtracted,
-so that a constant scores 0. The file holds {size:,} bytes, {rate:.4f} bits per pixel. {epochs} epochs, seed
-{seed}, {device}, commit {commit}.*
+so that a constant scores 0. The file holds {size:,} bytes, {rate:.4f} bits per pixel. {epochs}
+epochs, seed {seed}, {device}, commit {commit}.*
 """

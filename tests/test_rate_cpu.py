@@ -1,6 +1,7 @@
 """What a CPU measures for the page of rate and quality."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,3 +36,19 @@ def test_what_a_cpu_measures_joins_the_other_results(cache_dir, small_config, tm
     own = kept["times"]["own"]
     assert kept["times"]["codecs"][0]["encode_cpu_s"] > 0 < own["decode_cpu_s"]
     assert own["frames"] == rate_cpu.OWN_FRAMES <= kept["times"]["frames"]
+
+
+def test_one_codec_more_is_timed_alone(tmp_path, monkeypatch):
+    path = tmp_path / "rate.json"
+    old = {"codec": "x264", "crf": 30, "encode_cpu_s": 1.0}
+    path.write_text(json.dumps({"times": {"codecs": [old], "own": {}}, "codecs": [
+        {"codec": name, "crf": 30, "psnr_db": 35.0} for name in ("x264", "x265")]}))
+    monkeypatch.setattr(rate_cpu, "load_video", lambda video: SimpleNamespace(frames=None, fps=25))
+    monkeypatch.setattr(rate_cpu, "time_codecs", lambda frames, points, **options: [
+        {"codec": point["codec"], "encode_cpu_s": 9.0} for point in points])
+    for _ in range(2):  # the second takes the place of the first
+        rows = rate_cpu.time_more(path, ["x265"])["times"]["codecs"]
+    assert rows[0] == old and [row["codec"] for row in rows] == ["x264", "x265"]
+    assert rows[1]["encode_cpu_s"] == 9.0 and rows[1]["commit"] and rows[1]["device"]
+    with pytest.raises(ValueError, match="no points of"):
+        rate_cpu.time_more(path, ["x266"])

@@ -120,7 +120,7 @@ def test_pixel_only_baseline_equals_lambda_zero(small_config, cache_dir, tmp_pat
 @pytest.mark.parametrize("params", [
     {"embed": "pe_1.25_80", "modelsize": 0.2}, {"embed": "xyt_1.25_80", "modelsize": 0.2},
     {"inpaint_size": 20}, {"loss": "Fusion6"}, {"precision": "bf16"},
-    {"optimizer": "muon"}, {"data_split": "1_1_1"}])
+    {"data_split": "1_1_1"}])
 def test_other_ways_to_train(params, small_config, small_dataset, cache_dir, tmp_path):
     result = train(small_config.replace(epochs=2, pixel_loss_warmup_epochs=1, **params),
                    tmp_path / "run", cache_dir=cache_dir, progress=False)

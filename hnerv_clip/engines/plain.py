@@ -11,7 +11,6 @@ from torch import Tensor
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.engines import profile_marks as marks
-from hnerv_clip.engines.muon import MuonAdam
 from hnerv_clip.losses import ClipObjective, needs_ssim, pixel_loss, ssim_constants
 from hnerv_clip.metrics import psnr
 from hnerv_clip.model import HNeRV, frame_times
@@ -51,10 +50,8 @@ class PlainEngine:
         self.part = config.train.batch_size  # frames worked on at once
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        options = {"lr": self.lr, "fused": True, "capturable": self.device.type == "cuda"}
-        if self.config.train.optimizer == "muon":
-            return MuonAdam(self.model, **options)
-        return torch.optim.Adam(self.model.parameters(), **options)
+        return torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True,
+                                capturable=self.device.type == "cuda")
 
     def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:
         """One update.
@@ -142,9 +139,8 @@ class PlainEngine:
         for group, own in zip(self.optimizer.param_groups, settings):
             group.update(own)
         for parameter, kept in self.optimizer.state.items():
-            for name in kept.keys() - {"step"}:  # in the parameter's memory format, see below
-                if kept[name].stride() != parameter.stride():
-                    kept[name] = torch.empty_like(parameter).copy_(kept[name])
+            for name in ("exp_avg", "exp_avg_sq"):  # in the parameter's memory format, see below
+                kept[name] = torch.empty_like(parameter).copy_(kept[name])
 
     def _reduce_gradients(self) -> None:
         """Sum the ranks' gradients, in one message."""

@@ -16,7 +16,6 @@ from hnerv_clip.dataset import Dataset
 from hnerv_clip.distributed import count_ranks
 from hnerv_clip.engines.fused.decoding import Decoder
 from hnerv_clip.engines.fused.network import BUILD_ERRORS, Network
-from hnerv_clip.engines.muon import Muon, matrices
 from hnerv_clip.engines.plain import COLUMNS, PlainEngine, SetupError, explain
 from hnerv_clip.engines.profile_marks import CLIP, ENCODER, OPTIMIZER, RGB, span
 from hnerv_clip.kernels.launch import compile_all
@@ -67,7 +66,6 @@ class FusedEngine(PlainEngine):
         self.seen = self.mask  # by the encoder, of the padded frame
         if self.mask is not None:
             self.seen = pad_edges(self.mask[None, None], model.plan.padded_hw)[0, 0].contiguous()
-        self.muon = Muon(matrices(model), lr=self.lr) if config.train.optimizer == "muon" else None
         self.networks = {size: Network(model, batch=size)}
         self.parameters = self.networks[size].parameters
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -182,12 +180,6 @@ class FusedEngine(PlainEngine):
         self.indices[key].copy_(indices)
         return self._update(self._own_gradients(key))
 
-    def _add(self, name: str, change: Tensor) -> None:
-        """Add to a parameter, and clear its gradient."""
-        flat, index = self.parameters, self.parameters.index[name]
-        flat.param[index] = flat.param[index] + change
-        flat.grad.index_fill_(0, index.flatten(), 0.0)
-
     def _make_optimizer(self) -> Moments:
         return Moments(self.model)
 
@@ -226,16 +218,10 @@ class FusedEngine(PlainEngine):
             mean, square = moments[name]
             self.optimizer.state[parameter] = {
                 "step": self.parameters.count.clone(), "exp_avg": mean, "exp_avg_sq": square}
-            if self.muon and name in self.muon.momentum:
-                self.optimizer.state[parameter] = {
-                    "step": self.parameters.count.clone(),
-                    "exp_avg": self.muon.momentum[name].clone()}
 
     def load_optimizer(self, state: dict) -> None:
         super().load_optimizer(state)
         moments = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
-        for name, momentum in self.muon.momentum.items() if self.muon else ():
-            momentum.copy_(moments.pop(name)["exp_avg"])
         self.parameters.load({n: (s["exp_avg"], s["exp_avg_sq"]) for n, s in moments.items()},
                              float(next(iter(moments.values()))["step"]))
 
@@ -253,9 +239,6 @@ class FusedEngine(PlainEngine):
             dist.all_reduce(self.parameters.grad)
         self.parameters.count.add_(1)
         with span(OPTIMIZER):
-            if self.muon is not None:  # without a gradient, Adam leaves its matrices as they are
-                flat = self.parameters
-                self.muon.step(lambda name: flat.grad[flat.index[name]], self._add)
             self.parameters.update(self.lr)
         return columns.sum(1)
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from hnerv_clip.book import recipe as book
@@ -16,8 +17,17 @@ def row(change, psnr_db, *, lr=2e-3, epochs=300, total_s=50):
 def folder(tmp_path):
     rows = [row("paper", 35.0, lr=1e-3), row(book.BASE, 36.0), row("L1 loss", 35.5),
             row("batch 1", 36.5, total_s=70), row(book.BEST, 37.0, epochs=600, total_s=100)]
-    (tmp_path / book.GPU).write_text(json.dumps({"about": {}, "rows": rows, "goals": [],
-                                                 "published": []}))
+    decoders = [{"decoder": name, "optimizer": optimizer, "psnr_db": psnr_db, "epochs": epochs,
+                 "step_ms": step_ms, "seconds": 28.0} for name, optimizer, psnr_db, epochs, step_ms
+                in ((book.BLOCKS, "Adam", 35.0, 180, 1.2), ("other", "Muon", 34.0, 30, 7.0),
+                    ("other", "Adam", 29.0, 30, 6.5))]
+    muon = [{"optimizer": optimizer, "share": share, "epochs": epochs, "psnr_db": psnr_db}
+            for optimizer, share, epochs, psnr_db in (
+                ("Adam", None, 700, 37.0), ("Muon", 4, 100, 33.0), ("Muon", 2, 100, 34.0),
+                ("Muon", 2, 600, 36.0))]
+    (tmp_path / book.GPU).write_text(json.dumps({
+        "about": {}, "rows": rows, "goals": [], "published": [],
+        "decoders": {"about": {}, "rows": decoders}, "muon": {"about": {}, "rows": muon}}))
     rows = [{"group": group, "change": change, "psnr_db": psnr, "base": change == "none"}
             for group, change, psnr in (("a", "none", 20.0), ("a", "x", 21.0), ("b", "none", 25.0),
                                         ("b", "x", 24.0))]
@@ -42,3 +52,22 @@ def test_what_is_reached_counts_the_whole_run(folder):
 def test_missing_results_are_named(tmp_path):
     with pytest.raises(ResultsError, match="recipe_h100.json does not exist"):
         book.read_recipe(tmp_path)
+
+
+def test_sentences_name_the_best_of_each(folder):
+    measured = book.read_recipe(folder)
+    assert "35.00 dB, the best of 2 other trainings 34.00 dB (other; Muon)" in \
+        book.decoders_in_words(measured["decoders"])
+    words = book.muon_in_words(measured["muon"])
+    assert words.startswith("Muon gives 36.00 dB after 600 epochs, Adam 37.00 dB after 700.")
+    assert "34.00 dB with steps 2 times Adam's and 33.00 dB with steps 4 times" in words
+
+
+def test_small_trainings_are_compared_at_the_best_step_of_each():
+    rows = pd.DataFrame([{"group": "a", "change": f"{book.BLOCKS}, {name}", "psnr_db": psnr_db}
+                         for name, psnr_db in (("Adam", 30.0), ("Adam, lr 1e-2", 33.0),
+                                               ("Muon", 34.5), ("Muon, steps twice", 34.0))]
+                        + [{"group": "a", "change": "two blocks, Muon", "psnr_db": 34.2}])
+    words = book.small_in_words(rows)
+    assert "+1.50 dB (a; sizes of steps tried: 2 by Muon, 2 by Adam)" in words
+    assert "1 of 1 other changes with Muon stay behind" in words

@@ -7,23 +7,28 @@ from typing import Any
 
 import pandas as pd
 
+from hnerv_clip.book.markdown import join_words
 from hnerv_clip.book.results import read_json
 
 GPU, CPU = "recipe_h100.json", "recipe_cpu.json"
 FIX = "git checkout book/results"
+BLOCKS = "HNeRV's blocks"  # among the decoders
 CHANCE_DB = 0.3  # about two standard deviations over seeds at full size
 BASE, BEST = "lr 2e-3", "batch 1, 600 epochs"  # what a single change is to; the preset `best`
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any]:
-    """What was measured on the GPU: `about`, and the tables `rows`, `goals` and `published`.
+    """What was measured on the GPU: the tables `rows`, `goals`, `published`, `decoders` and `muon`,
+    and in `batches` where each group of runs comes from.
 
     Raises:
         ResultsError: the file is missing.
     """
     measured = read_json(folder, GPU, fix=FIX)
-    return {"about": measured["about"]} | {
-        name: pd.DataFrame(measured[name]) for name in ("rows", "goals", "published")}
+    others = {name: measured[name] for name in ("decoders", "muon")}
+    return {"batches": [measured["about"], *(other["about"] for other in others.values())]} | {
+        name: pd.DataFrame(measured[name]) for name in ("rows", "goals", "published")} | {
+        name: pd.DataFrame(other["rows"]) for name, other in others.items()}
 
 
 def read_ranking(folder: str | Path) -> dict[str, Any]:
@@ -59,3 +64,51 @@ def reached(rows: pd.DataFrame, *, seconds: float) -> float | None:
     """The best PSNR of a whole run, all of its time counted, within so many seconds."""
     within = rows[rows.total_s <= seconds].psnr_db
     return None if within.empty else float(within.max())
+
+
+def decoders_in_words(decoders: pd.DataFrame) -> str:
+    """The best of the other decoders beside HNeRV's blocks, in equal time."""
+    others = decoders[decoders.decoder != BLOCKS]
+    first, (own,) = others.loc[others.psnr_db.idxmax()], decoders[
+        decoders.decoder == BLOCKS].itertuples()
+    by_adam = others[others.optimizer == "Adam"].psnr_db.max()
+    return (f"In {own.seconds:.0f} s of steps HNeRV's blocks give {own.psnr_db:.2f} dB, the best "
+            f"of {len(others)} other trainings {first.psnr_db:.2f} dB ({first.decoder}; "
+            f"{first.optimizer}). A step of that takes {first.step_ms:.1f} ms in place of "
+            f"{own.step_ms:.1f}, so it sees {first.epochs:.0f} epochs in place of "
+            f"{own.epochs:.0f}. By Adam such a decoder reaches {by_adam:.2f} dB.")
+
+
+def muon_in_words(muon: pd.DataFrame) -> str:
+    """The longest training by Muon beside the longest by Adam, and Muon's sizes of steps."""
+    longest = {optimizer: own.loc[own.epochs.idxmax()] for optimizer, own in
+               muon.groupby("optimizer")}
+    shortest = muon[muon.optimizer == "Muon"].groupby("epochs")
+    epochs, compared = max(((n, own) for n, own in shortest), key=lambda item: len(item[1]))
+    sizes = join_words([f"{row.psnr_db:.2f} dB with steps {row.share:g} times Adam's"
+                        for row in compared.sort_values("share").itertuples()])
+    return (f"Muon gives {longest['Muon'].psnr_db:.2f} dB after {longest['Muon'].epochs} epochs, "
+            f"Adam {longest['Adam'].psnr_db:.2f} dB after {longest['Adam'].epochs}. The size of "
+            f"its steps matters: after {epochs} epochs it has {sizes}. Smaller ones were not "
+            "measured at this size.")
+
+
+def small_in_words(rows: pd.DataFrame) -> str:
+    """Muon beside Adam with HNeRV's blocks at small scale, each with the best step that was tried.
+
+    Args:
+        rows: see `read_ranking`.
+    """
+    best = {optimizer: rows[rows.change.str.startswith(f"{BLOCKS}, {optimizer}")]
+            .groupby("group", sort=False).psnr_db.agg(["max", "size"])
+            for optimizer in ("Muon", "Adam")}
+    both = best["Muon"].join(best["Adam"], rsuffix="_adam")
+    said = [f"{row['max'] - row['max_adam']:+.2f} dB ({group}; sizes of steps tried: "
+            f"{row['size']:.0f} by Muon, {row['size_adam']:.0f} by Adam)"
+            for group, row in both.iterrows()]
+    muon = rows[rows.change.str.contains("Muon")]
+    others = muon[~muon.change.str.startswith(BLOCKS)]
+    behind = (others.psnr_db < others.group.map(best["Muon"]["max"])).sum()
+    return ("At small scale, on a CPU and at equal epochs, Muon differs from Adam, each with "
+            f"its best step, by {join_words(said)}. {behind} of {len(others)} other changes with "
+            "Muon stay behind HNeRV's blocks with it.")

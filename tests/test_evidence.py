@@ -180,18 +180,15 @@ def test_errors_are_as_promised():
     found = simulation.simulate_all(datasets=100)
     nulls, truths = found[found.kind == "null"], found[found.kind == "truth"]
     assert (nulls.yes <= by_chance(0.05, 100, len(nulls))).all() and nulls.yes.mean() < 0.02
-    assert (nulls.rejected <= by_chance(0.07, 100, len(nulls))).all()
+    assert (nulls.rejected <= by_chance(0.05, 100, len(nulls))).all()
     assert nulls.rejected.mean() < 0.04
-    assert (1 - truths.yes <= by_chance(0.1, 100, len(truths))).all() and truths.yes.mean() > 0.97
+    assert (1 - truths.yes <= by_chance(0.05, 100, len(truths))).all() and truths.yes.mean() > 0.98
 
 
 @pytest.mark.slow
 def test_intervals_cover():
     found = simulation.simulate_interval(datasets=600)
-    slow = found.rho > 0.95
-    outside = 1 - found.covered
-    assert (outside[~slow] <= by_chance(0.07, 600, len(found))).all()
-    assert (outside[slow] <= by_chance(0.11, 600, len(found))).all()  # few frames say little
+    assert (1 - found.covered <= by_chance(0.05, 600, len(found))).all()
 
 
 def test_made_data_are_drawn_anew_and_alike_by_seed():

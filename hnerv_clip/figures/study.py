@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from hnerv_clip.figures.style import GREY, PALETTE, caption, name_rows, new_figure
 
@@ -88,15 +89,15 @@ def plot_pareto(rows: pd.DataFrame, *, pixels_only: dict[str, float], teacher_la
                        markersize=4)
             text = f"λ {row['clip_loss_weight']:g}" if row["is_base_warmup"] else \
                 f"warm-up {row['pixel_loss_warmup_epochs']:g}"
-            above = row["is_base_warmup"]  # of the curve above it, of the others below theirs
-            panel.annotate(text, (row[x], row[y]), xytext=(0, 6 if above else -6), fontsize=8,
-                           textcoords="offset points", ha="center",
-                           va="bottom" if above else "top")
+            place = {"rotation": 40, "xytext": (2, 3)} if row["is_base_warmup"] else {  # near others
+                "xytext": (0, -6), "ha": "center", "va": "top"}
+            panel.annotate(text, (row[x], row[y]), textcoords="offset points", fontsize=8, **place)
         if np.isfinite(pixels_only.get(part, np.nan)):
             panel.axvline(pixels_only[part], color=PALETTE["pixel-only"], linestyle="--",
                           linewidth=1.2)
         panel.set(title=title, xlabel="PSNR (dB)")
-        panel.margins(x=0.1, y=0.1)
+        panel.margins(x=0.1, y=0.12)
+        panel.xaxis.set_major_locator(MaxNLocator(5))
     axes[0].set_ylabel("mean-centered cosine")
     return caption(figure, "Up and right is better. Circles: λ at the base's warm-up; diamonds: "
                            "other warm-ups; small dots: seeds; dashed: PSNR of pixels only. "

@@ -89,9 +89,10 @@ def plot_pareto(rows: pd.DataFrame, *, pixels_only: dict[str, float], teacher_la
                        markersize=4)
             text = f"λ {row['clip_loss_weight']:g}" if row["is_base_warmup"] else \
                 f"warm-up {row['pixel_loss_warmup_epochs']:g}"
-            place = {"rotation": 40, "xytext": (2, 3)} if row["is_base_warmup"] else {  # near others
+            place = {"rotation": 40, "xytext": (2, 3)} if row["is_base_warmup"] else {
                 "xytext": (0, -6), "ha": "center", "va": "top"}
-            panel.annotate(text, (row[x], row[y]), textcoords="offset points", fontsize=8, **place)
+            panel.annotate(text, (row[x], row[y]), textcoords="offset points", fontsize=8,
+                           **place)
         if np.isfinite(pixels_only.get(part, np.nan)):
             panel.axvline(pixels_only[part], color=PALETTE["pixel-only"], linestyle="--",
                           linewidth=1.2)

@@ -1,5 +1,6 @@
 """The explorer: what a hand does is set, what it shows is read."""
 
+import dataclasses
 import io
 import shutil
 
@@ -196,3 +197,14 @@ def test_the_landing_pages_film_is_made_from_a_run(trained_run, cache_dir, tmp_p
     monkeypatch.setattr(landing, "LIMIT_BYTES", 10)
     with pytest.raises(ConfigError, match="more than 10: make it of a shorter video"):
         landing.write_small(tmp_path / "x.mp4", np.zeros((2, 16, 16, 3), np.uint8), 5)
+
+
+def test_the_films_caption_tells_how_its_field_was_fitted(run_video):
+    from hnerv_clip.book.film import caption
+    from hnerv_clip.field.query import Field
+
+    assert "field" not in caption(run_video, "hare")  # the original head answers
+    fitted = Field(None, None, None, about={"boxes": 32, "settings": {"steps": 2000}})
+    asked = dataclasses.replace(run_video, head=fitted)
+    assert "to 32 boxes in each training frame in 2,000 steps" in caption(asked, "hare")
+    assert "boxes" not in caption(asked, "")

@@ -16,6 +16,7 @@ from hnerv_clip.config import ConfigError
 from hnerv_clip.explore.film import film_panels, join_panels, write_frames
 from hnerv_clip.explore.page import find_texts, mean_psnr, rate
 from hnerv_clip.explore.video import ExploredVideo, open_video
+from hnerv_clip.field.query import Field
 from hnerv_clip.figures.heat import TEXT_RANGE
 
 LIMIT_BYTES = 1_500_000  # of each film
@@ -142,6 +143,17 @@ def caption(video: ExploredVideo, text: str) -> str:
              f"{TEXT_RANGE[0]:g} standard deviations or more above other names)" if text else "")
     words = [f"The original and the network's reconstruction ({mean_psnr(video):.1f} dB PSNR)"
              f"{where}: {video.name}, {len(video)} frames of {height}×{width}.", video.about,
+             _fit_words(video) if text else "",
              f"Teacher: {video.teacher_label}." if video.head is not None else "",
              f"{video.credit}." if video.credit else ""]
     return " ".join(html.escape(line, quote=False) for line in words if line)
+
+
+def _fit_words(video: ExploredVideo) -> str:
+    """How the field that answers was fitted; nothing of the original head, or where it is unknown.
+    """
+    about = video.head.about if isinstance(video.head, Field) else {}
+    if not {"boxes", "settings"} <= about.keys():
+        return ""
+    return (f"A field answers, fitted afterwards to {about['boxes']} boxes in each training frame "
+            f"in {about['settings']['steps']:,} steps.")

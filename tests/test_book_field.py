@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from hnerv_clip import figures
 from hnerv_clip.book import field as book
 from hnerv_clip.book.results import ResultsError
 
@@ -61,36 +60,6 @@ def test_pairs_of_networks_win_over_the_scouts_single_runs(folder):
     row, = book.pair_rows(folder)
     assert row["any box, joint less frozen"].startswith("+0.020")
     assert row["held-out PSNR, joint less frozen"].startswith("-0.20 dB")
-
-
-def more_boxes(head, boxes, own, any_held, **change):
-    fit = {"rounding": change.pop("rounding", 0.0)}
-    return {"video": "bunny", "head": head, "boxes_a_frame": boxes, "shapes": "all",
-            "bytes": 30_000, "own_boxes": own, "any_held": any_held, "any_train": any_held,
-            "params": 30_000, "patches": change.pop("patches", 0),
-            "change": {**change, "fit": fit}}
-
-
-def test_more_boxes_are_told_by_design(folder):
-    assert book.read_boxes(folder)["fields"].empty
-    (folder / book.BOXES).write_text(json.dumps({"about": {}, "rows": [
-        {"what": "teacher"}, more_boxes("coord_320", 320, 0.9, 0.7),
-        more_boxes("coord_all", 4096, 0.85, 0.8), more_boxes("crop_all", 4096, 0.9, 0.85, convs=2),
-        more_boxes("crop_wide_all", 4096, 0.92, 0.87, convs=2),
-        more_boxes("coord_small_all", 4096, 0.7, 0.76, rank=32, rounding=0.8),
-        more_boxes("coord_patches", 8192, 0.9, 0.8, patches=64)]}))
-    rows = book.read_boxes(folder)["fields"]
-    assert list(rows.design) == ["perceptron"] * 2 + ["convolutional"] * 2 + ["perceptron"] * 2
-    assert list(rows["size"]) == ["usual", "usual", "usual", "wide", "small", "usual"]
-    assert rows.boxes.iloc[5] == "8192, any shape, and 64 times the patches"
-    assert book.boxes_answer(rows) == (
-        "From 320 to 4096 boxes a frame the perceptron field of bunny goes from 0.90 to 0.85 at "
-        "boxes that it was fitted to, and from 0.70 to 0.80 at others in held-out frames")
-    fields = book.read_fields(folder)["fields"]  # with what is rounded of them
-    assert book.smallest_field(fields, "bunny", any_held=0.755).change == \
-        "rank 32, 4096 boxes a frame"
-    assert 30_000 not in list(book.capacity(fields).params)  # another design
-    assert figures.plot_field_boxes(rows, goals={"bunny": 0.9}, teacher_label="a teacher").axes
 
 
 def test_going_on_together_is_paired_with_the_picture_alone(folder):

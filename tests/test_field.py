@@ -59,22 +59,6 @@ def test_embeddings_are_unit_vectors_and_scores_their_products(output):
     torch.testing.assert_close(scores, found @ queries.T, atol=1e-5, rtol=1e-4)
 
 
-def test_convolutions_see_the_positions_of_a_box_as_a_picture():
-    head, features = small_field(points=5, convs=2, conv_channels=4)
-    assert "convs" in head.config.to_dict() and "convs" not in CONFIG.to_dict()
-    assert FieldConfig.from_dict(head.config.to_dict()) == head.config
-    assert head.first.in_features == 8 + 4 * 9  # the mean of the last convolution, and the box
-    maps = head.maps(features, torch.arange(9.0))
-    seen = sample_boxes(maps, BOXES.expand(9, -1, -1), frame_hw=(40, 80), points=5)
-    x = seen[4, 1].view(1, -1, 5, 5)
-    for conv in head.convs:
-        x = F.gelu(conv(x))
-    assert x.shape == (1, 8, 2, 2)
-    code = torch.cat([x.mean((0, 2, 3)), encode_boxes(BOXES[1], frame_hw=(40, 80), frequencies=4)])
-    code = head.code(F.gelu(head.hidden[0](F.gelu(head.first(code)))))
-    torch.testing.assert_close(head.codes(maps, BOXES)[4, 1], code, atol=1e-5, rtol=1e-4)
-
-
 def test_latent_maps_are_interpolated_between_keyframes():
     head, _ = small_field(source_channels=0)
     at = head.maps(None, torch.tensor([0.0, 2, 4, 8]))

@@ -225,10 +225,10 @@ def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] 
         ValueError: damaged files that are counted already.
     """
     kept = json.loads(path.read_text(encoding="utf-8"))
-    trainings = {(run["commit"], head_of(run), run["settings"]["modelsize"]): run
-                 for run in [*kept.pop("runs", []), *runs]}
+    found = {(run["commit"], head_of(run), run["settings"]["modelsize"]): run
+             for run in [*kept.pop("runs", []), *runs]}
     kept.pop("hnerv_clip", None)  # one run, without its commit
-    kept["runs"] = list(trainings.values())
+    kept["runs"] = list(found.values())
     for commit, counted in (damaged or {}).items():
         kept["damaged"] = add_damaged(kept.get("damaged", []), counted, commit=commit)
     tuned = with_head(tuned_points(kept["runs"]))

@@ -17,12 +17,12 @@ from hnerv_clip.paths import resolve_path
 from hnerv_clip.verify.paired import compare_paired
 
 FILE, SCOUT = "field_h100.json", "semantic_scout_h100.json"
-TOGETHER, BOXES = "field_together.json", "field_boxes_h100.json"
+TOGETHER = "field_together.json"
 NEAREST, INTERPOLATED = "nearest training frame", "interpolated teacher"
 FIX = "git checkout book/results"
 GOALS = {"any_held": {"bunny": 0.90, "bikes": 0.85}, "eight_held": {"bunny": 0.94, "bikes": 0.88}}
 SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "output": "output",
-            "source_stage": "stage", "stage": "stage", "convs": "convolutions", "points": "points",
+            "source_stage": "stage", "stage": "stage", "points": "points",
             "frequencies": "frequencies", "map_channels": "map channels", "per_key":
             "frames a latent map", "steps": "steps", "lr": "lr", "rate_weight": "rate weight"}
 
@@ -31,21 +31,16 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     """The measurement: `about`; `fields` and `baselines` (tables); `runs` and `shifts` by video.
 
     `fields` has the columns of the file and `change` in words, `is_rounded` (whether its bytes
-    are of the weights whose skill is given) and `kb` (10³ bytes); rounded fields of `read_boxes`
-    are among them.
+    are of the weights whose skill is given) and `kb` (10³ bytes).
 
     Raises:
         ResultsError: the file is missing, or has no field.
     """
     measured = read_json(folder, FILE, fix=FIX)
     rows = measured["rows"]
-    more = read_boxes(folder)["fields"]
-    more = more[more.is_rounded].to_dict("records") if len(more) else []
     found = [{**row, "change": _words(row["change"]), "kb": row["bytes"] / 1e3,
               "is_rounded": (row["change"]["fit"] or {}).get("rounding", 1) > 0}
              for row in rows if "head" in row]
-    found += [{**row, "change": f"{_words(row['change'])}, {row['boxes_a_frame']} boxes a frame"}
-              for row in more]
     if not found:
         raise ResultsError(f"{FILE} has no field; take it back with {FIX}")
     return {"about": measured["about"], "fields": pd.DataFrame(found),
@@ -88,50 +83,6 @@ def pair_rows(folder: str | Path) -> list[dict[str, str]]:
                          "held-out PSNR, joint less frozen": compare_paired(
                              joint.psnr_held_db, frozen.psnr_held_db).words("dB")})
     return rows
-
-
-def read_boxes(folder: str | Path) -> dict[str, Any]:
-    """Fields that were fitted to more boxes, of two designs: `about`, and `fields`, a table.
-
-    `fields` has `design` (perceptron, or convolutional: its first layers are convolutions over the
-    sampled positions), `size` (small, usual or wide), `kb` and `is_rounded`, as `read_fields`;
-    boxes_a_frame, and boxes, in words. Empty where none was measured.
-    """
-    if not (resolve_path(folder) / BOXES).is_file():
-        return {"about": {}, "fields": pd.DataFrame()}
-    measured = read_json(folder, BOXES, fix=FIX)
-    rows = pd.DataFrame([row for row in measured["rows"] if "head" in row])
-    rows["design"] = ["convolutional" if change.get("convs") else "perceptron"
-                      for change in rows.change]
-    rows["size"] = [next((size for size in ("small", "wide") if size in name), "usual")
-                    for name in rows["head"]]
-    rows["is_rounded"] = [change["fit"].get("rounding", 0) > 0 for change in rows.change]
-    rows["kb"] = rows.bytes / 1e3
-    rows["patches"] = rows["patches"].fillna(0).astype(int) if "patches" in rows else 0
-    rows["boxes"] = [f"{row.boxes_a_frame}, {'128 shapes' if row.shapes == '128' else 'any shape'}"
-                     + (f", and {row.patches} times the patches" if row.patches else "")
-                     for row in rows.itertuples()]
-    return {"about": measured["about"], "fields": rows}
-
-
-def boxes_answer(fields: pd.DataFrame) -> str:
-    """How skill changes from the fewest boxes a frame to the most, in words, by design."""
-    said = []
-    for (video, design), part in _usual(fields).groupby(["video", "design"], sort=False):
-        part = part.sort_values(["boxes_a_frame", "shapes"])
-        few, many = part.iloc[0], part.iloc[-1]
-        if few.boxes_a_frame < many.boxes_a_frame:
-            said.append(f"{'from' if said else 'From'} {few.boxes_a_frame} to "
-                        f"{many.boxes_a_frame} boxes a frame the {design} field of {video} goes "
-                        f"from {few.own_boxes:.2f} to {many.own_boxes:.2f} at boxes that it was "
-                        f"fitted to, and from {few.any_held:.2f} to {many.any_held:.2f} at others "
-                        "in held-out frames")
-    return "; ".join(said)
-
-
-def _usual(fields: pd.DataFrame) -> pd.DataFrame:
-    """Fields of one size and design that differ in their boxes alone."""
-    return fields[(fields["size"] == "usual") & ~fields.is_rounded & (fields.patches == 0)]
 
 
 def read_together(folder: str | Path) -> pd.DataFrame:
@@ -213,10 +164,9 @@ def smallest_field(fields: pd.DataFrame, video: str, *, any_held: float) -> pd.S
 def capacity(fields: pd.DataFrame) -> pd.DataFrame:
     """Fields that were also asked at their own boxes and differ in size alone, by parameters.
 
-    A finer map, more frequencies or more boxes are other designs, and left out.
+    A finer map or more frequencies are other designs, and left out.
     """
-    asked = fields[fields.own_boxes.notna()
-                   & ~fields.change.str.contains("points|frequencies|boxes a frame")]
+    asked = fields[fields.own_boxes.notna() & ~fields.change.str.contains("points|frequencies")]
     return asked.sort_values("params")
 
 

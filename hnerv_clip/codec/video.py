@@ -42,8 +42,7 @@ CHUNK = 8  # frames whose embeddings are coded together
 FIELD_LIMITS = {"dim": 2**14, "frame_hw": SIDE_LIMIT, "frame_count": FRAME_LIMIT,
                 "source_channels": 4096, "source_stage": 12, "up": 64, "mid_channels": 1024,
                 "map_channels": 1024, "map_hw": 512, "keyframes": 4096, "latent_channels": 1024,
-                "points": 16, "convs": 6, "conv_channels": 512, "hidden": 4096, "layers": 16,
-                "rank": 4096, "frequencies": 32}
+                "points": 16, "hidden": 4096, "layers": 16, "rank": 4096, "frequencies": 32}
 
 
 @dataclass

@@ -132,7 +132,7 @@ class Field:
         return times, boxes, squeeze
 
     def _batches(self, times: Tensor, boxes: Tensor, width: int):
-        a_frame = boxes.shape[-2] * max(width, self.head.box_values)
+        a_frame = boxes.shape[-2] * max(width, self.head.first.in_features)
         at_once = max(1, AT_ONCE[self.device.type] // a_frame)
         for start in range(0, len(times), at_once):
             part = slice(start, start + at_once)

@@ -92,41 +92,6 @@ def plot_field_limit(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
                            f"{teacher_label}.")
 
 
-def plot_field_boxes(rows: pd.DataFrame, *, goals: dict[str, float], teacher_label: str) -> Figure:
-    """Skill against the boxes of a frame that a field is fitted to, a panel per design.
-
-    Args:
-        rows: video, design, size, is_rounded, boxes_a_frame, shapes, patches, own_boxes,
-            any_train, any_held; those of the usual size that are not rounded make the lines, wide
-            ones stand beside them. Fields that were fitted to the patches, too, are left out.
-        goals: {video: skill} at any box.
-    """
-    rows = rows[~rows.is_rounded & (rows.patches == 0)
-                & ((rows["size"] != "usual") | (rows.shapes != "128"))]
-    panels = list(rows[["video", "design"]].drop_duplicates().itertuples(index=False))
-    figure, axes = new_figure(1, len(panels), height=3.8, sharey=True, squeeze=False)
-    shown = {"own_boxes": ("train", "o-", "boxes fitted to, training frames"),
-             "any_train": ("neighbour", "s-", "other boxes, training frames"),
-             "any_held": ("held_out", "D-", "other boxes, held-out frames")}
-    for panel, (video, design) in zip(axes[0], panels):
-        own = rows[(rows.video == video) & (rows.design == design)].sort_values("boxes_a_frame")
-        for column, (color, style, words) in shown.items():
-            usual, wide = (own[own["size"] == size] for size in ("usual", "wide"))
-            panel.plot(usual.boxes_a_frame, usual[column], style, color=PALETTE[color], label=words)
-            panel.plot(wide.boxes_a_frame, wide[column], style[0], color=PALETTE[color],
-                       markersize=9, fillstyle="none")
-        panel.axhline(goals[video], color=BLACK, linestyle=":", label="goal, any box")
-        panel.set_title(f"{video}, {design}", parse_math=False)
-        panel.set(xscale="log", xlabel="boxes of a frame that it is fitted to")
-        _plain_ticks(panel, sorted(own.boxes_a_frame.unique()))
-    axes[0][0].set_ylabel("skill")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8)
-    return caption(figure, "Where blue and green are apart, there are too few boxes; where they "
-                           "meet, more of them would change nothing. Hollow marks: a wider field. "
-                           f"Weights are not rounded. One seed. Teacher: {teacher_label}.")
-
-
 def _plain_ticks(panel: Axes, values: Sequence[float]) -> None:
     """Ticks of a logarithmic axis as plain numbers."""
     panel.set_xticks(values, [f"{value:g}" for value in values])

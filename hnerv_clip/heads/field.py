@@ -43,8 +43,6 @@ class FieldConfig:
     keyframes: int = 0  # own latent maps, evenly over the video; 0 for none
     latent_channels: int = 0  # of them
     points: int = 3  # the map is sampled at points × points positions of a box
-    convs: int = 0  # convolutions of stride 2 over these positions, then their mean; 0 for none
-    conv_channels: int = 64  # of the first of them; each further one has twice as many
     hidden: int = 128
     layers: int = 2
     rank: int = 64  # values that the output basis combines
@@ -62,9 +60,8 @@ class FieldConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Scalars only, pairs packed as "8_16", for the header of a file."""
-        unused = () if self.convs else ("convs", "conv_channels")  # unknown to older versions
         return {name: "_".join(map(str, value)) if isinstance(value, tuple) else value
-                for name, value in dataclasses.asdict(self).items() if name not in unused}
+                for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FieldConfig:
@@ -103,22 +100,10 @@ class FieldHead(nn.Module):
         if c.keyframes:
             self.latents = nn.Parameter(torch.randn(c.keyframes, c.latent_channels, *c.map_hw))
         box_values = 4 * (1 + 2 * c.frequencies)
-        if c.convs:
-            widths = [channels, *(c.conv_channels * 2**i for i in range(c.convs))]
-            self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
-                                       for a, b in zip(widths, widths[1:]))
-        sampled = widths[-1] if c.convs else channels * c.points**2
-        self.first = nn.Linear(sampled + box_values, c.hidden)
+        self.first = nn.Linear(channels * c.points**2 + box_values, c.hidden)
         self.hidden = nn.ModuleList(nn.Linear(c.hidden, c.hidden) for _ in range(c.layers - 1))
         self.code = nn.Linear(c.hidden, c.rank)
         self.basis = nn.Linear(c.rank, c.dim)
-
-    @property
-    def box_values(self) -> int:
-        """Values that one box takes before the first layer, which set how many go at once."""
-        c = self.config
-        channels = (c.map_channels if c.source_channels else 0) + c.latent_channels
-        return max(channels * c.points**2, self.first.in_features)
 
     @classmethod
     def from_config(cls, config: FieldConfig | dict[str, Any]) -> FieldHead:
@@ -152,11 +137,6 @@ class FieldHead(nn.Module):
         if boxes.ndim == 2:
             boxes = boxes.expand(len(maps), -1, -1)
         sampled = sample_boxes(maps, boxes, frame_hw=c.frame_hw, points=c.points)
-        if c.convs:
-            x = sampled.view(-1, maps.shape[1], c.points, c.points)
-            for conv in self.convs:
-                x = F.gelu(conv(x))
-            sampled = x.mean((2, 3)).view(*sampled.shape[:2], -1)
         x = self.first(torch.cat([sampled, encode_boxes(
             boxes, frame_hw=c.frame_hw, frequencies=c.frequencies)], dim=-1))
         for layer in self.hidden:

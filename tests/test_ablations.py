@@ -55,3 +55,18 @@ def test_figures_draw_the_table():
     assert len(plot_ablation(rows, teacher_label="A").axes) == 2
     labels = [text.get_text() for text in plot_tradeoff(rows, teacher_label="A").axes[0].texts]
     assert labels.count("λ=0.5") == 4
+
+
+def test_long_names_of_rows_do_not_run_into_each_other():
+    import pandas as pd
+
+    from hnerv_clip.figures import plot_differences
+
+    name = "hybrid: 65 patches a frame, mean over 0.35 of the height, decoder stage 2"
+    figure = plot_differences(pd.DataFrame([{"name": f"{name} {i}", "color": "hybrid", "x": [1.0],
+                                             "x_low": 0.0, "x_high": 2.0} for i in range(6)]),
+                              panels={"x": "x"}, teacher_label="a teacher", words="")
+    figure.draw_without_rendering()
+    boxes = sorted((label.get_window_extent() for label in figure.axes[0].get_yticklabels()),
+                   key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 for below, above in zip(boxes, boxes[1:]))

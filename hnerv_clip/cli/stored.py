@@ -182,6 +182,11 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{out}: largest difference to PyTorch {words}")
 
 
+def _minutes(minutes: float) -> str:
+    count = max(1, round(minutes))
+    return f"{count:,} minute{'s' if count > 1 else ''}"
+
+
 def _encode(args: argparse.Namespace) -> None:
     out = _check_file(args)
     work = resolve_path(args.work or f"output/encode/{out.stem}")
@@ -200,7 +205,7 @@ def _encode(args: argparse.Namespace) -> None:
           f"network of {config.model.modelsize:g} M values: {options.epochs} epochs of training, "
           f"then {args.rate_epochs} of fine-tuning for the file (--modelsize, --epochs and "
           "--rate_epochs change that)" + ("" if minutes is None else
-          f"; about {max(1, round(minutes)):,} minutes where no other program uses this CPU")
+          f"; about {_minutes(minutes)} where no other program uses this CPU")
           + ("" if minutes is None or minutes < LONG_MINUTES else
              ": --resize_list, --frame_stride and fewer epochs make it shorter"))
     train(config, work, cache_dir=args.cache_dir, dataset=dataset)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from hnerv_clip.figures.style import GREY, PALETTE, caption, name_rows, new_figure
+from hnerv_clip.figures.style import GREY, PALETTE, caption, name_rows, new_figure, row_height
 
 KIND_NAMES = {"hybrid": "hybrid", "xyt": "position and time", "pe": "time only"}
 
@@ -56,7 +56,7 @@ def plot_differences(rows: pd.DataFrame, *, panels: dict[str, str], teacher_labe
         words: what is compared, for the caption.
     """
     figure, axes = new_figure(1, len(panels), sharey=True, squeeze=False,
-                              height=1.3 + 0.42 * len(rows))
+                              height=1.3 + row_height(list(rows["name"]), 0.42) * len(rows))
     for panel, (measure, label) in zip(axes[0], panels.items()):
         panel.axvline(0, color="#606060", linewidth=0.8)
         for y, row in enumerate(rows.to_dict("records")):

@@ -144,6 +144,11 @@ def name_rows(panel: Axes, names: list[str]) -> None:
                      fontsize=8)
 
 
+def row_height(names: list[str], least: float) -> float:
+    """Inches of a row, so that no name of `name_rows` runs into the next."""
+    return max(least, 0.15 * max(len(textwrap.wrap(name, ROW_NAME)) for name in names))
+
+
 def new_figure(rows: int = 1, columns: int = 1, *, height: float = 3.2, **options: Any
                ) -> tuple:
     """A figure of book width with its axes, kept out of pyplot so a notebook shows it once.

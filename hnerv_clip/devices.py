@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from hnerv_clip.config import ConfigError
 
@@ -86,3 +89,26 @@ def set_precision(precision: str, device: torch.device) -> torch.dtype:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     return torch.bfloat16 if used == "bf16" else torch.float32
+
+
+def fetch(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """Tensors as arrays on the CPU, in turn; a GPU computes the next one while one is copied."""
+    before: tuple[Tensor, torch.cuda.Event | None] | None = None
+    for batch in batches:
+        now: tuple[Tensor, torch.cuda.Event | None] = batch, None
+        if batch.device.type == "cuda":
+            host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
+            host.copy_(batch, non_blocking=True)
+            now = host, torch.cuda.Event()
+            now[1].record()
+        if before is not None:
+            yield _arrived(*before)
+        before = now
+    if before is not None:
+        yield _arrived(*before)
+
+
+def _arrived(host: Tensor, copied: torch.cuda.Event | None) -> np.ndarray:
+    if copied is not None:
+        copied.synchronize()
+    return host.numpy()

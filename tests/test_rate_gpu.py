@@ -5,7 +5,7 @@ import json
 import pytest
 
 import hnerv_clip
-from hnerv_clip.bench import rate_gpu, rate_quality
+from hnerv_clip.bench import decoding, rate_gpu, rate_quality
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,9 @@ def test_it_measures_files_films_and_devices(folder):
     assert [point["epochs"] for point in measured["points"][1:]] == [4, 2]
     assert measured["points"][2]["goes_on"] and measured["trained"]["eval_clip_similarity_all"]
     assert measured["gpu_cpu_largest_level"] == 0, "the same device twice"
-    assert set(measured["decode_frames_per_s"]) == {*rate_gpu.FILMS, "network alone"}
+    assert set(measured["decode_frames_per_s"]) == {*decoding.FILMS, decoding.NETWORK,
+                                                    decoding.FETCHED}
+    assert measured["picture_precision"] == "fp32" and measured["open_s"] > 0
     assert (folder / "4_bpp.hnerv").stat().st_size == measured["points"][2]["size_bytes"]
     assert len(hnerv_clip.open(folder / "8_bits.hnerv")) == 12
 

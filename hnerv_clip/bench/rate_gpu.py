@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 import hnerv_clip
+from hnerv_clip.bench.decoding import compare_devices, measure_films
 from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import FIELD, encode_video
 from hnerv_clip.config import BUNDLED, BUNDLED_DIM, PRESETS, Config
@@ -37,7 +37,6 @@ from hnerv_clip.inference import embed_frames, load_run
 from hnerv_clip.metrics import centred_cosine, cosine
 from hnerv_clip.model import build_model
 from hnerv_clip.runs.provenance import code_version, device_name
-from hnerv_clip.stored.film import write_film
 from hnerv_clip.stored.fine_tune import Tuned, Tuner, fine_tune
 from hnerv_clip.stored.make import ENCODE, fit_on_file, prepare_encoding
 from hnerv_clip.teachers import teacher_embeddings
@@ -45,13 +44,14 @@ from hnerv_clip.teachers.boxes import box_targets
 from hnerv_clip.train import train
 
 TARGETS = (0.060, 0.055, 0.045)  # bits per pixel of whole files, from the largest
-FIRST_RATE = 0.002  # the weight of bits that the first fine-tuning begins with
+# The weight of bits that a network of so many bits per pixel ends at, about, measured on bunny; and
+# how it falls with them
+USUAL_RATE, USUAL_BPP, STEEPNESS = 0.01, 0.05, 3.0
+RATES = (5e-4, 0.05)  # that a fine-tuning begins with, at least and at most
 SETTINGS = {**ENCODE, **PRESETS["best"], "preset": "paper", "data_path": "bunny",
             "teacher": BUNDLED, "clip_dim": BUNDLED_DIM, "head": "field", "field_boxes": 320,
             "checkpoint_s": 60.0, "eval_freq": 1000}
 TUNE_BATCH = 2  # frames of a step of fine-tuning
-FILMS = ("veryfast", "superfast", "ultrafast")  # presets of x264
-CPU_FRAMES = 4  # that are decoded on both devices
 TIMED_STEPS = 20
 
 
@@ -74,7 +74,7 @@ class _Programme:
             self.target, memory_format=torch.channels_last)
         self.tuner = Tuner(model.eval(), self.dataset, self.tuning)
         self.tuner.reset(model)
-        steps = [self.tuner.step(self.batch, rate=FIRST_RATE, lr=0.0, step_lr=0.0)
+        steps = [self.tuner.step(self.batch, rate=USUAL_RATE, lr=0.0, step_lr=0.0)
                  for _ in range(Tuner.WARM_UP + 2)]
         if not torch.allclose(steps[0], steps[-1], rtol=0.01):
             warnings.warn(f"a captured step measures {steps[-1].tolist()} where a plain one "
@@ -106,7 +106,7 @@ class _Programme:
         """Epochs of fine-tuning that take so long."""
         start = time.perf_counter()
         for _ in range(TIMED_STEPS):
-            self.tuner.step(self.batch, rate=FIRST_RATE, lr=0.0, step_lr=0.0)
+            self.tuner.step(self.batch, rate=USUAL_RATE, lr=0.0, step_lr=0.0)
         synchronise(self.target)
         step_s = (time.perf_counter() - start) / TIMED_STEPS
         return int(seconds / step_s / -(-len(self.dataset.split.train) // len(self.batch)))
@@ -204,7 +204,8 @@ def measure_gpu(folder: Path, *, settings: dict[str, Any], targets: Sequence[flo
         keep({"kind": "8 bits", **work.store_trained(path)}, path)
     pixels = work.run.model.frame_count * math.prod(work.run.model.frame_hw)
     field_bpp = 8 * measured["points"][0].get("field_bytes", 0) / pixels
-    rate, tuned = FIRST_RATE, None
+    tuned: Tuned | None = None
+    rate, before = USUAL_RATE, USUAL_BPP
     for target in sorted(targets, reverse=True):
         path = folder / f"{target:g}_bpp.hnerv"
         if ("tuned", target) in done:
@@ -218,62 +219,22 @@ def measure_gpu(folder: Path, *, settings: dict[str, Any], targets: Sequence[flo
         planned, share = (epochs, 1.0) if tuned is None else (more_epochs, more_epochs / epochs)
         planned = min(planned, max(1, work.epochs_in(tune_s * share))) if tune_s < math.inf else \
             planned
-        start, begun = time.perf_counter(), tuned
+        start, begun, aim = time.perf_counter(), tuned, target - field_bpp
+        rate = min(max(rate * (before / aim) ** STEEPNESS, RATES[0]), RATES[1])
         tuned = fine_tune(work.run.model, work.dataset, work.tuning, rate=rate, epochs=planned,
                           lr=lr if begun is None else lr / 2, tuner=work.tuner, start=begun,
-                          target_bpp=target - field_bpp)
-        took, rate = time.perf_counter() - start, tuned.history[-1]["rate"]
+                          target_bpp=aim)
+        took, before = time.perf_counter() - start, tuned.history[-1]["rate_bpp"]
+        rate = tuned.history[-1]["rate"]
         extra = work.store(path, tuned)
         field_bpp = 8 * extra.get("field_bytes", 0) / pixels
         keep({"kind": "tuned", "target_bpp": target, "rate": rate, "tune_s": round(took, 1),
               "epochs": planned, "goes_on": begun is not None, **extra,
               "history": [tuned.history[0], *tuned.history[9::10]]}, path)
         if films and "decode_frames_per_s" not in measured:
-            measured |= _measure_films(path, work.target) | _compare_devices(path, work.target)
+            measured |= measure_films(path, work.target) | compare_devices(path, work.target)
             write_json(work.out, measured)
     return measured
-
-
-def _measure_films(path: Path, device: torch.device) -> dict[str, Any]:
-    """Frames a second of whole films, and of the network alone with frames brought to the CPU; the
-    best of two each, after a warm-up."""
-    video, speeds = hnerv_clip.open(path, device=str(device)), {}
-    chosen = range(len(video))
-
-    def frames_per_s(call) -> float:
-        took = []
-        for _ in range(3):
-            synchronise(device)
-            start = time.perf_counter()
-            call()
-            took.append(time.perf_counter() - start)
-        return round(len(chosen) / min(took[1:]), 1)
-
-    with tempfile.TemporaryDirectory() as folder:
-        for preset in FILMS:
-            film = Path(folder) / f"{preset}.mp4"
-            speeds[preset] = frames_per_s(lambda film=film, preset=preset: write_film(
-                film, video, chosen, preset=preset, progress=False))
-            speeds[f"{preset}, bytes"] = film.stat().st_size
-    sizes = {preset: speeds.pop(f"{preset}, bytes") for preset in FILMS}
-    speeds["network alone"] = frames_per_s(lambda: sum(1 for _ in video.frames(chosen)))
-    return {"decode_frames_per_s": speeds, "film_bytes": sizes,
-            "cpu": device_name(torch.device("cpu"))}
-
-
-def _compare_devices(path: Path, device: torch.device) -> dict[str, Any]:
-    chosen = np.linspace(0, len(hnerv_clip.open(path, device="cpu")) - 1, CPU_FRAMES).astype(int)
-    here, there = (np.stack(list(hnerv_clip.open(path, device=name).frames(chosen.tolist())))
-                   for name in ("cpu", str(device)))
-    difference = np.abs(here.astype(int) - there)
-    found = {"gpu_cpu_largest_level": int(difference.max()),
-             "gpu_cpu_share_different": float((difference > 0).mean())}
-    video = hnerv_clip.open(path, device="cpu")
-    if video.has_head:
-        start = time.perf_counter()
-        _ = video.patch_embeddings
-        found["cpu_all_patches_s"] = round(time.perf_counter() - start, 2)
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

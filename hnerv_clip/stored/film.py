@@ -23,14 +23,14 @@ from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
 
 from hnerv_clip.codec.container import expand_ticks
-from hnerv_clip.devices import usable_cores
+from hnerv_clip.devices import fetch, usable_cores
 
 if TYPE_CHECKING:
     from hnerv_clip.stored.video import StoredVideo
 
 AHEAD = 4  # batches decoded before they are written
-SEGMENT = (12, 64)  # frames that are encoded on one core, at least and at most
-WAITING_BYTES = 2**29  # of decoded frames that wait for their encoder, about
+SEGMENT = (24, 64)  # frames that one encoder takes, at least and at most; each begins anew
+WAITING_BYTES = 2**30  # of decoded frames that wait for their encoder, about
 BT709 = 1  # matrix, primaries and transfer of HD video, in ffmpeg's numbers
 LIMITED = 1  # luma 16…235
 # R, G, B in 0…255 to Y, Cb, Cr (ITU-R BT.709, limited range)
@@ -45,7 +45,7 @@ def write_film(path: Path, video: StoredVideo, chosen: Sequence[int], *, crf: in
     """Write frames as H.264 in MP4 or Matroska, each at its own time.
 
     Pictures with an odd side are stored without chroma subsampling, so that their size stays.
-    Segments of frames are encoded at the same time, a core each.
+    Segments of frames are encoded at the same time, on all cores.
 
     Args:
         chosen: rising frame numbers; the first is shown at time 0.
@@ -80,19 +80,20 @@ class _Film:
         """In ffmpeg's words."""
         return "yuv420p" if self.halved else "yuv444p"
 
-    def set_up(self, context: av.VideoCodecContext) -> None:
+    def set_up(self, context: av.VideoCodecContext, threads: int = 1) -> None:
         """Give an encoder these settings."""
         context.height, context.width = self.size
         context.pix_fmt, context.framerate, context.time_base = self.pix_fmt, self.rate, self.unit
         context.options = {"crf": str(self.crf), "preset": self.preset}
-        context.thread_count = 1
+        context.thread_count = threads
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED
 
-    def encode(self, images: list[np.ndarray], ticks: list[int], flags: int) -> list[av.Packet]:
+    def encode(self, images: list[np.ndarray], ticks: list[int], flags: int, threads: int = 1
+               ) -> list[av.Packet]:
         """The packets of a segment that stands alone."""
         context = av.CodecContext.create("libx264", "w")
-        self.set_up(context)
+        self.set_up(context, threads)
         context.flags = flags
         packets = []
         for image, tick in zip(images, ticks, strict=True):
@@ -105,22 +106,20 @@ class _Film:
 
 def encode_film(path: Path, film: _Film, images: Iterable[np.ndarray], ticks: Sequence[int], *,
                 workers: int | None = None) -> None:
-    """Encode frames in segments, as many at a time as there are cores, into one stream.
+    """Encode frames in segments, several at a time, into one stream.
 
     Args:
         images: the planes of each frame, uint8, as of `to_planes`.
         ticks: when each is shown, rising, in units of the film.
-        workers: encoders at a time; None for the cores of this process.
+        workers: threads that encode; None for the cores of this process.
     """
     workers = workers or usable_cores()
-    shortest, longest = SEGMENT
-    length = max(shortest, min(longest, -(-len(ticks) // workers),
-                               WAITING_BYTES // (2 * math.prod(film.size) * workers)))
+    encoders, length = plan_segments(len(ticks), film.size, workers=workers)
     options = {"movflags": "faststart"} if path.suffix.lower() != ".mkv" else {}
     images, waiting, coded = iter(images), deque(), 0
     delay: int | None = None  # packets by which x264 reorders frames
     with av.open(str(path), "w", options=options) as container, \
-            ThreadPoolExecutor(workers) as pool:
+            ThreadPoolExecutor(encoders) as pool:
         stream = container.add_stream("libx264", rate=film.rate)
         film.set_up(stream.codec_context)
         stream.time_base = film.unit
@@ -141,13 +140,30 @@ def encode_film(path: Path, film: _Film, images: Iterable[np.ndarray], ticks: Se
             for start in range(0, len(ticks), length):
                 segment = list(itertools.islice(images, length))
                 waiting.append(pool.submit(film.encode, segment, list(ticks[start:start + length]),
-                                           flags))
-                if len(waiting) > workers:
+                                           flags, workers // encoders))
+                if len(waiting) > encoders:
                     write_first()
             while waiting:
                 write_first()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def plan_segments(frames: int, size: tuple[int, int], *, workers: int) -> tuple[int, int]:
+    """How a film is cut for its encoders.
+
+    Few or large frames leave fewer segments than cores: each encoder has more threads then.
+
+    Args:
+        size: (H, W).
+        workers: threads of all encoders together.
+    Returns:
+        (encoders at a time, frames of each segment but the last).
+    """
+    shortest, longest = SEGMENT
+    waiting = max(1, WAITING_BYTES // (2 * math.prod(size)))  # frames
+    encoders = max(1, min(workers, frames // shortest, waiting // shortest))
+    return encoders, min(longest, -(-frames // encoders), waiting // encoders)
 
 
 def to_planes(frames: Tensor, halved: bool) -> Tensor:
@@ -218,26 +234,3 @@ def _ahead(video: StoredVideo, chosen: Sequence[int], progress: bool,
     finally:
         stopped.set()
         thread.join()
-
-
-def fetch(batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    """Tensors as arrays; a GPU computes the next one while one is copied."""
-    before: tuple[Tensor, torch.cuda.Event | None] | None = None
-    for batch in batches:
-        now: tuple[Tensor, torch.cuda.Event | None] = batch, None
-        if batch.device.type == "cuda":
-            host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
-            host.copy_(batch, non_blocking=True)
-            now = host, torch.cuda.Event()
-            now[1].record()
-        if before is not None:
-            yield _arrived(*before)
-        before = now
-    if before is not None:
-        yield _arrived(*before)
-
-
-def _arrived(host: Tensor, copied: torch.cuda.Event | None) -> np.ndarray:
-    if copied is not None:
-        copied.synchronize()
-    return host.numpy()

@@ -35,7 +35,11 @@ from hnerv_clip.model import HNeRV, build_model, frame_times
 
 STEP_LR = 5e-3  # of the logarithms of the steps
 FIRST_LEVEL = 5.0  # mean absolute level of a weight at first: about 4.8 bits each
-RATE_GAIN = 0.3  # of the logarithm of the weight of bits, an epoch, by that of the rate's excess
+# A target for the rate. Each epoch the logarithm of the weight of bits moves by that of the rate's
+# excess times a gain: the first value divided by all epochs, at most the second. The rate may
+# exceed the target by SLACK at first, less and less: a falling learning rate lowers it at a
+# constant weight, and a larger weight until then costs quality in the end.
+RATE_GAIN, SLACK = (24.0, 0.3), 0.15
 FIRST_LEVEL_BIAS = 30.0  # of biases, which are few and matter
 SCHEDULE = "cosine_0.05_1_0.1"
 
@@ -104,7 +108,8 @@ def fine_tune(model: HNeRV, dataset: Dataset, config: Config, *, rate: float, ep
         history.append({"epoch": epoch + 1, "pixel_loss": pixel, "clip_loss": clip,
                         "psnr_db": psnr_db, "rate_bpp": bpp, "rate": rate})
         if target_bpp is not None:
-            rate *= (bpp / target_bpp) ** RATE_GAIN
+            aim = target_bpp * (1 + SLACK * (1 - (epoch + 1) / epochs))
+            rate *= (bpp / aim) ** min(RATE_GAIN[0] / epochs, RATE_GAIN[1])
     return tuner.result(history)
 
 

@@ -23,6 +23,7 @@ import torch
 from hnerv_clip.codec.facts import header_facts
 from hnerv_clip.codec.video import open_network
 from hnerv_clip.config import ConfigError
+from hnerv_clip.devices import fetch
 from hnerv_clip.patches import PatchGrid, make_grid
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hnerv_clip.teachers.base import Teacher
 
 BATCH = {"cpu": 2, "cuda": 16}  # frames decoded at once
+CHECKED = 4  # frames in which fp16 is compared with fp32
 EMBED_BATCH = 16  # frames of which embeddings are computed at once
 SHARED = ("coordinate_encoder.", "decoder.")
 
@@ -106,20 +108,43 @@ class StoredVideo(Sequence):
 
     def frames(self, chosen: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield some frames in turn: uint8 [H, W, 3]."""
-        for batch in self.batches(chosen):
-            yield from batch.permute(0, 2, 3, 1).cpu().numpy()
+        for pictures in fetch(batch.permute(0, 2, 3, 1).contiguous()
+                              for batch in self.batches(chosen)):
+            yield from pictures
 
     @torch.inference_mode()
     def batches(self, chosen: Sequence[int]) -> Iterator[torch.Tensor]:
         """Yield some frames in batches on the device: uint8 [B, 3, H, W]."""
+        at_once, half = BATCH[self.device.type], self.half
+        for start in range(0, len(chosen), at_once):
+            yield self._draw(chosen[start:start + at_once], half=half)
+
+    @cached_property
+    def half(self) -> bool:
+        """Whether pictures are computed in fp16: on a GPU, where they are then the same as in
+        fp32 but for one level of 256; looked up in frames from all over this video."""
+        if self.device.type != "cuda":
+            return False
+        chosen = sorted({round(i * (len(self) - 1) / (CHECKED - 1)) for i in range(CHECKED)})
+        difference = self._draw(chosen, half=True).short() - self._draw(chosen, half=False)
+        return int(difference.abs().max()) <= 1
+
+    @torch.inference_mode()
+    def _draw(self, chosen: Sequence[int], *, half: bool) -> torch.Tensor:
+        """Some frames: uint8 [B, 3, H, W].
+
+        Args:
+            half: features in fp16, whose values and those of tf32 have as many digits, so that the
+                head takes them as they are; else all in fp32, without tf32.
+        """
         model = self._model((*SHARED, "rgb_head."))
         if self.device.type == "cuda":
             model.pad_channels(8)  # for its tensor cores; what is added is zero
-        at_once = BATCH[self.device.type]
-        for start in range(0, len(chosen), at_once):
-            embeddings = self.frame_embeddings(chosen[start:start + at_once])
-            pictures = model.rgb(model.features(embeddings)).float()
-            yield (pictures * 255).round_().clamp_(0, 255).byte()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=half):
+            with torch.autocast(self.device.type, torch.float16, enabled=half):
+                features = model.features(self.frame_embeddings(chosen))
+            pictures = model.rgb(features.float())
+        return (pictures * 255).round_().clamp_(0, 255).byte()
 
     def _model(self, prefixes: tuple[str, ...]):
         model = self.stored.load(prefixes)

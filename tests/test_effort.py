@@ -29,12 +29,27 @@ def test_a_cpu_gets_fewer_epochs_and_no_setting_that_was_given_is_chosen(monkeyp
     assert effort.choose_settings(CPU, CLIP, {"epochs": "12"})["pixel_loss_warmup_epochs"] == 2
     assert effort.choose_settings(CPU, BUNNY, {})["epochs"] == effort.LEAST_EPOCHS
     assert effort.LEAST_TUNING <= effort.choose_tuning(CPU, CLIP) <= effort.TUNING
-    monkeypatch.setattr(effort, "usable_cores", lambda: 2)
-    assert 1 < effort.guess_minutes(CPU.replace(modelsize=0.1), CLIP, epochs=182) < 3
     monkeypatch.setattr(effort, "select_device", lambda name: torch.device("cuda"))
     assert effort.choose_settings(CPU, BUNNY, {}) == {"modelsize": 1.5, "epochs": effort.EPOCHS}
     assert effort.choose_tuning(CPU, BUNNY) == effort.TUNING
-    assert effort.guess_minutes(CPU, BUNNY, epochs=1) is None
+    assert effort.measure_minutes(CPU, None, tuning=1) is None
+
+
+def test_a_forecast_counts_what_was_timed(small_config, cache_dir, monkeypatch):
+    """Every step of training and fine-tuning once, at the speed of those that were run."""
+    from hnerv_clip.train import prepare_run
+
+    config, dataset = prepare_run(small_config.replace(device="cpu", batch_size=2, epochs=10),
+                                  cache_dir)
+    forecast = effort.measure_minutes(config, dataset, tuning=4)
+    assert 0 < forecast < 1
+    steps, timed = -(-len(dataset.split.train) // 2), []
+    monkeypatch.setattr(effort, "_seconds", lambda step: timed.append(step()) or 3.0 ** len(timed))
+    minutes = effort.measure_minutes(config, dataset, tuning=4)
+    assert minutes == pytest.approx(steps * ((10 + effort.EVALUATION) * 3 + 4 * 9) / 60)
+    timed.clear()
+    assert effort.measure_minutes(config, dataset, tuning=0) == \
+        pytest.approx(steps * (10 + effort.EVALUATION) * 3 / 60)
 
 
 def test_operations_are_those_of_the_convolutions():

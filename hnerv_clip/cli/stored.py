@@ -191,7 +191,8 @@ def _encode(args: argparse.Namespace) -> None:
     out = _check_file(args)
     work = resolve_path(args.work or f"output/encode/{out.stem}")
     check_writable(work)
-    from hnerv_clip.stored.effort import choose_tuning, guess_minutes
+    from hnerv_clip.runs.run_dir import RunDir
+    from hnerv_clip.stored.effort import choose_tuning, measure_minutes
     from hnerv_clip.stored.make import prepare_encoding
     from hnerv_clip.train import train
 
@@ -200,12 +201,14 @@ def _encode(args: argparse.Namespace) -> None:
     if args.rate_epochs is None:
         args.rate_epochs = choose_tuning(config, dataset.video)
     video, options = dataset.video, config.train
-    minutes = guess_minutes(config, video, epochs=options.epochs + args.rate_epochs)
+    minutes = None
+    if not RunDir(work).begun:  # else some of it is done
+        minutes = measure_minutes(config, dataset, tuning=args.rate_epochs)
     print(f"{video.name}: {len(video.frames)} frames of {'×'.join(map(str, video.frame_hw))} in a "
           f"network of {config.model.modelsize:g} M values: {options.epochs} epochs of training, "
           f"then {args.rate_epochs} of fine-tuning for the file (--modelsize, --epochs and "
           "--rate_epochs change that)" + ("" if minutes is None else
-          f"; about {_minutes(minutes)} where no other program uses this CPU")
+          f"; about {_minutes(minutes)} by the speed of its first steps")
           + ("" if minutes is None or minutes < LONG_MINUTES else
              ": --resize_list, --frame_stride and fewer epochs make it shorter"))
     train(config, work, cache_dir=args.cache_dir, dataset=dataset)

@@ -3,21 +3,28 @@ device. A CPU's epochs fit a few minutes where the video is short, and end at a 
 
 from __future__ import annotations
 
+import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hnerv_clip.config import Config
-from hnerv_clip.devices import select_device, usable_cores
-from hnerv_clip.model import HNeRV
+from hnerv_clip.dataset import Dataset
+from hnerv_clip.devices import select_device, set_precision
+from hnerv_clip.engines.plain import PlainEngine
+from hnerv_clip.model import HNeRV, build_model
 from hnerv_clip.sizes import choose_modelsize
+from hnerv_clip.stored.fine_tune import Tuner
 from hnerv_clip.video import Video
 
 # Floating-point operations of a CPU's training and fine-tuning: some two minutes of two cores
 CPU_TRAINING, CPU_TUNING = 6e12, 3e12
-CORE_SPEED = 5e10  # operations a second that a core of an AMD EPYC does in training, about
+TIMED_STEPS, TIMED_S = 5, 2.0  # that a forecast measures of each, at most, but for two steps
+EVALUATION = 1  # the evaluations at a training's end, in epochs of it
 BACKWARD = 3  # a training step's operations in forward passes
 EPOCHS, TUNING = 300, 60  # on a GPU, and at most
 LEAST_EPOCHS, LEAST_TUNING = 40, 15
@@ -51,11 +58,36 @@ def choose_tuning(config: Config, video: Video) -> int:
     return _epochs(config, video, CPU_TUNING, least=LEAST_TUNING, most=TUNING)
 
 
-def guess_minutes(config: Config, video: Video, *, epochs: int) -> float | None:
-    """About how long so many epochs of training and fine-tuning take on this CPU; None on a GPU."""
+def measure_minutes(config: Config, dataset: Dataset, *, tuning: int) -> float | None:
+    """About how long training and so many epochs of fine-tuning take on this CPU, by a few steps
+    of each on a network that is thrown away; None on a GPU."""
     if not _on_cpu(config):
         return None
-    return epochs * _operations(config, video) / (CORE_SPEED * usable_cores()) / 60
+    model = build_model(config.model, frame_hw=dataset.video.frame_hw,
+                        frame_count=len(dataset.video.frames)).to(
+        memory_format=torch.channels_last)
+    frames, size = torch.from_numpy(dataset.split.train), config.train.batch_size
+    indices, steps = frames[:size], -(-len(frames) // size)
+    autocast = set_precision(config.train.precision, torch.device("cpu"))
+    engine = PlainEngine(config, model, dataset, autocast=autocast)
+    seconds = steps * (config.train.epochs + EVALUATION) * _seconds(
+        lambda: engine.step(indices, count=len(indices), lr=0.0, weight=0.0))
+    if tuning:
+        tuner = Tuner(model, dataset, config, compiled=False)
+        tuner.reset(model)
+        seconds += steps * tuning * _seconds(
+            lambda: tuner.step(indices, rate=0.0, lr=0.0, step_lr=0.0))
+    return seconds / 60
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    """Of a step, the median of a few after a first one."""
+    took: list[float] = []
+    while len(took) < 1 + TIMED_STEPS and (len(took) < 2 or sum(took) < TIMED_S):
+        start = time.perf_counter()
+        step()
+        took.append(time.perf_counter() - start)
+    return float(np.median(took[1:]))
 
 
 def _on_cpu(config: Config) -> bool:

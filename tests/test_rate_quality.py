@@ -77,6 +77,22 @@ def test_goals_are_met_or_missed():
         "At the weight 0.01 of its bits it fell to 30.00 dB at epoch 1 and rose to 34.00 dB")
 
 
+def test_films_are_kept_by_commit_and_device(tmp_path):
+    pytest.importorskip("bjontegaard")
+    path = tmp_path / "rate_quality.json"
+    path.write_text(json.dumps({"codecs": [], "runs": [measured()]}))
+    for speed in (400.0, 600.0):
+        film = tmp_path / "films.json"
+        film.write_text(json.dumps({"commit": "b", "device": "a GPU", "decode_frames_per_s": {
+            "ultrafast": speed, rate.NETWORK: 5000.0, rate.FETCHED: 4000.0}}))
+        rate.main([str(path), "--films", str(film)])
+    kept = json.loads(path.read_text())
+    assert [row["commit"][0] for row in rate.films_of(kept)] == ["a", "b"]
+    assert rate.film_rates(rate.films_of(kept)[-1]) == {"ultrafast": 600.0}
+    row = rate.goals(kept | {"damaged": []})[3]
+    assert (row["measured"], row["met"]) == ("600 frames/s", "yes")
+
+
 def test_counts_of_damaged_files_add_up_once():
     counted = {"files": 7, "refused": 5, "read": 2, "failed": 0, "seeds": [1, 2]}
     rows = rate.add_damaged([], counted | {"failed": 1}, commit="a")

@@ -1,11 +1,12 @@
 """Rate and quality of stored videos beside other codecs: what is kept, and what follows from it.
 
     python -m hnerv_clip.bench.rate_quality book/results/rate_quality.json \
-        --run rate.json COMMIT LR [--run ...] [--fuzz logs.txt COMMIT]
+        --run rate.json COMMIT LR [--run ...] [--films films.json] [--fuzz logs.txt COMMIT]
 
 puts measured runs into the file that holds the other codecs; a run takes the place of one of the
-same commit that has a head, or none, as it has. Counts of damaged files add up, each seed of a
-commit once.
+same commit that has a head, or none, as it has. What `bench.decoding` measured of films takes the
+place of what the same device gave at the same commit. Counts of damaged files add up, each seed of
+a commit once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from hnerv_clip.bench.decoding import FETCHED, NETWORK
 from hnerv_clip.bench.video_codecs import bd_rate
 
 Point = dict[str, Any]
@@ -31,8 +33,10 @@ COUNTS = ("files", "refused", "read", "failed")  # of damaged files, and of proc
 ORIGINAL, FIELD, NO_HEAD = "with head", "with field", "no head"
 SETTINGS = ("epochs", "lr", "batch_size", "modelsize", "predict_clip", "clip_loss_weight",
             "teacher", "data_split", "precision", "seed", "head")
-MEASURES = ("gpu_cpu_largest_level", "gpu_cpu_share_different", "decode_frames_per_s",
-            "film_bytes", "cpu", "cpu_all_patches_s", "compile_s")
+FILM_MEASURES = ("gpu_cpu_largest_level", "gpu_cpu_share_different", "gpu_cpu_frames",
+                 "decode_frames_per_s", "film_bytes", "picture_precision", "encoders",
+                 "segment_frames", "open_s", "cpu", "cpu_all_patches_s")
+MEASURES = (*FILM_MEASURES, "compile_s")
 
 
 def run_of(measured: dict[str, Any], *, commit: str, fine_tune_lr: float) -> dict[str, Any]:
@@ -193,6 +197,19 @@ def searchable(points: Sequence[Point], measured: dict[str, Any]) -> list[Point]
         "rate_bpp": 8 * (point["size_bytes"] + extra) / pixels} for point in points]
 
 
+def films_of(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured of playing files, the last one at the end: device, commit and
+    `FILM_MEASURES`, of which older ones have fewer."""
+    return [row for row in (*measured["runs"], *measured.get("films", []))
+            if "decode_frames_per_s" in row]
+
+
+def film_rates(row: dict[str, Any]) -> dict[str, float]:
+    """Frames a second of whole films, by x264's preset, of a row of `films_of`."""
+    return {name: rate for name, rate in row["decode_frames_per_s"].items()
+            if name not in (NETWORK, FETCHED)}
+
+
 def time_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
     """What each codec takes: encode_s and decode_s of the whole film in seconds of one core, and
     the quality that was timed; of this codec, encoding is a GPU's."""
@@ -214,12 +231,13 @@ def time_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] | None = None
-            ) -> dict[str, Any]:
+def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] | None = None,
+            films: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """Put runs (as from `run_of`) and the count of damaged files into the file at `path`.
 
     Args:
         damaged: {commit: what `count_damaged` gave}.
+        films: what `decoding.main` wrote.
     Raises:
         ImportError: bjontegaard, which gives the BD-rate, is not installed.
         ValueError: damaged files that are counted already.
@@ -229,6 +247,9 @@ def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] 
              for run in [*kept.pop("runs", []), *runs]}
     kept.pop("hnerv_clip", None)  # one run, without its commit
     kept["runs"] = list(found.values())
+    played = {(row["commit"], row["device"]): row for row in [*kept.pop("films", []), *films]}
+    if played:
+        kept["films"] = list(played.values())
     for commit, counted in (damaged or {}).items():
         kept["damaged"] = add_damaged(kept.get("damaged", []), counted, commit=commit)
     tuned = with_head(tuned_points(kept["runs"]))
@@ -271,8 +292,8 @@ def goals(measured: dict[str, Any]) -> list[dict[str, Any]]:
     losses = [run["trained_clip_similarity"] - point["clip_similarity"] for run in runs
               for point in run["points"] if run["trained_clip_similarity"] is not None
               and "clip_similarity" in point]
-    film = max((rate for run in runs for name, rate in run.get("decode_frames_per_s", {}).items()
-                if name != "network alone"), default=np.nan)
+    film = max((rate for row in films_of(measured) for rate in film_rates(row).values()),
+               default=np.nan)
     files = all_damaged(measured.get("damaged", []))["files"]
     rows = [
         (f"{GOALS['psnr_db']} dB at {GOALS['rate_bpp']} bits per pixel, head included",
@@ -321,6 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", nargs=3, action="append", default=[],
                         metavar=("FILE", "COMMIT", "LR"), help="a run, its commit and the learning "
                         "rate of its fine-tuning")
+    parser.add_argument("--films", action="append", default=[], metavar="FILE",
+                        help="what hnerv_clip.bench.decoding wrote")
     parser.add_argument("--fuzz", nargs=2, action="append", default=[],
                         metavar=("LOG", "COMMIT"), help="what tests/fuzz_file.py printed")
     args = parser.parse_args(argv)
@@ -328,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                    fine_tune_lr=float(lr)) for file, commit, lr in args.run]
     damaged = {commit: count_damaged(Path(log).read_text(encoding="utf-8"))
                for log, commit in args.fuzz}
-    collect(args.path, runs, damaged)
+    collect(args.path, runs, damaged, [
+        json.loads(Path(file).read_text(encoding="utf-8")) for file in args.films])
 
 
 if __name__ == "__main__":

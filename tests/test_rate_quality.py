@@ -73,8 +73,12 @@ def test_goals_are_met_or_missed():
     assert plain[0] == rows[0], "what has no head does not count"
     assert rows[1]["measured"] == "35.17 dB there"
     assert rows[3]["measured"] == "300 frames/s"
-    assert rate.fine_tuning_words(measured()["points"][1]).startswith(
-        "At the weight 0.01 of its bits it fell to 30.00 dB at epoch 1 and rose to 34.00 dB")
+    point = measured()["points"][1]
+    assert rate.fine_tuning_words(point) == (
+        "Fine-tuning begins at 31.00 dB. It is lowest at epoch 1, 30.00 dB, while the learning "
+        "rate is high. After 5 epochs the rounded network is at 34.00 dB, and the file's decoded "
+        f"frames are at {point['psnr_db']:.2f} dB.")
+    assert "lowest" not in rate.fine_tuning_words(point | {"history": point["history"][1:2]})
 
 
 def test_films_are_kept_by_commit_and_device(tmp_path):

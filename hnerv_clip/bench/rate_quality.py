@@ -275,12 +275,12 @@ def fine_tuning_words(point: Point) -> str:
     """How a fine-tuning went, from its history (over training, before the file)."""
     history = point["history"]
     lowest, last = min(history, key=lambda row: row["psnr_db"]), history[-1]
-    before = history[-min(4, len(history))]
-    return (f"At the weight {point['rate']:.2g} of its bits it fell to {lowest['psnr_db']:.2f} dB "
-            f"at epoch {lowest['epoch']} and rose to {last['psnr_db']:.2f} dB at epoch "
-            f"{last['epoch']}; of that, {last['psnr_db'] - before['psnr_db']:.2f} dB came after "
-            f"epoch {before['epoch']}, while the rate went from {before['rate_bpp']:.4f} to "
-            f"{last['rate_bpp']:.4f} bits per pixel.")
+    words = f"After {last['epoch']} epochs the rounded network is at {last['psnr_db']:.2f} dB"
+    if lowest["epoch"] != last["epoch"]:
+        words = (f"It is lowest at epoch {lowest['epoch']}, {lowest['psnr_db']:.2f} dB, while the "
+                 f"learning rate is high. {words}")
+    return (f"Fine-tuning begins at {history[0]['psnr_db']:.2f} dB. {words}, and the file's "
+            f"decoded frames are at {point['psnr_db']:.2f} dB.")
 
 
 def goals(measured: dict[str, Any]) -> list[dict[str, Any]]:

@@ -382,6 +382,26 @@ def test_a_gpu_keeps_to_fp32_where_fp16_would_show(tmp_path):
     assert not there.half and np.abs(here[:].astype(int) - there[:]).max() <= 1
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_blks": "1_2"}, {"act": "sin", "embed": "pe_1.25_8",
+                                                              "fc_hw": "1_2"}])
+def test_the_players_decoder_gives_the_networks_features(tmp_path, changes):
+    from hnerv_clip.stored.half import HalfDecoder
+
+    video = hnerv_clip.open(make_file(tmp_path / "v.hnerv", **changes), device="cpu")
+    model, embeddings = video._model(("coordinate_encoder.", "decoder.")), \
+        video.frame_embeddings(range(3))
+    with torch.inference_mode():
+        wanted = model.features(embeddings)
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 5e-3)):
+            found = HalfDecoder(model, dtype).features(embeddings)
+            assert found.dtype == dtype and found.shape[1] % 8 == 0
+            assert found.is_contiguous(memory_format=torch.channels_last)
+            width = wanted.shape[1]
+            assert not found[:, width:].any() and wanted.std() > 0.01
+            np.testing.assert_allclose(found[:, :width].float(), wanted, atol=tolerance)
+    assert HalfDecoder.suits(model)
+
+
 def test_fp16_is_taken_where_it_changes_at_most_a_level(path, monkeypatch):
     """The rule, with the drawing of a GPU replaced."""
     video = hnerv_clip.open(path)

@@ -25,6 +25,7 @@ from hnerv_clip.codec.video import open_network
 from hnerv_clip.config import ConfigError
 from hnerv_clip.devices import fetch
 from hnerv_clip.patches import PatchGrid, make_grid
+from hnerv_clip.stored.half import HalfDecoder
 
 if TYPE_CHECKING:
     from hnerv_clip.field.query import Field
@@ -123,7 +124,7 @@ class StoredVideo(Sequence):
     def half(self) -> bool:
         """Whether pictures are computed in fp16: on a GPU, where they are then the same as in
         fp32 but for one level of 256; looked up in frames from all over this video."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not HalfDecoder.suits(self.stored.model):
             return False
         chosen = sorted({round(i * (len(self) - 1) / (CHECKED - 1)) for i in range(CHECKED)})
         difference = self._draw(chosen, half=True).short() - self._draw(chosen, half=False)
@@ -138,13 +139,20 @@ class StoredVideo(Sequence):
                 head takes them as they are; else all in fp32, without tf32.
         """
         model = self._model((*SHARED, "rgb_head."))
-        if self.device.type == "cuda":
-            model.pad_channels(8)  # for its tensor cores; what is added is zero
+        embeddings = self.frame_embeddings(chosen)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=half):
-            with torch.autocast(self.device.type, torch.float16, enabled=half):
-                features = model.features(self.frame_embeddings(chosen))
-            pictures = model.rgb(features.float())
+            if half:
+                features = self._half_decoder.features(embeddings).float()
+            else:
+                if self.device.type == "cuda":
+                    model.pad_channels(8)  # for its tensor cores; what is added is zero
+                features = model.features(embeddings)
+            pictures = model.rgb(features)
         return (pictures * 255).round_().clamp_(0, 255).byte()
+
+    @cached_property
+    def _half_decoder(self) -> HalfDecoder:
+        return HalfDecoder(self._model(SHARED))
 
     def _model(self, prefixes: tuple[str, ...]):
         model = self.stored.load(prefixes)

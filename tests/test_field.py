@@ -119,6 +119,38 @@ def test_a_fit_depends_on_its_seed_alone():
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_share_of_the_steps_sees_frames_as_their_neighbors_show_them():
+    # Features that say nothing, but half-way between neighbors all: only `between` can learn
+    config = FieldConfig.from_dict({**CONFIG.to_dict(), "keyframes": 0, "latent_channels": 0})
+    times, boxes = torch.arange(6.0), draw_boxes(BoxSampling(12, 12), (40, 80), 6).float()
+    target = smooth_targets(times, boxes)
+    features, between = torch.zeros(6, 6, 2, 4), torch.randn(6, 6, 2, 4) * 3
+    errors = []
+    for share in (0.0, 1.0):
+        head, _ = fit_field(config, features, times, boxes, target, between=between, settings=
+                            FitSettings(steps=80, frames=4, boxes=8, rounding=0.0, between=share))
+        with torch.no_grad():
+            errors.append(float(1 - (head(between, times, boxes) * target).sum(-1).mean()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_patches_are_drawn_with_their_share():
+    times, boxes = torch.arange(4.0), draw_boxes(BoxSampling(20, 20), (40, 80), 4).float()
+    boxes = torch.cat([boxes, torch.tensor([0.0, 0, 40, 40]).expand(4, 1, 4)], 1)
+    target = smooth_targets(times, boxes)
+    target[:, -1] = F.normalize(torch.eye(24)[0], dim=0)  # what no other box says
+    config = FieldConfig.from_dict({**CONFIG.to_dict(), "source_channels": 0, "latent_channels": 4})
+    known = []
+    for share in (0.0, 0.5):
+        head, _ = fit_field(config, None, times, boxes, target, patches=1, settings=FitSettings(
+            steps=100, frames=4, boxes=16, rounding=0.0, patches=share, lr=1e-2))
+        with torch.no_grad():
+            known.append(float((head(None, times, boxes[:, -1:]) * target[:, -1:]).sum(-1).mean()))
+    assert known[1] > known[0] + 0.2
+    with pytest.raises(ConfigError, match="patches=2 is a share"):
+        FitSettings(patches=2)
+
+
 def test_a_fit_refuses_what_does_not_belong_together():
     boxes = draw_boxes(BoxSampling(count=4, shapes=4), (40, 80), 3)
     with pytest.raises(ConfigError, match="do not belong together"):
@@ -209,6 +241,16 @@ def test_a_fitted_field_is_saved_beside_an_unchanged_network(run, field):
     assert (run.run_dir.path / FIELD).is_file()
     assert field.teacher["name"] == run.dataset.teacher_name
     assert field.head.config.rank == 8 and field.about["boxes"] == 8
+
+
+def test_a_hybrid_networks_frames_are_interpolated_from_their_neighbors(run):
+    frames = np.asarray(run.dataset.split.train)
+    _, features, between = fit_run._source(run, frames, fit_run.sampling_of(run), {})
+    assert between.shape == features.shape
+    k = next(k for k in range(1, len(frames) - 1) if frames[k + 1] - frames[k - 1] == 2)
+    torch.testing.assert_close(between[k], (features[k - 1] + features[k + 1]) / 2)
+    _, _, between = fit_run._source(run, frames[:1], fit_run.sampling_of(run), {})
+    assert between is None
 
 
 def test_questions_about_time_and_box(run, field):

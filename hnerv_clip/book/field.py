@@ -14,6 +14,7 @@ import pandas as pd
 from hnerv_clip.book.markdown import join_words
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.study.fields import BOXES
 from hnerv_clip.verify.paired import compare_paired
 
 FILE, SCOUT = "field_h100.json", "semantic_scout_h100.json"
@@ -24,21 +25,26 @@ GOALS = {"any_held": {"bunny": 0.90, "bikes": 0.85}, "eight_held": {"bunny": 0.9
 SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "output": "output",
             "source_stage": "stage", "stage": "stage", "points": "points",
             "frequencies": "frequencies", "map_channels": "map channels", "per_key":
-            "frames a latent map", "steps": "steps", "lr": "lr", "rate_weight": "rate weight"}
+            "frames a latent map", "convs": "convolutions", "residual": "residual",
+            "between": "between",
+            "steps": "steps", "lr": "lr", "rate_weight": "rate weight"}
 
 
 def read_fields(folder: str | Path) -> dict[str, Any]:
     """The measurement: `about`; `fields` and `baselines` (tables); `runs` and `shifts` by video.
 
     `fields` has the columns of the file and `change` in words, `is_rounded` (whether its bytes
-    are of the weights whose skill is given) and `kb` (10³ bytes).
+    are of the weights whose skill is given), `kb` (10³ bytes), `boxes_a_frame` that it was fitted
+    to, and `patches`, how often the run's patches were among them. `moved` has, by video and
+    pixels, the teacher's skill for a box that moves.
 
     Raises:
         ResultsError: the file is missing, or has no field.
     """
     measured = read_json(folder, FILE, fix=FIX)
     rows = measured["rows"]
-    found = [{**row, "change": _words(row["change"]), "kb": row["bytes"] / 1e3,
+    found = [{"boxes_a_frame": BOXES, "patches": 0, "shapes": "128", **row,
+              "change": _words(row["change"]), "kb": row["bytes"] / 1e3,
               "is_rounded": (row["change"]["fit"] or {}).get("rounding", 1) > 0}
              for row in rows if "head" in row]
     if not found:
@@ -46,6 +52,8 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     return {"about": measured["about"], "fields": pd.DataFrame(found),
             "baselines": pd.DataFrame([row for row in rows if "baseline" in row]),
             "runs": {row["run"].split("_")[0]: row for row in rows if "run" in row},
+            "moved": pd.DataFrame([row for row in rows if row.get("what") == "moved"],
+                                  columns=["video", "pixels", "skill", "mean_of_4"]),
             "shifts": {row["video"]: row for row in rows if row.get("what") == "shifts"},
             "smoothed": {row["video"]: row["any_held"] for row in rows
                          if row.get("what", "").startswith("smoothed")}}
@@ -149,9 +157,14 @@ def read_perceptrons(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def best_field(fields: pd.DataFrame, video: str, *, column: str = "any_held",
-               max_kb: float = float("inf")) -> pd.Series:
-    """The rounded field of a video with the highest value of a column, of at most so many kB."""
-    own = fields[(fields.video == video) & fields.is_rounded & (fields.kb <= max_kb)]
+               max_kb: float = float("inf"), rounded: bool = True) -> pd.Series:
+    """The field of a video with the highest value of a column, of at most so many kB.
+
+    Args:
+        rounded: of those alone whose bytes are known.
+    """
+    own = fields[(fields.video == video) & (fields.is_rounded | (not rounded))
+                 & (fields.kb <= max_kb)]
     return own.loc[own[column].idxmax()]
 
 
@@ -164,10 +177,50 @@ def smallest_field(fields: pd.DataFrame, video: str, *, any_held: float) -> pd.S
 def capacity(fields: pd.DataFrame) -> pd.DataFrame:
     """Fields that were also asked at their own boxes and differ in size alone, by parameters.
 
-    A finer map or more frequencies are other designs, and left out.
+    A finer map or more frequencies are other designs, and left out, as are other numbers of boxes.
     """
-    asked = fields[fields.own_boxes.notna() & ~fields.change.str.contains("points|frequencies")]
+    asked = fields[fields.own_boxes.notna() & (fields.boxes_a_frame == BOXES)
+                   & ~fields.change.str.contains("points|frequencies")]
     return asked.sort_values("params")
+
+
+def by_boxes(fields: pd.DataFrame) -> pd.DataFrame:
+    """The one field of each video that was fitted to the most different numbers of boxes.
+
+    Never rounded, without patches among its boxes, of one size; the last fit for each number. Rows
+    are in order of video and `boxes_a_frame`; no row of a video without two numbers.
+    """
+    tried = fields[~fields.is_rounded & (fields.patches == 0)
+                   & ~fields.change.str.contains("residual|between|convolutions|layers 5")]
+    counts = tried.groupby(["video", "params"]).boxes_a_frame.nunique()
+    best = counts[counts > 1].groupby(level="video").idxmax()
+    chosen = tried[[(row.video, row.params) in set(best) for row in tried.itertuples()]]
+    return chosen.drop_duplicates(["video", "boxes_a_frame"], keep="last").sort_values(
+        ["video", "boxes_a_frame"], key=lambda column: column.map(
+            {video: place for place, video in enumerate(fields.video.unique())}).fillna(column))
+
+
+def moved_words(moved: pd.DataFrame, best: pd.Series) -> str:
+    """How far a test box moves before the teacher knows it less well than the best field does."""
+    own = moved[moved.video == best.video].sort_values("pixels")
+    least, most = own.iloc[0], own.iloc[-1]
+    near = own[own.skill <= best.any_held]
+    far = f"already by {near.iloc[0].pixels} pixels" if len(near) else \
+        f"by more than {most.pixels} pixels"
+    return (f"On {best.video} the teacher's own skill is {least.skill:.2f} for a test box that "
+            f"moves by {_pixels(least.pixels)} and {most.skill:.2f} for one that moves by "
+            f"{_pixels(most.pixels)}; for the {best.any_held:.2f} of the best field it has to move "
+            f"{far}.")
+
+
+def fit_words(row: Any) -> str:
+    """Seconds of a fit, and how many shared them."""
+    shared = f" ({row.at_once:.0f} at once)" if row.at_once > 1 else ""
+    return f"{row.fit_s:.1f}{shared}"
+
+
+def _pixels(count: int) -> str:
+    return "one pixel" if count == 1 else f"{count} pixels"
 
 
 def baseline(baselines: pd.DataFrame, video: str, name: str) -> pd.Series:
@@ -177,7 +230,10 @@ def baseline(baselines: pd.DataFrame, video: str, name: str) -> pd.Series:
 
 def _words(change: dict[str, Any]) -> str:
     """What differs from the first field, in words: `rank 96, rate weight 1e-07`."""
-    values = {**change, **(change.get("fit") or {})}
-    said = [f"{words} {values[key]:g}" if isinstance(values[key], (int, float)) else
-            f"{values[key]} {words}" for key, words in SETTINGS.items() if key in values]
+    values, said = {**change, **(change.get("fit") or {})}, []
+    for key, words in SETTINGS.items():
+        value = values.get(key, False)
+        if value is not False:
+            said.append(words if value is True else f"{words} {value:g}"
+                        if isinstance(value, (int, float)) else f"{value} {words}")
     return ", ".join(said) or "as it was at first"

@@ -62,6 +62,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
                                         ("rate_weight", float, "weight of the field's bits")):
                 sub.add_argument(f"--{option}", type=kind,
                                  help=f"{words} (the run's field_{option})")
+            sub.add_argument("--patches", type=float, default=0.0, metavar="SHARE", help=
+                             "share of the boxes that are the run's patches (0 to 1)")
             sub.add_argument("--together", type=float, metavar="LAMBDA", help=
                              "then go on with network and field together at this lambda (0.002 to "
                              "0.02 is small), as a new run in --to; the run itself stays as it is")
@@ -137,7 +139,7 @@ def _fit_head(args: argparse.Namespace) -> None:
     if args.together is not None:
         run, field = _fit_together(args, run)
     else:
-        field = fit_head(run, cache_dir=args.cache_dir, device=args.device)
+        field = fit_head(run, cache_dir=args.cache_dir, device=args.device, patches=args.patches)
     print(f"{field.head.parameter_count():,} parameters, teacher {field.about['teacher_s']} s, "
           f"fit {field.about['fit_s']} s")
     if args.measure:

@@ -7,9 +7,11 @@ In the last part of the fit weights are rounded to a learned step (LSQ, Esser et
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hnerv_clip.config import ConfigError
@@ -29,12 +31,22 @@ class FitSettings:
     weight_decay: float = 1e-4
     rounding: float = 0.4  # last share of the steps, in which weights are rounded; 0 for never
     rate_weight: float = 1e-7  # of the estimated bits in the loss, which is 1 − cosine
+    between: float = 0.5  # share of frames that a step sees as interpolated from their neighbors
+    patches: float = 0.0  # share of boxes that are patches of the run, see `fit_field`
+    bf16: bool = False  # the perceptron's products in bf16, until weights are rounded
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("between", "patches", "rounding"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name):g} is a share: give 0 to 1")
 
 
 def fit_field(config: FieldConfig, features: Tensor | None, times: Tensor, boxes: Tensor,
-              targets: Tensor, *, settings: FitSettings = FitSettings(),
-              progress: bool = None) -> tuple[FieldHead, dict[str, float]]:
+              targets: Tensor, *, between: Tensor | None = None, patches: int = 0,
+              settings: FitSettings = FitSettings(),
+              progress: Callable[[int, float], None] | None = None
+              ) -> tuple[FieldHead, dict[str, float]]:
     """Fit a field; on a GPU as CUDA graphs of whole steps.
 
     Args:
@@ -42,6 +54,9 @@ def fit_field(config: FieldConfig, features: Tensor | None, times: Tensor, boxes
         times: [N], in frames.
         boxes: [N, P, 4] top, left, height, width in pixels.
         targets: [N, P, D] unit embeddings, any float type, on the device that fits.
+        between: features of the same frames as interpolated from the training frames around each,
+            as held-out frames are; for `settings.between`.
+        patches: so many of the boxes, the last ones, are drawn with the share `settings.patches`.
         progress: called with (steps done, loss) now and then.
     Returns:
         The field in eval mode, its weights whole multiples of their steps; and the steps by
@@ -54,7 +69,7 @@ def fit_field(config: FieldConfig, features: Tensor | None, times: Tensor, boxes
         raise ConfigError(f"boxes {tuple(boxes.shape)}, targets {tuple(targets.shape)} and times "
                           f"{tuple(times.shape)} do not belong together, or D is not {config.dim}")
     device = targets.device
-    fit = _Fit(config, features, times, boxes, targets, settings)
+    fit = _Fit(config, features, times, boxes, targets, settings, between=between, patches=patches)
     begin = round(settings.steps * (1 - settings.rounding))
     for first, last, rounded in ((0, begin, False), (begin, settings.steps, True)):
         if last > first:
@@ -98,10 +113,12 @@ class _Fit:
     """The state of one fit: weights, optimizer, and what a step needs on the device."""
 
     def __init__(self, config: FieldConfig, features: Tensor | None, times: Tensor, boxes: Tensor,
-                 targets: Tensor, settings: FitSettings):
+                 targets: Tensor, settings: FitSettings, *, between: Tensor | None = None,
+                 patches: int = 0):
         device = targets.device
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.patches = settings, device, patches
         self.features = None if features is None else features.detach().float().to(device)
+        self.between = None if between is None else between.detach().float().to(device)
         self.times, self.boxes = times.to(device).float(), boxes.to(device).float()
         self.targets = targets
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -145,11 +162,18 @@ class _Fit:
 
     def step(self, rounded: bool) -> None:
         s = self.settings
-        count, per_frame = self.boxes.shape[:2]
-        frame = torch.randint(count, (s.frames,), device=self.device, generator=self.generator)
-        box = torch.randint(per_frame, (s.frames, s.boxes), device=self.device,
-                            generator=self.generator)
+        count, per_frame = self.boxes.shape[0], self.boxes.shape[1] - self.patches
+        draws = {"device": self.device, "generator": self.generator}
+        frame = torch.randint(count, (s.frames,), **draws)
+        box = torch.randint(per_frame, (s.frames, s.boxes), **draws)
+        if self.patches and s.patches:
+            patch = per_frame + torch.randint(self.patches, box.shape, **draws)
+            box = torch.where(torch.rand(box.shape, **draws) < s.patches, patch, box)
         features = None if self.features is None else self.features[frame]
+        if self.between is not None and s.between:
+            chosen = torch.rand(s.frames, **draws) < s.between
+            features = torch.where(chosen.view(-1, *[1] * (features.ndim - 1)),
+                                   self.between[frame], features)
         inputs = (features, self.times[frame], self.boxes[frame[:, None], box])
         target = self.targets[frame[:, None], box].float()
         self.optimizer.zero_grad(set_to_none=True)
@@ -157,7 +181,10 @@ class _Fit:
             values, bits = self.rounded()
             output = torch.func.functional_call(self.head, values, inputs)
         else:
-            output, bits = self.head(*inputs), 0.0
+            maps = self.head.maps(*inputs[:2])  # boxes need full precision
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bf16):
+                output = self.head.decode(self.head.codes(maps, inputs[2]))
+            output, bits = F.normalize(output.float(), dim=-1), 0.0
         error = 1 - (output * target).sum(-1).mean()
         (error + s.rate_weight * bits).backward()
         if not rounded:

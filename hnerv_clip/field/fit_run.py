@@ -18,6 +18,7 @@ from hnerv_clip.field.fit import FitSettings, fit_field
 from hnerv_clip.field.query import FIELD, Field, field_config, make_field
 from hnerv_clip.heads.field import FieldConfig
 from hnerv_clip.inference import Run, embed_frames, sources_of
+from hnerv_clip.metrics import bracket_frames
 from hnerv_clip.teachers import teacher_embeddings
 from hnerv_clip.teachers.boxes import BoxSampling, box_targets
 
@@ -29,12 +30,12 @@ CPU_BATCH = {"frames": 8, "boxes": 32}  # 11 ms a step on one core; a GPU's woul
 def sampling_of(run: Run) -> BoxSampling:
     """The boxes that a run's field is fitted to, from its settings."""
     train = run.config.train
-    return BoxSampling(count=train.field_boxes, shapes=min(train.field_boxes, 128), seed=train.seed)
+    return BoxSampling(count=train.field_boxes, shapes=train.field_boxes, seed=train.seed)
 
 
 def fit_head(run: Run, *, cache_dir: str | Path = "output/cache",
              device: str | torch.device = "auto", progress: bool = True,
-             settings: FitSettings | None = None, **changes: Any) -> Field:
+             settings: FitSettings | None = None, patches: float = 0.0, **changes: Any) -> Field:
     """Fit a field to the teacher's embeddings of random boxes of the training frames, and save it.
 
     The network does not change, so neither does the picture. `field.pth` goes into the run's
@@ -42,28 +43,34 @@ def fit_head(run: Run, *, cache_dir: str | Path = "output/cache",
 
     Args:
         device: that runs the teacher, where its embeddings are not cached.
-        settings: by default from the run's own settings.
+        settings: by default from the run's own settings, and `patches`.
+        patches: share of the boxes that are the run's patches, which it then knows better.
         changes: fields of `FieldConfig` other than the run's settings make them.
     Raises:
         ConfigError: see `load_teacher`; or the fit diverged.
     """
     train, start = run.config.train, time.perf_counter()
     sampling, frames = sampling_of(run), np.asarray(run.dataset.split.train)
-    boxes, targets = box_targets(run.dataset.video, frames, run.config.teacher, sampling,
-                                 cache_dir=cache_dir, device=device, progress=progress)
-    taught = time.perf_counter()
     target_device = next(run.model.parameters()).device
     batch = {} if target_device.type == "cuda" else CPU_BATCH
     settings = settings or FitSettings(steps=train.field_steps, rate_weight=train.field_rate_weight,
-                                       seed=train.seed, **batch)
-    config, features = _source(run, frames, sampling, changes)
+                                       seed=train.seed, patches=patches, **batch)
+    boxes, targets = box_targets(run.dataset.video, frames, run.config.teacher, sampling,
+                                 cache_dir=cache_dir, device=device, progress=progress)
+    if settings.patches:
+        boxes, targets = _with_patches(run, frames, boxes, targets, cache_dir=cache_dir,
+                                       device=device, progress=progress)
+    taught = time.perf_counter()
+    config, features, between = _source(run, frames, sampling, changes)
     with tqdm(total=settings.steps, desc="field", unit="step", disable=not progress) as bar:
         def report(done: int, loss: float) -> None:
             bar.set_postfix(cosine=f"{1 - loss:.3f}", refresh=False)
             bar.update(done - bar.n)
 
         head, steps = fit_field(config, features, torch.as_tensor(frames), boxes,
-                                targets.to(target_device), settings=settings, progress=report)
+                                targets.to(target_device), between=between,
+                                patches=boxes.shape[1] - sampling.count, settings=settings,
+                                progress=report)
         bar.update(settings.steps - bar.n)
     data = run.dataset
     field = make_field(run, head, steps=steps, teacher={
@@ -74,24 +81,43 @@ def fit_head(run: Run, *, cache_dir: str | Path = "output/cache",
     return field
 
 
+def _with_patches(run: Run, frames: np.ndarray, boxes: Tensor, targets: Tensor, **options: Any
+                  ) -> tuple[Tensor, Tensor]:
+    """Boxes and targets of frames with the run's patches after them."""
+    data = run.dataset
+    own = teacher_embeddings(data.video, data.grid, run.config.teacher, **options)[frames]
+    patches = torch.as_tensor(data.grid.boxes).expand(len(frames), -1, -1)
+    return torch.cat([boxes, patches], 1), torch.cat([targets, own.to(targets.dtype)], 1)
+
+
 def _source(run: Run, frames: np.ndarray, sampling: BoxSampling, changes: dict[str, Any]
-            ) -> tuple[FieldConfig, Tensor | None]:
-    """The field's configuration, and its inputs from the training frames."""
+            ) -> tuple[FieldConfig, Tensor | None, Tensor | None]:
+    """The field's configuration, and its inputs from the training frames: their own, and of a
+    hybrid network those interpolated from the training frames around each."""
     model = run.config.model
     config = field_config(run, **{
         "hidden": model.field_hidden, "rank": model.field_rank, "size_range": sampling.size_range,
         "aspect_range": sampling.aspect_range, **changes})
     if not config.source_channels:
-        return config, None
-    with torch.inference_mode():
-        features = embed_frames(run.model, run.dataset, frames)
+        return config, None, None
+
+    def read(z: Tensor) -> Tensor:
         if config.source_stage >= 0:
-            features = torch.cat([run.model.stages(z, last=config.source_stage)[config.source_stage]
-                                  for z in features.split(8)])
-        features = features.float().clone()
+            z = torch.cat([run.model.stages(part, last=config.source_stage)[config.source_stage]
+                           for part in z.split(8)])
+        return z.float().clone()
+
+    with torch.inference_mode():
+        z, between = embed_frames(run.model, run.dataset, frames), None
+        features = read(z)
+        if run.model.kind == "hybrid" and len(frames) > 1:
+            before, after, share = bracket_frames(frames, frames, exclude_self=True)
+            left, right = (z[np.searchsorted(frames, own)] for own in (before, after))
+            between = read(torch.lerp(left, right, torch.as_tensor(
+                share, dtype=z.dtype, device=z.device).view(-1, 1, 1, 1)))
     scale = 1 / max(float(features.std()), 1e-6)
     return dataclasses.replace(config, source_channels=features.shape[1], source_scale=scale
-                               ), features
+                               ), features, between
 
 
 def evaluate_field(run: Run, field: Field, *, cache_dir: str | Path = "output/cache",

@@ -8,7 +8,7 @@ from hnerv_clip.figures.data import (
     plot_similarity_by_lag,
     plot_split,
 )
-from hnerv_clip.figures.field import plot_field_limit, plot_field_rate
+from hnerv_clip.figures.field import plot_field_boxes, plot_field_limit, plot_field_rate
 from hnerv_clip.figures.heat import blend_heat, heat_image, lay_heat, plot_heat_maps
 from hnerv_clip.figures.rate import plot_rate_quality
 from hnerv_clip.figures.recipe import plot_recipe
@@ -47,7 +47,7 @@ from hnerv_clip.figures.verification import (
 
 __all__ = ["PALETTE", "blend_heat", "heat_image", "lay_heat", "plot_ablation", "plot_answers",
            "plot_calibration", "plot_conditions", "plot_decoding_speed", "plot_differences",
-           "plot_embedding_map", "plot_fidelity", "plot_field_limit",
+           "plot_embedding_map", "plot_fidelity", "plot_field_boxes", "plot_field_limit",
            "plot_field_rate", "plot_frame_quality", "plot_frame_similarity", "plot_frames",
            "plot_growth", "plot_heat_maps", "plot_index_hits", "plot_judged", "plot_learning",
            "plot_pareto", "plot_patch_grid", "plot_patches", "plot_positions", "plot_profile",

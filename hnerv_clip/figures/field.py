@@ -13,6 +13,10 @@ from matplotlib.ticker import NullLocator
 from hnerv_clip.figures.style import BLACK, GREY, PALETTE, caption, new_figure
 
 COLUMNS = {"any_held": "any box", "eight_held": "eight patches"}
+BOX_LINES = {"own_boxes": ("train", "o-", "boxes fitted to, training frames"),
+             "any_train": ("neighbour", "s-", "other boxes, training frames"),
+             "any_held": ("held_out", "D-", "other boxes, held-out frames"),
+             "any_held_smooth": ("clip", "^--", "the same, against the smoothed teacher")}
 
 
 def plot_field_rate(fields: pd.DataFrame, *, baselines: pd.DataFrame,
@@ -71,13 +75,9 @@ def plot_field_limit(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
     """
     videos = list(rows.video.unique())
     figure, axes = new_figure(1, len(videos), height=3.8, sharey=True, squeeze=False)
-    shown = {"own_boxes": ("train", "o-", "boxes fitted to, training frames"),
-             "any_train": ("neighbour", "s-", "other boxes, training frames"),
-             "any_held": ("held_out", "D-", "other boxes, held-out frames"),
-             "any_held_smooth": ("clip", "^--", "the same, against the smoothed teacher")}
     for panel, video in zip(axes[0], videos):
         own = rows[rows.video == video]
-        for column, (color, style, words) in shown.items():
+        for column, (color, style, words) in BOX_LINES.items():
             best = own.groupby("params", as_index=False)[column].max()
             panel.plot(best.params / 1e6, best[column], style, color=PALETTE[color], label=words)
         panel.set_title(video, parse_math=False)
@@ -90,6 +90,42 @@ def plot_field_limit(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
                            "Smoothed: the teacher's mean over eight boxes within 3 %. Of several "
                            "fits of one size each line shows its best. One seed. Teacher: "
                            f"{teacher_label}.")
+
+
+def plot_field_boxes(rows: pd.DataFrame, *, largest: pd.DataFrame, moved: pd.DataFrame,
+                     goals: dict[str, float], teacher_label: str) -> Figure:
+    """Skill of one field against the boxes of each frame that it was fitted to, a panel per video.
+
+    Args:
+        rows: video, boxes_a_frame, own_boxes, any_train, any_held, any_held_smooth; `largest` has
+            the same columns, of the field with the highest any_held of each video.
+        moved: video, pixels, skill of the teacher for a box that moves so far.
+        goals: {video: skill}.
+    """
+    videos = list(rows.video.unique())
+    figure, axes = new_figure(1, len(videos), height=4.2, sharey=True, squeeze=False)
+    for panel, video in zip(axes[0], videos):
+        own, best = rows[rows.video == video], largest[largest.video == video]
+        for column, (color, style, words) in BOX_LINES.items():
+            panel.plot(own.boxes_a_frame, own[column], style, color=PALETTE[color], label=words)
+        panel.plot(best.boxes_a_frame, best.any_held, "*", color=PALETTE["held_out"], markersize=13,
+                   label="largest field, other boxes, held-out frames")
+        for row in moved[moved.video == video].itertuples():
+            panel.axhline(row.skill, color=GREY, linestyle="--", linewidth=0.9)
+            panel.annotate(f"{row.pixels} px", (1.0, row.skill), fontsize=7, color=GREY,
+                           xycoords=("axes fraction", "data"), xytext=(2, -2),
+                           textcoords="offset points")
+        panel.axhline(goals[video], color=BLACK, linestyle=":", label="goal")
+        panel.set_title(video, parse_math=False)
+        panel.set(xscale="log", xlabel="boxes of each frame")
+        ticks = own.boxes_a_frame.unique()
+        _plain_ticks(panel, ticks[::max(1, round(len(ticks) / 4))])
+    axes[0][0].set_ylabel("skill")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8)
+    return caption(figure, "More boxes help a field at boxes that it was not fitted to. Dashed "
+                           "lines: the teacher's own skill for a test box once it moves by so many "
+                           f"pixels. One seed. Teacher: {teacher_label}.")
 
 
 def _plain_ticks(panel: Axes, values: Sequence[float]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import FIELD, encode_video
 from hnerv_clip.field.fit import FitSettings
-from hnerv_clip.field.fit_run import fit_head
+from hnerv_clip.field.fit_run import fit_head, sampling_of
 from hnerv_clip.field.query import Field, make_field
 from hnerv_clip.files import write_atomic
 from hnerv_clip.heads.field import FieldHead
@@ -92,8 +92,7 @@ def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
            **asked.skills(lambda kind, frames, source: make_field(
                own, field.head, source=source).embed(frames, asked.boxes[kind][0]))}
     train = asked.train[::8]
-    drawn = draw_boxes(BoxSampling(boxes, min(boxes, 128), seed=seed), asked.frame_hw,
-                       asked.count)[train]
+    drawn = draw_boxes(sampling_of(own), asked.frame_hw, asked.count)[train]
     teacher = embed_boxes(asked.teacher(), asked.frames[train], drawn).float().cpu()
     row["own_boxes"] = box_skill(make_field(own, field.head, source=sources_of(run.model)[0]).embed(
         train, drawn), teacher, teacher.mean((0, 1)))

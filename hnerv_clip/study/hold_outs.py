@@ -1,0 +1,117 @@
+"""Does a field answer for frames that lie further from any that it was fitted to?
+
+    python -m hnerv_clip.study.hold_outs output/hold_outs bunny FILE …
+
+Small networks of some videos, each trained for the picture alone on three parts of the frames, a
+field fitted to each on its frozen weights: one frame in 5 held out, one in 16, and blocks of two
+seconds. Made for a CPU; what it gave is `book/results/hold_outs.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hnerv_clip.config import BUNDLED, BUNDLED_DIM, Config
+from hnerv_clip.field.fit import FitSettings
+from hnerv_clip.field.fit_run import CPU_BATCH, evaluate_field, fit_head, summarise_field
+from hnerv_clip.files import write_json
+from hnerv_clip.inference import load_run, sources_of
+from hnerv_clip.runs.provenance import code_version, device_name
+from hnerv_clip.study.fields import held_out_psnr
+from hnerv_clip.train import train
+from hnerv_clip.video import load_video
+
+FILE = "hold_outs.json"
+FRAMES, RATE = 40, 8.0  # of each video, at about so many a second
+BLOCK_S = 2.0
+SETTINGS = {"teacher": BUNDLED, "clip_dim": BUNDLED_DIM, "predict_clip": False, "modelsize": 0.25,
+            "epochs": 30, "batch_size": 1, "lr": 5e-3, "eval_freq": 30, "field_boxes": 32,
+            "field_steps": 2000, "frame_limit": FRAMES}
+
+
+def hold_out_splits(rate: float) -> dict[str, str]:
+    """`data_split` by name, for so many frames a second: whole blocks alternate."""
+    block = round(BLOCK_S * rate)
+    return {"one frame in 5": "4_5_5", "one frame in 16": "15_16_16",
+            "blocks of 2 s": f"{block}_{block}_{2 * block}"}
+
+
+def measure_hold_outs(data_path: str, folder: Path, *, cache_dir: str | Path, seed: int = 0,
+                      betweens: Sequence[float] = (0.5,), height: int = 168, **changes: Any
+                      ) -> list[dict[str, Any]]:
+    """Train, fit and measure each hold-out of a video; what is in the folder is not made again.
+
+    Args:
+        betweens: see `field.fit.FitSettings`; a field for each.
+        height: frames are resized to it, and to a width that divides by 24.
+        changes: settings other than `SETTINGS`.
+    Returns:
+        Rows: video, size, frames, held (frames), hold_out, between (share of frames that a fit's
+        steps see as interpolated), seed, any_train, any_held, eight_held, any_held_centered,
+        psnr_held_db, device, commit.
+    """
+    full = load_video(Config.from_params(data_path=data_path, frame_limit=2).video)
+    stride = max(1, round(full.fps / RATE))
+    width = 24 * round(height * full.frame_hw[1] / full.frame_hw[0] / 24)
+    rows = []
+    for name, split in hold_out_splits(full.fps / stride).items():
+        label = f"{Path(data_path).stem}_{name.replace(' ', '_')}_s{seed}"
+        path = folder / f"{label}.json"
+        if path.is_file():
+            rows += json.loads(path.read_text(encoding="utf-8"))
+            continue
+        config = Config.from_params(**{**SETTINGS, "data_path": data_path, "data_split": split,
+                                       "frame_stride": stride, "seed": seed,
+                                       "resize_list": f"{height}_{width}", **changes})
+        train(config, folder / label, cache_dir=cache_dir, progress=False)
+        run = load_run(folder / label, cache_dir=cache_dir)
+        own = []
+        for between in betweens:
+            field = fit_head(run, cache_dir=cache_dir, progress=False, settings=FitSettings(
+                steps=config.train.field_steps, rate_weight=config.train.field_rate_weight,
+                seed=seed, between=between, **CPU_BATCH))
+            found = summarise_field(evaluate_field(run, field, cache_dir=cache_dir,
+                                                   progress=False))
+            at = found.set_index(["where", "split", "source"]).sort_index()
+            first, last = sources_of(run.model)[0], sources_of(run.model)[-1]
+            held = at.loc[("any box", "held_out", last)]
+            row = {"video": run.dataset.video.name, "size": f"{height}×{width}",
+                   "frames": run.model.frame_count, "held": len(run.dataset.split.val),
+                   "hold_out": name, "between": between, "seed": seed,
+                   "any_train": at.loc[("any box", "train", first)].skill,
+                   "any_held": held.skill, "any_held_centered": held.clip_centered,
+                   "eight_held": at.loc[("patches", "held_out", last)].skill,
+                   "psnr_held_db": held_out_psnr(run),
+                   "device": device_name(next(run.model.parameters()).device),
+                   "commit": code_version()[0]}
+            own.append({key: round(float(value), 4) if isinstance(value, (float, np.floating))
+                        else value for key, value in row.items()})
+        write_json(path, own)
+        rows += own
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command in this module's first lines; prints the rows, which stay in the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("videos", nargs="+", help="bunny, bikes, carphone or files")
+    parser.add_argument("--cache_dir", default="output/cache")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--between", type=float, nargs="+", default=[0.5])
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for video in args.videos:
+        for row in measure_hold_outs(video, args.folder, cache_dir=args.cache_dir, seed=args.seed,
+                                     betweens=args.between):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()

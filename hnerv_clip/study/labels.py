@@ -1,0 +1,72 @@
+"""Do heat maps point at what is there? A field and its teacher against boxes drawn by hand.
+
+The boxes, `book/results/labels.csv`, are of held-out frames of the built-in videos, each with the
+name of an ImageNet class, which both teachers know. Of such a frame square boxes of several sides
+around evenly spaced positions are scored for the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from hnerv_clip.config import ConfigError
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.search.boxes import SIDES, around_positions, overlap
+
+FILE, COLUMNS = "labels.csv", ["video", "crop", "frame", "query", "top", "left", "height", "width"]
+POSITIONS = 8  # of a heat map, in the height of a frame
+Scorer = Callable[[int, npt.NDArray, str], npt.NDArray]  # frame, boxes [P, 4], query → [P]
+
+
+def read_labels(folder: str | Path = "book/results") -> pd.DataFrame:
+    """The boxes drawn by hand: `COLUMNS`; crop is HEIGHT_WIDTH of the frame that they lie in."""
+    path = resolve_path(folder) / FILE
+    labels = pd.read_csv(path)
+    if list(labels.columns) != COLUMNS:
+        raise ConfigError(f"{path} has columns {', '.join(labels.columns)}, not "
+                           f"{', '.join(COLUMNS)}: git checkout {folder}")
+    return labels
+
+
+def score_labels(labels: pd.DataFrame, scorer: Scorer, *, frame_hw: tuple[int, int],
+                 sides: tuple[float, ...] = SIDES) -> pd.DataFrame:
+    """How well scores of boxes find what is labelled.
+
+    Args:
+        labels: of one video, as `read_labels` gives them.
+        scorer: scores of boxes for a query, higher where it fits better.
+    Returns:
+        A row for each label: frame, query; hit, whether the middle of the best box lies in the
+        label; chance, the label's share of the frame; box_iou, intersection over union of the best
+        box and the label; map_iou, the same of the heat map (the mean over sides) where it is above
+        the middle between its least and largest value; middle, whether the frame's middle would be
+        a hit.
+    """
+    height, width = frame_hw
+    boxes, hw = around_positions(frame_hw, sides, stride=max(1, height // POSITIONS))
+    stride, rows = max(1, height // POSITIONS), []
+    for label in labels.itertuples():
+        target = np.array([label.top, label.left, label.height, label.width], float)
+        scores = np.asarray(scorer(label.frame, boxes, label.query), float)
+        best = boxes[scores.argmax()]
+        heat = scores.reshape(len(sides), *hw).mean(0)
+        bright = heat >= (heat.min() + heat.max()) / 2
+        inside = np.outer(*(
+            (at >= low) & (at < low + length) for at, low, length in zip(
+                (np.arange(n) * stride + stride // 2 + 0.5 for n in hw), target[:2], target[2:])))
+        rows.append({"frame": label.frame, "query": label.query,
+                     "hit": _holds(target, best[:2] + best[2:] / 2),
+                     "middle": _holds(target, np.array([height, width]) / 2),
+                     "chance": target[2] * target[3] / (height * width),
+                     "box_iou": float(overlap(target, best[None])[0]),
+                     "map_iou": float((bright & inside).sum() / max(1, (bright | inside).sum()))})
+    return pd.DataFrame(rows)
+
+
+def _holds(box: npt.NDArray, point: npt.NDArray) -> bool:
+    return bool(((point >= box[:2]) & (point < box[:2] + box[2:])).all())

@@ -35,7 +35,7 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
 
     `fields` has the columns of the file and `change` in words, `is_rounded` (whether its bytes
     are of the weights whose skill is given), `kb` (10³ bytes), `boxes_a_frame` that it was fitted
-    to, and `patches`, how often the run's patches were among them. `moved` has, by video and
+    to, and `patches`, the share of draws that are the run's patches. `moved` has, by video and
     pixels, the teacher's skill for a box that moves.
 
     Raises:

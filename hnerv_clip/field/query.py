@@ -211,17 +211,21 @@ def make_field(run: Run, head: FieldHead, *, source: str | None = None, **parts:
     return Field(head.to(device).eval(), run.model, embeddings, **parts)
 
 
-def field_config(run: Run, **changes: Any) -> FieldConfig:
-    """The configuration of a field that suits a run's network and frames."""
+def field_config(run: Run, *, map_rows: int = 8, **changes: Any) -> FieldConfig:
+    """The configuration of a field that suits a run's network and frames.
+
+    Args:
+        map_rows: of its map; as many columns as keep it in the frame's proportions.
+    """
     height, width = run.model.frame_hw
     with torch.inference_mode():
         shape = frame_embeddings(run.model, run.dataset, sources_of(run.model)[0],
                                  np.array([0])).shape
-    rows = 8
     values: dict[str, Any] = {
         "dim": run.config.model.clip_dim, "frame_hw": (height, width),
         "frame_count": run.model.frame_count, "source_channels": shape[1],
-        "map_hw": (rows, max(1, round(rows * width / height))), "up": max(1, -(-rows // shape[2])),
+        "map_hw": (map_rows, max(1, round(map_rows * width / height))),
+        "up": max(1, -(-map_rows // shape[2])),
         # its embeddings are means of ReLU6 and never negative: 0.02 to 0.03 of skill at equal bytes
         "output": "relu" if run.config.teacher.teacher == BUNDLED else "linear"}
     return FieldConfig(**{**values, **changes})

@@ -24,7 +24,7 @@ from torch import Tensor
 from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import FIELD, encode_video
 from hnerv_clip.field.fit import FitSettings
-from hnerv_clip.field.fit_run import fit_head, sampling_of
+from hnerv_clip.field.fit_run import CPU_BATCH, fit_head, sampling_of
 from hnerv_clip.field.query import Field, make_field
 from hnerv_clip.files import write_atomic
 from hnerv_clip.heads.field import FieldHead
@@ -39,8 +39,8 @@ Row = dict[str, Any]
 NETWORKS = {"frozen": "pixels_only", "joint": "base"}  # kind of network → the study's variant
 LARGE = {"hidden": 384, "layers": 3, "mid_channels": 96, "map_channels": 32, "rank": 256}
 LONG = {"rounding": 0.8, "steps": 8000}
-# Size → in what it differs from the default: of `heads.field.FieldConfig`, and `fit`, of
-# `field.fit.FitSettings`
+# Size → in what it differs from the default: of `heads.field.FieldConfig`, `map_rows`, `boxes` a
+# frame, and `fit`, of `field.fit.FitSettings`
 SIZES: dict[str, dict[str, Any]] = {
     "default": {"fit": None},
     "large": {**LARGE, "fit": {"rate_weight": 1e-8}},
@@ -48,6 +48,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "longer": {"fit": {**LONG, "rate_weight": 1e-7}},
     "middle": {"rank": 128, "hidden": 160, "fit": {**LONG, "rate_weight": 2e-8}},
     "unrounded": {**LARGE, "fit": {"rounding": 0.0, "steps": 8000}},
+    "largest": {"hidden": 1024, "layers": 4, "mid_channels": 192, "map_channels": 48, "rank": 512,
+                "points": 5, "map_rows": 16, "boxes": 2048, "fit": {
+                    "rounding": 0.0, "steps": 15000, "lr": 1.5e-3, "frames": 64, "boxes": 128,
+                    "patches": 0.125, "bf16": True}},
 }
 BOXES = 320  # a frame that a field is fitted to
 TESTS = {"square": BoxSampling(48, 48, (0.35, 1.0), (1.0, 1.0), seed=1001),
@@ -59,16 +63,17 @@ SHIFTS = (0.01, 0.02, 0.05, 0.1, 0.2)  # of a box's side
 
 
 def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
-                  cache_dir: str | Path, steps: int = 0, boxes: int = BOXES) -> Row:
+                  cache_dir: str | Path, steps: int = 0, boxes: int = 0) -> Row:
     """Fit a field and measure it.
 
     Args:
         run: trained; its network stays as it is. size: a key of `SIZES`.
         network: a key of `NETWORKS`, what the run is. seed: of the fit and of its boxes.
         folder: where the field goes, and what the teacher says of the test boxes is kept.
-        steps, boxes: of the fit, 0 steps for the size's; fewer only try it.
+        steps, boxes: of the fit, 0 for the size's; fewer only try it.
     Returns:
-        video, head (the size), network, seed; KIND_train, KIND_held and KIND_held_centered of
+        video, head (the size), network, seed, boxes_a_frame, shapes ("all": every box has its own),
+        patches (share of the boxes that are the study's patches); KIND_train, KIND_held and KIND_held_centered of
         `eight`, `square` and `any`; any_held_smooth, against `smoothed` targets; own_boxes, at the
         boxes that it was fitted to; params; bytes, by how much it makes the stored video longer (8
         bits a weight without rounding); psnr_held_db, the network's on held-out frames; fit_s,
@@ -78,18 +83,19 @@ def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
     asked = Asked(run, folder, cache_dir)
     change = SIZES[size]
     fit = {**(change["fit"] or {}), **({"steps": steps} if steps else {})}
-    parts = {name: value for name, value in change.items() if name != "fit"}
+    parts = {name: value for name, value in change.items() if name not in ("fit", "boxes")}
+    boxes = boxes or change.get("boxes", BOXES)
     config = run.config.replace(field_boxes=boxes, seed=seed)
     own = replace(run, config=config, run_dir=RunDir(folder / f"{run.run_dir.path.name}_{size}"))
     own.run_dir.path.mkdir(parents=True, exist_ok=True)
     rounded, on_cpu = fit.get("rounding", 1) > 0, next(run.model.parameters()).device.type == "cpu"
     settings = FitSettings(**{"steps": config.train.field_steps, "seed": seed,
                               "rate_weight": config.train.field_rate_weight, **fit,
-                              **({"frames": 8, "boxes": 32} if on_cpu else {})})
+                              **(CPU_BATCH if on_cpu else {})})
     field = fit_head(own, cache_dir=cache_dir, device="auto", progress=False, settings=settings,
                      **parts)
     row = {"video": run.dataset.video.name, "head": size, "network": network, "seed": seed,
-           **asked.skills(lambda kind, frames, source: make_field(
+           "boxes_a_frame": boxes, "shapes": "all", "patches": settings.patches, **asked.skills(lambda kind, frames, source: make_field(
                own, field.head, source=source).embed(frames, asked.boxes[kind][0]))}
     train = asked.train[::8]
     drawn = draw_boxes(sampling_of(own), asked.frame_hw, asked.count)[train]

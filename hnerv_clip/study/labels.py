@@ -13,10 +13,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
 
 from hnerv_clip.config import ConfigError
+from hnerv_clip.field.query import Field
+from hnerv_clip.inference import Run
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.search.boxes import SIDES, around_positions, overlap
+from hnerv_clip.teachers import load_teacher
+from hnerv_clip.teachers.boxes import embed_boxes
 
 FILE, COLUMNS = "labels.csv", ["video", "crop", "frame", "query", "top", "left", "height", "width"]
 POSITIONS = 8  # of a heat map, in the height of a frame
@@ -31,6 +36,41 @@ def read_labels(folder: str | Path = "book/results") -> pd.DataFrame:
         raise ConfigError(f"{path} has columns {', '.join(labels.columns)}, not "
                            f"{', '.join(COLUMNS)}: git checkout {folder}")
     return labels
+
+
+def measure_labels(run: Run, field: Field, labels: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `score_labels` for a run's teacher, which sees the frame, and for its field.
+
+    Args:
+        field: of the run, with the embeddings that are to answer (`make_field`).
+        labels: of `read_labels`; those of the run's video are taken.
+    Returns:
+        video, who ("teacher" or "field"), and the columns of `score_labels`.
+    Raises:
+        ConfigError: no label is of this video, or it is cropped otherwise.
+    """
+    frames, name = run.dataset.video.frames, run.dataset.video.name
+    crop = "_".join(map(str, frames.shape[2:]))
+    own = labels[labels.video.isin([name.split()[0]]) & (labels.crop == crop)]
+    if own.empty:
+        raise ConfigError(f"no label is of {name} in {crop}: labels are of " + ", ".join(
+            f"{row.video} in {row.crop}" for row in labels.drop_duplicates("video").itertuples()))
+    teacher = load_teacher(run.config.teacher, next(run.model.parameters()).device)
+    texts = {query: teacher.encode_text([query]).float().cpu() for query in own["query"].unique()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def ask_teacher(frame: int, boxes: npt.NDArray, query: str) -> npt.NDArray:
+        if frame not in seen:
+            whole = torch.from_numpy(np.round(boxes)).long()[None]
+            seen[frame] = embed_boxes(teacher, frames[[frame]], whole)[0].float().cpu()
+        return (seen[frame] @ texts[query][0]).numpy()
+
+    def ask_field(frame: int, boxes: npt.NDArray, query: str) -> npt.NDArray:
+        return field.scores(texts[query], frame, boxes)[0, 0].numpy()
+
+    rows = {who: score_labels(own, scorer, frame_hw=(frames.shape[2], frames.shape[3]))
+            for who, scorer in (("teacher", ask_teacher), ("field", ask_field))}
+    return pd.concat([found.assign(video=name, who=who) for who, found in rows.items()])
 
 
 def score_labels(labels: pd.DataFrame, scorer: Scorer, *, frame_hw: tuple[int, int],

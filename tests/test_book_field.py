@@ -21,8 +21,7 @@ def folder(tmp_path):
     (tmp_path / book.FILE).write_text(json.dumps({"about": {}, "rows": rows}))
     rows = [{"run": "bunny_px", "eval_psnr_val_interpolated": 31.5},
             {"run": "bunny_user", "eval_psnr_val_interpolated": 30.0},
-            {"video": "bunny", "head": "user's head (8)", "skill": {"grid8": 0.9, "any": -0.4}},
-            *({"video": "bunny", "head": f"post-hoc {v}", "skill": {"any": v}} for v in (0.7, 0.8))]
+            {"video": "bunny", "head": "user's head (8)", "skill": {"grid8": 0.9, "any": -0.4}}]
     (tmp_path / book.SCOUT).write_text(json.dumps({"about": {}, "rows": rows}))
     return tmp_path
 
@@ -35,6 +34,26 @@ def test_bytes_count_of_rounded_fields_alone(folder):
     assert book.smallest_field(fields, "bunny", any_held=0.85) is None
 
 
+def test_the_same_field_of_more_and_more_boxes(folder):
+    content = json.loads((folder / book.FILE).read_text())
+    large = {"rounding": 0.0, "rank": 256}
+    content["rows"] += [{**field_row(skill, 900, **large, **change), "boxes_a_frame": boxes}
+                        for boxes, skill, change in (
+                            (320, 0.7, {}), (2000, 0.85, {}), (1000, 0.8, {}),
+                            (1000, 0.9, {"between": 0.5}))]
+    content["rows"] += [{"video": "bunny", "what": "moved", "pixels": p, "skill": s, "mean_of_4": s}
+                        for p, s in ((8, 0.83), (1, 0.97))]
+    (folder / book.FILE).write_text(json.dumps(content))
+    measured = book.read_fields(folder)
+    found = book.by_boxes(measured["fields"])
+    assert list(found.boxes_a_frame) == [320, 1000, 2000] and list(found.any_held) == [
+        0.7, 0.8, 0.85]
+    best = book.best_field(measured["fields"], "bunny", rounded=False)
+    assert best.any_held == 0.9
+    assert "already by 8 pixels" in book.moved_words(measured["moved"], best)
+    assert "more than 8 pixels" in book.moved_words(measured["moved"], found.iloc[0])
+
+
 def test_a_change_is_said_in_words_and_other_designs_are_no_sizes(folder):
     fields = book.read_fields(folder)["fields"]
     assert list(fields.change) == ["rank 96, steps 8000", "relu output", "as it was at first",
@@ -44,7 +63,6 @@ def test_a_change_is_said_in_words_and_other_designs_are_no_sizes(folder):
 
 def test_the_original_heads_cost_is_of_the_same_frames(folder):
     assert book.read_original(folder) == {"bunny": {"eight": 0.9, "any": -0.4, "cost_db": 1.5}}
-    assert book.read_perceptrons(folder)["bunny"]["skill"]["any"] == 0.8
 
 
 def test_pairs_of_networks_win_over_the_scouts_single_runs(folder):
@@ -75,8 +93,10 @@ def test_going_on_together_is_paired_with_the_picture_alone(folder):
     assert [row["λ"] for row in table] == ["frozen", "0", "0.005", "0.02"]
     assert table[0]["any box, less λ = 0"] is None
     assert table[3]["any box, less λ = 0"].startswith("+0.030")
-    assert "at λ = 0.02 (bunny 40×80, a CPU)" in book.together_answer(together)
-    assert "-0.30 dB" in book.together_answer(together)
+    assert book.together_answer(together).startswith("at λ = 0.02 skill at any box changes by +0.0")
+    assert "(bunny 40×80, a CPU)" in book.together_answer(together)
+    assert "-0.300 dB" in book.together_answer(together)
+    assert book.together_gain(together) == pytest.approx(0.03)
 
 
 def test_missing_fields_are_said(tmp_path):
@@ -85,3 +105,27 @@ def test_missing_fields_are_said(tmp_path):
     (tmp_path / book.FILE).write_text('{"about": {}, "rows": []}')
     with pytest.raises(ResultsError, match="has no field"):
         book.read_fields(tmp_path)
+
+
+def test_a_side_file_is_set_against_the_field_of_its_size(folder):
+    content = json.loads((folder / book.FILE).read_text())
+    content["rows"] += [{"video": "bunny", "what": "side file", "where": "any", "budget": kb * 1000,
+                         "size_bytes": kb * 1000, "skill": skill, "boxes": 16, "every": 1,
+                         "rank": 4, "bits": 4} for kb, skill in ((20, 0.4), (90, 0.72))]
+    (folder / book.FILE).write_text(json.dumps(content))
+    measured = book.read_fields(folder)
+    assert book.side_file_words(measured["fields"], measured["side_files"], "bunny") == (
+        "on bunny 0.40 in 20 kB, where a field has 0.75 in 60 kB, and 0.72 in 90 kB, for which a "
+        "field needs 60 kB")
+
+
+def test_bytes_and_decibels_are_exchanged_along_fine_tuned_files(folder):
+    run = {"commit": "a", "device": "b", "settings": {"modelsize": 1.5, "predict_clip": False},
+           "points": [{"kind": "tuned", "size_bytes": size, "rate_bpp": size / 1e6,
+                       "psnr_db": psnr} for size, psnr in ((100_000, 30.0), (271_828, 33.0))]}
+    (folder / book.RATES).write_text(json.dumps({"runs": [run]}))
+    exchange = book.read_exchange(folder)
+    assert exchange.decibels(171.828) == pytest.approx(3, abs=1e-3)
+    assert exchange.kilobytes(3) == pytest.approx(171.828, abs=0.1)
+    (folder / book.RATES).write_text(json.dumps({"runs": []}))
+    assert book.read_exchange(folder) is None

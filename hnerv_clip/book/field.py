@@ -6,19 +6,22 @@ constant is 0. A field here is one fit of one seed.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from hnerv_clip.bench import rate_quality
 from hnerv_clip.book.markdown import join_words
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.study.fields import BOXES
-from hnerv_clip.verify.paired import compare_paired
+from hnerv_clip.verify.paired import Paired, compare_paired
 
 FILE, SCOUT = "field_h100.json", "semantic_scout_h100.json"
-TOGETHER = "field_together.json"
+TOGETHER, RATES = "field_together.json", "rate_quality.json"
 NEAREST, INTERPOLATED = "nearest training frame", "interpolated teacher"
 FIX = "git checkout book/results"
 GOALS = {"any_held": {"bunny": 0.90, "bikes": 0.85}, "eight_held": {"bunny": 0.94, "bikes": 0.88}}
@@ -36,7 +39,8 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     `fields` has the columns of the file and `change` in words, `is_rounded` (whether its bytes
     are of the weights whose skill is given), `kb` (10³ bytes), `boxes_a_frame` that it was fitted
     to, and `patches`, the share of draws that are the run's patches. `moved` has, by video and
-    pixels, the teacher's skill for a box that moves.
+    pixels, the teacher's skill for a box that moves; `side_files` what bytes alone give, with the
+    columns any_held and eight_held of fields.
 
     Raises:
         ResultsError: the file is missing, or has no field.
@@ -54,6 +58,11 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
             "runs": {row["run"].split("_")[0]: row for row in rows if "run" in row},
             "moved": pd.DataFrame([row for row in rows if row.get("what") == "moved"],
                                   columns=["video", "pixels", "skill", "mean_of_4"]),
+            "side_files": pd.DataFrame(
+                [{**row, "kb": row["size_bytes"] / 1e3, f"{row['where']}_held": row["skill"]}
+                 for row in rows if row.get("what") == "side file"],
+                columns=["video", "where", "budget", "kb", "boxes", "every", "rank", "bits",
+                         "any_held", "eight_held"]),
             "shifts": {row["video"]: row for row in rows if row.get("what") == "shifts"},
             "smoothed": {row["video"]: row["any_held"] for row in rows
                          if row.get("what", "").startswith("smoothed")}}
@@ -130,30 +139,30 @@ def together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
 
 def together_answer(together: pd.DataFrame) -> str:
     """The largest gain of skill at any box that going on at a λ had, and what it cost, in words."""
-    said = []
+    return join_words([
+        f"at λ = {weight:g} skill at any box changes by {gain.words(digits=3)}, and held-out PSNR by "
+        f"{cost.words('dB', digits=3)} ({where})" for where, weight, gain, cost in _gains(together)])
+
+
+def together_gain(together: pd.DataFrame) -> float:
+    """The largest of those gains: mean skill at any box, less that of λ = 0."""
+    return max((gain.difference for _, _, gain, _ in _gains(together)), default=float("nan"))
+
+
+def _gains(together: pd.DataFrame) -> list[tuple[str, float, Paired, Paired]]:
+    """(where, λ, skill, PSNR), each less λ = 0, of the λ that gained most skill in each `where`."""
+    found = []
     for where, part in together.groupby("where", sort=False):
         alone = part[part.weight == 0].set_index("seed")
         pairs = []
         for weight, own in part[part.weight > 0].groupby("weight"):
             own = own.set_index("seed")
             if len(own.index.intersection(alone.index)):
-                pairs.append((weight, compare_paired(own.any_held, alone.any_held),
+                pairs.append((where, weight, compare_paired(own.any_held, alone.any_held),
                               compare_paired(own.psnr_held_db, alone.psnr_held_db)))
         if pairs:
-            weight, gain, cost = max(pairs, key=lambda pair: pair[1].difference)
-            said.append(f"{gain.words(digits=3)} in skill at any box and {cost.words('dB')} in "
-                        f"held-out PSNR at λ = {weight:g} ({where})")
-    return join_words(said)
-
-
-def read_perceptrons(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """By video the best of the perceptrons fitted before fields were, a row of the scout's file."""
-    best: dict[str, dict[str, Any]] = {}
-    for row in read_json(folder, SCOUT, fix=FIX)["rows"]:
-        if row.get("head", "").startswith("post-hoc"):
-            best[row["video"]] = max(row, best.get(row["video"], row),
-                                     key=lambda one: one["skill"]["any"])
-    return best
+            found.append(max(pairs, key=lambda pair: pair[2].difference))
+    return found
 
 
 def best_field(fields: pd.DataFrame, video: str, *, column: str = "any_held",
@@ -166,6 +175,49 @@ def best_field(fields: pd.DataFrame, video: str, *, column: str = "any_held",
     own = fields[(fields.video == video) & (fields.is_rounded | (not rounded))
                  & (fields.kb <= max_kb)]
     return own.loc[own[column].idxmax()]
+
+
+def side_file_words(fields: pd.DataFrame, side_files: pd.DataFrame, video: str, *, kb: float = 60
+                    ) -> str:
+    """What the best side file and the best field of at most so many kB know of any box."""
+    own = side_files[(side_files.video == video) & side_files.any_held.notna()]
+    within, most = own[own.kb <= kb].iloc[-1], own.iloc[-1]
+    field = best_field(fields, video, max_kb=kb)
+    return (f"on {video} {within.any_held:.2f} in {within.kb:.0f} kB, where a field has "
+            f"{field.any_held:.2f} in {field.kb:.0f} kB, and {most.any_held:.2f} in "
+            f"{most.kb:.0f} kB, for which a field needs "
+            f"{smallest_field(fields, video, any_held=most.any_held).kb:.0f} kB")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Bytes of the picture against decibels, by fine-tuned files of one training of bunny.
+
+    From `kb` on, each e-fold of bytes gives `db`.
+    """
+
+    kb: float
+    db: float
+
+    def decibels(self, kb: float) -> float:
+        """What so many kB more would give the picture."""
+        return self.db * math.log1p(kb / self.kb)
+
+    def kilobytes(self, db: float) -> float:
+        """What so many decibels would cost."""
+        return self.kb * math.expm1(db / self.db)
+
+
+def read_exchange(folder: str | Path) -> Exchange | None:
+    """From the training with the most fine-tuned files of page 18; None without two."""
+    measured = read_json(folder, RATES, fix=FIX)
+    curves = rate_quality.trainings(rate_quality.tuned_points(measured["runs"]))
+    points = max(curves, key=len, default=[])
+    if len(points) < 2:
+        return None
+    first, last = (side(points, key=lambda point: point["size_bytes"]) for side in (min, max))
+    return Exchange(first["size_bytes"] / 1e3, (last["psnr_db"] - first["psnr_db"])
+                    / math.log(last["size_bytes"] / first["size_bytes"]))
 
 
 def smallest_field(fields: pd.DataFrame, video: str, *, any_held: float) -> pd.Series | None:

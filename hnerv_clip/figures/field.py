@@ -19,7 +19,7 @@ BOX_LINES = {"own_boxes": ("train", "o-", "boxes fitted to, training frames"),
              "any_held_smooth": ("clip", "^--", "the same, against the smoothed teacher")}
 
 
-def plot_field_rate(fields: pd.DataFrame, *, baselines: pd.DataFrame,
+def plot_field_rate(fields: pd.DataFrame, *, baselines: pd.DataFrame, side_files: pd.DataFrame,
                     original: dict[str, dict[str, float]],
                     goals: dict[str, dict[str, float]], teacher_label: str) -> Figure:
     """Skill on held-out frames against bytes, a column of panels per video.
@@ -27,6 +27,7 @@ def plot_field_rate(fields: pd.DataFrame, *, baselines: pd.DataFrame,
     Args:
         fields: video, kb, any_held, eight_held, of rounded fields.
         baselines: video, baseline, any_held, eight_held; PCA of rank R is named `PCA R …`.
+        side_files: video, kb, any_held, eight_held, NaN where not asked.
         original: {video: {eight, any}}, skill of the original head.
         goals: {column: {video: skill}}.
     """
@@ -38,32 +39,38 @@ def plot_field_rate(fields: pd.DataFrame, *, baselines: pd.DataFrame,
             panel.plot(own.kb, own[column], ".", color=PALETTE["predicted"], alpha=0.45)
             front = own[own[column] >= own[column].cummax()]
             panel.plot(front.kb, front[column], "o-", color=PALETTE["predicted"])
+            stored = side_files[(side_files.video == video) & side_files[column].notna()]
+            panel.plot(stored.kb, stored[column], "s--", color=PALETTE["teacher"], markersize=4)
             for row in baselines[baselines.video == video].itertuples():
                 _reference(panel, row.baseline, getattr(row, column))
             panel.axhline(goals[column][video], color=BLACK, linestyle=":")
             known = original[video]["any" if column == "any_held" else "eight"]
-            if known > 0.45:
+            if known > 0.3:
                 panel.axhline(known, color=PALETTE["clip"])
             else:
                 panel.annotate(f"original head: {known:.2f}", (0.98, 0.02), ha="right",
                                xycoords="axes fraction", color=PALETTE["clip"], fontsize=8)
             panel.set_title(f"{video}, {words}", parse_math=False)
-            panel.set(xscale="log", ylim=(0.45, 1.0))
-            _plain_ticks(panel, (20, 50, 100, 200, 500))
+            panel.set(xscale="log", ylim=(0.3, 1.0))
+            _plain_ticks(panel, (10, 20, 50, 100, 200, 500))
     for panel in axes[-1]:
-        panel.set_xlabel("bytes of the field, estimated (kB)")
+        panel.set_xlabel("bytes added to the video's file (kB)")
     for panel in axes[:, 0]:
         panel.set_ylabel("skill, held-out frames")
     handles = [Line2D([], [], color=PALETTE["predicted"], marker="o", label="field, best so far"),
+               Line2D([], [], color=PALETTE["teacher"], marker="s", linestyle="--",
+                      label="side file, best at its size"),
                Line2D([], [], color=PALETTE["teacher"], label="teacher, interpolated"),
                Line2D([], [], color=PALETTE["neighbour"], label="teacher, nearest frame"),
                Line2D([], [], color=GREY, linestyle="--", label="teacher, PCA of the rank"),
                Line2D([], [], color=PALETTE["clip"], label="original head"),
                Line2D([], [], color=BLACK, linestyle=":", label="goal")]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=8)
-    return caption(figure, "Up and left is better. A dot is one fit of one seed. Horizontal lines "
-                           "need no field: interpolated and nearest take the teacher's embedding "
-                           "of that box in training frames, PCA in the frame itself. "
+    return caption(figure, "Up and left is better. A dot is one fit of one seed. A side file "
+                           "stores the teacher's embeddings of some boxes and frames; what is "
+                           "asked is interpolated between them. Horizontal lines need no field: "
+                           "interpolated and nearest take the teacher's embedding of that box in "
+                           "training frames, PCA in the frame itself. "
                            f"Teacher: {teacher_label}.")
 
 

@@ -138,7 +138,7 @@ def collect_fields(folders: Folders) -> None:
 
 def _field_key(row: dict[str, Any]) -> tuple:
     return tuple(row.get(name) for name in ("video", "round", "run", "head", "seed", "baseline",
-                                            "what"))
+                                            "what", "pixels", "where", "budget"))
 
 
 def original_heads(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

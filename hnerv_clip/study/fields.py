@@ -31,6 +31,7 @@ from hnerv_clip.heads.field import FieldHead
 from hnerv_clip.inference import Run, embed_frames, predict_embeddings, sources_of
 from hnerv_clip.metrics import bracket_frames, skill
 from hnerv_clip.runs.run_dir import RunDir
+from hnerv_clip.study.side_files import Stored, side_file_curve
 from hnerv_clip.teachers import Teacher, load_teacher
 from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes, embed_boxes
 from hnerv_clip.verify.baselines import nearest_training_frame
@@ -60,6 +61,9 @@ SPREAD = 0.03  # by which boxes move and grow for the smoothed teacher, of which
 SMOOTHED = 8
 SHIFTED = 24  # squares of a frame that are moved
 SHIFTS = (0.01, 0.02, 0.05, 0.1, 0.2)  # of a box's side
+MOVES = (1, 2, 4, 8)  # pixels
+BUDGETS = (10_000, 15_000, 20_000, 30_000, 40_000, 60_000, 80_000, 100_000, 150_000, 200_000)
+STORED, COMPONENTS = 160, 128  # boxes that a side file may hold, and components of them
 
 
 def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
@@ -74,11 +78,11 @@ def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
     Returns:
         video, head (the size), network, seed, boxes_a_frame, shapes ("all": every box has its own),
         patches (share of the boxes that are the study's patches); KIND_train, KIND_held and
-        KIND_held_centered of `eight`, `square` and `any`; any_held_smooth, against `smoothed` targets; own_boxes, at the
-        boxes that it was fitted to; params; bytes, by how much it makes the stored video longer (8
-        bits a weight without rounding); psnr_held_db, the network's on held-out frames; fit_s,
-        teacher_s, change. Of a joint network also original_eight and original_any, the skill of
-        its own head, asked at the boxes' centers.
+        KIND_held_centered of `eight`, `square` and `any`; any_held_smooth, against `smoothed`
+        targets; own_boxes, at the boxes that it was fitted to; params; bytes, by how much it makes
+        the stored video longer (8 bits a weight without rounding); psnr_held_db, the network's on
+        held-out frames; fit_s, teacher_s, change. Of a joint network also original_eight and
+        original_any, the skill of its own head, asked at the boxes' centers.
     """
     asked = Asked(run, folder, cache_dir)
     change = SIZES[size]
@@ -240,8 +244,10 @@ def measure_teacher(run: Run, *, folder: Path, cache_dir: str | Path) -> list[Ro
     Returns:
         Rows with `baseline`: the nearest training frame, the interpolated teacher and, of the
         teacher's principal components, so many; one with what="shifts", the teacher's skill for its
-        own embedding of a square of half the height that moves by a share of its side; and one of
-        the smoothed teacher, the mean over boxes around.
+        own embedding of a square of half the height that moves by a share of its side; one of the
+        smoothed teacher, the mean over boxes around; what="moved", its skill for a test box that
+        moves by so many `pixels`, and `mean_of_4`, of the mean over four such moves; and
+        what="side file", the best of each budget (`study.side_files`), where ("eight", "any").
     """
     asked = Asked(run, folder, cache_dir)
     video, truth = run.dataset.video.name, {k: v.float() for k, v in asked.truth.items()}
@@ -265,6 +271,9 @@ def measure_teacher(run: Run, *, folder: Path, cache_dir: str | Path) -> list[Ro
     rows.append({"what": f"smoothed teacher (mean of {SMOOTHED} boxes within {SPREAD:.0%}) against "
                          "the teacher", "any_held": box_skill(
         asked.smooth.float(), truth["any"][asked.held_out], asked.constant("any"))})
+    rows += [{"what": "moved", **row} for row in _moved(asked)]
+    rows += [{"what": "side file", "where": kind, **row} for kind in ("eight", "any")
+             for row in side_file_curve(_stored_boxes(asked, kind), BUDGETS)]
     return [{"video": video, **{name: round(value, 4) if isinstance(value, float) else value
                                 for name, value in row.items()}} for row in rows]
 
@@ -293,3 +302,47 @@ def _shifts(asked: Asked) -> Row:
                      for angle in 2 * np.pi * np.arange(8) / 8)
         row[f"mean of 8 at {spread:g}"] = box_skill(F.normalize(around, dim=-1), own, mean)
     return row
+
+
+def _moved(asked: Asked) -> list[Row]:
+    """The teacher's skill for test boxes that move, where they have room, and for the mean over
+    a move up, down, left and right."""
+    frames, boxes = asked.frames[asked.train[::16]], asked.boxes["any"][0][:24]
+    rows, limit = [], torch.tensor(asked.frame_hw)
+
+    def embed(own: Tensor) -> Tensor:
+        return embed_boxes(asked.teacher(), frames, own.expand(len(frames), -1, -1)).float().cpu()
+
+    own = embed(boxes)
+    mean = own.mean((0, 1))
+    for pixels in MOVES:
+        free = ((boxes[:, :2] >= pixels) & (boxes[:, :2] + boxes[:, 2:] + pixels <= limit)).all(1)
+        if not free.any():
+            continue
+        found = [embed(boxes[free] + torch.tensor([down * pixels, right * pixels, 0, 0]))
+                 for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1))]
+        skills = [box_skill(one, own[:, free], mean) for one in found]
+        rows.append({"pixels": pixels, "boxes": int(free.sum()) * len(frames),
+                     "skill": sum(skills) / len(skills), "mean_of_4": box_skill(
+                         F.normalize(sum(found), dim=-1), own[:, free], mean)})
+    return rows
+
+
+def _stored_boxes(asked: Asked, kind: str) -> Stored:
+    """What a side file could hold: boxes of all training frames, in principal components."""
+    sampling = BoxSampling(STORED, STORED, seed=77)
+    boxes = draw_boxes(sampling, asked.frame_hw, 1)[0]
+    found = asked._kept("stored", lambda: {"any": embed_boxes(
+        asked.teacher(), asked.frames[asked.train],
+        boxes.expand(len(asked.train), -1, -1)).cpu()})["any"].float()
+    flat = found.flatten(0, 1)
+    mean = flat.mean(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        axes = torch.pca_lowrank(flat - mean, q=min(COMPONENTS, *flat.shape), center=False,
+                                 niter=3)[2]
+    return Stored(boxes=boxes.numpy().astype(float), train=asked.train, mean=mean.numpy(),
+                  axes=axes.numpy(), values=((found - mean) @ axes).numpy(),
+                  asked=asked.boxes[kind][0].numpy().astype(float), frames=asked.held_out,
+                  truth=asked.truth[kind][asked.held_out].float().numpy(),
+                  constant=asked.constant(kind).numpy(), frame_height=asked.frame_hw[0])

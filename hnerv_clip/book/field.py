@@ -138,10 +138,11 @@ def together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def together_answer(together: pd.DataFrame) -> str:
-    """The largest gain of skill at any box that going on at a λ had, and what it cost, in words."""
+    """The largest gain of skill at any box that going on at a λ had, and what it cost."""
     return join_words([
-        f"at λ = {weight:g} skill at any box changes by {gain.words(digits=3)}, and held-out PSNR by "
-        f"{cost.words('dB', digits=3)} ({where})" for where, weight, gain, cost in _gains(together)])
+        f"at λ = {weight:g} skill at any box changes by {gain.words(digits=3)}, and held-out PSNR "
+        f"by {cost.words('dB', digits=3)} ({where})" for where, weight, gain, cost
+        in _gains(together)])
 
 
 def together_gain(together: pd.DataFrame) -> float:

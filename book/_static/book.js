@@ -27,3 +27,16 @@ function themed() {
 }
 new MutationObserver(themed).observe(document.documentElement, { attributeFilter: ["data-theme"] });
 document.addEventListener("DOMContentLoaded", themed);
+
+// On a phone a figure is wider than the screen: its caption stands below as text, too.
+function captioned() {
+  for (const figure of document.querySelectorAll(".cell_output img.picture")) {
+    if (figure.closest("figure") || /^Figure under/.test(figure.alt)) continue;
+    const caption = document.createElement("p");
+    caption.className = "caption-below";
+    caption.setAttribute("aria-hidden", "true");  // the figure's alternative text says it
+    caption.textContent = figure.alt;
+    figure.after(caption);
+  }
+}
+document.addEventListener("DOMContentLoaded", captioned);

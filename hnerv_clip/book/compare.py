@@ -24,6 +24,8 @@ FIX = "git checkout book/results"
 # Condition of a verification → how the table's rows and the landing page's sentence call it
 AGAINST = {"decoded": "the teacher on the decoded frame", "neighbour": "the nearest training frame",
            "side_file": "a side file of the head's size"}
+CLAIMED = AGAINST | {"decoded": "the teacher run on the decoded frame",
+                     "neighbour": "a copy of those of the nearest training frame"}
 
 
 class Facts(NamedTuple):
@@ -141,15 +143,15 @@ def claim(results: Path) -> str:
 def claim_words(facts: Facts) -> str:
     """What a network holds, how fast it is decoded, and what its embeddings are better than."""
     given = facts.judged.answers.pivot(index="question", columns="video", values="answer")
-    better, others = ([words for name, words in AGAINST.items()
+    better, others = ([words for name, words in CLAIMED.items()
                        if (given.loc[name] == answer).all()] for answer in ("yes", "no"))
     decoded = fastest(facts.decode)["frames_per_s"]
-    said = [f"closer to the teacher's than those of {_join(better, 'and')}"] if better else []
-    closer = "no closer than" if better else "no closer to the teacher's than"
-    said += [f"{closer} those of {_join(others, 'or')}"] if others else []
+    said = [f"{word} than {_join(words, last)}" for word, words, last in (
+        ("better", better, "and"), ("no better", others, "or")) if words]
     return (f"One small network of {facts.stored_values / 1e6:.2f} million stored values holds a "
             f"whole video and its semantics: it decodes {round(decoded, -2):,.0f} frames per "
-            f"second on one {facts.device.split()[1]}, with embeddings {', but '.join(said)}.")
+            f"second on one {facts.device.split()[1]}, and predicts the teacher's embeddings "
+            f"{', but '.join(said)}.")
 
 
 def fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def _fit_words(fits: list[dict[str, Any]]) -> str | None:
 def _against(judged: Judged, means, condition: str) -> str:
     own = judged.answers[(judged.answers.video == VIDEO) & (judged.answers.question == condition)]
     word = {"yes": "better", "no": "no better"}.get(own.answer.iloc[0], "cannot tell")
-    return f"{word}: {means['learned']:.3f} and {means[condition]:.3f}"
+    return f"{word}: {means['learned']:.3f} against {means[condition]:.3f}"
 
 
 def _range(values: Sequence[float]) -> str:

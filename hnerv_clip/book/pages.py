@@ -101,9 +101,9 @@ def answers_markdown(book: Path) -> str:
         texts = [output.data["text/markdown"] for output in outputs
                  if "text/markdown" in output.get("data", {})]
         found = re.match(r"\*\*(.+?)\*\*", texts[0], re.S) if texts else None
-        if not found:
-            raise ValueError(f"{path} does not begin with its answer in bold; execute it again, "
-                             "hnerv-clip pages")
+        if not found or found[1][-1] not in ".!?":
+            raise ValueError(f"{path} does not begin with its answer in bold, a sentence that ends "
+                             "with its full stop; execute it again, hnerv-clip pages")
         question = cells[0].source.removeprefix("# ")
         lines.append(f"- **[{question}](book/{path.name})** {found[1]}")
     return "\n".join(lines) + "\n"

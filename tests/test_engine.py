@@ -1,6 +1,7 @@
 """The fused engine computes what the plain one does: exactly in Triton's interpreter, on a GPU
 within bfloat16's precision."""
 
+import copy
 import functools
 import math
 import shutil
@@ -97,6 +98,26 @@ def test_fused_gradients_are_the_plain_ones(tiny, variant, monkeypatch):
         gradient = own.parameters.grad[own.parameters.index[name]]
         error = (gradient - parameter.grad).norm() / (parameter.grad.norm() + 1e-9)
         assert error < 1e-3, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adan"])
+def test_fused_steps_are_the_plain_ones(tiny, optimizer):
+    """Parameters after three steps, the last after both engines' optimizers went to the other."""
+    config, dataset = tiny
+    config = config.replace(predict_clip=False, optimizer=optimizer, batch_size=1)
+    engines = [build(kind, config, dataset) for kind in (PlainEngine, FusedEngine)]
+    before = {name: p.detach().clone() for name, p in engines[0].model.named_parameters()}
+    for index in (1, 7, 2):
+        if index == 2:
+            engines[1].sync()
+            states = [copy.deepcopy(engine.optimizer.state_dict()) for engine in engines]
+            for engine, state in zip(engines, reversed(states)):
+                engine.load_optimizer(state)
+        for engine in engines:
+            engine.step(torch.tensor([index]), count=1, lr=1e-3, weight=0.0)
+    engines[1].sync()
+    for (name, p), q in zip(engines[0].model.named_parameters(), engines[1].model.parameters()):
+        assert (p - q).norm() < 0.02 * (p - before[name]).norm() + 1e-9, name
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ pytest.importorskip("triton")  # made for Linux; without it training is plain
 import triton
 import triton.language as tl
 
+from hnerv_clip.engines.adan import BETAS, EPS, STATE, Adan
 from hnerv_clip.kernels import (
     activations,
     adam,
@@ -317,6 +318,26 @@ def test_adam_step(given):
     kept = optimizer.state[parameter]
     torch.testing.assert_close(mean, kept["exp_avg"])
     torch.testing.assert_close(square, kept["exp_avg_sq"])
+
+
+def test_adan_step(given):
+    parameter = torch.nn.Parameter(given.random(1500))
+    ours, low = parameter.detach().clone(), given.zeros(1500, dtype=given.dtype)
+    state = {name: given.zeros(1500) for name in STATE}
+    lr = torch.tensor(1e-2, device=given.device)
+    optimizer = Adan([parameter], lr=lr)
+    for step in range(1, 4):
+        parameter.grad = given.random(1500)
+        optimizer.step()
+        adam.adan_step[(2,)](
+            ours, parameter.grad, *state.values(), low, lr,
+            torch.tensor(float(step), device=given.device), 1500, BETA1=BETAS[0], BETA2=BETAS[1],
+            BETA3=BETAS[2], EPS=EPS, BLOCK=1024)
+    torch.testing.assert_close(ours, parameter.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(low, ours.to(given.dtype))
+    for name in STATE:
+        torch.testing.assert_close(state[name], optimizer.state[parameter][name], rtol=1e-4,
+                                   atol=1e-6)
 
 
 @pytest.mark.parametrize("stride, masked", [(2, False), (3, True)])

@@ -15,6 +15,7 @@ from hnerv_clip.config.settings import (
     LOSSES,
     NORMS,
     ON_DIVERGENCE,
+    OPTIMIZERS,
     PRECISIONS,
     TEACHERS,
     ConfigError,
@@ -82,6 +83,7 @@ def validate(video: VideoConfig, teacher: TeacherConfig, model: ModelConfig, tra
     one_of("act", model.act, ACTIVATIONS)
     one_of("norm", model.norm, NORMS)
     one_of("loss", train.loss, LOSSES)
+    one_of("optimizer", train.optimizer, OPTIMIZERS)
     one_of("teacher", teacher.teacher, TEACHERS)
     one_of("teacher_precision", teacher.teacher_precision, ("fp32", "bf16"))
     if teacher.teacher != "clip" and teacher.teacher_precision != "fp32":

@@ -12,6 +12,7 @@ Auto = Literal["auto"]
 EMBEDS = ("", "pe", "xyt")
 ACTIVATIONS = ("relu", "leaky", "leaky01", "relu6", "gelu", "sin", "swish", "softplus", "hardswish")
 NORMS = ("none", "bn", "in")
+OPTIMIZERS = ("adam", "adan")
 BUNDLED, BUNDLED_DIM = "efficientnet-lite0", 1280  # the teacher that needs no download; not CLIP
 TEACHERS = ("clip", BUNDLED)
 ENGINES = ("auto", "plain", "fast")
@@ -119,8 +120,10 @@ class TrainConfig:
 
     epochs: int = setting(300, "passes over the training frames")
     batch_size: int = setting(2, "frames per step and rank")
-    lr: float = setting(1e-3, "largest learning rate of Adam")
+    lr: float = setting(1e-3, "largest learning rate")
     lr_type: str = setting("cosine_0.1_1_0.1", "cosine_WARMUP-SHARE_POWER_START-FACTOR")
+    optimizer: str = setting(
+        "adam", "adam, or adan, which stays stable at larger learning rates such as 5e-3")
     loss: str = setting("L2", "pixel loss: L2, L1, SSIM, Fusion1 … Fusion12")
     clip_loss_weight: float = setting(0.5, "λ, the weight of the cosine term")
     pixel_loss_warmup_epochs: int = setting(50, "epochs before the cosine term joins")

@@ -11,6 +11,7 @@ from torch import Tensor
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.engines import profile_marks as marks
+from hnerv_clip.engines.adan import Adan
 from hnerv_clip.losses import ClipObjective, needs_ssim, pixel_loss, ssim_constants
 from hnerv_clip.metrics import psnr
 from hnerv_clip.model import HNeRV, frame_times
@@ -50,6 +51,8 @@ class PlainEngine:
         self.part = config.train.batch_size  # frames worked on at once
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
+        if self.config.train.optimizer == "adan":
+            return Adan(self.model.parameters(), lr=self.lr)
         return torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True,
                                 capturable=self.device.type == "cuda")
 
@@ -139,7 +142,7 @@ class PlainEngine:
         for group, own in zip(self.optimizer.param_groups, settings):
             group.update(own)
         for parameter, kept in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # in the parameter's memory format, see below
+            for name in kept.keys() - {"step"}:  # in the parameter's memory format, see below
                 kept[name] = torch.empty_like(parameter).copy_(kept[name])
 
     def _reduce_gradients(self) -> None:

@@ -15,6 +15,7 @@ from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.distributed import count_ranks
 from hnerv_clip.engines.fused.decoding import Decoder
+from hnerv_clip.engines.fused.layout import Parameters
 from hnerv_clip.engines.fused.network import BUILD_ERRORS, Network
 from hnerv_clip.engines.plain import COLUMNS, PlainEngine, SetupError, explain
 from hnerv_clip.engines.profile_marks import CLIP, ENCODER, OPTIMIZER, RGB, span
@@ -24,8 +25,8 @@ from hnerv_clip.metrics import psnr
 from hnerv_clip.model import HNeRV, frame_times, pad_edges
 
 
-class Moments:
-    """The state of Adam where a kernel takes the step; saved and loaded as PyTorch's Adam does.
+class KernelOptimizer:
+    """The optimizer's state where a kernel takes the step; saved and loaded as PyTorch's do.
 
     Without that class itself, which imports PyTorch's compiler: seconds.
     """
@@ -37,14 +38,14 @@ class Moments:
 
     def state_dict(self) -> dict:
         numbers = {p: i for i, p in enumerate(self.parameters)}
-        return {"state": {numbers[p]: moments for p, moments in self.state.items()},
+        return {"state": {numbers[p]: values for p, values in self.state.items()},
                 "param_groups": [{"params": list(numbers.values()), "fused": True,
-                                  "capturable": True}]}  # so that Adam takes the step as a tensor
+                                  "capturable": True}]}  # so that the step is taken as a tensor
 
     def load_state_dict(self, state: dict) -> None:
         self.state = {self.parameters[i]: {name: value.to(self.parameters[i])
-                                           for name, value in moments.items()}
-                      for i, moments in state["state"].items()}
+                                           for name, value in values.items()}
+                      for i, values in state["state"].items()}
 
 
 class FusedEngine(PlainEngine):
@@ -66,7 +67,7 @@ class FusedEngine(PlainEngine):
         self.seen = self.mask  # by the encoder, of the padded frame
         if self.mask is not None:
             self.seen = pad_edges(self.mask[None, None], model.plan.padded_hw)[0, 0].contiguous()
-        self.networks = {size: Network(model, batch=size)}
+        self.networks = {size: Network(model, Parameters(config.train.optimizer), batch=size)}
         self.parameters = self.networks[size].parameters
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.sums: dict[tuple[int, int], Tensor] = {}
@@ -180,8 +181,8 @@ class FusedEngine(PlainEngine):
         self.indices[key].copy_(indices)
         return self._update(self._own_gradients(key))
 
-    def _make_optimizer(self) -> Moments:
-        return Moments(self.model)
+    def _make_optimizer(self) -> KernelOptimizer:
+        return KernelOptimizer(self.model)
 
     @torch.no_grad()
     def embed_frames(self) -> Tensor:
@@ -213,17 +214,15 @@ class FusedEngine(PlainEngine):
         return torch.cat(frames), torch.cat(vectors) if clip else None
 
     def sync(self) -> None:
-        moments = self.parameters.store()
+        states = self.parameters.store()
         for name, parameter in self.model.named_parameters():
-            mean, square = moments[name]
             self.optimizer.state[parameter] = {
-                "step": self.parameters.count.clone(), "exp_avg": mean, "exp_avg_sq": square}
+                "step": self.parameters.count.clone()} | states[name]
 
     def load_optimizer(self, state: dict) -> None:
         super().load_optimizer(state)
-        moments = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
-        self.parameters.load({n: (s["exp_avg"], s["exp_avg_sq"]) for n, s in moments.items()},
-                             float(next(iter(moments.values()))["step"]))
+        states = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
+        self.parameters.load(states, float(next(iter(states.values()))["step"]))
 
     def _own_gradients(self, key: tuple[int, int]) -> Tensor:
         """The gradients of this rank's frames, and their `COLUMNS` [4, B]."""

@@ -8,19 +8,23 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from hnerv_clip.engines import adan
 from hnerv_clip.kernels import adam, hopper
 from hnerv_clip.kernels.launch import launch
 from hnerv_clip.kernels.tiles import ceil_to
 
+STATES = {"adam": ("exp_avg", "exp_avg_sq"), "adan": adan.STATE}  # as PyTorch names them
 LARGE_IMAGE = 32768  # pixels from which on a convolution keeps a Hopper GPU busy
 
 
 class Parameters:
-    """Flat memory of all parameters: float32 values, gradients, moments, and bfloat16 copies."""
+    """Flat memory of all parameters: float32 values, gradients, the optimizer's state (`STATES`),
+    and bfloat16 copies."""
 
     ALIGN = 64
 
-    def __init__(self):
+    def __init__(self, optimizer: str = "adam"):
+        self.optimizer = optimizer
         self.size = 0
         self.index: dict[str, Tensor] = {}  # where a parameter's values lie, in its shape
 
@@ -49,35 +53,40 @@ class Parameters:
                 self.add(name, torch.arange(parameter.numel()).view(parameter.shape),
                          parameter.numel())
         self.model = model
-        self.param, self.grad, self.mean, self.square = (
-            torch.zeros(self.size, device=device) for _ in range(4))
+        self.param, self.grad = (torch.zeros(self.size, device=device) for _ in range(2))
+        self.state = {name: torch.zeros(self.size, device=device)
+                      for name in STATES[self.optimizer]}
         self.param_bf16 = torch.zeros(self.size, dtype=dtype, device=device)
         self.index = {n: index.to(device) for n, index in self.index.items()}
         self.count = torch.zeros((), device=device)  # steps taken
 
-    def load(self, moments: dict[str, tuple[Tensor, Tensor]], count: float) -> None:
-        """Take over the model's parameters, and the moments of its optimizer where it has some."""
+    def load(self, states: dict[str, dict[str, Tensor]], count: float) -> None:
+        """Take over the model's parameters, and its optimizer's state where it has some."""
         for name, parameter in self.model.named_parameters():
             index = self.index[name]
             self.param[index] = parameter.detach().clone()  # the CLIP head lies in it
-            for flat, moment in zip((self.mean, self.square), moments.get(name, ())):
-                flat[index] = moment
+            if name in states:
+                for key, flat in self.state.items():
+                    flat[index] = states[name][key]
         self.count.fill_(count)
         self.param_bf16.copy_(self.param)
 
-    def store(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Write the parameters into the model, and return their moments by name."""
+    def store(self) -> dict[str, dict[str, Tensor]]:
+        """Write the parameters into the model, and return the optimizer's state by their names."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.param[self.index[name]])
-        return {n: (self.mean[i], self.square[i]) for n, i in self.index.items()}
+        return {name: {key: flat[index] for key, flat in self.state.items()}
+                for name, index in self.index.items()}
 
     def update(self, lr: Tensor) -> None:
-        """One step of Adam, the one that `count` names."""
+        """One step of the optimizer, the one that `count` names."""
         block = 1024
-        launch(adam.adam_step, (triton.cdiv(self.size, block),), self.param, self.grad, self.mean,
-               self.square, self.param_bf16, lr, self.count, self.size, BETA1=0.9, BETA2=0.999,
-               EPS=1e-8, BLOCK=block)
+        kernel, betas, eps = (adam.adan_step, adan.BETAS, adan.EPS) if self.optimizer == "adan" \
+            else (adam.adam_step, (0.9, 0.999), 1e-8)
+        launch(kernel, (triton.cdiv(self.size, block),), self.param, self.grad,
+               *self.state.values(), self.param_bf16, lr, self.count, self.size,
+               **{f"BETA{i}": beta for i, beta in enumerate(betas, 1)}, EPS=eps, BLOCK=block)
 
 
 @dataclass

@@ -49,17 +49,17 @@ class Network:
                  train: bool = True):
         """
         Args:
-            parameters: of another network of the same model, to share.
+            parameters: of another network of the same model, to share, or fresh ones.
             batch: frames at once.
             train: whether to make buffers for the backward pass.
         """
         self.model, self.batch, self.train = model, batch, train
         self.device = next(model.parameters()).device
         self.cuda = self.device.type == "cuda"
-        fresh = parameters is None
         self.parameters = parameters or Parameters()
+        fresh = not self.parameters.index
         # Two networks over the same parameters lay them out alike, so the second only reads
-        target = self.parameters if not self.parameters.index else Parameters()
+        target = self.parameters if fresh else Parameters()
         self.encoder = EncoderLayers(model, target)
         self.decoder = DecoderLayers(model, target, hw=self.encoder.output_hw, device=self.device)
         self.convs = self.decoder.convs

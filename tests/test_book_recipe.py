@@ -25,9 +25,12 @@ def folder(tmp_path):
             for optimizer, share, epochs, psnr_db in (
                 ("Adam", None, 700, 37.0), ("Muon", 4, 100, 33.0), ("Muon", 2, 100, 34.0),
                 ("Muon", 2, 600, 36.0))]
+    longer = [{"psnr_db": 35.2, "epochs": 195, "seconds": 170.0}]
+    optimizers = [{"optimizer": "Adam", "lr": 2e-3, "epochs": 120, "psnr_db": 34.0}]
     (tmp_path / book.GPU).write_text(json.dumps({
         "about": {}, "rows": rows, "goals": [], "published": [],
-        "decoders": {"about": {}, "rows": decoders}, "muon": {"about": {}, "rows": muon}}))
+        "decoders": {"about": {}, "rows": decoders, "longer": longer},
+        "muon": {"about": {}, "rows": muon}, "optimizers": {"about": {}, "rows": optimizers}}))
     rows = [{"group": group, "change": change, "psnr_db": psnr, "base": change == "none"}
             for group, change, psnr in (("a", "none", 20.0), ("a", "x", 21.0), ("b", "none", 25.0),
                                         ("b", "x", 24.0))]
@@ -57,10 +60,23 @@ def test_missing_results_are_named(tmp_path):
 def test_sentences_name_the_best_of_each(folder):
     measured = book.read_recipe(folder)
     assert "35.00 dB, the best of 2 other trainings 34.00 dB (other; Muon)" in \
-        book.decoders_in_words(measured["decoders"])
+        book.decoders_in_words(measured["decoders"], measured["longer"])
+    assert "170 s of steps, 195 epochs, give 35.20 dB" in \
+        book.decoders_in_words(measured["decoders"], measured["longer"])
     words = book.muon_in_words(measured["muon"])
     assert words.startswith("Muon gives 36.00 dB after 600 epochs, Adam 37.00 dB after 700.")
     assert "34.00 dB with steps 2 times Adam's and 33.00 dB with steps 4 times" in words
+
+
+@pytest.mark.parametrize("gain, said", [(0.4, "Adan pays"), (0.2, "Adan gains too little to tell")])
+def test_adan_is_compared_at_the_best_rate_of_each(gain, said):
+    tried = (("Adam", 2e-3, 34.0), ("Adam", 3e-3, 35.0), ("Adan", 3e-3, 35.0),
+             ("Adan", 5e-3, 35 + gain))
+    rows = pd.DataFrame([dict(optimizer=name, lr=lr, epochs=120, psnr_db=psnr_db)
+                         for name, lr, psnr_db in tried])
+    words = book.optimizers_in_words(rows)
+    assert words.startswith(f"{said}: after 120 epochs it has {35 + gain:.2f} dB at a learning "
+                            f"rate of 0.005, Adam 35.00 dB at 0.003 ({gain:+.2f} dB, one seed)")
 
 
 def test_small_trainings_are_compared_at_the_best_step_of_each():

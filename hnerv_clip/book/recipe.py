@@ -18,17 +18,19 @@ BASE, BEST = "lr 2e-3", "batch 1, 600 epochs"  # what a single change is to; the
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any]:
-    """What was measured on the GPU: the tables `rows`, `goals`, `published`, `decoders` and `muon`,
-    and in `batches` where each group of runs comes from.
+    """What was measured on the GPU: the tables `rows`, `goals`, `published`, `decoders`, `longer`
+    (other decoders, trained longer), `muon` and `optimizers`, and in `batches` where each group of
+    runs comes from.
 
     Raises:
         ResultsError: the file is missing.
     """
     measured = read_json(folder, GPU, fix=FIX)
-    others = {name: measured[name] for name in ("decoders", "muon")}
+    others = {name: measured[name] for name in ("decoders", "muon", "optimizers")}
     return {"batches": [measured["about"], *(other["about"] for other in others.values())]} | {
         name: pd.DataFrame(measured[name]) for name in ("rows", "goals", "published")} | {
-        name: pd.DataFrame(other["rows"]) for name, other in others.items()}
+        name: pd.DataFrame(other["rows"]) for name, other in others.items()} | {
+        "longer": pd.DataFrame(measured["decoders"]["longer"])}
 
 
 def read_ranking(folder: str | Path) -> dict[str, Any]:
@@ -66,8 +68,8 @@ def reached(rows: pd.DataFrame, *, seconds: float) -> float | None:
     return None if within.empty else float(within.max())
 
 
-def decoders_in_words(decoders: pd.DataFrame) -> str:
-    """The best of the other decoders beside HNeRV's blocks, in equal time."""
+def decoders_in_words(decoders: pd.DataFrame, longer: pd.DataFrame) -> str:
+    """The best of the other decoders beside HNeRV's blocks, in equal time; and trained longer."""
     others = decoders[decoders.decoder != BLOCKS]
     first, (own,) = others.loc[others.psnr_db.idxmax()], decoders[
         decoders.decoder == BLOCKS].itertuples()
@@ -76,7 +78,9 @@ def decoders_in_words(decoders: pd.DataFrame) -> str:
             f"of {len(others)} other trainings {first.psnr_db:.2f} dB ({first.decoder}; "
             f"{first.optimizer}). A step of that takes {first.step_ms:.1f} ms in place of "
             f"{own.step_ms:.1f}, so it sees {first.epochs:.0f} epochs in place of "
-            f"{own.epochs:.0f}. By Adam such a decoder reaches {by_adam:.2f} dB.")
+            f"{own.epochs:.0f}. By Adam such a decoder reaches {by_adam:.2f} dB. " + " ".join(
+                f"More time does not help it: {row.seconds:.0f} s of steps, {row.epochs:.0f} "
+                f"epochs, give {row.psnr_db:.2f} dB." for row in longer.itertuples()))
 
 
 def muon_in_words(muon: pd.DataFrame) -> str:
@@ -89,8 +93,18 @@ def muon_in_words(muon: pd.DataFrame) -> str:
                         for row in compared.sort_values("share").itertuples()])
     return (f"Muon gives {longest['Muon'].psnr_db:.2f} dB after {longest['Muon'].epochs} epochs, "
             f"Adam {longest['Adam'].psnr_db:.2f} dB after {longest['Adam'].epochs}. The size of "
-            f"its steps matters: after {epochs} epochs it has {sizes}. Smaller ones were not "
-            "measured at this size.")
+            f"its steps matters little: after {epochs} epochs it has {sizes}.")
+
+
+def optimizers_in_words(optimizers: pd.DataFrame) -> str:
+    """Adan beside Adam at equal epochs, each with the best learning rate that was tried."""
+    best = optimizers.loc[optimizers.groupby("optimizer").psnr_db.idxmax()].set_index("optimizer")
+    adam, adan = best.loc["Adam"], best.loc["Adan"]
+    gain = adan.psnr_db - adam.psnr_db
+    return (f"Adan {'pays' if gain > CHANCE_DB else 'gains too little to tell'}: after "
+            f"{adan.epochs:.0f} epochs it has {adan.psnr_db:.2f} dB at a learning rate of "
+            f"{adan.lr:g}, Adam {adam.psnr_db:.2f} dB at {adam.lr:g} ({gain:+.2f} dB, one seed). It is a "
+            "setting, `optimizer=adan`. The preset `best`, 600 epochs, is by Adam.")
 
 
 def small_in_words(rows: pd.DataFrame) -> str:

@@ -103,8 +103,8 @@ def optimizers_in_words(optimizers: pd.DataFrame) -> str:
     gain = adan.psnr_db - adam.psnr_db
     return (f"Adan {'pays' if gain > CHANCE_DB else 'gains too little to tell'}: after "
             f"{adan.epochs:.0f} epochs it has {adan.psnr_db:.2f} dB at a learning rate of "
-            f"{adan.lr:g}, Adam {adam.psnr_db:.2f} dB at {adam.lr:g} ({gain:+.2f} dB, one seed). It is a "
-            "setting, `optimizer=adan`. The preset `best`, 600 epochs, is by Adam.")
+            f"{adan.lr:g}, Adam {adam.psnr_db:.2f} dB at {adam.lr:g} ({gain:+.2f} dB, one seed). "
+            "It is a setting, `optimizer=adan`. The preset `best`, 600 epochs, is by Adam.")
 
 
 def small_in_words(rows: pd.DataFrame) -> str:

@@ -25,6 +25,7 @@ from hnerv_clip.search import boxes as search_boxes
 from hnerv_clip.teachers import boxes as box_targets
 from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes, embed_boxes
 from hnerv_clip.train import train
+from hnerv_clip.verify import run as verifying
 
 CONFIG = FieldConfig(dim=24, frame_hw=(40, 80), frame_count=9, source_channels=6, up=2,
                      mid_channels=8, map_channels=4, map_hw=(4, 8), hidden=32, rank=8,
@@ -330,6 +331,24 @@ def test_evaluation_tells_patches_from_any_box(run, field, cache_dir, monkeypatc
     means = fit_run.summarise_field(fit_run.evaluate_field(
         run, constant, cache_dir=cache_dir, device="cpu", progress=False))
     assert np.abs(means.skill[means["where"] == "any box"]).max() < 1e-3
+
+
+def test_a_run_with_a_field_alone_is_verified(run, field, cache_dir):
+    (source, study), = verifying.verify_run(run).items()
+    assert source == "interpolated" and np.isfinite(study.improvements.select_dtypes(float)).any(
+        axis=None)
+    own = load_field(run, source=source).embed(np.arange(12), run.dataset.grid.boxes)
+    np.testing.assert_allclose(study.predicted, own, atol=1e-6)
+    rounded = verifying.head_bytes(run)
+    assert 0 < rounded < field.head.parameter_count()  # less than 8 bits a weight
+    verifying.write_verification(run, {source: study})
+    folder = run.run_dir.path
+    assert verifying.is_verified(folder)
+    assert verifying.verify_folders([folder], cache_dir=cache_dir, device="cpu") == [folder]
+    whole = (folder / FIELD).read_bytes()
+    (folder / FIELD).write_bytes(whole + b"0")  # another field is another answer
+    assert not verifying.is_verified(folder)
+    (folder / FIELD).write_bytes(whole)
 
 
 def test_the_cache_of_boxes_spares_the_teacher(run, cache_dir, monkeypatch):

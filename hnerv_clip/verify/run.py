@@ -12,6 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from hnerv_clip.config import embed_kind
+from hnerv_clip.field.query import has_field, load_field
 from hnerv_clip.files import check_keys, read_json
 from hnerv_clip.inference import (
     Run,
@@ -24,7 +25,7 @@ from hnerv_clip.inference import (
 from hnerv_clip.metrics import check_embeddings
 from hnerv_clip.paths import match_paths, resolve_path
 from hnerv_clip.runs.provenance import code_version
-from hnerv_clip.runs.run_dir import RunDir, RunError, write_atomic, write_json
+from hnerv_clip.runs.run_dir import FIELD, RunDir, RunError, write_atomic, write_json
 from hnerv_clip.teachers import (
     Teacher,
     encode_queries,
@@ -55,8 +56,10 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
                ) -> dict[str, Verification]:
     """Verify what a run predicts for the frames that it did not train on.
 
-    Beside the baselines of `verify_embeddings` it is compared with a side file of as many bytes as
-    the head takes, and on held-out frames with the teacher run on the decoded frame.
+    It predicts by its CLIP head, or, where it was trained without one, by its field, which is asked
+    at the patches. Beside the baselines of `verify_embeddings` it is compared with a side file of
+    as many bytes as the head takes, and on held-out frames with the teacher run on the decoded
+    frame.
 
     Args:
         teacher: the run's, loaded if it is not given.
@@ -67,15 +70,20 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
     Returns:
         {source: its Verification}, the prediction last; see `inference.sources_of`.
     Raises:
-        ConfigError: the run has no CLIP head, its teacher's weights are not there, or the teacher
-            does not know a label.
+        ConfigError: the run has neither a CLIP head nor a field, its teacher's weights are not
+            there, or the teacher does not know a label.
         ValueError: as `verify_embeddings` and `teachers.encode_queries`.
     """
-    check_head(run.model)
+    by_field = predicts_by_field(run)
+    if not by_field:
+        check_head(run.model)
     model, dataset = run.model, run.dataset
-    reference = check_embeddings(dataset.embeddings, "teacher")
     train, held_out = dataset.split.train, held_out_frames(run)
     teacher = teacher or load_teacher(run.config.teacher, next(model.parameters()).device)
+    known = dataset.embeddings
+    if known is None and by_field:  # the network was trained without a teacher
+        known = run_teacher(teacher, dataset.video.frames, dataset.grid, progress=False)
+    reference = check_embeddings(known, "teacher")
     texts = encode_queries(parse_queries(labels), teacher) if labels else None
     _, side_file = store_embeddings(reference, train, head_bytes(run))
     studies = {}
@@ -85,15 +93,33 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
             decoded = decode_frames(model, dataset, held_out.tolist(), source=source)
             others["decoded"] = held_out, run_teacher(teacher, decoded, dataset.grid,
                                                       progress=False)
+        predicted = load_field(run, source=source).embed(
+            np.arange(len(reference)), dataset.grid.boxes) if by_field else \
+            predict_embeddings(model, dataset, source=source)
         studies[source] = verify_embeddings(
-            predict_embeddings(model, dataset, source=source), reference, train, held_out,
-            seed=seed, source=source, others=others, teacher_label=dataset.teacher_label,
-            near=near, texts=texts)
+            predicted, reference, train, held_out, seed=seed, source=source, others=others,
+            teacher_label=dataset.teacher_label, near=near, texts=texts)
     return studies
 
 
+def predicts_by_field(run: Run) -> bool:
+    """Whether a run has no CLIP head, but a field."""
+    return not run.model.config.predict_clip and has_field(run.run_dir)
+
+
 def head_bytes(run: Run) -> int:
-    """Bytes of the CLIP head at the width in which a run stores its weights."""
+    """Bytes of the CLIP head at the width in which a run stores its weights; of a field, the
+    entropy of its rounded weights, or that width where they are not rounded."""
+    if predicts_by_field(run):
+        field, size = load_field(run), 0.0
+        for name, weight in field.head.named_parameters():
+            if name in field.steps:
+                _, counts = np.unique(np.round(weight.detach().cpu().numpy() / field.steps[name]),
+                                      return_counts=True)
+                size -= (counts * np.log2(counts / weight.numel())).sum() / 8
+            else:
+                size += weight.numel() * run.config.train.quant_model_bit / 8
+        return int(np.ceil(size))
     return run.model.part_sizes()["clip_head"] * run.config.train.quant_model_bit // 8
 
 
@@ -147,12 +173,17 @@ def _records(table):
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 of a run's best checkpoint, which a verification belongs to; "" without one."""
-    path = resolve_path(folder) / "model_best.pth"
+    """SHA-256 of a run's best checkpoint, which a verification belongs to; "" without one. Where a
+    field answers in place of a head, of the field's file after it."""
+    path, run = resolve_path(folder) / "model_best.pth", RunDir(folder)
     if not path.is_file():
         return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    answers = run.path / FIELD
+    parts = [path, answers] if answers.is_file() and not run.config().model.predict_clip else [path]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes())
+    return digest.hexdigest()
 
 
 def read_verification(folder: str | Path) -> dict:
@@ -216,8 +247,8 @@ def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
         if not force and is_verified(folder, **asked):
             continue
         try:
-            run = load_run(folder, cache_dir=cache_dir, device=device, needs_head=True,
-                           data_path=data_path)
+            run = load_run(folder, cache_dir=cache_dir, device=device,
+                           needs_head=not has_field(folder), data_path=data_path)
             name = run.dataset.teacher_name
             if name not in teachers:
                 teachers[name] = load_teacher(run.config.teacher, device)

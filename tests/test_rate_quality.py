@@ -37,6 +37,17 @@ def test_the_best_of_several_trainings_counts():
     assert len(rate.trainings(points)) == 2
 
 
+def test_a_better_file_just_above_a_rate_is_named():
+    pairs = [(0.05, 34.0), (0.0556, 35.0), (0.056, 36.0), (0.06, 37.0)]
+    points = [{"rate_bpp": bpp, "psnr_db": psnr, "head": rate.FIELD, "modelsize": size,
+               "commit": "a"} for size, (bpp, psnr) in enumerate(pairs)]
+    assert rate.next_above(points, 0.055) == ", 35.00 dB at 0.0556"
+    assert rate.next_above(points[:1] + points[3:], 0.055) == "", "too far"
+    assert rate.next_above([{**points[0], "psnr_db": 38.0}, *points], 0.055) == "", "none is better"
+    assert "is missed: 34.00 dB there, 1.50 dB short, 35.00 dB at 0.0556." in rate.goal_words(
+        "rate_bpp", 34.0, rate.next_above(points, 0.055))
+
+
 def test_damaged_files_are_counted_once_by_seed():
     log = ("60 files of seed 1: {'refused': 50, 'read': 10}\nrc 0\nRecursionError: deep\nrc 1\n"
            "60 files of seed 3: {'refused': 60}\nrc 0\n")

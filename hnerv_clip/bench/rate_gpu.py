@@ -203,7 +203,7 @@ def measure_gpu(folder: Path, *, settings: dict[str, Any], targets: Sequence[flo
         path = folder / "8_bits.hnerv"
         keep({"kind": "8 bits", **work.store_trained(path)}, path)
     pixels = work.run.model.frame_count * math.prod(work.run.model.frame_hw)
-    field_bpp = 8 * measured["points"][0].get("field_bytes", 0) / pixels
+    beside_bpp = 8 * measured["points"][0].get("field_bytes", 0) / pixels  # what no step estimates
     tuned: Tuned | None = None
     rate, before = USUAL_RATE, USUAL_BPP
     for target in sorted(targets, reverse=True):
@@ -219,7 +219,7 @@ def measure_gpu(folder: Path, *, settings: dict[str, Any], targets: Sequence[flo
         planned, share = (epochs, 1.0) if tuned is None else (more_epochs, more_epochs / epochs)
         planned = min(planned, max(1, work.epochs_in(tune_s * share))) if tune_s < math.inf else \
             planned
-        start, begun, aim = time.perf_counter(), tuned, target - field_bpp
+        start, begun, aim = time.perf_counter(), tuned, target - beside_bpp
         rate = min(max(rate * (before / aim) ** STEEPNESS, RATES[0]), RATES[1])
         tuned = fine_tune(work.run.model, work.dataset, work.tuning, rate=rate, epochs=planned,
                           lr=lr if begun is None else lr / 2, tuner=work.tuner, start=begun,
@@ -227,7 +227,7 @@ def measure_gpu(folder: Path, *, settings: dict[str, Any], targets: Sequence[flo
         took, before = time.perf_counter() - start, tuned.history[-1]["rate_bpp"]
         rate = tuned.history[-1]["rate"]
         extra = work.store(path, tuned)
-        field_bpp = 8 * extra.get("field_bytes", 0) / pixels
+        beside_bpp = 8 * path.stat().st_size / pixels - before
         keep({"kind": "tuned", "target_bpp": target, "rate": rate, "tune_s": round(took, 1),
               "epochs": planned, "goes_on": begun is not None, **extra,
               "history": [tuned.history[0], *tuned.history[9::10]]}, path)

@@ -29,6 +29,7 @@ Point = dict[str, Any]
 # What was aimed at: at 640×1280, with the head, through the file
 GOALS = {"psnr_db": 35.5, "rate_bpp": 0.055, "recipe_psnr_db": 37.0, "recipe_rate_bpp": 0.060,
          "similarity_loss": 0.005, "film_frames_per_s": 500, "damaged_files": 10**6}
+NEAR = 0.03  # of a rate
 COUNTS = ("files", "refused", "read", "failed")  # of damaged files, and of processes the last
 ORIGINAL, FIELD, NO_HEAD = "with head", "with field", "no head"
 SETTINGS = ("epochs", "lr", "batch_size", "modelsize", "predict_clip", "clip_loss_weight",
@@ -148,6 +149,16 @@ def needed(points: Sequence[Point], psnr_db: float) -> float:
     found = [point["rate_bpp"] for point in points if point["psnr_db"] >= psnr_db]
     found += [at_psnr(curve, psnr_db) for curve in trainings(points)]
     return float(np.nanmin([np.nan, *found])) if np.isfinite(found).any() else np.nan
+
+
+def next_above(points: Sequence[Point], rate_bpp: float) -> str:
+    """What the first file above a rate gives, in words, where it beats all at or below it and is
+    near, within `NEAR`; else nothing."""
+    there = reached(points, rate_bpp)
+    above = [p for p in points if rate_bpp < p["rate_bpp"] <= rate_bpp * (1 + NEAR)
+             and p["psnr_db"] > np.nan_to_num(there, nan=-np.inf)]
+    first = min(above, key=lambda p: p["rate_bpp"], default=None)
+    return "" if first is None else f", {_db(first['psnr_db'])} at {first['rate_bpp']:.4f}"
 
 
 def trainings(points: Sequence[Point]) -> list[list[Point]]:
@@ -295,9 +306,10 @@ def goals(measured: dict[str, Any]) -> list[dict[str, Any]]:
     film = max((rate for row in films_of(measured) for rate in film_rates(row).values()),
                default=np.nan)
     files = all_damaged(measured.get("damaged", []))["files"]
+    near = next_above(tuned, GOALS["rate_bpp"])
     rows = [
         (f"{GOALS['psnr_db']} dB at {GOALS['rate_bpp']} bits per pixel, head included",
-         f"{_db(there)} there; {GOALS['psnr_db']} dB at {rate:.4f}",
+         f"{_db(there)} there{near}; {GOALS['psnr_db']} dB at {rate:.4f}",
          there >= GOALS["psnr_db"]),
         (f"{GOALS['recipe_psnr_db']:g} dB at {GOALS['recipe_rate_bpp']:.3f} bits per pixel, "
          "head included", f"{_db(recipe)} there", recipe >= GOALS["recipe_psnr_db"]),
@@ -311,14 +323,17 @@ def goals(measured: dict[str, Any]) -> list[dict[str, Any]]:
             for goal, value, met in rows]
 
 
-def goal_words(rate: str, there: float) -> str:
-    """Whether a goal of `GOALS` is met, in a sentence; `rate` is rate_bpp or recipe_rate_bpp."""
+def goal_words(rate: str, there: float, near: str = "") -> str:
+    """Whether a goal of `GOALS` is met, in a sentence; `rate` is rate_bpp or recipe_rate_bpp.
+
+    `there` and `near` are of `reached` and `next_above`.
+    """
     wanted = GOALS[rate.replace("rate_bpp", "psnr_db")]
     words = f"The goal, {wanted:g} dB at {GOALS[rate]:.3f} bits per pixel,"
     if there >= wanted:
         return f"{words} is met: {there:.2f} dB."
     short = f", {wanted - there:.2f} dB short" if math.isfinite(there) else ""
-    return f"{words} is missed: {_db(there)} there{short}."
+    return f"{words} is missed: {_db(there)} there{short}{near}."
 
 
 def best_run(runs: Sequence[dict[str, Any]], rate_bpp: float) -> dict[str, Any]:

@@ -96,3 +96,19 @@ def test_held_out_frames_are_not_fitted(run):
 def test_rate_must_be_a_number():
     with pytest.raises(ValueError, match="0.002 is a good start"):
         fine_tune(None, None, None, rate=-1)
+
+
+def test_a_compiled_step_rounds_steps_as_the_file_does():
+    """A compiler leaves out a conversion to float16 and back; the file does not."""
+    from hnerv_clip.codec.levels import stored_step
+    from hnerv_clip.stored.fine_tune import as_stored
+
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.empty(1, 500).uniform_(-14, 2, generator=generator).exp2()
+    in_range = torch.cat([steps, torch.tensor([[1.0, 1 + 2**-11, 1 + 3 * 2**-11, 2.0**15]])], 1)
+    torch.testing.assert_close(stored_step(in_range), in_range.half().float(), rtol=0, atol=0)
+    outside = stored_step(torch.tensor([1e-9, 1e9]))
+    assert outside.tolist() == [2.0**-14, 2.0**15]
+    compiled = torch.compile(lambda log_steps: as_stored(log_steps.exp()))(steps.log())
+    torch.testing.assert_close(compiled, compiled.half().float(), rtol=0, atol=0)
+    torch.compiler.reset()

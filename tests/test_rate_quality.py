@@ -108,6 +108,24 @@ def test_films_are_kept_by_commit_and_device(tmp_path):
     assert (row["measured"], row["met"]) == ("600 frames/s", "yes")
 
 
+def test_small_runs_that_split_their_epochs(tmp_path):
+    pytest.importorskip("bjontegaard")
+    path, files = tmp_path / "rate_quality.json", []
+    path.write_text(json.dumps({"codecs": [], "runs": [measured()]}))
+    for i, (epochs, tuned, lr, psnr) in enumerate(((500, 120, 1e-3, 28.8), (150, 470, 4e-3, 30.0))):
+        small = {"commit": "a", "dirty": False, "device": "a CPU", "fine_tune_lr": lr,
+                 "settings": {"data_path": "bunny", "resize_list": "160_320", "frame_limit": 6,
+                              "modelsize": 0.04, "epochs": epochs, "lr": 2e-3, "batch_size": 1},
+                 "trained": {"eval_psnr_all": 31.0}, "points": [{}, {
+                     "epochs": tuned, "target_bpp": 0.4, "rate_bpp": 0.45, "psnr_db": psnr}]}
+        files.append(tmp_path / f"{i}.json")
+        files[-1].write_text(json.dumps(small))
+    rate.main([str(path), "--splits", *map(str, files)])
+    assert rate.split_words(json.loads(path.read_text())["splits"]) == (
+        "6 frames of 160×320 in 0.04 M values, 620 epochs in all: 150 of training and 470 of "
+        "fine-tuning at a learning rate of 0.004 end 1.2 dB above 500 and 120 at 0.001")
+
+
 def test_counts_of_damaged_files_add_up_once():
     counted = {"files": 7, "refused": 5, "read": 2, "failed": 0, "seeds": [1, 2]}
     rows = rate.add_damaged([], counted | {"failed": 1}, commit="a")
@@ -138,3 +156,5 @@ def test_a_side_file_makes_every_file_searchable():
     run["points"][1]["tune_s"] = run["points"][2]["tune_s"] = run["points"][3]["tune_s"] = 5.0
     codec, own = rate.time_rows(everything)
     assert (codec["encode_s"], own["encode_s"], own["decode_s"]) == (3, 35.0, 1 + 2 * 2)
+    run["points"][2]["goes_on"] = True
+    assert [row["encode_s"] for row in rate.time_rows(everything)][1] == 40.0, "of both"

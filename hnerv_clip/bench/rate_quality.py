@@ -1,12 +1,14 @@
 """Rate and quality of stored videos beside other codecs: what is kept, and what follows from it.
 
     python -m hnerv_clip.bench.rate_quality book/results/rate_quality.json \
-        --run rate.json COMMIT LR [--run ...] [--films films.json] [--fuzz logs.txt COMMIT]
+        --run rate.json COMMIT LR [--run ...] [--films films.json] [--splits rate.json ...]
+        [--fuzz logs.txt COMMIT]
 
 puts measured runs into the file that holds the other codecs; a run takes the place of one of the
 same commit that has a head, or none, as it has. What `bench.decoding` measured of films takes the
-place of what the same device gave at the same commit. Counts of damaged files add up, each seed of
-a commit once.
+place of what the same device gave at the same commit. Runs of a small video, their epochs split
+between training and fine-tuning, are kept as well. Counts of damaged files add up, each seed of a
+commit once.
 """
 
 from __future__ import annotations
@@ -57,6 +59,28 @@ def run_of(measured: dict[str, Any], *, commit: str, fine_tune_lr: float) -> dic
             "trained_psnr_db": trained["eval_psnr_all"], "train_s": trained.get("train_time_s"),
             "trained_clip_similarity": trained.get("eval_clip_similarity_all"), "points": points,
             **{name: measured[name] for name in MEASURES if name in measured}}
+
+
+def split_of(measured: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a small run: how it split its epochs, and its smallest file."""
+    settings, point = measured["settings"], measured["points"][-1]
+    return {name: measured[name] for name in ("commit", "dirty", "device", "fine_tune_lr")} | {
+        **{name: settings[name] for name in ("data_path", "resize_list", "frame_limit",
+                                             "modelsize", "epochs", "lr", "batch_size")},
+        "trained_psnr_db": measured["trained"]["eval_psnr_all"], "tune_epochs": point["epochs"],
+        **{name: point[name] for name in ("target_bpp", "rate_bpp", "psnr_db")}}
+
+
+def split_words(splits: Sequence[dict[str, Any]]) -> str:
+    """What the best of `split_of` gains over the worst, and where it stands."""
+    best, worst = (end(splits, key=lambda row: row["psnr_db"]) for end in (max, min))
+    epochs = {row["epochs"] + row["tune_epochs"] for row in splits}
+    height, width = best["resize_list"].split("_")
+    return (f"{best['frame_limit']} frames of {height}×{width} in {best['modelsize']:g} M values, "
+            f"{' to '.join(map(str, sorted(epochs)))} epochs in all: {best['epochs']} of training "
+            f"and {best['tune_epochs']} of fine-tuning at a learning rate of "
+            f"{best['fine_tune_lr']:g} end {best['psnr_db'] - worst['psnr_db']:.1f} dB above "
+            f"{worst['epochs']} and {worst['tune_epochs']} at {worst['fine_tune_lr']:g}")
 
 
 def count_damaged(log: str) -> dict[str, Any]:
@@ -230,12 +254,16 @@ def time_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
             for row in times["codecs"]]
     own = times["own"]
     for run in measured["runs"]:
-        points = [point for point in run["points"] if point["kind"] == "tuned"]
+        points, spent = [], 0.0
+        for point in run["points"]:
+            if point["kind"] == "tuned":  # which may go on from the one before
+                spent = point.get("tune_s", 0.0) + (spent if point.get("goes_on") else 0.0)
+                points.append(point | {"spent_s": spent})
         if run.get("train_s") and points:
             point = min(points, key=lambda point: abs(point["psnr_db"] - GOALS["psnr_db"]))
             rows.append({
                 "codec": "this codec", "psnr_db": point["psnr_db"], "rate_bpp": point["rate_bpp"],
-                "encode_s": run["train_s"] + run.get("compile_s", 0.0) + point["tune_s"],
+                "encode_s": run["train_s"] + run.get("compile_s", 0.0) + point["spent_s"],
                 "decode_s": own["open_cpu_s"]
                 + own["decode_cpu_s"] / own["frames"] * times["frames"],
                 "encoder": run["device"]})
@@ -243,12 +271,14 @@ def time_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] | None = None,
-            films: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+            films: Sequence[dict[str, Any]] = (), splits: Sequence[dict[str, Any]] = ()
+            ) -> dict[str, Any]:
     """Put runs (as from `run_of`) and the count of damaged files into the file at `path`.
 
     Args:
         damaged: {commit: what `count_damaged` gave}.
         films: what `decoding.main` wrote.
+        splits: from `split_of`, in place of those there.
     Raises:
         ImportError: bjontegaard, which gives the BD-rate, is not installed.
         ValueError: damaged files that are counted already.
@@ -261,6 +291,8 @@ def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] 
     played = {(row["commit"], row["device"]): row for row in [*kept.pop("films", []), *films]}
     if played:
         kept["films"] = list(played.values())
+    if splits:
+        kept["splits"] = list(splits)
     for commit, counted in (damaged or {}).items():
         kept["damaged"] = add_damaged(kept.get("damaged", []), counted, commit=commit)
     tuned = with_head(tuned_points(kept["runs"]))
@@ -359,6 +391,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "rate of its fine-tuning")
     parser.add_argument("--films", action="append", default=[], metavar="FILE",
                         help="what hnerv_clip.bench.decoding wrote")
+    parser.add_argument("--splits", nargs="+", default=[], metavar="FILE",
+                        help="small runs that split their epochs differently")
     parser.add_argument("--fuzz", nargs=2, action="append", default=[],
                         metavar=("LOG", "COMMIT"), help="what tests/fuzz_file.py printed")
     args = parser.parse_args(argv)
@@ -366,8 +400,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                    fine_tune_lr=float(lr)) for file, commit, lr in args.run]
     damaged = {commit: count_damaged(Path(log).read_text(encoding="utf-8"))
                for log, commit in args.fuzz}
-    collect(args.path, runs, damaged, [
-        json.loads(Path(file).read_text(encoding="utf-8")) for file in args.films])
+    films, splits = ([json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
+                     for files in (args.films, args.splits))
+    collect(args.path, runs, damaged, films, [split_of(small) for small in splits])
 
 
 if __name__ == "__main__":

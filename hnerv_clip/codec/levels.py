@@ -88,8 +88,13 @@ def quantise_by_step(tensor: Tensor, step: float | Tensor) -> Quantised:
 
 
 def stored_step(steps: Tensor) -> Tensor:
-    """The steps of input channels as a file keeps them, in float16; float32, in its range."""
-    return steps.detach().clamp(2.0**-14, 2.0**15).half().float()
+    """The steps of input channels as a file keeps them, in float16; float32, in its range.
+
+    Rounded by their bits: a compiler may leave out a conversion to float16 and back.
+    """
+    bits = steps.detach().float().clamp(2.0**-14, 2.0**15).view(torch.int32)
+    bits = bits + 0xFFF + ((bits >> 13) & 1)  # half of what is cut off; ties to even
+    return (bits & ~0x1FFF).view(torch.float32)
 
 
 def _finite(tensor: Tensor) -> np.ndarray:

@@ -247,7 +247,8 @@ def film_rates(row: dict[str, Any]) -> dict[str, float]:
 
 def time_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
     """What each codec takes: encode_s and decode_s of the whole film in seconds of one core, and
-    the quality that was timed; of this codec, encoding is a GPU's."""
+    the quality that was timed; of this codec, a row for each training, with its commit, whose
+    encoding is a GPU's."""
     times = measured["times"]
     rows = [{"codec": row["codec"], "psnr_db": row["psnr_db"], "rate_bpp": row["rate_bpp"],
              "encode_s": row["encode_cpu_s"], "decode_s": row["decode_cpu_s"], "encoder": "CPU"}
@@ -262,7 +263,8 @@ def time_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
         if run.get("train_s") and points:
             point = min(points, key=lambda point: abs(point["psnr_db"] - GOALS["psnr_db"]))
             rows.append({
-                "codec": "this codec", "psnr_db": point["psnr_db"], "rate_bpp": point["rate_bpp"],
+                "codec": "this codec", "commit": run["commit"],
+                "psnr_db": point["psnr_db"], "rate_bpp": point["rate_bpp"],
                 "encode_s": run["train_s"] + run.get("compile_s", 0.0) + point["spent_s"],
                 "decode_s": own["open_cpu_s"]
                 + own["decode_cpu_s"] / own["frames"] * times["frames"],

@@ -90,6 +90,8 @@ def test_goals_are_met_or_missed():
         "rate is high. After 5 epochs the rounded network is at 34.00 dB, and the file's decoded "
         f"frames are at {point['psnr_db']:.2f} dB.")
     assert "lowest" not in rate.fine_tuning_words(point | {"history": point["history"][1:2]})
+    assert "goes on, from a larger" in rate.fine_tuning_words(point | {"goes_on": True})
+    assert rate.writing_words(measured()["points"][1:]) == "-4.00 to +4.00 dB"
 
 
 def test_films_are_kept_by_commit_and_device(tmp_path):

@@ -324,8 +324,15 @@ def fine_tuning_words(point: Point) -> str:
     if lowest["epoch"] != last["epoch"]:
         words = (f"It is lowest at epoch {lowest['epoch']}, {lowest['psnr_db']:.2f} dB, while the "
                  f"learning rate is high. {words}")
-    return (f"Fine-tuning begins at {history[0]['psnr_db']:.2f} dB. {words}, and the file's "
+    begins = "goes on, from a larger file's network," if point.get("goes_on") else "begins"
+    return (f"Fine-tuning {begins} at {history[0]['psnr_db']:.2f} dB. {words}, and the file's "
             f"decoded frames are at {point['psnr_db']:.2f} dB.")
+
+
+def writing_words(points: Sequence[Point]) -> str:
+    """How far the files of a head lie from their last epochs, from the lowest to the highest."""
+    changes = sorted(point["psnr_db"] - point["history"][-1]["psnr_db"] for point in points)
+    return f"{changes[0]:+.2f} to {changes[-1]:+.2f} dB"
 
 
 def goals(measured: dict[str, Any]) -> list[dict[str, Any]]:

@@ -129,3 +129,19 @@ def test_bytes_and_decibels_are_exchanged_along_fine_tuned_files(folder):
     assert exchange.kilobytes(3) == pytest.approx(171.828, abs=0.1)
     (folder / book.RATES).write_text(json.dumps({"runs": []}))
     assert book.read_exchange(folder) is None
+
+
+def test_boxes_drawn_by_hand_are_counted_for_field_and_teacher(folder):
+    assert book.read_labelled(folder)[0].empty
+    rows = [{"video": "bunny", "query": "hare", "who": who, "frame": frame, "hit": hit,
+             "middle": False, "chance": 0.25, "box_iou": 0.4, "map_iou": 0.5}
+            for who, hits in (("teacher", (True, True)), ("field", (True, False)))
+            for frame, hit in enumerate(hits)]
+    rows.append({**rows[0], "video": "bikes"})  # no field was asked there
+    (folder / book.LABELLED).write_text(json.dumps({"about": {"device": "a CPU"}, "rows": rows}))
+    labelled, about = book.read_labelled(folder)
+    assert about["device"] == "a CPU"
+    assert [row["hits"] for row in book.labelled_rows(labelled)] == ["2 of 2", "1 of 2", "1 of 1"]
+    words = book.labelled_words(labelled)
+    assert words.startswith("of 2 boxes drawn by hand in held-out frames of bunny, ")
+    assert "lies in 1 by the field and in 2 by its teacher" in words

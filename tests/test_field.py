@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from hnerv_clip.heads.field import (
 from hnerv_clip.inference import Run, load_run
 from hnerv_clip.runs.run_dir import RunError
 from hnerv_clip.search import boxes as search_boxes
+from hnerv_clip.study import labels
 from hnerv_clip.teachers import boxes as box_targets
 from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes, embed_boxes
 from hnerv_clip.train import train
@@ -349,6 +351,18 @@ def test_a_run_with_a_field_alone_is_verified(run, field, cache_dir):
     (folder / FIELD).write_bytes(whole + b"0")  # another field is another answer
     assert not verifying.is_verified(folder)
     (folder / FIELD).write_bytes(whole)
+
+
+def test_labels_are_asked_of_the_teacher_and_the_field(run, field):
+    frames = run.dataset.video.frames
+    table = pd.DataFrame([{"video": run.dataset.video.name, "crop": "_".join(map(
+        str, frames.shape[2:])), "frame": 3, "query": "hare", "text": "wood rabbit", "top": 10,
+        "left": 20, "height": 30, "width": 40}])
+    found = labels.measure_labels(run, field, table, in_words=True)
+    assert list(found.who) == ["teacher", "teacher, in words", "field", "field, in words"]
+    assert set(found["query"]) == {"hare"} and found.box_iou.between(0, 1).all()
+    with pytest.raises(ConfigError, match="no label is of .*: labels are of bunny in 1_2"):
+        labels.measure_labels(run, field, table.assign(video="bunny", crop="1_2"))
 
 
 def test_the_cache_of_boxes_spares_the_teacher(run, cache_dir, monkeypatch):

@@ -21,6 +21,7 @@ from hnerv_clip.study.fields import BOXES
 from hnerv_clip.verify.paired import Paired, compare_paired
 
 FILE, SCOUT = "field_h100.json", "semantic_scout_h100.json"
+LABELLED = "field_labels.json"
 TOGETHER, RATES = "field_together.json", "rate_quality.json"
 NEAREST, INTERPOLATED = "nearest training frame", "interpolated teacher"
 FIX = "git checkout book/results"
@@ -164,6 +165,47 @@ def _gains(together: pd.DataFrame) -> list[tuple[str, float, Paired, Paired]]:
         if pairs:
             found.append(max(pairs, key=lambda pair: pair[2].difference))
     return found
+
+
+def read_labelled(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows of `study.labels` for the teacher and a field, and what they are of (`about`).
+
+    Empty where there are none.
+    """
+    if not (resolve_path(folder) / LABELLED).is_file():
+        return pd.DataFrame(), {}
+    found = read_json(folder, LABELLED, fix=FIX)
+    return pd.DataFrame(found["rows"]), found["about"]
+
+
+def labelled_rows(labelled: pd.DataFrame) -> list[dict[str, str]]:
+    """A row per video, name and who answered: hits of all, and means of both overlaps."""
+    rows = []
+    for (video, query), part in labelled.groupby(["video", "query"], sort=False):
+        for who in ("teacher", "field", "field, in words"):
+            own = part[part.who == who]
+            if len(own):
+                rows.append({
+                    "video, name": f"{video}, {query}", "who": who,
+                    "hits": f"{own.hit.sum()} of {len(own)}",
+                    "hits by chance": f"{own.chance.sum():.1f}",
+                    "the frame's middle": f"{own.middle.sum()}",
+                    "best box, IoU": f"{own.box_iou.mean():.2f}",
+                    "heat map, IoU": f"{own.map_iou.mean():.2f}"})
+    return rows
+
+
+def labelled_words(labelled: pd.DataFrame) -> str:
+    """Hits of the field and of its teacher on the same boxes, in words."""
+    both = labelled[labelled.video.isin(labelled[labelled.who == "field"].video)]
+    field, teacher = (both[both.who == who] for who in ("field", "teacher"))
+    return (f"of {len(field)} boxes drawn by hand in held-out frames of "
+            f"{join_words(list(field.video.unique()))}, the middle of the best of all boxes "
+            f"lies in {field.hit.sum()} by the field and in {teacher.hit.sum()} by its teacher, "
+            f"which sees the frame; chance gives {field.chance.sum():.0f}, the frame's middle "
+            f"{field.middle.sum()}. Their heat maps overlap with the boxes by "
+            f"{field.map_iou.mean():.2f} and {teacher.map_iou.mean():.2f} (intersection over "
+            "union)")
 
 
 def best_field(fields: pd.DataFrame, video: str, *, column: str = "any_held",

@@ -27,7 +27,6 @@ from hnerv_clip.study.fields import held_out_psnr
 from hnerv_clip.train import train
 from hnerv_clip.video import load_video
 
-FILE = "hold_outs.json"
 FRAMES, RATE = 40, 8.0  # of each video, at about so many a second
 BLOCK_S = 2.0
 SETTINGS = {"teacher": BUNDLED, "clip_dim": BUNDLED_DIM, "predict_clip": False, "modelsize": 0.25,

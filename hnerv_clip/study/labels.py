@@ -1,8 +1,9 @@
 """Do heat maps point at what is there? A field and its teacher against boxes drawn by hand.
 
 The boxes, `book/results/labels.csv`, are of held-out frames of the built-in videos, each with the
-name of an ImageNet class, which both teachers know. Of such a frame square boxes of several sides
-around evenly spaced positions are scored for the name.
+name of an ImageNet class, which both teachers know, and a text in other words, which the bundled
+teacher reads as a mixture of classes (`teachers.sentences`). Of such a frame square boxes of
+several sides around evenly spaced positions are scored for the name.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from hnerv_clip.search.boxes import SIDES, around_positions, overlap
 from hnerv_clip.teachers import load_teacher
 from hnerv_clip.teachers.boxes import embed_boxes
 
-FILE, COLUMNS = "labels.csv", ["video", "crop", "frame", "query", "top", "left", "height", "width"]
+FILE = "labels.csv"
+COLUMNS = ["video", "crop", "frame", "query", "text", "top", "left", "height", "width"]
 POSITIONS = 8  # of a heat map, in the height of a frame
 Scorer = Callable[[int, npt.NDArray, str], npt.NDArray]  # frame, boxes [P, 4], query → [P]
 
@@ -38,14 +40,17 @@ def read_labels(folder: str | Path = "book/results") -> pd.DataFrame:
     return labels
 
 
-def measure_labels(run: Run, field: Field, labels: pd.DataFrame) -> pd.DataFrame:
+def measure_labels(run: Run, field: Field, labels: pd.DataFrame, *, in_words: bool = False
+                   ) -> pd.DataFrame:
     """Rows of `score_labels` for a run's teacher, which sees the frame, and for its field.
 
     Args:
         field: of the run, with the embeddings that are to answer (`make_field`).
         labels: of `read_labels`; those of the run's video are taken.
+        in_words: also ask for the texts.
     Returns:
-        video, who ("teacher" or "field"), and the columns of `score_labels`.
+        video, who ("teacher", "field", or these with ", in words"), and the columns of
+        `score_labels`.
     Raises:
         ConfigError: no label is of this video, or it is cropped otherwise.
     """
@@ -56,7 +61,8 @@ def measure_labels(run: Run, field: Field, labels: pd.DataFrame) -> pd.DataFrame
         raise ConfigError(f"no label is of {name} in {crop}: labels are of " + ", ".join(
             f"{row.video} in {row.crop}" for row in labels.drop_duplicates("video").itertuples()))
     teacher = load_teacher(run.config.teacher, next(run.model.parameters()).device)
-    texts = {query: teacher.encode_text([query]).float().cpu() for query in own["query"].unique()}
+    asked = [*own["query"].unique(), *(own["text"].unique() if in_words else ())]
+    texts = {text: teacher.encode_text([text]).float().cpu() for text in asked}
     seen: dict[int, torch.Tensor] = {}
 
     def ask_teacher(frame: int, boxes: npt.NDArray, query: str) -> npt.NDArray:
@@ -68,9 +74,13 @@ def measure_labels(run: Run, field: Field, labels: pd.DataFrame) -> pd.DataFrame
     def ask_field(frame: int, boxes: npt.NDArray, query: str) -> npt.NDArray:
         return field.scores(texts[query], frame, boxes)[0, 0].numpy()
 
-    rows = {who: score_labels(own, scorer, frame_hw=(frames.shape[2], frames.shape[3]))
-            for who, scorer in (("teacher", ask_teacher), ("field", ask_field))}
-    return pd.concat([found.assign(video=name, who=who) for who, found in rows.items()])
+    rows, hw = [], (frames.shape[2], frames.shape[3])
+    for who, scorer in (("teacher", ask_teacher), ("field", ask_field)):
+        rows.append(score_labels(own, scorer, frame_hw=hw).assign(who=who))
+        if in_words:
+            found = score_labels(own.assign(query=own["text"]), scorer, frame_hw=hw)
+            rows.append(found.assign(who=f"{who}, in words", query=own["query"].to_numpy()))
+    return pd.concat(rows).assign(video=name)
 
 
 def score_labels(labels: pd.DataFrame, scorer: Scorer, *, frame_hw: tuple[int, int],

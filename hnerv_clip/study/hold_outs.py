@@ -4,7 +4,7 @@
 
 Small networks of some videos, each trained for the picture alone on three parts of the frames, a
 field fitted to each on its frozen weights: one frame in 5 held out, one in 16, and blocks of two
-seconds. Made for a CPU; what it gave is `book/results/hold_outs.json`.
+seconds. Made for a CPU. Nothing that it gave is published yet.
 """
 
 from __future__ import annotations

@@ -92,8 +92,14 @@ def fill_blocks(text: str, blocks: dict[str, str]) -> str:
     return text
 
 
-def answers_markdown(book: Path) -> str:
-    """The question and the answer of every result page, from the executed notebooks."""
+def answers_markdown(book: Path, *, folder: str = "book/") -> str:
+    """The question and the answer of every result page, from the executed notebooks.
+
+    Args:
+        folder: of the pages, seen from the page that lists them.
+    Raises:
+        ValueError: a page does not begin with its answer.
+    """
     lines = []
     for path in sorted(book.glob(RESULTS)):
         cells = nbformat.read(path, as_version=4).cells
@@ -105,7 +111,7 @@ def answers_markdown(book: Path) -> str:
             raise ValueError(f"{path} does not begin with its answer in bold, a sentence that ends "
                              "with its full stop; execute it again, hnerv-clip pages")
         question = cells[0].source.removeprefix("# ")
-        lines.append(f"- **[{question}](book/{path.name})** {found[1]}")
+        lines.append(f"- **[{question}]({folder}{path.name})** {found[1]}")
     return "\n".join(lines) + "\n"
 
 
@@ -127,7 +133,8 @@ def write_results(book: Path) -> None:
     folder = book / "_generated"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in {"settings": settings_markdown(), "claim": compare.claim(book / "results"),
-                       "compare": compare.comparison(book / "results")}.items():
+                       "compare": compare.comparison(book / "results"),
+                       "answers": answers_markdown(book, folder="")}.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 

@@ -144,4 +144,4 @@ def test_boxes_drawn_by_hand_are_counted_for_field_and_teacher(folder):
     assert [row["hits"] for row in book.labelled_rows(labelled)] == ["2 of 2", "1 of 2", "1 of 1"]
     words = book.labelled_words(labelled)
     assert words.startswith("of 2 boxes drawn by hand in held-out frames of bunny, ")
-    assert "lies in 1 by the field and in 2 by its teacher" in words
+    assert "1 hold the middle of the box that a field finds best, and 2 that of" in words

@@ -200,11 +200,11 @@ def labelled_words(labelled: pd.DataFrame) -> str:
     both = labelled[labelled.video.isin(labelled[labelled.who == "field"].video)]
     field, teacher = (both[both.who == who] for who in ("field", "teacher"))
     return (f"of {len(field)} boxes drawn by hand in held-out frames of "
-            f"{join_words(list(field.video.unique()))}, the middle of the best of all boxes "
-            f"lies in {field.hit.sum()} by the field and in {teacher.hit.sum()} by its teacher, "
-            f"which sees the frame; chance gives {field.chance.sum():.0f}, the frame's middle "
-            f"{field.middle.sum()}. Their heat maps overlap with the boxes by "
-            f"{field.map_iou.mean():.2f} and {teacher.map_iou.mean():.2f} (intersection over "
+            f"{join_words(list(field.video.unique()))}, {field.hit.sum()} hold the middle of the "
+            f"box that a field finds best, and {teacher.hit.sum()} that of its teacher, which sees "
+            f"the frame; by chance {field.chance.sum():.0f} would, and {field.middle.sum()} hold "
+            "the frame's middle. The heat maps of the field and of the teacher overlap with them "
+            f"by {field.map_iou.mean():.2f} and {teacher.map_iou.mean():.2f} (intersection over "
             "union)")
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import re
 import shutil
+import subprocess
 
 import av
 import numpy as np
@@ -16,7 +18,7 @@ from test_player import with_field as with_field  # noqa: PLC0414  a fixture
 from hnerv_clip.config import ConfigError
 from hnerv_clip.explore import film, page
 from hnerv_clip.explore.video import load_original, open_video
-from hnerv_clip.explore.widget import Explorer, enlarged_error, explore
+from hnerv_clip.explore.widget import FOLDER, Explorer, enlarged_error, explore
 from hnerv_clip.runs.run_dir import RunError
 
 
@@ -208,3 +210,15 @@ def test_the_films_caption_tells_how_its_field_was_fitted(run_video):
     asked = dataclasses.replace(run_video, head=fitted)
     assert "to 32 boxes in each training frame in 2,000 steps" in caption(asked, "hare")
     assert "boxes" not in caption(asked, "")
+
+
+def test_enter_searches_in_jupyterlab_too(tmp_path):
+    """JupyterLab submits no form on Enter, and takes keys for its own shortcuts."""
+    script = FOLDER / "widget.js"
+    code = script.read_text(encoding="utf-8")
+    assert re.search(r'text\.addEventListener\("keydown".*\n.*"Enter".*searchText\(event\)', code)
+    assert "dataset.lmSuppressShortcuts" in code
+    if node := shutil.which("node"):
+        module = tmp_path / "widget.mjs"
+        module.write_text(code, encoding="utf-8")
+        subprocess.run([node, "--check", module], check=True)

@@ -33,6 +33,7 @@ function choice(model, trait, words, options, disabled) {
 function render({ model, el }) {
   const facts = model.get("facts");
   const root = make("div", { className: "hnerv-explore" });
+  root.dataset.lmSuppressShortcuts = "true";  // else keys go to JupyterLab's notebook
   const clean = [];
   const on = (name, act) => { model.on(name, act); clean.push(() => model.off(name, act)); };
 
@@ -42,11 +43,15 @@ function render({ model, el }) {
     value: model.get("text"), disabled: !facts.has_head });
   const form = make("form", {}, text,
     make("button", { type: "submit", textContent: "Search", disabled: !facts.has_head }));
-  form.addEventListener("submit", (event) => {
+  const searchText = (event) => {
     event.preventDefault();
     if (model.get("text") === text.value) { model.set("text", ""); model.save_changes(); }
     model.set("text", text.value);
     model.save_changes();
+  };
+  form.addEventListener("submit", searchText);
+  text.addEventListener("keydown", (event) => {  // in JupyterLab, Enter submits no form
+    if (event.key === "Enter" && !event.isComposing) searchText(event);
   });
   on("change:text", () => { if (model.get("text")) text.value = model.get("text"); });
   const bar = make("div", { className: "bar" }, form,

@@ -78,7 +78,8 @@ def plot_field_limit(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
     """Skill against parameters at the boxes fitted to and at others, a panel per video.
 
     Args:
-        rows: video, params, own_boxes, any_train, any_held, any_held_smooth.
+        rows: video, params, boxes_a_frame, the same for all, own_boxes, any_train, any_held,
+            any_held_smooth.
     """
     videos = list(rows.video.unique())
     figure, axes = new_figure(1, len(videos), height=3.8, sharey=True, squeeze=False)
@@ -93,10 +94,10 @@ def plot_field_limit(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
     axes[0][0].set_ylabel("skill")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8)
-    return caption(figure, "Larger fields meet the boxes that they were fitted to, not others. "
-                           "Smoothed: the teacher's mean over eight boxes within 3 %. Of several "
-                           "fits of one size each line shows its best. One seed. Teacher: "
-                           f"{teacher_label}.")
+    return caption(figure, f"Fitted to {rows.boxes_a_frame.iloc[0]} boxes of each frame, larger "
+                           "fields meet these, not others. Smoothed: the teacher's mean over eight "
+                           "boxes within 3 %. Of several fits of one size each line shows its "
+                           f"best. One seed. Teacher: {teacher_label}.")
 
 
 def plot_field_boxes(rows: pd.DataFrame, *, largest: pd.DataFrame, moved: pd.DataFrame,

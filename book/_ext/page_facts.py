@@ -144,6 +144,13 @@ def plain_docstring(app, what, name, obj, options, lines) -> None:
         parts = re.split(r"(`[^`]*`)", line)
         lines[i] = "".join(part if part.startswith("`") else
                            re.sub(r"([*|]|(?<=\w)_(?!\w))", r"\\\1", part) for part in parts)
+        if what == "module" and line.startswith("    "):  # a list of names: a line each
+            lines[i] = "    | " + lines[i].lstrip()
+
+
+def skip_nameless(app, what, name, obj, skip, options) -> bool | None:
+    """Fields of named tuples, of which Python says only "Alias for field number 0", are left out."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field") else None
 
 
 def offer_launch(app, config) -> None:
@@ -159,6 +166,7 @@ def setup(app) -> dict:
     app.connect("config-inited", offer_launch, priority=900)
     app.connect("doctree-read", add_notices)
     app.connect("autodoc-process-docstring", plain_docstring, priority=100)  # before napoleon
+    app.connect("autodoc-skip-member", skip_nameless)
     app.connect("html-page-context", finish_page, priority=900)
     app.add_post_transform(Figures)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

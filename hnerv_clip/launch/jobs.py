@@ -91,7 +91,7 @@ class Job:
 
     @property
     def state(self) -> str:
-        """`new`, `waiting`, `running`, `finished` or `failed` (also: died, was cancelled)."""
+        """`new`, `waiting`, `running`, `finished` or `failed` (died or was cancelled, too)."""
         return self._look()[0]
 
     @property
@@ -106,7 +106,7 @@ class Job:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What job.json says: cluster, job_id, host and pid, folder; empty before submission.
+        """What job.json says (cluster, job_id, host and pid, folder); empty before submission.
 
         Raises:
             RunError: it is damaged.

@@ -149,7 +149,7 @@ def plain_docstring(app, what, name, obj, options, lines) -> None:
 
 
 def skip_nameless(app, what, name, obj, skip, options) -> bool | None:
-    """Fields of named tuples, of which Python says only "Alias for field number 0", are left out."""
+    """Named tuples: fields of which Python says only "Alias for field number 0" are left out."""
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field") else None
 
 

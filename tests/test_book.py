@@ -548,8 +548,8 @@ def test_the_reference_reads_lists_line_by_line_and_leaves_out_nameless_fields()
     from hnerv_clip.config import Split
 
     facts = load_extension("page_facts")
-    lines = ["Each run folder holds", "", "    job.json     which job", "    out_.json    how it ended"]
+    lines = ["Each run folder holds", "", "    job.json     which", "    out_.json    how it ended"]
     facts.plain_docstring(None, "module", "m", None, None, lines)
-    assert lines[2:] == ["    | job.json     which job", "    | out\\_.json    how it ended"]
+    assert lines[2:] == ["    | job.json     which", "    | out\\_.json    how it ended"]
     assert facts.skip_nameless(None, "class", "train", Split.train, False, None)
-    assert facts.skip_nameless(None, "class", "from_params", Config.from_params, False, None) is None
+    assert not facts.skip_nameless(None, "class", "params", Config.params, False, None)

@@ -16,6 +16,7 @@ from bs4 import BeautifulSoup
 LIMIT_BYTES = 5 * 10**6  # of a page with its pictures, films, styles and scripts
 LOADED = ("img, video:not([preload=metadata]), :not(video[preload=metadata]) > source, script, "
           "link[rel=stylesheet], link[rel=preload]")
+OBJECT = re.compile(r"<[\w.]+( object\b.*| size .*)>$")
 FILE_NAME = re.compile(r"\S+\.(png|svg|jpe?g|webp|gif)$", re.I)
 
 
@@ -34,7 +35,7 @@ def check_book(folder: Path) -> list[str]:
                     if tag.get(key)} for path, page in pages.items()}
     return [f"{path.relative_to(folder.resolve())}: {fault}" for path, page in pages.items()
             for fault in [*check_links(path, page, folder.resolve(), names),
-                          *check_pictures(page), *check_weight(path, page)]]
+                          *check_pictures(page), *check_outputs(page), *check_weight(path, page)]]
 
 
 def check_links(path: Path, page, folder: Path, names: dict[Path, set[str]]) -> list[str]:
@@ -65,6 +66,13 @@ def check_pictures(page) -> list[str]:
     return [f"alt={picture.get('alt')!r} says nothing of {picture.get('src', '')[:60]}"
             for picture in page.find_all("img")
             if len((picture.get("alt") or "").strip()) < 4 or FILE_NAME.match(picture["alt"])]
+
+
+def check_outputs(page) -> list[str]:
+    """Outputs of cells that show Python's name of an object in place of it."""
+    return [f"an output reads {output.get_text(strip=True)[:60]!r}"
+            for output in page.select("div.output")
+            if OBJECT.match(output.get_text(strip=True))]
 
 
 def check_weight(path: Path, page) -> list[str]:

@@ -279,6 +279,7 @@ def test_pages_are_cleaned():
         new("stream", name="stderr", text="10%|# | 1/9"),
         new("stream", name="stdout", text="a\r\nb\rc\n/home/me/repo/x /home/me/other\n"),
         new("display_data", data={clean.WIDGET: {"model_id": "1"}, "text/plain": "bar"}),
+        new("display_data", data={"text/markdown": " ", "text/plain": "<Markdown object>"}),
         new("execute_result", data={"text/html": "<a>/home/me/repo</a>", "image/png": "aGk="})]
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {"x": "/home"}})
     page = clean.clean_page(notebook, {"/home/me/repo": ".", "/home/me": "~"})

@@ -42,6 +42,8 @@ def test_a_good_page_has_no_faults(book):
     ('<script src="https://cdn.example.org/x.js">', "needs the network"),
     ('<img src="b.png" alt="A curve">', "b.png does not exist"),
     ('<img src="a.png">', "alt=None"),
+    ('<div class="output">&lt;IPython.core.display.Markdown object&gt;</div>', "IPython"),
+    ('<div class="output">&lt;Figure size 880x506 with 2 Axes&gt;</div>', "Figure size"),
     ('<img src="a.png" alt="../_images/2756da98.svg">', "says nothing of a.png")])
 def test_faults_are_found(book, html, words):
     found = faults(book, GOOD + html)

@@ -31,7 +31,7 @@ def execution_note(facts: dict[str, Any]) -> str:
 def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
     """A copy for the reader: no progress bars, no widgets, no machine's paths, no timing noise.
 
-    The answer comes first. Figures get their captions as alternative texts, and large pictures are
+    The answer comes first. Markdown without words is left out. Figures get their captions as alternative texts, and large pictures are
     JPEG; HTML inside Markdown is shown as text, but for `markdown.PLAIN_TAGS`. Code that only
     imports or formats and tables of more than `markdown.FOLD` rows are folded. The last lines say
     when and where the page was executed. A clean page stays as it is.
@@ -56,7 +56,8 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
         if cell.cell_type == "code":
             cell.outputs = [_clean_output(output, folders) for output in cell.outputs
                             if output.get("name") != "stderr"
-                            and WIDGET not in output.get("data", {})]
+                            and WIDGET not in output.get("data", {})
+                            and output.get("data", {}).get("text/markdown", "words").strip()]
             if alt := _alternative_text(cell.outputs):
                 cell.metadata["mystnb"] = {"image": {"alt": alt}}
     if facts:

@@ -31,8 +31,9 @@ def execution_note(facts: dict[str, Any]) -> str:
 def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
     """A copy for the reader: no progress bars, no widgets, no machine's paths, no timing noise.
 
-    The answer comes first. Markdown without words is left out. Figures get their captions as alternative texts, and large pictures are
-    JPEG; HTML inside Markdown is shown as text, but for `markdown.PLAIN_TAGS`. Code that only
+    The answer comes first. Markdown without words is left out. Figures get their captions as
+    alternative texts, and large pictures are JPEG; HTML inside Markdown is shown as text, but for
+    `markdown.PLAIN_TAGS`. Code that only
     imports or formats and tables of more than `markdown.FOLD` rows are folded. The last lines say
     when and where the page was executed. A clean page stays as it is.
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import tarfile
 import tempfile
 import threading
 import time
@@ -191,3 +192,21 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Unpack a tar archive of plain files and folders.
+
+    Raises:
+        RunError: it has a link or a device, or a name that leads out of the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path) as archive:
+        for member in archive:
+            inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+            if not inside or not (member.isfile() or member.isdir()):
+                raise RunError(f"{path} has {member.name!r}, which is no plain file within "
+                               f"{folder}: nothing is unpacked; make the archive again")
+        # Python has this filter since 3.11.4, and warns without it since 3.12
+        options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(folder, **options)

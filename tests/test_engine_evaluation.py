@@ -125,7 +125,7 @@ import torch
 from hnerv_clip import train
 from hnerv_clip.engines.fused import engine
 before = "torch._dynamo" in sys.modules
-optimizer = engine.Moments(torch.nn.Linear(2, 2))
+optimizer = engine.KernelOptimizer(torch.nn.Linear(2, 2))
 optimizer.load_state_dict(optimizer.state_dict())
 assert not before and "torch._dynamo" not in sys.modules
 """

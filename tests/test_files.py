@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -311,3 +312,27 @@ def test_a_damaged_checkpoint_is_told_with_what_to_do(trained_copy, cache_dir, c
     assert "model_best.pth" in told
     if damage is not None:
         assert "remove model_best.pth and summary.json" in told and "train again" in told
+
+
+@pytest.mark.parametrize("name, kind, said", [
+    ("../outside.txt", tarfile.REGTYPE, "outside"), ("/outside.txt", tarfile.REGTYPE, "outside"),
+    ("link", tarfile.SYMTYPE, "no plain file")])
+@pytest.mark.parametrize("old", [False, True])
+def test_an_archive_unpacks_only_plain_files_within_its_folder(tmp_path, monkeypatch, name, kind,
+                                                               said, old):
+    """Also by a Python without the filter of 3.11.4."""
+    if old:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+        monkeypatch.setattr(tarfile.TarFile, "extractall", lambda self, path: [
+            self.extract(member, path) for member in self])
+    for file, names in (("good.tar", ["a/b.txt"]), ("bad.tar", ["a.txt", name])):
+        with tarfile.open(tmp_path / file, "w") as archive:
+            for own in names:
+                member = tarfile.TarInfo(own)
+                member.type, member.linkname = kind if own == name else tarfile.REGTYPE, "/etc"
+                archive.addfile(member)
+    files.unpack(tmp_path / "good.tar", tmp_path / "there")
+    assert (tmp_path / "there" / "a" / "b.txt").is_file()
+    with pytest.raises(RunError, match=said):
+        files.unpack(tmp_path / "bad.tar", tmp_path / "there")
+    assert not (tmp_path / "there" / "a.txt").exists() and not Path("/outside.txt").exists()

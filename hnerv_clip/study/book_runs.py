@@ -20,7 +20,7 @@ from typing import Any
 
 from hnerv_clip.config import Config
 from hnerv_clip.devices import usable_cores, visible_gpus
-from hnerv_clip.files import read_json, write_json
+from hnerv_clip.files import read_json, unpack, write_json
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import BEST, RunDir
 from hnerv_clip.study.collect import collect_results
@@ -396,6 +396,4 @@ def restore_state(folders: Folders, path: str | Path) -> None:
     """Unpack what `pack_state` kept, where nothing is there yet."""
     path = resolve_path(path)
     if path.is_file() and not (folders.outf / TIMES).exists():
-        folders.outf.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path) as archive:
-            archive.extractall(folders.outf, filter="data")
+        unpack(path, folders.outf)

@@ -82,6 +82,7 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
     own = mean_over_seeds(run["psnr_db"] for run in facts.fidelity["runs"]
                           if run["precision"] == "bf16")
     step, shown = fastest(facts.train), fastest(facts.decode)
+    field = f"field of {facts.field.kb:.0f} kB:"
     rows = [
         ("PSNR, pixels only (dB)", f"{facts.fidelity['reference']['paper']['psnr_db']:.2f}", None,
          own.text(2)),
@@ -100,9 +101,9 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
          f"{_range(facts.speed['proposal']['decode_frames_per_s'])}, no embeddings",
          f"{three_digits(shown['frames_per_s'])} with embeddings"),
         ("skill at the supervised positions", "none", f"{facts.original['eight']:.2f}",
-         f"{facts.original['eight']:.2f}; field {facts.field.eight_held:.2f}"),
+         f"{facts.original['eight']:.2f}; {field} {facts.field.eight_held:.2f}"),
         ("skill anywhere in the frame", "none", f"{facts.original['any']:.2f}",
-         f"field {facts.field.any_held:.2f}"),
+         f"{field} {facts.field.any_held:.2f}"),
         *((f"against {words}", None, None, _against(facts.judged, means, condition))
           for condition, words in AGAINST.items())]
     return [{"": name, "HNeRV": first, "original proposal": second, "this project": Markup(

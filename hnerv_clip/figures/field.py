@@ -54,7 +54,7 @@ def plot_field_rate(fields: pd.DataFrame, *, baselines: pd.DataFrame, side_files
             panel.set(xscale="log", ylim=(0.3, 1.0))
             _plain_ticks(panel, (10, 20, 50, 100, 200, 500))
     for panel in axes[-1]:
-        panel.set_xlabel("bytes added to the video's file (kB)")
+        panel.set_xlabel("bytes (kB)")
     for panel in axes[:, 0]:
         panel.set_ylabel("skill, held-out frames")
     handles = [Line2D([], [], color=PALETTE["predicted"], marker="o", label="field, best so far"),

@@ -44,11 +44,13 @@ def plot_rate_quality(codecs: dict[str, Sequence[dict[str, Any]]], plain: Sequen
                   linewidth=1.2, label=name)
     series = [(head, "as trained", "s", [p for p in plain if p["head"] == head])
               for head in dict.fromkeys(p["head"] for p in plain)]
+    sizes = sorted({p["modelsize"] for p in tuned}, reverse=True)
     for group in dict.fromkeys((p["head"], p["modelsize"]) for p in tuned):
         points = [p for p in tuned if (p["head"], p["modelsize"]) == group]
         axes.plot([p["rate_bpp"] for p in points], [p["psnr_db"] for p in points],
                   color=HEAD_COLORS[group[0]], linewidth=1.2)
-        series.append((group[0], f"fine-tuned, {group[1]:g} M", "o", points))
+        series.append((group[0], f"fine-tuned, {group[1]:g} M",
+                       "o^vP"[sizes.index(group[1]) % 4], points))
     for head, kind, marker, points in series:
         axes.plot([p["rate_bpp"] for p in points], [p["psnr_db"] for p in points], linestyle="none",
                   color=HEAD_COLORS[head], marker=marker, label=f"here, {kind}, {head}",

@@ -291,7 +291,7 @@ def test_segments_that_are_encoded_at_the_same_time_make_one_film(tmp_path, monk
     planes = film.to_planes((frames % 256).byte().expand(-1, 3, -1, -1), True).numpy()
     for name, preset in (("f.mp4", "medium"), ("f.mkv", "ultrafast")):  # with B-frames, and without
         shared = film._Film((48, 64), Fraction(1, 25), Fraction(25), crf=10, preset=preset)
-        film.encode_film(tmp_path / name, shared, planes, ticks, workers=3)
+        film.encode_film(tmp_path / name, shared, planes.__getitem__, ticks, workers=3)
         with av.open(str(tmp_path / name)) as container:
             order = [packet.dts for packet in container.demux(video=0) if packet.size]
         with av.open(str(tmp_path / name)) as container:
@@ -317,6 +317,35 @@ def test_segments_leave_no_core_idle_and_fit_memory():
     assert plan_segments(132, (640, 1280), workers=16) == (5, 27), "each on three threads"
 
 
+def test_encoders_are_given_frames_in_turns():
+    from hnerv_clip.stored.film import RUN, encoding_order
+
+    order = encoding_order(132, encoders=5, length=27)
+    assert sorted(order) == list(range(132))
+    assert order[:5 * RUN:RUN] == [0, 27, 54, 81, 108], "each encoder has frames soon"
+    ends = [order.index(last) for last in (26, 53, 80, 107, 131)]
+    assert max(ends) - min(ends) < 2 * RUN, "all end together"
+    order = encoding_order(1000, encoders=2, length=64)
+    assert sorted(order) == list(range(1000))
+    assert max(order[:128]) == 127, "the next segments wait for those before"
+
+
+def test_what_stops_an_encoder_stops_the_film(tmp_path, monkeypatch):
+    """Also where more frames wait for it than it has room for."""
+    from fractions import Fraction
+
+    from hnerv_clip.stored import film
+
+    def fail(*_):
+        raise av.error.InvalidDataError(1, "no encoder")
+
+    monkeypatch.setattr(film._Film, "encode", fail)
+    shared = film._Film((48, 64), Fraction(1, 25), Fraction(25), crf=0, preset="medium")
+    planes = np.zeros((100, 72, 64), np.uint8)
+    with pytest.raises(av.error.InvalidDataError):
+        film.encode_film(tmp_path / "f.mp4", shared, planes.__getitem__, range(100), workers=2)
+
+
 def test_several_threads_of_an_encoder_give_the_same_times(tmp_path):
     from fractions import Fraction
 
@@ -326,7 +355,8 @@ def test_several_threads_of_an_encoder_give_the_same_times(tmp_path):
     planes = torch.randint(0, 256, (10, 72, 64), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0)).numpy()
     shared = film._Film((48, 64), Fraction(1, 25), Fraction(25), crf=0, preset="medium")
-    film.encode_film(tmp_path / "f.mp4", shared, planes, ticks, workers=4)  # one segment
+    film.encode_film(tmp_path / "f.mp4", shared, planes.__getitem__, ticks,
+                     workers=4)  # one segment
     with av.open(str(tmp_path / "f.mp4")) as container:
         shown = list(container.decode(video=0))
     np.testing.assert_allclose([f.time for f in shown], np.array(ticks) / 25, atol=1e-3)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
     from hnerv_clip.stored.video import StoredVideo
 
 AHEAD = 4  # batches decoded before they are written
+RUN = 8  # frames in a row that an encoder is given in its turn, as many as a file codes together
+WAITING = 2 * RUN  # frames that wait for their encoder, at most
 SEGMENT = (24, 64)  # frames that one encoder takes, at least and at most; each begins anew
 WAITING_BYTES = 2**30  # of decoded frames that wait for their encoder, about
 BT709 = 1  # matrix, primaries and transfer of HD video, in ffmpeg's numbers
@@ -45,7 +45,7 @@ def write_film(path: Path, video: StoredVideo, chosen: Sequence[int], *, crf: in
     """Write frames as H.264 in MP4 or Matroska, each at its own time.
 
     Pictures with an odd side are stored without chroma subsampling, so that their size stays.
-    Segments of frames are encoded at the same time, on all cores.
+    Segments of frames are decoded in turns and encoded at the same time, on all cores.
 
     Args:
         chosen: rising frame numbers; the first is shown at time 0.
@@ -55,9 +55,13 @@ def write_film(path: Path, video: StoredVideo, chosen: Sequence[int], *, crf: in
     ticks = expand_ticks(times)
     rate = max(Fraction(video.fps).limit_denominator(1001), Fraction(1, 1000))
     film = _Film(video.size, Fraction(*times["unit"]), rate, crf=crf, preset=preset)
-    batches = _ahead(video, chosen, progress, lambda batch: to_planes(batch, film.halved))
-    encode_film(path, film, (image for batch in batches for image in batch),
-                [ticks[i] - ticks[chosen[0]] for i in chosen])
+
+    def draw(order: list[int]) -> Iterator[np.ndarray]:
+        batches = _ahead(video, [chosen[i] for i in order], progress,
+                         lambda batch: to_planes(batch, film.halved))
+        return (image for batch in batches for image in batch)
+
+    encode_film(path, film, draw, [ticks[i] - ticks[chosen[0]] for i in chosen])
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ class _Film:
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED
 
-    def encode(self, images: list[np.ndarray], ticks: list[int], flags: int, threads: int = 1
-               ) -> list[av.Packet]:
+    def encode(self, images: Iterable[np.ndarray], ticks: Sequence[int], flags: int,
+               threads: int = 1) -> list[av.Packet]:
         """The packets of a segment that stands alone."""
         context = av.CodecContext.create("libx264", "w")
         self.set_up(context, threads)
@@ -104,30 +108,63 @@ class _Film:
         return packets + context.encode()
 
 
-def encode_film(path: Path, film: _Film, images: Iterable[np.ndarray], ticks: Sequence[int], *,
-                workers: int | None = None) -> None:
+class _Segment:
+    """A part of a film with an encoder of its own, which takes frames as they come."""
+
+    def __init__(self, pool: ThreadPoolExecutor, film: _Film, ticks: Sequence[int], *settings: int):
+        self.missing = len(ticks)
+        self.frames: queue.Queue[np.ndarray | None] = queue.Queue(WAITING)
+        self.packets = pool.submit(film.encode, self._given(), ticks, *settings)
+
+    def _given(self) -> Iterator[np.ndarray]:
+        while (image := self.frames.get()) is not None:
+            yield image
+
+    def give(self, image: np.ndarray) -> None:
+        """Wait until the encoder has room for its next frame; what stopped it is raised."""
+        self.missing -= 1
+        for item in [image] if self.missing else [image, None]:
+            while True:
+                try:
+                    self.frames.put(item, timeout=0.2)
+                    break
+                except queue.Full:
+                    if self.packets.done():
+                        self.packets.result()
+
+    def stop(self) -> None:
+        """Let the encoder end without the frames that are missing."""
+        with self.frames.mutex:
+            self.frames.queue.clear()
+        self.frames.put(None)
+
+
+def encode_film(path: Path, film: _Film, draw: Callable[[list[int]], Iterable[np.ndarray]],
+                ticks: Sequence[int], *, workers: int | None = None) -> None:
     """Encode frames in segments, several at a time, into one stream.
 
     Args:
-        images: the planes of each frame, uint8, as of `to_planes`.
+        draw: gives the planes of frames, uint8 as of `to_planes`, in the order that it is told.
         ticks: when each is shown, rising, in units of the film.
         workers: threads that encode; None for the cores of this process.
     """
     workers = workers or usable_cores()
     encoders, length = plan_segments(len(ticks), film.size, workers=workers)
     options = {"movflags": "faststart"} if path.suffix.lower() != ".mkv" else {}
-    images, waiting, coded = iter(images), deque(), 0
+    segments: dict[int, _Segment] = {}  # that are not written yet, by their number
+    written = coded = 0
     delay: int | None = None  # packets by which x264 reorders frames
     with av.open(str(path), "w", options=options) as container, \
             ThreadPoolExecutor(encoders) as pool:
         stream = container.add_stream("libx264", rate=film.rate)
         film.set_up(stream.codec_context)
         stream.time_base = film.unit
-        flags = stream.codec_context.flags
+        settings = stream.codec_context.flags, workers // encoders
 
         def write_first() -> None:
-            nonlocal coded, delay
-            packets = waiting.popleft().result()
+            nonlocal written, coded, delay
+            packets = segments.pop(written).packets.result()
+            written += 1
             if delay is None:
                 delay = sum(packet.dts < packets[0].pts for packet in packets)
             for packet in packets:  # the order of decoding goes on over the segments' borders
@@ -136,17 +173,36 @@ def encode_film(path: Path, film: _Film, images: Iterable[np.ndarray], ticks: Se
                 packet.stream, coded = stream, coded + 1
                 container.mux(packet)
 
+        order = encoding_order(len(ticks), encoders, length)
         try:
-            for start in range(0, len(ticks), length):
-                segment = list(itertools.islice(images, length))
-                waiting.append(pool.submit(film.encode, segment, list(ticks[start:start + length]),
-                                           flags, workers // encoders))
-                if len(waiting) > encoders:
+            for frame, image in zip(order, draw(order), strict=True):
+                number, first = frame // length, frame // length * length
+                if frame == first:
+                    segments[number] = _Segment(pool, film, ticks[first:first + length], *settings)
+                segments[number].give(image)
+                while written in segments and segments[written].packets.done():
                     write_first()
-            while waiting:
+            while segments:
                 write_first()
         finally:
-            pool.shutdown(cancel_futures=True)
+            for segment in segments.values():
+                segment.stop()
+
+
+def encoding_order(frames: int, encoders: int, length: int) -> list[int]:
+    """The order in which frames are drawn, so that all encoders have work and end together.
+
+    Args:
+        encoders, length: see `plan_segments`.
+    """
+    order: list[int] = []
+    for start in range(0, frames, encoders * length):
+        group = [range(first, min(first + length, frames))
+                 for first in range(start, min(start + encoders * length, frames), length)]
+        for at in range(0, length, RUN):
+            for segment in group:
+                order += segment[at:at + RUN]
+    return order
 
 
 def plan_segments(frames: int, size: tuple[int, int], *, workers: int) -> tuple[int, int]:

@@ -168,11 +168,10 @@ class StoredVideo(Sequence):
         if not self.stored.chunk:
             times = torch.tensor(chosen, dtype=torch.float64, device=self.device) / len(self)
             return self._model(SHARED).embed(None, times)
-        low, high = min(chosen), max(chosen) + 1
-        if high - low <= 4 * len(chosen) + 8:
-            found = self.stored.embeddings(low, high)[[i - low for i in chosen]]
-        else:
-            found = torch.cat([self.stored.embeddings(i, i + 1) for i in chosen])
+        size = self.stored.chunk
+        coded = {n: self.stored.embeddings(n * size, (n + 1) * size)
+                 for n in {i // size for i in chosen}}
+        found = torch.stack([coded[i // size][i % size] for i in chosen])
         return found.to(self.device)
 
     # Embeddings

@@ -7,14 +7,12 @@ from typing import Any
 from hnerv_clip.config.settings import AUTO
 
 # What takes the place of defaults. `paper`: HNeRV's setting for Big Buck Bunny, 640×1280. `best`:
-# what is measured to be best so far, page 20: 37.01 dB on bunny at 1.5 M in 97 s of an H100, where
-# the paper's have 35.43 (one seed, no head). Not measured: other videos and sizes, held-out frames,
-# with the head. `study.recipe` searches further.
+# what is measured to be best so far, page 20. `study.recipe` searches further.
 PRESETS: dict[str, dict[str, Any]] = {
     AUTO: {},
     "paper": {"crop_list": "640_1280", "enc_strds": "5 4 4 2 2", "dec_strds": "5 4 4 2 2",
               "fc_hw": "2_4", "pad_list": "", "patch_grid": "2_4"},
-    "best": {"batch_size": 1, "lr": 2e-3, "epochs": 600},
+    "best": {"optimizer": "adan", "batch_size": 1, "lr": 3.5e-3, "epochs": 600},
 }
 
 # Values that differ from the defaults above, which are the paper's. `quick` fits two CPU cores and

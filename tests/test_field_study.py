@@ -1,10 +1,14 @@
 """What fields are measured against: side files, boxes drawn by hand, other hold-outs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.study import hold_outs, labels, side_files
+from hnerv_clip.files import read_json, write_json
+from hnerv_clip.study import hold_outs, labels, side_files, together
 from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes
 from hnerv_clip.video import split_frames
 
@@ -90,3 +94,54 @@ def test_hold_outs_alternate_blocks_of_two_seconds():
     assert list(found["blocks of 2 s"].val) == [*range(16, 32)]
     assert list(found["one frame in 16"].val) == [15, 31]
     assert len(found["one frame in 5"].val) == 8
+
+
+def test_time_alone_is_the_teacher_interpolated_at_the_very_box(monkeypatch):
+    """Embeddings turn by 0.3 a frame, boxes turn them further; frames 1 and 2 lie between 0, 3."""
+    def teach(frames, boxes):
+        angle = 0.3 * frames[:, None] + boxes[..., 0].double()
+        return torch.stack([angle.cos(), angle.sin()], -1)
+    boxes = torch.tensor([[0.0], [0.5]]).expand(4, 2, 1)
+    truth = teach(torch.arange(4), boxes)
+    monkeypatch.setattr(hold_outs, "box_targets", lambda *a, **k: (boxes, truth))
+    monkeypatch.setattr(hold_outs, "load_teacher", lambda *a: None)
+    monkeypatch.setattr(hold_outs, "embed_boxes", lambda _, frames, own: teach(frames, own))
+    video = SimpleNamespace(frames=torch.arange(4))
+    run = SimpleNamespace(
+        dataset=SimpleNamespace(video=video, split=SimpleNamespace(train=[0, 3])),
+        config=SimpleNamespace(teacher=None), model=torch.nn.Linear(1, 1))
+    # a third of the way along a chord of 0.9 is off the arc's third by this angle
+    off = 0.3 - np.arctan2(np.sin(0.9) / 3, 2 / 3 + np.cos(0.9) / 3)
+    constant = np.mean([np.cos(a + b - 0.7) for a in (0.3, 0.6) for b in (0, 0.5)])
+    assert hold_outs.interpolated_skill(run, cache_dir="") == pytest.approx(
+        (np.cos(off) - constant) / (1 - constant), abs=1e-5)
+
+
+def test_rows_of_hold_outs_are_completed_and_published(monkeypatch, tmp_path):
+    monkeypatch.setattr(hold_outs, "load_run", lambda path, **_: SimpleNamespace(
+        config=Config.from_params(lr=1e-3), run_dir=path))
+    monkeypatch.setattr(hold_outs, "interpolated_skill", lambda run, **_: 0.87654)
+    old = {"video": "bunny", "size": "8×8", "device": "a CPU", "hold_out": "one frame in 5",
+           "between": 0.5, "seed": 0, "any_held": 0.5}
+    write_json(tmp_path / "bunny.json", [old])
+    row, = hold_outs.read_rows(tmp_path / "bunny.json", cache_dir="")
+    assert row == {**old, "lr": 1e-3, "interpolated_held": 0.8765}
+    monkeypatch.delattr(hold_outs, "interpolated_skill")  # it is kept
+    assert hold_outs.read_rows(tmp_path / "bunny.json", cache_dir="") == [row]
+    monkeypatch.setattr(hold_outs, "resolve_path", lambda _: tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    hold_outs.collect_hold_outs([{**row, "any_held": 0.1}, {**row, "seed": 1}],
+                                tmp_path / "results")
+    hold_outs.main([str(tmp_path), "--publish"])
+    found = read_json(tmp_path / "results" / hold_outs.FILE, fix="")
+    assert found["rows"] == [row, {**row, "seed": 1}]
+    assert found["about"]["epochs"] == 30 and "not CLIP" in found["about"]["teacher"]
+
+
+def test_pairs_of_training_together_replace_their_like(tmp_path):
+    row = {"video": "bunny", "size": "8×8", "device": "a CPU", "network": "first", "weight": 0.005,
+           "epochs": 2, "seed": 0, "any_held": 0.5}
+    together.collect_together([row, {**row, "network": "together"}], tmp_path)
+    together.collect_together([{**row, "any_held": 0.6}], tmp_path)
+    kept = read_json(tmp_path / together.FILE, fix="")["rows"]
+    assert [row["any_held"] for row in kept] == [0.6, 0.5]

@@ -10,7 +10,7 @@ from hnerv_clip import cli
 from hnerv_clip.config import ConfigError
 from hnerv_clip.field.fit_run import fit_head
 from hnerv_clip.field.query import has_field, load_field, network_digest
-from hnerv_clip.files import RunError, read_json
+from hnerv_clip.files import RunError, read_json, write_json
 from hnerv_clip.inference import Run, load_run
 from hnerv_clip.train import together, train
 from hnerv_clip.train.together import TogetherSettings, fit_together
@@ -49,7 +49,7 @@ def test_a_new_run_holds_the_changed_network_and_its_field(run, joined, cache_di
     assert new.config.model.head == "field"
     summary = new.run_dir.summary()
     assert summary["together"] == {"weight": 0.1, "epochs": 2, "lr_share": 0.2, "field_lr": 1e-3,
-                                   "boxes": 4}
+                                   "boxes": 4, "anew": False}
     assert summary["best_epoch"] == 4 and np.isfinite(summary["quantised_eval_psnr_all"])
     rows = new.run_dir.metrics()
     assert list(rows.epoch) == [3, 4]
@@ -96,6 +96,30 @@ def test_a_weight_of_0_goes_on_with_the_picture_alone(run, cache_dir, tmp_path, 
     assert not torch.equal(one.decoder[0].conv.weight, two.decoder[0].conv.weight)
 
 
+def test_from_the_first_epoch_without_a_field_s_weight_is_training_itself(run, cache_dir, tmp_path):
+    for weight in (0.0, 0.1):
+        go_on(run, tmp_path / f"{weight}", cache_dir,
+              TogetherSettings.from_first_epoch(run.config, weight=weight))
+    trained = run.run_dir.load_checkpoint()["model"]
+    assert all(torch.equal(trained[name], t) for name, t in run.model.state_dict().items())
+    alone, both = (load_run(tmp_path / weight, cache_dir=cache_dir, device="cpu")
+                   for weight in ("0.0", "0.1"))
+    for name, tensor in alone.model.state_dict().items():
+        torch.testing.assert_close(tensor, trained[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert not torch.equal(both.model.decoder[0].conv.weight, trained["decoder.0.conv.weight"])
+    rows = both.run_dir.metrics()
+    assert list(rows.epoch) == [1, 2] and both.run_dir.summary()["best_epoch"] == 2
+    assert rows.clip_loss[1] < rows.clip_loss[0] and has_field(both.run_dir)
+
+
+def test_a_folder_of_before_there_was_anew_goes_on(run, joined, cache_dir):
+    path = joined / together.SETTINGS
+    asked = read_json(path, fix="")
+    assert asked.pop("anew") is False
+    write_json(path, asked)
+    assert has_field(joined) and go_on(run, joined, cache_dir) is not None
+
+
 def test_what_is_refused(run, joined, cache_dir, tmp_path):
     with pytest.raises(RunError, match=r"other settings.*weight: 0.1 there, 0.2 asked"):
         go_on(run, joined, cache_dir, TogetherSettings(weight=0.2, epochs=2, boxes=4))
@@ -115,3 +139,9 @@ def test_the_command_line_fits_together(run, joined, cache_dir, tmp_path, capsys
     assert read_json(new / together.SETTINGS, fix="")["weight"] == 0.02
     assert cli.main(["fit-head", outf, "--together", "0.02", *rest]) == 2
     assert "--to" in capsys.readouterr().err
+    assert cli.main(["fit-head", outf, "--anew", *rest]) == 2
+    assert "--together LAMBDA" in capsys.readouterr().err
+    assert cli.main(["fit-head", outf, "--together", "0.02", "--anew", "--to", str(tmp_path / "a"),
+                     "--no-measure", *rest]) == 0
+    asked = read_json(tmp_path / "a" / together.SETTINGS, fix="")
+    assert asked["anew"] and asked["lr_share"] == 1 and asked["epochs"] == run.config.train.epochs

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,7 +69,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
                              "then go on with network and field together at this lambda (0.002 to "
                              "0.02 is small), as a new run in --to; the run itself stays as it is")
             sub.add_argument("--to", help="folder of that new run")
-            sub.add_argument("--epochs", type=int, default=30, help="of going on together (30)")
+            sub.add_argument("--epochs", type=int, help="of going on together (30)")
+            sub.add_argument("--anew", action="store_true", help=
+                             "with --together: train both from the first epoch, with the run's "
+                             "settings, rather than go on")
             sub.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True,
                              help="measure it on frames and boxes that it never saw")
         if name == "verify":
@@ -136,6 +140,8 @@ def _fit_head(args: argparse.Namespace) -> None:
     given = {f"field_{name}": getattr(args, name) for name in names
              if getattr(args, name) is not None}
     run.config = run.config.replace(**given)
+    if args.anew and args.together is None:
+        raise ConfigError("--anew trains network and field together: give λ with --together LAMBDA")
     if args.together is not None:
         run, field = _fit_together(args, run)
     else:
@@ -155,8 +161,11 @@ def _fit_together(args: argparse.Namespace, run: Run) -> tuple[Run, Field]:
 
     if not args.to:
         raise ConfigError("--together makes a new run: name its folder with --to FOLDER")
-    field = fit_together(run, args.to, cache_dir=args.cache_dir,
-                         settings=TogetherSettings(weight=args.together, epochs=args.epochs))
+    settings = TogetherSettings.from_first_epoch(run.config, weight=args.together) if args.anew \
+        else TogetherSettings(weight=args.together)
+    if args.epochs is not None:
+        settings = dataclasses.replace(settings, epochs=args.epochs)
+    field = fit_together(run, args.to, cache_dir=args.cache_dir, settings=settings)
     return load_run(args.to, cache_dir=args.cache_dir, device=args.device, dataset=run.dataset
                     ), field
 

@@ -35,7 +35,7 @@ from hnerv_clip.heads.field import FieldHead
 from hnerv_clip.inference import Run, load_run
 from hnerv_clip.losses import clip_loss, learning_rate, pixel_loss
 from hnerv_clip.metrics import psnr
-from hnerv_clip.model import frame_times
+from hnerv_clip.model import build_model, frame_times
 from hnerv_clip.runs.provenance import make_provenance
 from hnerv_clip.runs.run_dir import BEST, RunDir, load_checkpoint, load_weights
 from hnerv_clip.teachers.boxes import box_targets
@@ -54,6 +54,12 @@ class TogetherSettings:
     lr_share: float = 0.2  # of the run's lr, from which it goes to 0 as in training
     field_lr: float = 1e-3  # of the field, likewise
     boxes: int = 64  # of each frame of a step
+    anew: bool = False  # begin with the network's and the field's initial weights
+
+    @classmethod
+    def from_first_epoch(cls, config: Config, *, weight: float) -> TogetherSettings:
+        """Both learn together in all epochs of a run, at its whole lr."""
+        return cls(weight=weight, epochs=config.train.epochs, lr_share=1.0, anew=True)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0):
@@ -118,6 +124,9 @@ def fit_together(run: Run, run_dir: str | Path, *, settings: TogetherSettings = 
     the epochs that would follow, and Adam starts anew. The plain engine computes it, whatever the
     run was trained by: the fused kernels know no field.
 
+    With `settings.anew` the run gives the configuration, the data and the seed; its network begins
+    with the weights that it once began with, and the field with random ones.
+
     Args:
         run_dir: folder of the new run; one that was interrupted goes on after its last epoch, and
             a finished one is returned as it stands.
@@ -136,7 +145,7 @@ def fit_together(run: Run, run_dir: str | Path, *, settings: TogetherSettings = 
     config = run.config.replace(head="field")
     new, asked = RunDir.check(run_dir, config), _asked(run, settings, fit)
     if (new.path / SETTINGS).exists():
-        there = read_json(new.path / SETTINGS, fix="remove the folder")
+        there = {"anew": False, **read_json(new.path / SETTINGS, fix="remove the folder")}
         if there != asked:
             raise RunError(f"{new.path} was begun with other settings or from another network "
                            f"({_differences(there, asked)}): choose another folder")
@@ -177,18 +186,18 @@ def _fit(run: Run, new: RunDir, config: Config, settings: TogetherSettings,
     autocast = set_precision(settle(train, device).precision, device)
     kept = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     run.model.to(memory_format=torch.channels_last)  # as in training
-    head = FieldHead.from_config(field.head.config)
-    head.load_state_dict(field.head.state_dict())
+    head = _begin(run, field, anew=settings.anew)
+    before = 0 if settings.anew else train.epochs
     engine = TogetherEngine(config, run, head.to(device), boxes, targets, settings,
                             autocast=autocast)
     try:
         write_json(new.path / "provenance.json", make_provenance(
             config, device=device, data_digest=data.video.digest, teacher=data.teacher_name)
             | {"engine": "plain", "part_sizes": run.model.part_sizes()})
-        rows = _train(engine, new, train.epochs, data, settings, progress=progress)
+        rows = _train(engine, new, before, data, settings, progress=progress)
         table = evaluate_model(run.model.eval(), data)
         new.save_checkpoint(BEST, {"config": config.params(), "model": run.model.state_dict(),
-                                   "epoch": train.epochs + settings.epochs,
+                                   "epoch": before + settings.epochs,
                                    **evaluation_columns(table)})
         _, figures = final_figures(run.model, data, new, config=config, device=device)
         write_json(new.path / "summary.json", {**figures, "together": dataclasses.asdict(settings),
@@ -199,12 +208,27 @@ def _fit(run: Run, new: RunDir, config: Config, settings: TogetherSettings,
         run.model.eval()
 
 
+def _begin(run: Run, field: Field, *, anew: bool) -> FieldHead:
+    """The field's head to begin with, and the run's network as it is to begin."""
+    config = run.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        head = FieldHead.from_config(field.head.config)
+    if anew:
+        run.model.load_state_dict(build_model(
+            config.model, frame_hw=run.model.frame_hw, frame_count=run.model.frame_count,
+            seed=config.train.seed).state_dict())
+    else:
+        head.load_state_dict(field.head.state_dict())
+    return head
+
+
 def _train(engine: TogetherEngine, new: RunDir, before: int, data: Dataset,
            settings: TogetherSettings, *, progress: bool) -> list[dict[str, Any]]:
     """The epochs that are left, from the last one that was kept; a row for each of all.
 
     Args:
-        before: epochs that the network has been trained for.
+        before: epochs that the network has been trained for; 0 for one that begins anew.
     """
     config, rows = engine.config, []
     if (new.path / STATE).exists():

@@ -35,7 +35,7 @@ NEAR = 0.03  # of a rate
 COUNTS = ("files", "refused", "read", "failed")  # of damaged files, and of processes the last
 ORIGINAL, FIELD, NO_HEAD = "with head", "with field", "no head"
 SETTINGS = ("epochs", "lr", "batch_size", "modelsize", "predict_clip", "clip_loss_weight",
-            "teacher", "data_split", "precision", "seed", "head")
+            "teacher", "data_split", "precision", "seed", "head", "optimizer")
 FILM_MEASURES = ("gpu_cpu_largest_level", "gpu_cpu_share_different", "gpu_cpu_frames",
                  "decode_frames_per_s", "film_bytes", "picture_precision", "encoders",
                  "segment_frames", "open_s", "cpu", "cpu_all_patches_s")

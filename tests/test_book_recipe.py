@@ -16,7 +16,20 @@ def row(change, psnr_db, *, lr=2e-3, epochs=300, total_s=50):
 @pytest.fixture
 def folder(tmp_path):
     rows = [row("paper", 35.0, lr=1e-3), row(book.BASE, 36.0), row("L1 loss", 35.5),
-            row("batch 1", 36.5, total_s=70), row(book.BEST, 37.0, epochs=600, total_s=100)]
+            row("batch 1", 36.5, total_s=70),
+            row("batch 1, 600 epochs", 37.0, epochs=600, total_s=100)]
+    preset = [{"change": change, "psnr_db": psnr_db, "total_s": total_s, "device": "GPU"}
+              for change, psnr_db, total_s in ((book.BEST, 37.0, 110), (book.BEST, 37.4, None),
+                                               ("Adam", 36.8, 90))]
+    held_out = [{"change": book.BEST, "psnr_held_interpolated_db": 32.5},
+                {"change": "HNeRV's settings", "psnr_held_interpolated_db": 31.0}]
+    videos = [{"video": video, "recipe": recipe, "psnr_db": psnr_db} for video, recipe, psnr_db in
+              (("a", "HNeRV's settings", 30), ("a", book.BEST, 33), ("b", "HNeRV's settings", 30),
+               ("b", book.BEST, 31.5))]
+    heads = [{"change": book.BEST, "any_held": 0.73}, {"change": "HNeRV's settings",
+                                                       "any_held": 0.74}]
+    goals = [{"modelsize": 1.5, "seconds": 180, "psnr_db": 37}, {"modelsize": 3, "seconds": 180,
+                                                                 "psnr_db": 41}]
     decoders = [{"decoder": name, "optimizer": optimizer, "psnr_db": psnr_db, "epochs": epochs,
                  "step_ms": step_ms, "seconds": 28.0} for name, optimizer, psnr_db, epochs, step_ms
                 in ((book.BLOCKS, "Adam", 35.0, 180, 1.2), ("other", "Muon", 34.0, 30, 7.0),
@@ -25,12 +38,15 @@ def folder(tmp_path):
             for optimizer, share, epochs, psnr_db in (
                 ("Adam", None, 700, 37.0), ("Muon", 4, 100, 33.0), ("Muon", 2, 100, 34.0),
                 ("Muon", 2, 600, 36.0))]
+    about = {"runs": "some", "setting": "one"}
     longer = [{"psnr_db": 35.2, "epochs": 195, "seconds": 170.0}]
-    optimizers = [{"optimizer": "Adam", "lr": 2e-3, "epochs": 120, "psnr_db": 34.0}]
     (tmp_path / book.GPU).write_text(json.dumps({
-        "about": {}, "rows": rows, "goals": [], "published": [],
-        "decoders": {"about": {}, "rows": decoders, "longer": longer},
-        "muon": {"about": {}, "rows": muon}, "optimizers": {"about": {}, "rows": optimizers}}))
+        "about": about, "rows": rows, "goals": goals, "published": [],
+        "preset": {"about": about, "rows": preset, "held_out": held_out,
+                   "sizes": [{"modelsize": 3, "psnr_db": 39.7}]},
+        "videos": {"about": about, "rows": videos}, "heads": {"about": about, "rows": heads},
+        "decoders": {"about": about, "rows": decoders, "longer": longer},
+        "muon": {"about": about, "rows": muon}, "optimizers": {"about": about, "rows": []}}))
     rows = [{"group": group, "change": change, "psnr_db": psnr, "base": change == "none"}
             for group, change, psnr in (("a", "none", 20.0), ("a", "x", 21.0), ("b", "none", 25.0),
                                         ("b", "x", 24.0))]
@@ -49,7 +65,7 @@ def test_what_is_reached_counts_the_whole_run(folder):
     rows = book.read_recipe(folder)["rows"]
     assert book.reached(rows, seconds=10) is None
     assert [book.reached(rows, seconds=limit) for limit in (60, 80, 180)] == [36.0, 36.5, 37.0]
-    assert book.one(rows, book.BEST).epochs == 600
+    assert book.one(rows, "batch 1, 600 epochs").epochs == 600
 
 
 def test_missing_results_are_named(tmp_path):
@@ -68,15 +84,29 @@ def test_sentences_name_the_best_of_each(folder):
     assert "34.00 dB with steps 2 times Adam's and 33.00 dB with steps 4 times" in words
 
 
-@pytest.mark.parametrize("gain, said", [(0.4, "Adan pays"), (0.2, "Adan gains too little to tell")])
-def test_adan_is_compared_at_the_best_rate_of_each(gain, said):
-    tried = (("Adam", 2e-3, 34.0), ("Adam", 3e-3, 35.0), ("Adan", 3e-3, 35.0),
-             ("Adan", 5e-3, 35 + gain))
-    rows = pd.DataFrame([dict(optimizer=name, lr=lr, epochs=120, psnr_db=psnr_db)
-                         for name, lr, psnr_db in tried])
-    words = book.optimizers_in_words(rows)
-    assert words.startswith(f"{said}: after 120 epochs it has {35 + gain:.2f} dB at a learning "
-                            f"rate of 0.005, Adam 35.00 dB at 0.003 ({gain:+.2f} dB, one seed)")
+def test_parts_of_the_preset_are_means_over_seeds(folder):
+    best, adam = book.parts(book.read_recipe(folder)["preset"]).itertuples()
+    assert (best.psnr_db, best.seeds, best.total_s) == (pytest.approx(37.2), 2, 110)
+    assert best.sd_db == pytest.approx(0.2 * 2**0.5) and best.gain_db == 0
+    assert (adam.change, adam.seeds) == ("Adam", 1) and adam.gain_db == pytest.approx(-0.4)
+
+
+def test_goals_are_judged_by_what_was_measured(folder):
+    goals = book.goal_rows(book.read_recipe(folder))
+    assert [(row["measured"], row["met"]) for row in goals] == [
+        ("37.00 dB", "yes"), ("39.70 dB", "no"), ("32.50 dB", "no"),
+        ("2.25 dB, +1.5 to +3.0", "yes")]
+    gains = book.video_gains(book.read_recipe(folder)["videos"])
+    assert gains.video.tolist() == ["a", "b"] and gains.gain_db.tolist() == [3.0, 1.5]
+    worse = book.read_recipe(folder)
+    worse["videos"].loc[worse["videos"].psnr_db == 31.5, "psnr_db"] = 29
+    worse["videos"].loc[worse["videos"].psnr_db == 33, "psnr_db"] = 50
+    assert book.goal_rows(worse)[-1]["met"] == "no", "below on one video, above on average"
+
+
+def test_the_head_is_compared_by_recipe(folder):
+    words = book.head_in_words(book.read_recipe(folder)["heads"])
+    assert "0.730" in words and "HNeRV's settings 0.740" in words
 
 
 def test_small_trainings_are_compared_at_the_best_step_of_each():

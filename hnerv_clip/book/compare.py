@@ -70,7 +70,7 @@ def read_facts(results: Path) -> Facts:
         fits=parts["fit"][0][1] if parts["fit"] else [], judged=read_judged(results),
         field=best_field(read_fields(results)["fields"], VIDEO),
         original=read_original(results)[VIDEO], stored_values=int(runs.stored_values.iloc[0]),
-        best=recipe.one(recipe.read_recipe(results)["rows"], recipe.BEST))
+        best=recipe.parts(recipe.read_recipe(results)["preset"]).iloc[0])
 
 
 def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
         ("PSNR, pixels only (dB)", f"{facts.fidelity['reference']['paper']['psnr_db']:.2f}", None,
          own.text(2)),
         ("PSNR, preset best (dB)", None, None,
-         f"{facts.best.psnr_db:.2f} in {facts.best.total_s:.0f} s"),
+         f"{facts.best.psnr_db:.2f} ± {facts.best.sd_db:.2f} in {facts.best.total_s:.0f} s"),
         ("PSNR with the head, held-out frames (dB)", None,
          f"{proposal['psnr_held_out_db']:.2f} (its run)", f"{held_out.mean:.2f}"),
         ("training (frames/s)", f"{_range(facts.speed['hnerv']['frames_per_s'])}, no head",
@@ -121,7 +121,8 @@ def comparison(results: Path) -> str:
         "The skill of the proposal's head was measured on a head trained here; a field is fitted "
         "afterwards and leaves the picture as it is.",
         "Against: mean-centered cosine of the head here and of the baseline.",
-        f"This project: one {facts.device}; preset best: {facts.best.change}, one seed.",
+        f"This project: one {facts.device}; preset best: 600 epochs, {facts.best.seeds} seeds, "
+        f"timed on one {facts.best.device}.",
         f"HNeRV: {hnerv}; PSNR, {facts.fidelity['reference']['paper']['source']}.",
         f"Original proposal: {proposal}; its code's speed on the same H100."))
     return (f"{table(comparison_rows(facts))}\n\n*{caption}*\n\n"

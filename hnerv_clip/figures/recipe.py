@@ -11,11 +11,14 @@ from hnerv_clip.figures.style import GREY, PALETTE, VERMILLION, caption, new_fig
 COLORS = {"NeRV": "#BDBDBD", "E-NeRV": GREY, "HNeRV": VERMILLION, "HNeRV-Boost": PALETTE["clip"]}
 
 
-def plot_recipe(rows: pd.DataFrame, *, published: pd.DataFrame, goals: pd.DataFrame) -> Figure:
+def plot_recipe(rows: pd.DataFrame, *, preset: pd.DataFrame, sizes: pd.DataFrame,
+                published: pd.DataFrame, goals: pd.DataFrame) -> Figure:
     """PSNR over seconds of a whole run of 1.5 M values, and over millions of values.
 
     Args:
         rows: change, psnr_db, total_s of runs here, those that collapsed left out.
+        preset, sizes: modelsize, psnr_db, total_s (NaN where it was not measured) of the preset
+            `best`, with 1.5 M values and others.
         published: method, modelsize, psnr_db, train_time_s (or NaN).
         goals: modelsize, seconds, psnr_db.
     """
@@ -27,6 +30,10 @@ def plot_recipe(rows: pd.DataFrame, *, published: pd.DataFrame, goals: pd.DataFr
                      color=PALETTE["learned"], markerfacecolor="none" if style == "s" else None)
         by_size.plot([1.5] * chosen.sum(), rows[chosen].psnr_db, style, color=PALETTE["learned"],
                      markerfacecolor="none" if style == "s" else None)
+    best = pd.concat([sizes, preset]).sort_values("modelsize")
+    by_size.plot(best.modelsize, best.psnr_db, "^", color=PALETTE["learned"])
+    by_time.plot(preset.total_s, preset.psnr_db, "^", color=PALETTE["learned"],
+                 label="preset best here")
     for method, own in published.groupby("method", sort=False):
         color = COLORS[method.split(",")[0]]
         timed = own[own.train_time_s.notna()]

@@ -106,6 +106,22 @@ def test_films_are_kept_by_commit_and_device(tmp_path):
     kept = json.loads(path.read_text())
     assert [row["commit"][0] for row in rate.films_of(kept)] == ["a", "b"]
     assert rate.film_rates(rate.films_of(kept)[-1]) == {"ultrafast": 600.0}
+
+
+def test_a_file_from_another_device_says_nothing_of_speed(tmp_path):
+    pytest.importorskip("bjontegaard")
+    path, moved = tmp_path / "kept.json", tmp_path / "moved.json"
+    path.write_text(json.dumps({"codecs": [], "runs": [measured()]}))
+    before = rate.films_of(json.loads(path.read_text()))
+    moved.write_text(json.dumps({
+        "commit": "a", "device": "GPU", "decode_frames_per_s": {"ultrafast": 9e9},
+        "gpu_cpu_largest_level": 1, "gpu_cpu_share_different": 0.1, "gpu_cpu_frames": 8}))
+    rate.main([str(path), "--moved", str(moved)])
+    kept = json.loads(path.read_text())
+    assert kept["written_on_cpu"] == {
+        "commit": "a", "device": "GPU", "gpu_cpu_largest_level": 1,
+        "gpu_cpu_share_different": 0.1, "gpu_cpu_frames": 8}
+    assert rate.films_of(kept) == before
     row = rate.goals(kept | {"damaged": []})[3]
     assert (row["measured"], row["met"]) == ("600 frames/s", "yes")
 

@@ -1,12 +1,13 @@
 """Rate and quality of stored videos beside other codecs: what is kept, and what follows from it.
 
     python -m hnerv_clip.bench.rate_quality book/results/rate_quality.json \
-        --run rate.json COMMIT LR [--run ...] [--films films.json] [--splits rate.json ...]
-        [--fuzz logs.txt COMMIT]
+        --run rate.json COMMIT LR [--run ...] [--films films.json] [--moved films.json]
+        [--splits rate.json ...] [--fuzz logs.txt COMMIT]
 
 puts measured runs into the file that holds the other codecs; a run takes the place of one of the
 same commit that has a head, or none, as it has. What `bench.decoding` measured of films takes the
-place of what the same device gave at the same commit. Runs of a small video, their epochs split
+place of what the same device gave at the same commit; of a file that was written on another device
+only how far both draw it alike is kept. Runs of a small video, their epochs split
 between training and fine-tuning, are kept as well. Counts of damaged files add up, each seed of a
 commit once.
 """
@@ -273,14 +274,15 @@ def time_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] | None = None,
-            films: Sequence[dict[str, Any]] = (), splits: Sequence[dict[str, Any]] = ()
-            ) -> dict[str, Any]:
+            films: Sequence[dict[str, Any]] = (), splits: Sequence[dict[str, Any]] = (),
+            moved: dict[str, Any] | None = None) -> dict[str, Any]:
     """Put runs (as from `run_of`) and the count of damaged files into the file at `path`.
 
     Args:
         damaged: {commit: what `count_damaged` gave}.
         films: what `decoding.main` wrote.
         splits: from `split_of`, in place of those there.
+        moved: as `films`, of a file that was written on a CPU and played on a GPU.
     Raises:
         ImportError: bjontegaard, which gives the BD-rate, is not installed.
         ValueError: damaged files that are counted already.
@@ -295,6 +297,10 @@ def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] 
         kept["films"] = list(played.values())
     if splits:
         kept["splits"] = list(splits)
+    if moved:
+        kept["written_on_cpu"] = {name: moved[name] for name in (
+            "commit", "device", "gpu_cpu_largest_level", "gpu_cpu_share_different",
+            "gpu_cpu_frames")}
     for commit, counted in (damaged or {}).items():
         kept["damaged"] = add_damaged(kept.get("damaged", []), counted, commit=commit)
     tuned = with_head(tuned_points(kept["runs"]))
@@ -400,6 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "rate of its fine-tuning")
     parser.add_argument("--films", action="append", default=[], metavar="FILE",
                         help="what hnerv_clip.bench.decoding wrote")
+    parser.add_argument("--moved", metavar="FILE", help="likewise of a file written on a CPU")
     parser.add_argument("--splits", nargs="+", default=[], metavar="FILE",
                         help="small runs that split their epochs differently")
     parser.add_argument("--fuzz", nargs=2, action="append", default=[],
@@ -411,7 +418,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                for log, commit in args.fuzz}
     films, splits = ([json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
                      for files in (args.films, args.splits))
-    collect(args.path, runs, damaged, films, [split_of(small) for small in splits])
+    moved = json.loads(Path(args.moved).read_text(encoding="utf-8")) if args.moved else None
+    collect(args.path, runs, damaged, films, [split_of(small) for small in splits], moved)
 
 
 if __name__ == "__main__":

@@ -246,6 +246,15 @@ def film_rates(row: dict[str, Any]) -> dict[str, float]:
             if name not in (NETWORK, FETCHED)}
 
 
+def moved_words(measured: dict[str, Any]) -> str:
+    """How far a file from a CPU differs on a GPU, in a sentence; nothing where it is not known."""
+    moved = measured.get("written_on_cpu")
+    return "" if moved is None else (
+        f" A file that was written on a CPU differs by at most {moved['gpu_cpu_largest_level']} "
+        f"level, in {moved['gpu_cpu_share_different']:.1%} of the values of "
+        f"{moved['gpu_cpu_frames']} frames (commit {moved['commit'][:12]}).")
+
+
 def time_rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
     """What each codec takes: encode_s and decode_s of the whole film in seconds of one core, and
     the quality that was timed; of this codec, a row for each training, with its commit, whose

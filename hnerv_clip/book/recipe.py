@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,15 @@ def parts(preset: pd.DataFrame) -> pd.DataFrame:
     table = table.join(preset[preset.total_s.notna()].set_index("change")[["total_s", "device"]])
     table["gain_db"] = table.psnr_db - table.psnr_db[BEST]
     return table.reset_index()
+
+
+def part_rows(parts: pd.DataFrame) -> list[dict[str, str]]:
+    """`parts` as rows of a table."""
+    return [{"change": row.change, "PSNR (dB)": f"{row.psnr_db:.2f}"
+             + ("" if math.isnan(row.sd_db) else f" ± {row.sd_db:.2f}"), "seeds": str(row.seeds),
+             "to the preset (dB)": f"{row.gain_db:+.2f}", "whole run": ""
+             if math.isnan(row.total_s) else f"{row.total_s:.0f} s, {row.device.split()[1]}"}
+            for row in parts.itertuples()]
 
 
 def video_gains(videos: pd.DataFrame) -> pd.DataFrame:

@@ -9,16 +9,18 @@ const [folder, ...pages] = process.argv.slice(2);
 const views = [[1280, "light"], [1280, "dark"], [390, "light"], [390, "dark"]];
 
 async function look(browser, name, width, theme) {
-  const page = await browser.newPage(), faults = [];
+  const visit = await browser.createBrowserContext();  // as a reader who comes for the first time
+  const page = await visit.newPage(), faults = [];
   page.on("console", (message) => message.type() === "error" && faults.push(message.text()));
   page.on("pageerror", (error) => faults.push(`${error}`));
   page.on("request", (request) => /^https?:/.test(request.url()) && faults.push(`asks ${request.url()}`));
   await page.setViewport({ width, height: 900 });
-  await page.evaluateOnNewDocument((mode) => ["mode", "theme"].forEach(
-    (key) => localStorage.setItem(key, mode)), theme);
+  await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: theme }]);
   await page.goto(`file://${path.resolve(folder, name)}`, { waitUntil: "load" });
   await page.evaluate(() => document.querySelectorAll("details").forEach((part) => { part.open = true; }));
   await new Promise((resolve) => setTimeout(resolve, 500));  // until colors have settled
+  const mode = await page.evaluate(() => document.documentElement.dataset.theme);
+  if (mode !== theme) faults.push(`is shown ${mode}`);
   const wider = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
   if (wider > 0) faults.push(`${wider} pixels wider than its window`);
   await page.evaluate(axe);
@@ -28,7 +30,7 @@ async function look(browser, name, width, theme) {
       faults.push(`${id} (${impact}): ${help}; ${nodes.length} times, such as ${nodes.slice(0, 3).map(({ html }) => html.slice(0, 200)).join(" ")}`);
     }
   }
-  await page.close();
+  await visit.close();
   return faults.map((fault) => `${name}, ${width} pixels, ${theme}: ${fault}`);
 }
 

@@ -373,14 +373,14 @@ def test_the_comparison_says_what_was_measured():
     """Its figures are those of the files, and a question that turned out otherwise is said so."""
     facts = compare.read_facts(ROOT / "book" / "results")
     rows = {row[""]: row for row in compare.comparison_rows(facts)}
-    assert rows["PSNR, pixels only (dB)"]["HNeRV"] == "35.57"
-    assert rows["training, 300 epochs (s)"]["HNeRV"] == "658, no head"
-    assert "better: 0.951 against 0.728" in rows["against the teacher on the decoded frame"][
-        "this project"]
+    assert rows["PSNR, trained on pixels only (dB)"]["HNeRV"] == "35.57"
+    assert rows["time of 300 epochs (s)"]["HNeRV"] == "658, no head"
+    assert "better: 0.951 against 0.728" in rows[
+        "embeddings against the teacher on the decoded frame"]["this project"]
     answers = facts.judged.answers.assign(answer="no")
     none = facts._replace(judged=facts.judged._replace(answers=answers))
     said = compare.claim_words(none)
-    assert "no better than the teacher run on the decoded frame" in said
+    assert "no better than that model run on the decoded frame" in said
     assert "but" not in said
 
 

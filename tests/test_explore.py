@@ -201,15 +201,15 @@ def test_the_landing_pages_film_is_made_from_a_run(trained_run, cache_dir, tmp_p
         landing.write_small(tmp_path / "x.mp4", np.zeros((2, 16, 16, 3), np.uint8), 5)
 
 
-def test_the_films_caption_tells_how_its_field_was_fitted(run_video):
-    from hnerv_clip.book.film import caption
+def test_the_film_tells_how_its_field_was_fitted(run_video):
+    from hnerv_clip.book.film import made_words
     from hnerv_clip.field.query import Field
 
-    assert "field" not in caption(run_video, "hare")  # the original head answers
+    assert "field" not in made_words(run_video, "hare")  # the original head answers
     fitted = Field(None, None, None, about={"boxes": 32, "settings": {"steps": 2000}})
     asked = dataclasses.replace(run_video, head=fitted)
-    assert "to 32 boxes in each training frame in 2,000 steps" in caption(asked, "hare")
-    assert "boxes" not in caption(asked, "")
+    assert "to 32 boxes in each training frame in 2,000 steps" in made_words(asked, "hare")
+    assert "boxes" not in made_words(asked, "")
 
 
 def test_enter_searches_in_jupyterlab_too(tmp_path):

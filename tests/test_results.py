@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip.book import BookError, build, judged, markdown, pages, results
+from hnerv_clip.book import BookError, build, judged, markdown, pages, results, scaling
 from hnerv_clip.study.plan import ENCODINGS, REMEDIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +117,7 @@ def test_the_verdict_follows_from_the_answers(cross_fit):
     assert text.startswith("**In part: on held-out frames of bunny and bikes the head beats the "
                            "teacher on the decoded frame, beats a constant")
     assert "is no better than the nearest training frame or interpolating the teacher" in text
-    assert "a side file of equal bytes? bunny: no and bikes: cannot tell" in text
+    assert "a side file of equal bytes? On bunny no, on bikes these frames cannot tell." in text
 
     def change(content):
         for row in content["answers"]:
@@ -127,8 +127,18 @@ def test_the_verdict_follows_from_the_answers(cross_fit):
     assert judged.answer_sentences(cross_fit(change)) == (
         "**In part: on held-out frames of bunny and bikes the head beats the teacher on the "
         "decoded frame, beats a constant, beats the nearest training frame, beats interpolating "
-        "the teacher and beats a side file of equal bytes. Does it know when? bunny: yes and "
-        "bikes: no. These frames cannot tell: Does it know where?**")
+        "the teacher and beats a side file of equal bytes. Does it know when? On bunny yes, on "
+        "bikes no. These frames cannot tell: Does it know where?**")
+
+
+def test_more_epochs_are_not_hidden_in_a_comparison():
+    """PSNR of as many steps is of twice the epochs, and the sentence says so."""
+    alone = {"psnr_db": 25.0, "epochs": 40}
+    others = [{"psnr_db": 24.0, "epochs": 40, "learning_rate": "kept"},
+              {"psnr_db": 27.0, "epochs": 80, "learning_rate": "×2, as many steps"}]
+    assert scaling.quality_words(alone, others) == (
+        "-1.00 dB with the learning rate kept and +2.00 dB with the learning rate ×2, as many "
+        "steps (2 times the epochs)")
 
 
 def test_answers_that_are_missing_are_said(cross_fit):

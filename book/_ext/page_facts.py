@@ -64,8 +64,7 @@ def changed_since(page: Path, notebook: Path, root: str) -> str:
     commits = git(root, "rev-list", "--count", f"{executed[1]}..HEAD", "--", "hnerv_clip")
     what = ["the notebook's code changed"] if own != sources else []
     what += [f"the library changed in {commits} commits"] if commits and commits != "0" else []
-    return (f"Since this page was executed, at commit {executed[1]}, {' and '.join(what)}; it "
-            "shows what that version said.") if what else ""
+    return f"Executed at commit {executed[1]}. Since then {' and '.join(what)}." if what else ""
 
 
 def add_notices(app, doctree: nodes.document) -> None:

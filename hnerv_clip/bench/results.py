@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -233,7 +234,7 @@ GOALS: tuple[tuple[str, str, Callable[[Bench], float | None], str], ...] = (
     ("training without the head, frames/s", "≥\u00a01050",
      lambda b: _pick(b, "train", "frames_per_s", clip_head=False, embed=""), "{:.0f}"),
     ("300 epochs without the head and everything around them, s", "≤\u00a060",
-     lambda b: _pick(b, "fit", "wall_s", min, epochs=300, clip_head=False), "{:.0f}"),
+     lambda b: _pick(b, "fit", "wall_s", statistics.median, epochs=300, clip_head=False), "{:.0f}"),
     ("decoding, RGB, frames/s", "≥\u00a04000",
      lambda b: _pick(b, "decode", "frames_per_s", mode="RGB"), "{:.0f}"),
     ("what 8 embeddings a frame cost when decoding", "≤\u00a03 %", _decode_loss, "{:.1%}"),

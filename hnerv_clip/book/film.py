@@ -42,7 +42,8 @@ FILM = """<figure class="film" style="margin: 0">
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches) film.play().catch(() => {{}});
 }})();
 </script>
-<figcaption><p>{caption}</p></figcaption>
+<figcaption><p>{caption}</p>
+<details><summary>How it was made</summary><p>{made}</p></details></figcaption>
 </figure>
 """
 
@@ -89,7 +90,7 @@ def make_film(book: Path, path: str | Path, *, text: str = "", original: str = "
     page = book / "_generated" / "film.md"
     page.parent.mkdir(exist_ok=True)
     page.write_text(FILM.format(
-        width=width, height=height, caption=caption(video, text),
+        width=width, height=height, caption=caption(video, text), made=made_words(video, text),
         label=html.escape(f"Film: {video.name}, its reconstruction by the network"
                           + (f", and a heat map of {text}" if text else ""))), encoding="utf-8")
     return [*written, page]
@@ -137,16 +138,24 @@ def write_moving(path: Path, frames: np.ndarray, fps: float) -> Path:
 
 
 def caption(video: ExploredVideo, text: str) -> str:
-    """What the film shows and what it was made with, in HTML."""
+    """What the film shows, in HTML."""
+    where = (f", and where the network finds “{text}” (colored where this text scores "
+             f"{TEXT_RANGE[0]:g} standard deviations or more above other texts)" if text else "")
+    return _as_html(f"A video, the network's reconstruction of it ({mean_psnr(video):.1f} dB PSNR)"
+                    f"{where}.",
+                    f"Teacher: {video.teacher_label}." if video.head is not None else "",
+                    f"{video.credit}." if video.credit else "")
+
+
+def made_words(video: ExploredVideo, text: str) -> str:
+    """What the film was made with, in HTML."""
     height, width = video.size
-    where = (f", and where the network finds “{text}” (colored where the text lies "
-             f"{TEXT_RANGE[0]:g} standard deviations or more above other names)" if text else "")
-    words = [f"The original and the network's reconstruction ({mean_psnr(video):.1f} dB PSNR)"
-             f"{where}: {video.name}, {len(video)} frames of {height}×{width}.", video.about,
-             _fit_words(video) if text else "",
-             f"Teacher: {video.teacher_label}." if video.head is not None else "",
-             f"{video.credit}." if video.credit else ""]
-    return " ".join(html.escape(line, quote=False) for line in words if line)
+    return _as_html(f"{video.name}, {len(video)} frames of {height}×{width}.", video.about,
+                    _fit_words(video) if text else "")
+
+
+def _as_html(*sentences: str) -> str:
+    return " ".join(html.escape(words, quote=False) for words in sentences if words)
 
 
 def _fit_words(video: ExploredVideo) -> str:

@@ -22,6 +22,7 @@ from hnerv_clip.verify.verdict import QUESTIONS, Answer, name_of
 
 FREE = ("neighbour", "between", "side_file")  # questions about what needs no network
 ORDER = ("decoded", *(question for question in QUESTIONS if question != "decoded"))
+UNDECIDED = {"cannot tell": "these frames cannot tell"}
 Row = dict[str, Any]
 
 
@@ -94,8 +95,8 @@ def answer_sentences(judged: Judged) -> Markup:
     text = f"{said}: on held-out frames of {join_words([escape(v) for v in judged.videos])} "
     text += f"the head {join_words([CLAIMS[q] for q in yes])}" if yes else "the head beats nothing"
     text += f", but it {join_denials(no)}" if no else ""
-    mixed = [f"{QUESTIONS[q][0]} " + join_words([f"{escape(v)}: {given.loc[q, v]}"
-                                                 for v in judged.videos])
+    mixed = [f"{QUESTIONS[q][0]} On " + ", on ".join(
+        f"{escape(v)} {UNDECIDED.get(given.loc[q, v], given.loc[q, v])}" for v in judged.videos)
              for q in order if given.loc[q].nunique() > 1]
     unknown = [QUESTIONS[q][0] for q in order if (given.loc[q] == "cannot tell").all()]
     said = [text + ".", *[f"{words}." for words in mixed],

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from hnerv_clip.bench.multi_gpu import RUN, run_figures
-from hnerv_clip.book.markdown import three_digits
+from hnerv_clip.book.markdown import join_words, three_digits
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.evaluate import summarise
 from hnerv_clip.labels import SOURCE_WORDS
@@ -51,6 +51,23 @@ def collect_scaling(results: Path, outf: Path) -> None:
             shutil.copyfile(outf / RUN / name, folder / name)
         write_json(folder / "figures.json", figures)
     write_json(results / f"scaling{'' if on_gpu else '_cpu'}.json", measured)
+
+
+def quality_words(alone: Row, others: list[Row]) -> str:
+    """How PSNR changes with more ranks: of the same epochs, and where epochs differ, of how many.
+
+    Args:
+        alone, others: rows of the part `speed`: one rank, and more of them.
+    """
+    said = []
+    for row in others:
+        rate, _, more = row["learning_rate"].partition(", ")
+        words = "the learning rate kept" if rate == "kept" else f"the learning rate {rate}"
+        times = row["epochs"] / alone["epochs"]
+        words += f", {more}" if more else ""
+        words += f" ({times:g} times the epochs)" if times != 1 else ""
+        said.append(f"{row['psnr_db'] - alone['psnr_db']:+.2f} dB with {words}")
+    return join_words(said)
 
 
 def read_scaling(folder: str | Path, name: str, needs: Iterable[str]) -> dict[str, Any]:

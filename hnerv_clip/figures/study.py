@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from hnerv_clip.figures.style import GREY, PALETTE, caption, name_rows, new_figure, row_height
+from hnerv_clip.figures.style import PALETTE, caption, name_rows, new_figure, row_height
 
 KIND_NAMES = {"hybrid": "hybrid", "xyt": "position and time", "pe": "time only"}
 
@@ -29,19 +29,20 @@ def plot_learning(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
     for panel, video in zip(axes[0], videos):
         part = rows[rows.video == video]
         for y, row in enumerate(part.itertuples()):
-            _seeds(panel, row.seeds, y, row.low, row.high, PALETTE[row.kind])
+            _seeds(panel, row.seeds, y, row.low, row.high, PALETTE["predicted"])
             for value, color in [(row.neighbour, PALETTE["neighbour"]),
                                  (row.interpolated, PALETTE["teacher"])]:
                 panel.plot([value, value], [y - 0.3, y + 0.3], color=color, linewidth=2)
         _name_rows(panel, [KIND_NAMES[kind] for kind in part.kind])
         panel.set_title(video, parse_math=False)
         panel.set(xlabel="mean-centered cosine, held-out frames")
-    handles = [Line2D([], [], marker="o", color=GREY, label="a seed; bar: 95 % interval"),
+    handles = [Line2D([], [], marker="o", color=PALETTE["predicted"],
+                      label="the network, a dot a seed; bar: 95 % interval"),
                Line2D([], [], color=PALETTE["neighbour"], label="nearest training frame"),
                Line2D([], [], color=PALETTE["teacher"], label="interpolated between them")]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=8)
-    return caption(figure, "A constant scores 0. The vertical lines need the teacher's "
-                           "embeddings of the training frames and no network. Teacher: "
+    return caption(figure, "Right is better; a constant scores 0. The vertical lines need the "
+                           "teacher's embeddings of the training frames and no network. Teacher: "
                            f"{teacher_label}.")
 
 

@@ -1,6 +1,7 @@
 """The book: papermill and Jupyter Book driven on small notebooks of the tests' own."""
 
 import contextlib
+import io
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from hnerv_clip import figures
 from hnerv_clip.book import BookError, build, clean, compare, pages
 from hnerv_clip.config import Config, ConfigError, profile_params
 from hnerv_clip.runs.run_dir import RunDir, RunError
@@ -554,3 +556,25 @@ def test_the_reference_reads_lists_line_by_line_and_leaves_out_nameless_fields()
     assert lines[2:] == ["    | job.json     which", "    | out\\_.json    how it ended"]
     assert facts.skip_nameless(None, "class", "train", Split.train, False, None)
     assert not facts.skip_nameless(None, "class", "params", Config.params, False, None)
+
+
+def test_a_drawings_caption_becomes_text():
+    """It leaves with its room; a drawing without one, or with other gray text, stays as it is."""
+    captions = load_extension("captions")
+    figures.use_style()
+    figure, axes = figures.style.new_figure(height=2.0)
+    axes.annotate("gray", (0.5, 0.5), color="#404040")
+    figure.legend(handles=axes.plot([0, 1], label="line"), loc="outside upper left")
+    plain = io.StringIO()
+    figure.savefig(plain, format="svg")
+    assert captions.split_caption(plain.getvalue()) == (plain.getvalue(), "")
+    words = "What to see, and whose numbers these are. " * 8
+    figures.style.caption(figure, words)
+    with_caption = io.StringIO()
+    figure.savefig(with_caption, format="svg")
+    drawing, said = captions.split_caption(with_caption.getvalue())
+    assert said.split() == words.split() and "whose numbers" not in drawing and ">gray<" in drawing
+    before, after = (float(re.search(r'height="([\d.]+)pt"', text)[1])
+                     for text in (with_caption.getvalue(), drawing))
+    assert 30 < before - after < 60, "three lines and the gap above them"
+    assert captions.split_caption(drawing) == (drawing, "")

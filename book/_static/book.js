@@ -32,6 +32,7 @@ document.addEventListener("DOMContentLoaded", themed);
 function captioned() {
   for (const figure of document.querySelectorAll(".cell_output img.picture")) {
     if (figure.closest("figure") || /^Figure under/.test(figure.alt)) continue;
+    if (figure.nextElementSibling?.className === "drawing-caption") continue;
     const caption = document.createElement("p");
     caption.className = "caption-below";
     caption.setAttribute("aria-hidden", "true");  // the figure's alternative text says it
@@ -40,3 +41,13 @@ function captioned() {
   }
 }
 document.addEventListener("DOMContentLoaded", captioned);
+
+// Names of settings in tables break behind an underscore, not inside a word.
+function broken() {
+  for (const name of document.querySelectorAll(".bd-article table code .pre")) {
+    if (name.textContent.includes("_")) {
+      name.replaceChildren(...name.textContent.split(/(?<=_)/).flatMap((part) => [part, document.createElement("wbr")]));
+    }
+  }
+}
+document.addEventListener("DOMContentLoaded", broken);

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from hnerv_clip.figures.style import BLACK, GREY, PALETTE, caption, new_figure
+from hnerv_clip.figures.style import BLACK, GREY, ORANGE, PALETTE, caption, new_figure
 
 COLUMNS = {"any_held": "any box", "eight_held": "eight patches"}
 BOX_LINES = {"own_boxes": ("train", "o-", "boxes fitted to, training frames"),
@@ -40,7 +40,7 @@ def plot_field_rate(fields: pd.DataFrame, *, baselines: pd.DataFrame, side_files
             front = own[own[column] >= own[column].cummax()]
             panel.plot(front.kb, front[column], "o-", color=PALETTE["predicted"])
             stored = side_files[(side_files.video == video) & side_files[column].notna()]
-            panel.plot(stored.kb, stored[column], "s--", color=PALETTE["teacher"], markersize=4)
+            panel.plot(stored.kb, stored[column], "s--", color=ORANGE, markersize=4)
             for row in baselines[baselines.video == video].itertuples():
                 _reference(panel, row.baseline, getattr(row, column))
             panel.axhline(goals[column][video], color=BLACK, linestyle=":")
@@ -58,7 +58,7 @@ def plot_field_rate(fields: pd.DataFrame, *, baselines: pd.DataFrame, side_files
     for panel in axes[:, 0]:
         panel.set_ylabel("skill, held-out frames")
     handles = [Line2D([], [], color=PALETTE["predicted"], marker="o", label="field, best so far"),
-               Line2D([], [], color=PALETTE["teacher"], marker="s", linestyle="--",
+               Line2D([], [], color=ORANGE, marker="s", linestyle="--",
                       label="side file, best at its size"),
                Line2D([], [], color=PALETTE["teacher"], label="teacher, interpolated"),
                Line2D([], [], color=PALETTE["neighbour"], label="teacher, nearest frame"),

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from hnerv_clip.figures.style import (
+    BLACK,
     GREEN,
     ORANGE,
     PALETTE,
@@ -57,7 +58,7 @@ def plot_rate_quality(codecs: dict[str, Sequence[dict[str, Any]]], plain: Sequen
                   markerfacecolor="white" if marker == "s" else HEAD_COLORS[head])
     axes.plot(hnerv["rate_bpp"], hnerv["psnr_db"], "D", color=PALETTE["reference"],
               label="HNeRV (no file)")
-    axes.plot(goal["rate_bpp"], goal["psnr_db"], "*", color=GREEN, markersize=11, label="goal")
+    axes.plot(goal["rate_bpp"], goal["psnr_db"], "*", color=BLACK, markersize=11, label="goal")
     axes.set(xscale="log", xlabel="bits per pixel", ylabel="PSNR (dB)")
     axes.xaxis.set_major_locator(FixedLocator([0.01, 0.02, 0.05, 0.1]))
     axes.xaxis.set_minor_locator(NullLocator())

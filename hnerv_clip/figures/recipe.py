@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from hnerv_clip.figures.style import GREY, PALETTE, VERMILLION, caption, new_figure
+from hnerv_clip.figures.style import BLACK, GREY, PALETTE, VERMILLION, caption, new_figure
 
 COLORS = {"NeRV": "#BDBDBD", "E-NeRV": GREY, "HNeRV": VERMILLION, "HNeRV-Boost": PALETTE["clip"]}
 
@@ -43,7 +43,7 @@ def plot_recipe(rows: pd.DataFrame, *, preset: pd.DataFrame, sizes: pd.DataFrame
             by_size.plot(sized.modelsize, sized.psnr_db, "D-", color=color, label=method)
     for axes, column in ((by_time, "seconds"), (by_size, "modelsize")):
         shown = goals if axes is by_size else goals[goals.modelsize == 1.5]
-        axes.plot(shown[column], shown.psnr_db, "*", color=PALETTE["good"], markersize=11,
+        axes.plot(shown[column], shown.psnr_db, "*", color=BLACK, markersize=11,
                   label="goal" if axes is by_size else None)
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())

@@ -2,9 +2,11 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from hnerv_clip.book import field as book
+from hnerv_clip.book import hold_outs
 from hnerv_clip.book.results import ResultsError
 
 
@@ -80,23 +82,65 @@ def test_pairs_of_networks_win_over_the_scouts_single_runs(folder):
     assert row["held-out PSNR, joint less frozen"].startswith("-0.20 dB")
 
 
-def test_going_on_together_is_paired_with_the_picture_alone(folder):
+def test_training_together_is_paired_with_the_picture_alone(folder):
     assert book.read_together(folder).empty
-    rows = [{"video": "bunny", "size": "40×80", "device": "a CPU", "network": "together",
-             "weight": weight, "seed": seed, "any_held": 0.7 + seed / 100 + gain,
+    gains = [("frozen", None, -0.01), ("together", 0.0, 0.0), ("together", 0.005, 0.01),
+             ("together", 0.02, 0.03), ("first", 0.005, -0.02)]
+    rows = [{"video": "bunny", "size": "40×80", "device": "a CPU", "network": network,
+             "weight": weight, "seed": seed, "any_held": 0.7 + seed / 100 + gain + gain * seed / 10,
              "psnr_held_db": 31 - 10 * gain, "bytes": 50_000}
-            for weight, gain in ((None, -0.01), (0.0, 0.0), (0.005, 0.01), (0.02, 0.03))
-            for seed in (0, 1)]
+            for network, weight, gain in gains for seed in (0, 1)]
     (folder / book.TOGETHER).write_text(json.dumps({"about": {}, "rows": rows}))
     together = book.read_together(folder)
     table = book.together_rows(together)
-    assert [row["λ"] for row in table] == ["frozen", "0", "0.005", "0.02"]
-    assert table[0]["any box, less λ = 0"] is None
-    assert table[3]["any box, less λ = 0"].startswith("+0.030")
-    assert book.together_answer(together).startswith("at λ = 0.02 skill at any box changes by +0.0")
-    assert "(bunny 40×80, a CPU)" in book.together_answer(together)
-    assert "-0.300 dB" in book.together_answer(together)
-    assert book.together_gain(together) == pytest.approx(0.03)
+    assert [row["network"] for row in table] == [
+        "frozen", "going on, λ = 0", "going on, λ = 0.005", "going on, λ = 0.02",
+        "from the first epoch, λ = 0.005"]
+    less = [row["any box, less the picture alone"] for row in table]
+    assert less[:2] == [None, None] and less[3].startswith("+0.032 [")
+    assert less[4].startswith("-0.011 [")  # less the frozen one, which is trained as long
+    assert book.together_answer(together).startswith(
+        "- bunny 40×80, a CPU: going on at λ = 0.02: skill at any box +0.032 [")
+    assert "2 paired seeds, from +0.030 to +0.033" in book.together_answer(together)
+    assert "held-out PSNR -0.300 dB" in book.together_answer(together)
+    assert book.together_verdict(together, first=False) == "yes"
+    assert book.together_verdict(together, first=True) == "no"
+    assert book.together_verdict(together[together.weight != 0], first=False) == ""
+    unsure = together.copy()
+    unsure.loc[(unsure.weight > 0) & (unsure.seed == 1), "any_held"] -= 0.02
+    assert book.together_verdict(unsure, first=False) == "cannot tell"
+    both = pd.concat([together, unsure.assign(where="elsewhere")])
+    assert book.together_verdict(both, first=False) == "not the same everywhere"
+
+
+def test_hold_outs_are_averaged_over_videos_that_have_all_of_them(tmp_path):
+    assert hold_outs.read_hold_outs(tmp_path)[0].empty
+    rows = [{"video": video, "size": "8×8", "frames": 40, "held": 8, "hold_out": name, "seed": seed,
+             "changes": changes, "any_train": train, "any_held": held, "interpolated_held": 0.9,
+             "eight_held": 0.4, "psnr_held_db": 25.0, "device": "a CPU", "commit": "0123456789abcd"}
+            for name, video, seed, changes, train, held in (
+                ("blocks of 2 s", "bunny", 0, {}, 0.5, 0.25),
+                ("one frame in 5", "bunny", 0, {}, 0.6, 0.6),
+                ("one frame in 5", "bunny", 1, {}, 0.8, 0.6),
+                ("one frame in 5", "cup", 0, {}, 0.1, 0.1),
+                ("one frame in 5", "bikes", 0, {}, -0.4, -0.5),
+                ("one frame in 5", "bikes", 0, {"optimizer": "adan"}, 0.3, 0.2),
+                ("blocks of 2 s", "bikes", 0, {"optimizer": "adan"}, 0.4, 0.25))]
+    (tmp_path / hold_outs.FILE).write_text(json.dumps({"about": {"epochs": 30}, "rows": rows}))
+    found, nothing, about = hold_outs.read_hold_outs(tmp_path)
+    assert about == {"epochs": 30} and list(nothing.name) == ["bikes"]
+    assert list(found.hold_out) == ["one frame in 5"] * 4 + ["blocks of 2 s"] * 2
+    words = hold_outs.hold_out_words(found)  # of bunny and bikes by Adan
+    assert "from 0.50 to 0.40 with one frame in 5 held out (0.10 to 0.10 lost)" in words
+    assert "from 0.45 to 0.25 with blocks of 2 s held out (0.15 to 0.25 lost)" in words
+    assert "over 2 videos" in words and "have 0.90 and 0.90 there" in words
+    assert "bikes (25.0 to 25.0 dB)" in hold_outs.nothing_learnt_words(nothing)
+    assert hold_outs.nothing_learnt_words(nothing[:0]) == ""
+    assert hold_outs.origin_words(found) == "a CPU, commit 0123456789ab"
+    row = hold_outs.hold_out_rows(found)[0]
+    assert (row["video"], row["seeds"]) == ("bunny", "2")
+    assert row["held out"] == "one frame in 5 (8 of 40)"
+    assert row["any box, training frames"] == "0.70" and row["any box, held out"] == "0.60"
 
 
 def test_missing_fields_are_said(tmp_path):
@@ -145,3 +189,12 @@ def test_boxes_drawn_by_hand_are_counted_for_field_and_teacher(folder):
     words = book.labelled_words(labelled)
     assert words.startswith("of 2 boxes drawn by hand in held-out frames of bunny, ")
     assert "1 hold the middle of the box that a field finds best, and 2 that of" in words
+    assert book.in_words(labelled) == ""
+    asked = labelled[labelled.video == "bunny"].assign(
+        who=lambda table: table.who + ", in words", map_iou=0.25, hit=[True, False, True, True])
+    labelled = pd.concat([labelled, asked])
+    assert book.in_words(labelled).endswith(
+        "the field finds 2 of 2 boxes (1 by name), with overlaps of 0.25 (0.50) and the teacher "
+        "finds 1 of 2 boxes (2 by name), with overlaps of 0.25 (0.50).")
+    assert [row["who"] for row in book.labelled_rows(labelled)][:4] == [
+        "teacher", "teacher, in words", "field", "field, in words"]

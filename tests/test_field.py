@@ -353,6 +353,17 @@ def test_a_run_with_a_field_alone_is_verified(run, field, cache_dir):
     (folder / FIELD).write_bytes(whole)
 
 
+def test_a_field_is_verified_beside_a_clip_head_where_it_is_asked_for(run, field, monkeypatch):
+    alone, = verifying.verify_run(run).values()
+    size = verifying.head_bytes(run)
+    monkeypatch.setattr(verifying, "predicts_by_field", lambda run: False)
+    with pytest.raises(ConfigError, match="predict_clip"):
+        verifying.verify_run(run)  # the network of these tests has no head
+    beside, = verifying.verify_run(run, by_field=True).values()
+    np.testing.assert_array_equal(beside.predicted, alone.predicted)
+    assert verifying.head_bytes(run, by_field=True) == size
+
+
 def test_labels_are_asked_of_the_teacher_and_the_field(run, field):
     frames = run.dataset.video.frames
     table = pd.DataFrame([{"video": run.dataset.video.name, "crop": "_".join(map(

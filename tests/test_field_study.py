@@ -119,22 +119,22 @@ def test_time_alone_is_the_teacher_interpolated_at_the_very_box(monkeypatch):
 
 def test_rows_of_hold_outs_are_completed_and_published(monkeypatch, tmp_path):
     monkeypatch.setattr(hold_outs, "load_run", lambda path, **_: SimpleNamespace(
-        config=Config.from_params(lr=1e-3), run_dir=path))
+        run_dir=path))
     monkeypatch.setattr(hold_outs, "interpolated_skill", lambda run, **_: 0.87654)
     old = {"video": "bunny", "size": "8×8", "device": "a CPU", "hold_out": "one frame in 5",
            "between": 0.5, "seed": 0, "any_held": 0.5}
     write_json(tmp_path / "bunny.json", [old])
     row, = hold_outs.read_rows(tmp_path / "bunny.json", cache_dir="")
-    assert row == {**old, "lr": 1e-3, "interpolated_held": 0.8765}
+    assert row == {**old, "changes": {}, "interpolated_held": 0.8765}
     monkeypatch.delattr(hold_outs, "interpolated_skill")  # it is kept
     assert hold_outs.read_rows(tmp_path / "bunny.json", cache_dir="") == [row]
     monkeypatch.setattr(hold_outs, "resolve_path", lambda _: tmp_path / "results")
     (tmp_path / "results").mkdir()
-    hold_outs.collect_hold_outs([{**row, "any_held": 0.1}, {**row, "seed": 1}],
-                                tmp_path / "results")
+    hold_outs.collect_hold_outs([{**row, "any_held": 0.1}, {**row, "seed": 1},
+                                 {**row, "changes": {"lr": "1e-3"}}], tmp_path / "results")
     hold_outs.main([str(tmp_path), "--publish"])
     found = read_json(tmp_path / "results" / hold_outs.FILE, fix="")
-    assert found["rows"] == [row, {**row, "seed": 1}]
+    assert found["rows"] == [row, {**row, "seed": 1}, {**row, "changes": {"lr": "1e-3"}}]
     assert found["about"]["epochs"] == 30 and "not CLIP" in found["about"]["teacher"]
 
 

@@ -5,11 +5,12 @@ import io
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from hnerv_clip.figures import heat, style
-from hnerv_clip.figures.search import plot_similar
+from hnerv_clip.figures.search import plot_box_hits, plot_similar
 
 FRAME = np.full((8, 16, 3), 100, np.uint8)
 
@@ -62,3 +63,14 @@ def test_a_picture_figure_is_transparent_webp_with_its_caption_as_text():
         assert page.count("Teacher: &lt;b&gt;A") == 2  # alternative text and caption
     drawn = heat.plot_heat_maps(rows, "A (not CLIP)")
     assert drawn._repr_html_() is None and any("not CLIP" in t.get_text() for t in drawn.texts)
+
+
+def test_hits_of_a_field_are_frames_with_boxes_drawn():
+    hits = pd.DataFrame({"frame": [1, 0], "x0": [2, 0], "y0": [1, 0], "x1": [6, 4], "y1": [5, 4],
+                         "score": [0.75, 0.5]})
+    frames = np.stack([np.moveaxis(FRAME, -1, 0)] * 2)
+    figure = plot_box_hits(frames, {"hare": hits, "barn": hits[:1]}, "A (not CLIP)")
+    drawn = [[(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in panel.patches]
+             for panel in figure.axes]
+    assert drawn == [[(2, 1, 4, 4)] * 2, [(0, 0, 4, 4)] * 2, [(2, 1, 4, 4)] * 2, []]
+    assert figure.axes[0].get_title("center") == "frame 1, 0.750" and "not CLIP" in figure.caption

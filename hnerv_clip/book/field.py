@@ -104,7 +104,7 @@ def pair_rows(folder: str | Path) -> list[dict[str, str]]:
 
 
 def read_together(folder: str | Path) -> pd.DataFrame:
-    """Rows of `study.together`: the same field on networks as they are and that went on at a λ.
+    """Rows of `study.together`: the same field on networks as they are and trained together.
 
     Empty where none was measured. `where` says video, size and device.
     """
@@ -115,56 +115,107 @@ def read_together(folder: str | Path) -> pd.DataFrame:
     return rows
 
 
-def together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
-    """Means over seeds and differences to going on with the picture alone (λ = 0), in words.
+@dataclass(frozen=True)
+class Together:
+    """Networks trained together at a λ, less those that learnt the picture alone for as long.
 
-    A row for each of `where` and λ: skill at any box and PSNR on held-out frames, paired by seed.
+    first: from the first epoch; else after the network had been trained.
     """
-    rows = []
+
+    where: str
+    first: bool
+    weight: float
+    skill: Paired  # at any box, held-out frames
+    psnr: Paired  # in dB, likewise
+
+    @property
+    def words(self) -> str:
+        """`going on at λ = 0.005: skill …, PSNR …`, with the range over seeds."""
+        how = "from the first epoch" if self.first else "going on"
+        return (f"{how} at λ = {self.weight:g}: skill at any box "
+                f"{_with_range(self.skill, digits=3)}, held-out PSNR "
+                f"{_with_range(self.psnr, 'dB', digits=3)}")
+
+
+def compare_together(together: pd.DataFrame) -> list[Together]:
+    """Every λ of each `where`, by pairs of equal seeds: going on against λ = 0, and from the first
+    epoch against the frozen network, each of which had as many epochs."""
+    found = []
     for where, part in together.groupby("where", sort=False):
-        alone = part[part.weight == 0].set_index("seed")
+        for first in (False, True):
+            joint = part[(part.network == ("first" if first else "together"))
+                         & (part.weight > 0)]
+            alone = part[part.network == "frozen"] if first else \
+                part[(part.network == "together") & (part.weight == 0)]
+            alone = alone.set_index("seed")
+            for weight, own in joint.groupby("weight"):
+                own = own.set_index("seed")
+                if len(own.index.intersection(alone.index)):
+                    found.append(Together(where, first, weight, *(
+                        compare_paired(own[name], alone[name])
+                        for name in ("any_held", "psnr_held_db"))))
+    return found
+
+
+def together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
+    """Means over seeds, and differences to what learnt the picture alone for as long, in words.
+
+    A row for each of `where`, way and λ: skill at any box and PSNR on held-out frames.
+    """
+    pairs = {(one.where, one.first, one.weight): one for one in compare_together(together)}
+    ways = {"frozen": "frozen", "together": "going on", "first": "from the first epoch"}
+    rows = []
+    for (where, way), part in together.groupby(["where", "network"], sort=False):
         for weight, own in part.groupby(part.weight.fillna(-1)):
-            own = own.set_index("seed")
-            less = weight > 0 and len(own.index.intersection(alone.index)) > 0
+            pair = pairs.get((where, way == "first", weight))
             rows.append({
-                "measured on": where, "λ": "frozen" if weight < 0 else f"{weight:g}",
+                "measured on": where,
+                "network": ways[way] + ("" if weight < 0 else f", λ = {weight:g}"),
+                "seeds": str(len(own)),
                 "any box": f"{own.any_held.mean():.3f}",
-                "any box, less λ = 0": compare_paired(own.any_held, alone.any_held).words(
-                    digits=3) if less else None,
+                "any box, less the picture alone": pair and pair.skill.words(digits=3),
                 "PSNR": f"{own.psnr_held_db.mean():.2f} dB",
-                "PSNR, less λ = 0": compare_paired(own.psnr_held_db, alone.psnr_held_db).words("dB")
-                if less else None,
+                "PSNR, less the picture alone": pair and pair.psnr.words("dB", digits=3),
                 "kB": f"{own.bytes.mean() / 1e3:.0f}"})
     return rows
 
 
 def together_answer(together: pd.DataFrame) -> str:
-    """The largest gain of skill at any box that going on at a λ had, and what it cost."""
-    return join_words([
-        f"at λ = {weight:g} skill at any box changes by {gain.words(digits=3)}, and held-out PSNR "
-        f"by {cost.words('dB', digits=3)} ({where})" for where, weight, gain, cost
-        in _gains(together)])
+    """Of each `where` and way the λ that gained most skill, as an item of a list."""
+    best: dict[tuple[str, bool], Together] = {}
+    for one in compare_together(together):
+        key = (one.where, one.first)
+        if key not in best or one.skill.difference > best[key].skill.difference:
+            best[key] = one
+    places = list(dict.fromkeys(where for where, _ in best))
+    return "\n".join(f"- {place}: " + "; ".join(
+        one.words for (where, _), one in best.items() if where == place) for place in places)
 
 
-def together_gain(together: pd.DataFrame) -> float:
-    """The largest of those gains: mean skill at any box, less that of λ = 0."""
-    return max((gain.difference for _, _, gain, _ in _gains(together)), default=float("nan"))
+def together_verdict(together: pd.DataFrame, *, first: bool, worth: float = 0.005) -> str:
+    """Whether a way of training together adds skill: `yes`, `no`, `cannot tell`, or nothing.
+
+    A pair of one seed says what it shows. Of several, yes: at some λ the 95 % interval of the
+    gain lies above 0 and its mean is `worth` or more; no: every λ gains less on average; all of
+    that in every `where`, else it is not the same everywhere.
+    """
+    said = {}
+    for one in compare_together(together):
+        if one.first == first:
+            gain = one.skill
+            clear = gain.difference >= worth and (gain.n == 1 or gain.low > 0)
+            said.setdefault(one.where, []).append(
+                "yes" if clear else "no" if gain.difference < worth else "cannot tell")
+    found = {next(word for word in ("yes", "cannot tell", "no") if word in words)
+             for words in said.values()}
+    return "" if not found else found.pop() if len(found) == 1 else "not the same everywhere"
 
 
-def _gains(together: pd.DataFrame) -> list[tuple[str, float, Paired, Paired]]:
-    """(where, λ, skill, PSNR), each less λ = 0, of the λ that gained most skill in each `where`."""
-    found = []
-    for where, part in together.groupby("where", sort=False):
-        alone = part[part.weight == 0].set_index("seed")
-        pairs = []
-        for weight, own in part[part.weight > 0].groupby("weight"):
-            own = own.set_index("seed")
-            if len(own.index.intersection(alone.index)):
-                pairs.append((where, weight, compare_paired(own.any_held, alone.any_held),
-                              compare_paired(own.psnr_held_db, alone.psnr_held_db)))
-        if pairs:
-            found.append(max(pairs, key=lambda pair: pair[2].difference))
-    return found
+def _with_range(pair: Paired, unit: str = "", digits: int = 2) -> str:
+    if pair.n == 1:
+        return pair.words(unit, digits)
+    low, high = pair.values.min(), pair.values.max()
+    return f"{pair.words(unit, digits)}, from {low:+.{digits}f} to {high:+.{digits}f}"
 
 
 def read_labelled(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -182,7 +233,7 @@ def labelled_rows(labelled: pd.DataFrame) -> list[dict[str, str]]:
     """A row per video, name and who answered: hits of all, and means of both overlaps."""
     rows = []
     for (video, query), part in labelled.groupby(["video", "query"], sort=False):
-        for who in ("teacher", "field", "field, in words"):
+        for who in ("teacher", "teacher, in words", "field", "field, in words"):
             own = part[part.who == who]
             if len(own):
                 rows.append({
@@ -206,6 +257,23 @@ def labelled_words(labelled: pd.DataFrame) -> str:
             "the frame's middle. The heat maps of the field and of the teacher overlap with them "
             f"by {field.map_iou.mean():.2f} and {teacher.map_iou.mean():.2f} (intersection over "
             "union)")
+
+
+def in_words(labelled: pd.DataFrame) -> str:
+    """The same boxes asked for in other words, which become mixtures of names; or nothing."""
+    found = {}
+    for who in ("field", "teacher"):
+        asked = labelled[labelled.who == f"{who}, in words"]
+        named = labelled[(labelled.who == who) & labelled.video.isin(asked.video)]
+        if len(asked):
+            found[who] = (
+                f"{asked.hit.sum()} of {len(asked)} boxes ({named.hit.sum()} by name), with "
+                f"overlaps of {asked.map_iou.mean():.2f} ({named.map_iou.mean():.2f})")
+    if not found:
+        return ""
+    return ("Asked in other words (“a big grey bunny” for hare), which a sentence encoder, not "
+            "CLIP, turns into mixtures of ImageNet's names, " + join_words(
+                [f"the {who} finds {words}" for who, words in found.items()]) + ".")
 
 
 def best_field(fields: pd.DataFrame, video: str, *, column: str = "any_held",

@@ -10,7 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from hnerv_clip.figures.style import BLACK, GREY, ORANGE, PALETTE, caption, new_figure
+from hnerv_clip.figures.style import (
+    BLACK,
+    GREY,
+    ORANGE,
+    PALETTE,
+    caption,
+    name_rows,
+    new_figure,
+    row_height,
+)
 
 COLUMNS = {"any_held": "any box", "eight_held": "eight patches"}
 BOX_LINES = {"own_boxes": ("train", "o-", "boxes fitted to, training frames"),
@@ -134,6 +143,38 @@ def plot_field_boxes(rows: pd.DataFrame, *, largest: pd.DataFrame, moved: pd.Dat
     return caption(figure, "More boxes help a field at boxes that it was not fitted to. Dashed "
                            "lines: the teacher's own skill for a test box once it moves by so many "
                            f"pixels. One seed. Teacher: {teacher_label}.")
+
+
+def plot_hold_outs(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
+    """Skill at any box in training and in held-out frames, a panel for each hold-out.
+
+    Args:
+        rows: name, hold_out, any_train, any_held, interpolated_held; several seeds of a name are
+            averaged.
+    """
+    names = list(rows.name.unique())
+    kinds = list(rows.hold_out.unique())
+    figure, axes = new_figure(1, len(kinds), sharex=True, sharey=True, squeeze=False,
+                              height=1.6 + len(names) * row_height(names, 0.3))
+    marks = {"any_train": ("train", "o", "training frames"),
+             "any_held": ("held_out", "D", "held-out frames"),
+             "interpolated_held": ("teacher", "|", "teacher, interpolated, held-out frames")}
+    for panel, kind in zip(axes[0], kinds):
+        own = rows[rows.hold_out == kind].groupby("name").mean(numeric_only=True)
+        places = [names.index(name) for name in own.index]
+        panel.hlines(places, own.any_held, own.any_train, color=GREY, linewidth=1)
+        for column, (color, mark, words) in marks.items():
+            panel.plot(own[column], places, mark, color=PALETTE[color], label=words, markersize=6,
+                       markeredgewidth=2 if mark == "|" else None)
+        panel.set_title(kind, parse_math=False)
+        panel.set(xlabel="skill, any box", ylim=(len(names) - 0.5, -0.5))
+    name_rows(axes[0][0], names)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=8)
+    return caption(figure, "The further orange lies left of blue, the more a field loses in frames "
+                           "that neither it nor its network was fitted to; the vertical mark is "
+                           "what time alone allows. Small networks, trained on a CPU. "
+                           f"Teacher: {teacher_label}.")
 
 
 def _plain_ticks(panel: Axes, values: Sequence[float]) -> None:

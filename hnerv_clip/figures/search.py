@@ -56,6 +56,34 @@ def plot_ranked_patches(frames: np.ndarray, boxes: np.ndarray, predicted: pd.Dat
                            f"Teacher: {teacher_label}.")
 
 
+def plot_box_hits(frames: np.ndarray, hits: dict[str, pd.DataFrame], teacher_label: str) -> Figure:
+    """The best frames and boxes for each query, a row for each: whole frames, the boxes drawn.
+
+    Args:
+        frames: uint8 [T, 3, H, W].
+        hits: {query: frame, x0, y0, x1, y1, score}, as `explore.video.ExploredVideo.search` gives
+            them.
+        teacher_label: the teacher in words, for the caption.
+    """
+    columns = max(map(len, hits.values()))
+    height, width = frames.shape[2:]
+    figure, axes = new_figure(len(hits), columns, squeeze=False,
+                              height=len(hits) * (WIDTH / columns * height / width + 0.3) + 0.2)
+    for panels, (query, found) in zip(axes, hits.items(), strict=True):
+        for panel in panels:
+            picture_axes(panel)
+        for panel, hit in zip(panels, found.itertuples(), strict=False):
+            panel.imshow(np.moveaxis(np.asarray(frames[int(hit.frame)]), 0, -1))
+            for color, line in (("white", 2.5), (PALETTE["asked"], 1.4)):
+                panel.add_patch(Rectangle((hit.x0, hit.y0), hit.x1 - hit.x0, hit.y1 - hit.y0,
+                                          fill=False, edgecolor=color, linewidth=line))
+            panel.set_title(f"frame {hit.frame}, {hit.score:.3f}", fontsize=8, loc="center")
+        panels[0].set_ylabel(query, fontsize=9)
+    return caption(figure, "The frames and boxes that answer each query best by the run's field, "
+                           "best first, with their cosine; of boxes that overlap in neighboring "
+                           f"frames the best. Teacher: {teacher_label}.")
+
+
 def plot_index_hits(hits: dict[str, pd.DataFrame], pictures: dict, teacher_label: str) -> Figure:
     """The best patches of many videos, a row for each query.
 

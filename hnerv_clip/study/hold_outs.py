@@ -46,6 +46,7 @@ from hnerv_clip.video import load_video
 FILE = "hold_outs.json"
 FRAMES, RATE = 40, 8.0  # of each video, at about so many a second
 BLOCK_S = 2.0
+ASKED = 250  # boxes that tell what time alone allows
 SETTINGS = {"teacher": BUNDLED, "clip_dim": BUNDLED_DIM, "predict_clip": False, "modelsize": 0.25,
             "epochs": 30, "batch_size": 1, "lr": 5e-3, "eval_freq": 30, "field_boxes": 32,
             "field_steps": 2000, "frame_limit": FRAMES}
@@ -69,8 +70,9 @@ def measure_hold_outs(data_path: str, folder: Path, *, cache_dir: str | Path, se
         changes: settings other than `SETTINGS`.
     Returns:
         Rows: video, size, frames, held (frames), hold_out, between (share of frames that a fit's
-        steps see as interpolated), seed, lr, any_train, any_held, eight_held, any_held_centered,
-        interpolated_held (of `interpolated_skill`), psnr_held_db, device, commit.
+        steps see as interpolated), seed, changes, any_train, any_held, eight_held,
+        any_held_centered, interpolated_held (of `interpolated_skill`), psnr_held_db, device,
+        commit.
     """
     full = load_video(Config.from_params(data_path=data_path, frame_limit=2).video)
     stride = max(1, round(full.fps / RATE))
@@ -99,16 +101,15 @@ def measure_hold_outs(data_path: str, folder: Path, *, cache_dir: str | Path, se
             held = at.loc[("any box", "held_out", last)]
             row = {"video": run.dataset.video.name, "size": f"{height}×{width}",
                    "frames": run.model.frame_count, "held": len(run.dataset.split.val),
-                   "hold_out": name, "between": between, "seed": seed, "lr": config.train.lr,
+                   "hold_out": name, "between": between, "seed": seed, "changes": changes,
                    "any_train": at.loc[("any box", "train", first)].skill,
                    "any_held": held.skill, "any_held_centered": held.clip_centered,
                    "eight_held": at.loc[("patches", "held_out", last)].skill,
                    "interpolated_held": time_alone, "psnr_held_db": held_out_psnr(run),
                    "device": device_name(next(run.model.parameters()).device),
                    "commit": code_version()[0]}
-            own.append({key: round(float(value), 4 if key != "lr" else 8)
-                        if isinstance(value, (float, np.floating)) else value
-                        for key, value in row.items()})
+            own.append({key: round(float(value), 4) if isinstance(value, (float, np.floating))
+                        else value for key, value in row.items()})
         write_json(path, own)
         rows += own
     return rows
@@ -116,7 +117,10 @@ def measure_hold_outs(data_path: str, folder: Path, *, cache_dir: str | Path, se
 
 def interpolated_skill(run: Run, *, cache_dir: str | Path) -> float:
     """What time alone allows: the skill of the teacher's embeddings of the very boxes that
-    `evaluate_field` asks in held-out frames, interpolated from the training frames around."""
+    `evaluate_field` asks in held-out frames, interpolated from the training frames around.
+
+    Of those boxes about `ASKED`, as the teacher has to look at each in two frames.
+    """
     video, train = run.dataset.video, np.asarray(run.dataset.split.train)
     every = np.arange(len(video.frames))
     held = np.setdiff1d(every, train)
@@ -126,11 +130,12 @@ def interpolated_skill(run: Run, *, cache_dir: str | Path) -> float:
         progress=False)
     teacher = load_teacher(run.config.teacher, next(run.model.parameters()).device)
     before, after, share = bracket_frames(held, train)
-    left, right = (embed_boxes(teacher, video.frames[near], boxes[held]).float().cpu()
+    chosen = slice(None, None, max(1, round(len(held) * boxes.shape[1] / ASKED)))
+    left, right = (embed_boxes(teacher, video.frames[near], boxes[held][:, chosen]).float().cpu()
                    for near in (before, after))
     way = torch.as_tensor(share).float()[:, None, None]
     found = F.normalize(torch.lerp(left, right, way), dim=-1)
-    return box_skill(found, truth[held].float(), truth[train].float().mean((0, 1)))
+    return box_skill(found, truth[held][:, chosen].float(), truth[train].float().mean((0, 1)))
 
 
 def read_rows(path: Path, *, cache_dir: str | Path) -> list[dict[str, Any]]:
@@ -138,9 +143,8 @@ def read_rows(path: Path, *, cache_dir: str | Path) -> list[dict[str, Any]]:
     rows = json.loads(path.read_text(encoding="utf-8"))
     if any("interpolated_held" not in row for row in rows):
         run = load_run(path.with_suffix(""), cache_dir=cache_dir)
-        added = {"lr": run.config.train.lr,
-                 "interpolated_held": round(interpolated_skill(run, cache_dir=cache_dir), 4)}
-        rows = [{**row, **added} for row in rows]
+        known = round(interpolated_skill(run, cache_dir=cache_dir), 4)
+        rows = [{"changes": {}, **row, "interpolated_held": known} for row in rows]
         write_json(path, rows)
     return rows
 
@@ -148,11 +152,12 @@ def read_rows(path: Path, *, cache_dir: str | Path) -> list[dict[str, Any]]:
 def collect_hold_outs(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Put rows of `measure_hold_outs` into `out`/hold_outs.json, beside or for what is there.
 
-    Rows of one video, size, device, hold-out, between and seed replace each other.
+    Rows of one video, size, device, hold-out, between, seed and changes replace each other.
     """
-    path, keys = out / FILE, ("video", "size", "device", "hold_out", "between", "seed")
+    path = out / FILE
+    keys = ("video", "size", "device", "hold_out", "between", "seed", "changes")
     known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    kept = {tuple(row[key] for key in keys): row for row in [*known, *rows]}
+    kept = {json.dumps([row[key] for key in keys]): row for row in [*known, *rows]}
     settings = Config.from_params(**SETTINGS)
     write_json(path, {
         "about": {"teacher": describe_teacher(TeacherConfig(teacher=BUNDLED)).label,
@@ -171,13 +176,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache_dir", default="output/cache")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--between", type=float, nargs="+", default=[0.5])
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="a setting other than those of all, such as -p optimizer adan")
     parser.add_argument("--publish", action="store_true", help=f"put the folder's rows into "
                                                                 f"book/results/{FILE}")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     for video in args.videos:
         for row in measure_hold_outs(video, args.folder, cache_dir=args.cache_dir, seed=args.seed,
-                                     betweens=args.between):
+                                     betweens=args.between, **dict(args.p)):
             print(json.dumps(row, ensure_ascii=False), flush=True)
     if args.publish:
         collect_hold_outs([row for path in sorted(args.folder.glob("*.json"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hnerv_clip.config import embed_kind
@@ -52,8 +53,8 @@ def held_out_frames(run: Run) -> np.ndarray:
 
 
 def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near: int = 2,
-               labels: str | Iterable[str] = "", all_sources: bool = False
-               ) -> dict[str, Verification]:
+               labels: str | Iterable[str] = "", all_sources: bool = False,
+               by_field: bool = False) -> dict[str, Verification]:
     """Verify what a run predicts for the frames that it did not train on.
 
     It predicts by its CLIP head, or, where it was trained without one, by its field, which is asked
@@ -67,25 +68,24 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
         near: see `verify_embeddings`.
         labels: texts to rank and label patches by, see `teachers.parse_queries`; none by default.
         all_sources: also what a hybrid model predicts when its encoder sees the held-out frame.
+        by_field: by its field even where it has a CLIP head.
     Returns:
         {source: its Verification}, the prediction last; see `inference.sources_of`.
     Raises:
         ConfigError: the run has neither a CLIP head nor a field, its teacher's weights are not
             there, or the teacher does not know a label.
+        RunError: by_field, and the run has none.
         ValueError: as `verify_embeddings` and `teachers.encode_queries`.
     """
-    by_field = predicts_by_field(run)
+    by_field = by_field or predicts_by_field(run)
     if not by_field:
         check_head(run.model)
     model, dataset = run.model, run.dataset
     train, held_out = dataset.split.train, held_out_frames(run)
     teacher = teacher or load_teacher(run.config.teacher, next(model.parameters()).device)
-    known = dataset.embeddings
-    if known is None and by_field:  # the network was trained without a teacher
-        known = run_teacher(teacher, dataset.video.frames, dataset.grid, progress=False)
-    reference = check_embeddings(known, "teacher")
+    reference = reference_embeddings(run, teacher)
     texts = encode_queries(parse_queries(labels), teacher) if labels else None
-    _, side_file = store_embeddings(reference, train, head_bytes(run))
+    _, side_file = store_embeddings(reference, train, head_bytes(run, by_field=by_field))
     studies = {}
     for source in sources_of(model) if all_sources else sources_of(model)[-1:]:
         others = {"side_file": side_file}
@@ -93,13 +93,35 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
             decoded = decode_frames(model, dataset, held_out.tolist(), source=source)
             others["decoded"] = held_out, run_teacher(teacher, decoded, dataset.grid,
                                                       progress=False)
-        predicted = load_field(run, source=source).embed(
-            np.arange(len(reference)), dataset.grid.boxes) if by_field else \
-            predict_embeddings(model, dataset, source=source)
+        predicted = patch_embeddings(run, source=source, by_field=by_field)
         studies[source] = verify_embeddings(
             predicted, reference, train, held_out, seed=seed, source=source, others=others,
             teacher_label=dataset.teacher_label, near=near, texts=texts)
     return studies
+
+
+def reference_embeddings(run: Run, teacher: Teacher) -> np.ndarray:
+    """The teacher's own embeddings of the run's patches: [T, P, D].
+
+    The teacher is asked where the network was trained without it, and they are not cached.
+    """
+    data = run.dataset
+    known = data.embeddings
+    if known is None:
+        known = run_teacher(teacher, data.video.frames, data.grid, progress=False)
+    return check_embeddings(known, "teacher")
+
+
+def patch_embeddings(run: Run, *, source: str, by_field: bool = False) -> Tensor:
+    """What a run predicts for its patches: [T, P, D], by its CLIP head or by its field.
+
+    Args:
+        by_field: by its field even where it has a CLIP head.
+    """
+    if not (by_field or predicts_by_field(run)):
+        return predict_embeddings(run.model, run.dataset, source=source)
+    return load_field(run, source=source).embed(np.arange(run.model.frame_count),
+                                                run.dataset.grid.boxes)
 
 
 def predicts_by_field(run: Run) -> bool:
@@ -107,10 +129,10 @@ def predicts_by_field(run: Run) -> bool:
     return not run.model.config.predict_clip and has_field(run.run_dir)
 
 
-def head_bytes(run: Run) -> int:
+def head_bytes(run: Run, *, by_field: bool = False) -> int:
     """Bytes of the CLIP head at the width in which a run stores its weights; of a field, the
     entropy of its rounded weights, or that width where they are not rounded."""
-    if predicts_by_field(run):
+    if by_field or predicts_by_field(run):
         field, size = load_field(run), 0.0
         for name, weight in field.head.named_parameters():
             if name in field.steps:

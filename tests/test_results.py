@@ -173,9 +173,9 @@ def test_the_worst_made_data_are_named():
         cell | {"kind": "truth", "yes": 0.9, "rejected": 1, "planted": "perfect"},
         cell | {"kind": "between", "yes": 0.5, "rejected": 1, "estimate": 0.3}])
     text = judged.error_sentences(planted)
-    assert "wrong yes comes in at most 4.0% of 10 data sets" in text and "at least 90.0%" in text
+    assert "a wrong yes in at most 4.0% of 10 data sets" in text and "at least 90.0%" in text
     assert "up to 8.0% (as good as the teacher on the decoded frame; autocorrelation 0.9;" in text
-    assert "in 1 of the 2 cells" in text
+    assert "in 1 of the 2 cases" in text
     weak, = judged.weak_rows(planted)
     assert (weak["value"], weak["answered yes"]) == ("0.30", "50.0%")
     intervals = pd.DataFrame({"covered": [0.94, 0.97], "datasets": 7})

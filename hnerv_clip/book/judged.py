@@ -133,7 +133,8 @@ def mean_rows(judged: Judged) -> list[Row]:
     means = judged.means.set_index(["video", "condition"])
     conditions = list(judged.means.condition.unique())
     order = ["learned", "decoded", *[c for c in conditions if c not in ("learned", "decoded")]]
-    return [{"mean-centered (raw) cosine": name_of(condition).lower(), **{
+    return [{"mean-centered (raw) cosine": "the network" if condition == "learned"
+             else name_of(condition).lower(), **{
         video: f"{means.clip_centred[video, condition]:.3f} "
                f"({means.clip_similarity[video, condition]:.3f})" for video in judged.videos}}
         for condition in order]
@@ -175,19 +176,19 @@ def limit_words(judged: Judged) -> str:
 
 
 def error_sentences(planted: pd.DataFrame) -> Markup:
-    """The largest shares of wrong answers over everything planted, in bold; and how many cells."""
+    """The largest shares of wrong answers over all simulated cases, in bold; and how many."""
     null, truth = planted[planted.kind == "null"], planted[planted.kind == "truth"]
     yes, p, weak = null.loc[null.yes.idxmax()], null.loc[null.rejected.idxmax()], \
         truth.loc[truth.yes.idxmin()]
     return Markup(
-        f"**Where nothing is planted, a wrong yes comes in at most {yes.yes:.1%} of "
-        f"{yes.datasets:,} data sets; where a truth is, a yes in at least {weak.yes:.1%}.** "
-        f"A cell is one thing planted, one autocorrelation, one size and one question: "
-        f"{len(null)} cells without a truth, {len(truth)} with one. Before Holm's correction, p is "
-        f"5 % or less in up to {p.rejected:.1%} ({_cell_words(p)}), and in more than 6 % in "
-        f"{sum(null.rejected > 0.06)} of the {len(null)} cells; the verdict uses the corrected p. "
-        f"The lowest power is of "
-        f"{_cell_words(weak)}")
+        f"**In simulated data without an effect, the answer is a wrong yes in at most "
+        f"{yes.yes:.1%} of {yes.datasets:,} data sets; with an effect it is yes in at "
+        f"least {weak.yes:.1%}.** "
+        f"Each case is one kind of prediction, one autocorrelation, one size and one question: "
+        f"{len(null)} cases without an effect, {len(truth)} with one. Before Holm's correction, p "
+        f"is 5 % or less in up to {p.rejected:.1%} ({_cell_words(p)}), and in more than 6 % in "
+        f"{sum(null.rejected > 0.06)} of the {len(null)} cases; the verdict uses the corrected p. "
+        f"The power is lowest for: {_cell_words(weak)}")
 
 
 def _cell_words(row) -> str:
@@ -220,9 +221,9 @@ def weak_rows(planted: pd.DataFrame) -> list[Row]:
     rows = []
     for (name, question), part in planted[planted.kind == "between"].groupby(
             ["planted", "question"], sort=False):
-        rows.append({"planted": PLANTED[name], "question": QUESTIONS[question][0],
+        rows.append({"prediction": PLANTED[name], "question": QUESTIONS[question][0],
                      "value": _range(part.estimate, ".2f"), "answered yes": _range(part.yes, ".1%"),
-                     "cells": str(len(part))})
+                     "cases": str(len(part))})
     return rows
 
 
@@ -244,8 +245,8 @@ def coverage_words(intervals: pd.DataFrame) -> str:
     """
     low, high = intervals.covered.min(), intervals.covered.max()
     text = (f"Of {intervals.datasets.min()} simulated data sets each, 95 % intervals hold the "
-            f"truth in {low:.1%} to {high:.1%}: at worst {max(0, 95 - 100 * low):.1f} points too "
-            f"seldom and {max(0, 100 * high - 95):.1f} points too often.")
+            f"true mean in {low:.1%} to {high:.1%}: at worst {max(0, 95 - 100 * low):.1f} points "
+            f"too seldom and {max(0, 100 * high - 95):.1f} points too often.")
     few = intervals[intervals.covered < 0.93]
     if len(few) and "series" in few:
         text += " More than two points too seldom, for " + join_words([

@@ -42,7 +42,8 @@ def answer_words(table: pd.DataFrame) -> str:
     found, rest = table[table.found], table[~table.found]
     start = f"Of {len(table)} texts the network finds {len(found)}"
     start += f": {listed(found)}" if len(found) else ""
-    return start + (f"; not distinguished from other names: {listed(rest)}." if len(rest) else ".")
+    start += f"; not distinguished from other names: {listed(rest)}" if len(rest) else ""
+    return start + " (standard deviations above other names at the same place)."
 
 
 def facts_words(video: ExploredVideo) -> str:

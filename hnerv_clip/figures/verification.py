@@ -294,8 +294,8 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
     """
     figure, axes = new_figure(1, 2, height=3.0, sharey=False)
     designs, questions = list(planted.design.unique()), list(planted.question.unique())
-    for panel, kind, wanted, title in ((axes[0], "null", 0.05, "nothing planted"),
-                                       (axes[1], "truth", 0.9, "a truth planted")):
+    for panel, kind, wanted, title in ((axes[0], "null", 0.05, "data without an effect"),
+                                       (axes[1], "truth", 0.9, "data with an effect")):
         rows = planted[planted.kind == kind]
         column = "rejected" if kind == "null" else "yes"
         worst = rows.groupby(["design", "question"])[column].agg("max" if kind == "null" else "min")
@@ -307,10 +307,10 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
         panel.set_xticks(range(len(questions)), [name.replace("_", " ") for name in questions],
                          rotation=30, ha="right")
         panel.set_title(title)
-    axes[0].set_ylabel("largest share with p of 5 % or less")
+    axes[0].set_ylabel("largest share of p ≤ 5 %")
     axes[1].set_ylabel("smallest share answered yes")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-    return caption(figure, "The worst case of each question over what was planted; "
+    return caption(figure, "The worst case of each question; "
                            f"{planted.datasets.min()} or more simulated data sets each. Dashed: at "
                            "most 5 %, at least 90 %.")
 

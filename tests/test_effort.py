@@ -30,7 +30,11 @@ def test_a_cpu_gets_fewer_epochs_and_no_setting_that_was_given_is_chosen(monkeyp
     assert effort.choose_settings(CPU, BUNNY, {})["epochs"] == effort.LEAST_EPOCHS
     assert effort.LEAST_TUNING <= effort.choose_tuning(CPU, CLIP) <= effort.TUNING
     monkeypatch.setattr(effort, "select_device", lambda name: torch.device("cuda"))
-    assert effort.choose_settings(CPU, BUNNY, {}) == {"modelsize": 1.5, "epochs": effort.EPOCHS}
+    assert effort.choose_settings(CPU, BUNNY, {}) == {
+        "modelsize": 1.5, "epochs": effort.EPOCHS, "optimizer": "adan", "batch_size": 1,
+        "lr": 3.5e-3}
+    assert effort.choose_settings(CPU, BUNNY, {"optimizer": "adam"}) == {
+        "modelsize": 1.5, "epochs": effort.EPOCHS}, "a learning rate suits one optimizer"
     assert effort.choose_tuning(CPU, BUNNY) == effort.TUNING
     assert effort.measure_minutes(CPU, None, tuning=1) is None
 

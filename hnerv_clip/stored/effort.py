@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hnerv_clip.config import Config
+from hnerv_clip.config import PRESETS, Config
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.devices import select_device, set_precision
 from hnerv_clip.engines.plain import PlainEngine
@@ -29,6 +29,7 @@ BACKWARD = 3  # a training step's operations in forward passes
 EPOCHS, TUNING = 300, 60  # on a GPU, and at most
 LEAST_EPOCHS, LEAST_TUNING = 40, 15
 CPU_SETTINGS = {"batch_size": 1, "lr": 3e-3}  # more and larger steps in few epochs
+GPU_SETTINGS = {name: PRESETS["best"][name] for name in ("optimizer", "batch_size", "lr")}
 WARM_UP = 50 / 300  # share of the epochs before the head's loss joins, as in the paper's setting
 
 
@@ -39,7 +40,8 @@ def choose_settings(config: Config, video: Video, given: dict[str, Any]) -> dict
         config: all settings, given or not.
         given: flat parameters by name; they are not chosen.
     Returns:
-        Flat parameters: modelsize, epochs, and on a CPU batch_size, lr, pixel_loss_warmup_epochs.
+        Flat parameters: modelsize, epochs, batch_size, lr, on a CPU pixel_loss_warmup_epochs and
+        on a GPU optimizer.
     """
     chosen: dict[str, Any] = {"modelsize": choose_modelsize(video.frame_hw, len(video.frames)),
                               "epochs": EPOCHS}
@@ -48,6 +50,8 @@ def choose_settings(config: Config, video: Video, given: dict[str, Any]) -> dict
         chosen["epochs"] = _epochs(config, video, CPU_TRAINING, least=LEAST_EPOCHS, most=EPOCHS)
         epochs = int(given.get("epochs", chosen["epochs"]))
         chosen |= CPU_SETTINGS | {"pixel_loss_warmup_epochs": round(WARM_UP * epochs)}
+    elif "optimizer" not in given:  # whose learning rate is another
+        chosen |= GPU_SETTINGS
     return {name: value for name, value in chosen.items() if name not in given}
 
 

@@ -34,7 +34,7 @@ def check_book(folder: Path) -> list[str]:
     names = {path: {tag[key] for tag in page.find_all(True) for key in ("id", "name")
                     if tag.get(key)} for path, page in pages.items()}
     return [f"{path.relative_to(folder.resolve())}: {fault}" for path, page in pages.items()
-            for fault in [*check_links(path, page, folder.resolve(), names),
+            for fault in [*check_links(path, page, folder.resolve(), names), *check_icon(page),
                           *check_pictures(page), *check_outputs(page), *check_weight(path, page)]]
 
 
@@ -59,6 +59,12 @@ def check_links(path: Path, page, folder: Path, names: dict[Path, set[str]]) -> 
                     link.fragment) not in names[target]:
                 faults.append(f"{tag[key]}: {target.name} has no #{link.fragment}")
     return faults
+
+
+def check_icon(page) -> list[str]:
+    """A page without an icon, for which browsers ask the server: an error in their console."""
+    forwards = page.select("meta[http-equiv=Refresh], meta[http-equiv=refresh]")
+    return [] if page.select("link[rel~=icon]") or forwards else ["has no icon"]
 
 
 def check_pictures(page) -> list[str]:

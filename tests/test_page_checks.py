@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("check_pages", ROOT / ".ci" / "check_pages.py")
 check_pages = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(check_pages)
+ICON = '<link rel="icon" href="a.png">'
 GOOD = ('<a href="other.html#there">a</a> <a href="https://example.org">b</a> <a href="#here">c</a>'
         '<h1 id="here">d</h1> <img src="a.png" alt="A curve that rises">')
 
@@ -17,17 +18,20 @@ GOOD = ('<a href="other.html#there">a</a> <a href="https://example.org">b</a> <a
 def book(tmp_path):
     (tmp_path / "book").mkdir()
     (tmp_path / "book" / "a.png").write_bytes(b"x")
-    (tmp_path / "book" / "other.html").write_text('<p id="there">')
+    (tmp_path / "book" / "other.html").write_text(ICON + '<p id="there">')
     return tmp_path
 
 
-def faults(book, html):
-    (book / "book" / "page.html").write_text(html)
+def faults(book, html, icon=ICON):
+    (book / "book" / "page.html").write_text(icon + html)
     return check_pages.check_book(book)
 
 
 def test_a_good_page_has_no_faults(book):
     assert faults(book, GOOD) == []
+    assert faults(book, GOOD, icon="") == ["book/page.html: has no icon"]
+    forward = '<meta http-equiv="Refresh" content="0; url=other.html">'
+    assert faults(book, forward, icon="") == []
     (book / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no .html"):
         check_pages.check_book(book / "empty")

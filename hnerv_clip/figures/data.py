@@ -148,7 +148,7 @@ def plot_similarity_by_lag(raw: np.ndarray, centred: np.ndarray, *, mean_energy:
              ylim=(min(0, centred.min()) - 0.05, 1.02))
     figure.legend(loc="outside upper left", ncols=3)
     return caption(figure, f"The constant mean embedding holds {mean_energy:.0%} of the energy and "
-                           f"scores a cosine of {constant:.2f} with nothing learnt: results are "
+                           f"scores a cosine of {constant:.2f} with nothing learned: results are "
                            f"therefore also given as mean-centered cosine. "
                            f"Teacher: {teacher_label}.")
 

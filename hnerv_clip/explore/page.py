@@ -37,13 +37,13 @@ def find_texts(video: ExploredVideo, texts: Sequence[str]) -> pd.DataFrame:
 def answer_words(table: pd.DataFrame) -> str:
     """Which of the texts the network finds in the video; a sentence."""
     def listed(rows):
-        return ", ".join(f"{row.text} ({row.match:.1f})" for row in rows.itertuples())
+        return ", ".join(f"{row.text} ({row.match:.1f} σ)" for row in rows.itertuples())
 
     found, rest = table[table.found], table[~table.found]
     start = f"Of {len(table)} texts the network finds {len(found)}"
     start += f": {listed(found)}" if len(found) else ""
     start += f"; not distinguished from other names: {listed(rest)}" if len(rest) else ""
-    return start + " (standard deviations above other names at the same place)."
+    return start + ". σ: standard deviations above other names at the same place."
 
 
 def facts_words(video: ExploredVideo) -> str:

@@ -381,7 +381,7 @@ def test_the_comparison_says_what_was_measured():
         "embeddings against the teacher on the decoded frame"]["this project"]
     answers = facts.judged.answers.assign(answer="no")
     none = facts._replace(judged=facts.judged._replace(answers=answers))
-    said = compare.claim_words(none)
+    _, said = compare.claim_words(none)
     assert "no better than that model run on the decoded frame" in said
     assert "but" not in said
 

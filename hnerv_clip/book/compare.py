@@ -142,11 +142,12 @@ def setting_words(facts: Facts) -> str:
 
 
 def claim(results: Path) -> str:
-    """The landing page's first two sentences, in bold."""
-    return f"**{claim_words(read_facts(results))}**\n"
+    """The landing page's first two sentences: what it is, in bold, and what was found."""
+    what, finding = claim_words(read_facts(results))
+    return f"**{what}** {finding}\n"
 
 
-def claim_words(facts: Facts) -> str:
+def claim_words(facts: Facts) -> tuple[str, str]:
     """What a network holds, how fast it is decoded, and what its embeddings are better than."""
     given = facts.judged.answers.pivot(index="question", columns="video", values="answer")
     better, others = ([words for name, words in CLAIMED.items()
@@ -156,10 +157,9 @@ def claim_words(facts: Facts) -> str:
         ("better", better, "and"), ("no better", others, "or")) if words]
     return ("HNeRV-CLIP stores a video as one small neural network that can be played and "
             f"searched: {facts.stored_values / 1e6:.2f} million values, decoded at "
-            f"{round(decoded, -2):,.0f} "
-            f"frames per second on one {facts.device.split()[1]}. For frames that it was not "
-            "trained on, it predicts the embeddings of an image model (the teacher) "
-            f"{', but '.join(said)}.")
+            f"{round(decoded, -2):,.0f} frames per second on one {facts.device.split()[1]}.",
+            "For frames that it was not trained on, it predicts the embeddings of an image model "
+            f"(the teacher) {', but '.join(said)}.")
 
 
 def fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:

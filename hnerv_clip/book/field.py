@@ -193,22 +193,23 @@ def together_answer(together: pd.DataFrame) -> str:
 
 
 def together_verdict(together: pd.DataFrame, *, first: bool, worth: float = 0.005) -> str:
-    """Whether a way of training together adds skill: `yes`, `no`, `cannot tell`, or nothing.
+    """Whether a way of training together adds skill: yes, no, or how far that can be told.
 
-    A pair of one seed says what it shows. Of several, yes: at some λ the 95 % interval of the
-    gain lies above 0 and its mean is `worth` or more; no: every λ gains less on average; all of
-    that in every `where`, else it is not the same everywhere.
+    Yes: everywhere some λ gains `worth` or more, and its 95 % interval over seeds lies above 0.
+    No: every λ gains less than `worth`, with 95 % confidence. Empty without any pair.
     """
-    said = {}
-    for one in compare_together(together):
-        if one.first == first:
-            gain = one.skill
-            clear = gain.difference >= worth and (gain.n == 1 or gain.low > 0)
-            said.setdefault(one.where, []).append(
-                "yes" if clear else "no" if gain.difference < worth else "cannot tell")
-    found = {next(word for word in ("yes", "cannot tell", "no") if word in words)
-             for words in said.values()}
-    return "" if not found else found.pop() if len(found) == 1 else "not the same everywhere"
+    pairs = [one for one in compare_together(together) if one.first == first]
+    if not pairs:
+        return ""
+    clear = {one.where for one in pairs if one.skill.difference >= worth and one.skill.low > 0}
+    if clear == {one.where for one in pairs}:
+        return "yes"
+    if all(one.skill.high < worth for one in pairs):  # NaN of a single pair is not
+        return "no"
+    values = [value for one in pairs for value in one.skill.values]
+    more = sum(value >= worth for value in values)
+    return (f"cannot tell for certain; {more or 'none'} of {len(values)} "
+            f"pair{'' if len(values) == 1 else 's'} of networks gained {worth:g} or more")
 
 
 def _with_range(pair: Paired, unit: str = "", digits: int = 2) -> str:

@@ -98,5 +98,5 @@ def nothing_learnt_words(rows: pd.DataFrame) -> str:
     videos = [f"{name} ({part.psnr_held_db.min():.1f} to {part.psnr_held_db.max():.1f} dB)"
               for name, part in rows.groupby("name", sort=False)]
     return (f"Left out: {join_words(videos)}, by the settings of the other videos: the network "
-            "itself learned next to nothing, so that a field is worse than a constant even in training "
-            "frames.")
+            "itself learned next to nothing, so that a field is worse than a constant even in "
+            "training frames.")

@@ -79,7 +79,7 @@ def test_coordinates_of_a_given_base_are_resized_and_of_a_chosen_one_padded():
 
 def test_the_best_preset_changes_few_values_and_gives_way_to_what_is_named(tmp_path):
     best, plain = Config.from_params(preset="best"), Config.from_params()
-    assert set(plain.diff(best)) == {"batch_size", "lr", "epochs"}
+    assert set(plain.diff(best)) == {"optimizer", "batch_size", "lr", "epochs"}
     assert Config.from_params(preset="best", lr=1e-3).train.lr == 1e-3
     encoded = Config.from_params(**encode_settings({"preset": "best"}, tmp_path / "new"))
     assert (encoded.train.epochs, encoded.video.data_split) == (600, (1, 1, 1))

@@ -29,6 +29,15 @@ def test_two_steps_by_hand():
         0.9 - 0.1 * (mean + 0.92 * difference) / math.sqrt(square), abs=1e-7)
 
 
+def test_a_group_s_own_rate_and_none_without_gradients():
+    first, second, still = (torch.nn.Parameter(torch.ones(1)) for _ in range(3))
+    optimizer = Adan([{"params": [first]}, {"params": [second], "lr": torch.tensor(0.2)},
+                      {"params": [still]}], lr=torch.tensor(0.1))
+    first.grad = second.grad = torch.tensor([2.0])
+    optimizer.step()
+    assert [p.item() for p in (first, second, still)] == pytest.approx([0.9, 0.8, 1], abs=1e-6)
+
+
 def test_a_loaded_state_goes_on_as_the_saved_one(small_dataset, small_config):
     """Through `load_optimizer`, as a resumed run has it: the last gradient counts, too."""
     config = small_config.replace(optimizer="adan", predict_clip=False)

@@ -18,15 +18,24 @@ from hnerv_clip.train.together import TogetherSettings, fit_together
 SETTINGS = TogetherSettings(weight=0.1, epochs=2, boxes=4)
 
 
-@pytest.fixture(scope="module")
-def run(small_config, small_dataset, cache_dir, tmp_path_factory) -> Run:
-    config = small_config.replace(predict_clip=False, epochs=2, field_boxes=8, field_steps=40,
-                                  field_rank=8, field_hidden=16)
-    folder = tmp_path_factory.mktemp("together") / "run"
+def make_run(config, folder: Path, cache_dir) -> Run:
+    config = config.replace(predict_clip=False, epochs=2, field_boxes=8, field_steps=40,
+                            field_rank=8, field_hidden=16)
     train(config, folder, cache_dir=cache_dir, progress=False)
     run = load_run(folder, cache_dir=cache_dir, device="cpu")
     fit_head(run, cache_dir=cache_dir, device="cpu", progress=False)
     return run
+
+
+@pytest.fixture(scope="module")
+def run(small_config, small_dataset, cache_dir, tmp_path_factory) -> Run:
+    return make_run(small_config, tmp_path_factory.mktemp("together") / "run", cache_dir)
+
+
+@pytest.fixture(scope="module")
+def by_adan(small_config, small_dataset, cache_dir, tmp_path_factory) -> Run:
+    return make_run(small_config.replace(optimizer="adan", lr=5e-3),
+                    tmp_path_factory.mktemp("together") / "run", cache_dir)
 
 
 def go_on(run: Run, folder: Path, cache_dir, settings=SETTINGS):
@@ -76,6 +85,12 @@ def test_interrupted_and_resumed_it_ends_alike(run, joined, cache_dir, tmp_path,
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_by_the_run_s_optimizer_it_resumes_alike(by_adan, cache_dir, tmp_path, monkeypatch):
+    go_on(by_adan, tmp_path / "whole", cache_dir)
+    test_interrupted_and_resumed_it_ends_alike(by_adan, tmp_path / "whole", cache_dir, tmp_path,
+                                               monkeypatch)
+
+
 def test_a_weight_of_0_goes_on_with_the_picture_alone(run, cache_dir, tmp_path, monkeypatch):
     engines = []
 
@@ -96,7 +111,10 @@ def test_a_weight_of_0_goes_on_with_the_picture_alone(run, cache_dir, tmp_path, 
     assert not torch.equal(one.decoder[0].conv.weight, two.decoder[0].conv.weight)
 
 
-def test_from_the_first_epoch_without_a_field_s_weight_is_training_itself(run, cache_dir, tmp_path):
+@pytest.mark.parametrize("optimized", ["run", "by_adan"])
+def test_from_the_first_epoch_without_a_field_s_weight_is_training_itself(
+        optimized, request, cache_dir, tmp_path):
+    run = request.getfixturevalue(optimized)
     for weight in (0.0, 0.1):
         go_on(run, tmp_path / f"{weight}", cache_dir,
               TogetherSettings.from_first_epoch(run.config, weight=weight))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ class Adan(torch.optim.Optimizer):
     that a CUDA graph can hold it.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: Tensor):
+    def __init__(self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]], *, lr: Tensor):
         """
         Args:
-            lr: scalar, read at every step.
+            parameters: or groups of them, as of any optimizer of PyTorch.
+            lr: scalar, read at every step; of groups that have none of their own.
         """
         # capturable: a loaded count of steps goes to the parameter's device
         super().__init__(parameters, {"lr": lr, "capturable": True})
@@ -30,8 +32,11 @@ class Adan(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient; all have taken the same number of steps."""
-        group, = self.param_groups
-        parameters = [p for p in group["params"] if p.grad is not None]
+        for group in self.param_groups:
+            if parameters := [p for p in group["params"] if p.grad is not None]:
+                self._step(parameters, group["lr"])
+
+    def _step(self, parameters: list[nn.Parameter], lr: Tensor) -> None:
         for p in parameters:
             if not self.state[p]:
                 self.state[p] = {"step": torch.zeros((), device=p.device)} | {
@@ -58,5 +63,5 @@ class Adan(torch.optim.Optimizer):
         torch._foreach_div_(size, correction3.sqrt())
         torch._foreach_add_(size, EPS)
         torch._foreach_div_(update, size)
-        torch._foreach_mul_(update, group["lr"])
+        torch._foreach_mul_(update, lr)
         torch._foreach_sub_(parameters, update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,10 +51,14 @@ class PlainEngine:
         self.compile_s = 0.0  # spent on compilation so far
         self.part = config.train.batch_size  # frames worked on at once
 
+    def _groups(self) -> list[dict[str, Any]]:
+        """What is trained, as groups of an optimizer; each without its own lr takes the run's."""
+        return [{"params": list(self.model.parameters())}]
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
         if self.config.train.optimizer == "adan":
-            return Adan(self.model.parameters(), lr=self.lr)
-        return torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True,
+            return Adan(self._groups(), lr=self.lr)
+        return torch.optim.Adam(self._groups(), lr=self.lr, fused=True,
                                 capturable=self.device.type == "cuda")
 
     def step(self, indices: Tensor, *, count: int, lr: float, weight: float) -> Tensor:

@@ -85,12 +85,9 @@ class TogetherEngine(PlainEngine):
         self.boxes, self.targets = boxes.to(self.device).float(), targets.to(self.device)
         self.generator = torch.Generator(self.device)
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
+    def _groups(self) -> list[dict[str, Any]]:
         self.field_lr = torch.tensor(self.settings.field_lr, device=self.device)
-        return torch.optim.Adam(
-            [{"params": list(self.model.parameters()), "lr": self.lr},
-             {"params": list(self.field.parameters()), "lr": self.field_lr}],
-            lr=self.lr, fused=True, capturable=self.device.type == "cuda")
+        return [*super()._groups(), {"params": list(self.field.parameters()), "lr": self.field_lr}]
 
     def frame_losses(self, indices: Tensor) -> Tensor:
         """`COLUMNS` of training frames [B]: [4, B]."""
@@ -121,8 +118,8 @@ def fit_together(run: Run, run_dir: str | Path, *, settings: TogetherSettings = 
     """Go on with a finished run's network and a field together, as a run in a folder of its own.
 
     The run itself is not changed, but gets a field where it has none. Frames are shuffled as in
-    the epochs that would follow, and Adam starts anew. The plain engine computes it, whatever the
-    run was trained by: the fused kernels know no field.
+    the epochs that would follow, and the run's optimizer starts anew. The plain engine computes it,
+    whatever the run was trained by: the fused kernels know no field.
 
     With `settings.anew` the run gives the configuration, the data and the seed; its network begins
     with the weights that it once began with, and the field with random ones.

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hnerv_clip.config import PRESETS
+from hnerv_clip.runs.locks import Held, hold
 from hnerv_clip.runs.run_dir import RunDir
 
 optuna = pytest.importorskip("optuna")
@@ -42,14 +43,42 @@ def test_fit_learns_in_its_time_and_reports(tiny):
     assert config.model.modelsize == 0.03
 
 
+def test_the_clock_runs_for_one_process_at_a_time(tiny, tmp_path):
+    def report(part, psnr_db):
+        with pytest.raises(Held), hold(tmp_path / "lock"):
+            pass
+        parts.append(part)
+    parts = []
+    recipe.fit(recipe.sized_config(TINY, {"device": "cpu"}), seconds=0.2, report=report,
+               lock=tmp_path / "lock")
+    assert parts
+    with hold(tmp_path / "lock"):
+        pass
+
+
+def test_the_search_begins_with_the_preset():
+    """Known trials lie in the space, and the first stands for the preset `best`."""
+    for known in recipe.KNOWN:
+        assert set(known) == set(recipe.SPACE)
+        for name, value in known.items():
+            values = recipe.SPACE[name]
+            assert value in values if isinstance(values, list) else values[0] <= value <= values[1]
+    settings = recipe.trial_settings(optuna.trial.FixedTrial(recipe.KNOWN[0]))
+    cells = settings.pop("cells")
+    found, best = (recipe.sized_config({"data_path": "bunny", "frame_limit": 8}, more | {
+        "cells": cells}) for more in (settings, {**PRESETS["best"], "epochs": 300}))
+    assert found == best
+
+
 def test_a_search_tries_what_is_known_first_and_goes_on(tmp_path):
     """In a process of its own; a trial that was stopped before counts as failed."""
     recipe.open_study(tmp_path).ask()
     study = recipe.search(tmp_path, trials=2, seconds=0.1, minutes=1, workers=1, device="cpu",
                           segments=SEGMENTS)
-    assert [trial.state.name for trial in study.trials] == [
+    assert [trial.state.name for trial in study.trials[:3]] == [
         "FAIL", "COMPLETE", "COMPLETE"]
-    assert [t.params["cells"] for t in study.trials[1:3]] == [8, 32]
+    assert {trial.state.name for trial in study.trials[3:]} == {"WAITING"}
+    assert [t.params["batch_size"] for t in study.trials[1:3]] == [1, 2]
     for trial in study.trials[1:3]:
         assert recipe.sized_config(TINY, trial.user_attrs["settings"])
         assert trial.value == pytest.approx(

@@ -2,6 +2,8 @@
 
 `search` fits segments of several videos for a fixed time each, by settings that Optuna proposes;
 many processes share the GPUs and one journal file, and a search that was stopped can be resumed.
+On a GPU one process at a time takes its timed steps while the others compile, so that the time is
+fair.
 `compare` then trains the winner and the faithful preset on whole videos and seeds that the search
 did not see, one run at a time, to equal size and in equal time.
 """
@@ -34,15 +36,16 @@ from hnerv_clip.files import read_json, write_json
 from hnerv_clip.losses import learning_rate
 from hnerv_clip.model import build_model
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs.locks import hold
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.sizes import LEAST_SIZE, VALUES_PER_PIXEL, choose_strides
 from hnerv_clip.train import epoch_order, train
 
 # What the search sees; all of `bunny`, and any other file, is left for the comparison
 SEGMENTS: dict[str, dict[str, Any]] = {
+    "bunny": {"data_path": "bunny", "frame_limit": 32},
     "bikes": {"data_path": "bikes", "frame_limit": 64},
     "carphone": {"data_path": "carphone", "frame_limit": 64},
-    "bunny": {"data_path": "bunny", "frame_limit": 32},
 }
 FAITHFUL = {"batch_size": 2, "lr": 1e-3}  # the paper's
 BASE = {"predict_clip": False, "data_split": "1_1_1"}
@@ -51,10 +54,28 @@ PROBE_S = 3.0  # of steps, that tell how long one takes
 WARM_UP = 8  # steps before the clock starts: they compile and capture
 REPORTS = 4  # of a fit, at which it may be pruned
 STUDY = "recipe"
-SEARCHED_LOSSES = ("L2", "Fusion10")
-# Tried first: what was best so far, and a finer embedding
-KNOWN = tuple({"ks": "0_1_5", "reduce": 1.2, "lr": 2e-3, "embedding_channels": channels,
-               "cells": cells, "loss": "L2"} for channels, cells in ((16, 8), (8, 32)))
+# By name: all the values of a setting, or the limits of a number. The fused engine knows them all
+SPACE: dict[str, list[Any] | tuple[float, float]] = {
+    "lr": (1.5e-3, 8e-3),
+    "batch_size": [1, 2],
+    "warm_up": (0.02, 0.3),  # share of training
+    "loss": ["L2", "Fusion6"],
+    "act": ["gelu", "swish", "sin"],
+    "ks": ["0_1_3", "0_1_5", "0_1_7", "0_3_3", "0_3_5"],
+    "num_blks": ["1_1", "1_2", "2_1"],
+    "reduce": (1.0, 1.5),
+    "encoder_width": [32, 64],
+    "embedding_channels": [4, 8, 16, 32],
+    "cells": [2, 8, 32, 128],
+}
+# The preset `best`, and single changes of it: what the search begins with
+PRESET = {"lr": PRESETS["best"]["lr"], "batch_size": PRESETS["best"]["batch_size"], "warm_up": 0.1,
+          "loss": "L2", "act": "gelu", "ks": "0_1_5", "num_blks": "1_1", "reduce": 1.2,
+          "encoder_width": 64, "embedding_channels": 16, "cells": 8}
+KNOWN = tuple(PRESET | change for change in (
+    {}, {"batch_size": 2}, {"lr": 5e-3}, {"lr": 2.5e-3}, {"cells": 32, "embedding_channels": 8},
+    {"embedding_channels": 8}, {"encoder_width": 32}, {"reduce": 1.35}, {"ks": "0_3_5"},
+    {"warm_up": 0.2}, {"num_blks": "1_2"}, {"act": "sin"}))
 
 
 class Fit(NamedTuple):
@@ -67,12 +88,14 @@ class Fit(NamedTuple):
 
 
 def fit(config: Config, *, seconds: float, cache_dir: str | Path = "output/cache",
+        lock: Path | None = None,
         report: Callable[[int, float], Any] = lambda part, psnr_db: None) -> Fit:
     """Train for some seconds of steps and measure; the learning rate follows the clock.
 
     Args:
         config: `epochs` is not used; the device is `device`'s.
         seconds: of training steps, without compilation and evaluation.
+        lock: a file that one process at a time holds while its clock runs.
         report: called after each of `REPORTS` equal parts with its number and the training frames'
             mean PSNR since the last.
     """
@@ -88,25 +111,28 @@ def fit(config: Config, *, seconds: float, cache_dir: str | Path = "output/cache
     batches: list[torch.Tensor] = []
     progress, steps, epoch, parts, seen, total = 0.0, 0, 0, 0, 0, 0.0
     began = time.perf_counter()
-    while progress < 1:
-        if not batches:
-            order = epoch_order(dataset.split.train, seed=options.seed, epoch=epoch)
-            batches = list(order.to(device).split(options.batch_size))
-            epoch += 1
-        indices = batches.pop()
-        sums = engine.step(indices, count=len(indices), weight=0.0, lr=learning_rate(
-            progress, lr=options.lr, lr_type=options.lr_type))
-        total, seen, steps = total + sums[3], seen + len(indices), steps + 1
-        if steps == WARM_UP:
-            synchronise(device)
-            began = time.perf_counter()
-        if steps > WARM_UP and (steps % 16 == 0 or device.type == "cpu"):
-            synchronise(device)
-            progress = (time.perf_counter() - began) / seconds
-            if progress * REPORTS >= parts + 1 and parts < REPORTS:
-                report(parts, float(total) / seen)
-                parts, seen, total = int(progress * REPORTS), 0, 0.0
-    elapsed = time.perf_counter() - began
+    with contextlib.ExitStack() as alone:
+        while progress < 1:
+            if not batches:
+                order = epoch_order(dataset.split.train, seed=options.seed, epoch=epoch)
+                batches = list(order.to(device).split(options.batch_size))
+                epoch += 1
+            indices = batches.pop()
+            sums = engine.step(indices, count=len(indices), weight=0.0, lr=learning_rate(
+                progress, lr=options.lr, lr_type=options.lr_type))
+            total, seen, steps = total + sums[3], seen + len(indices), steps + 1
+            if steps == WARM_UP:
+                synchronise(device)
+                if lock:
+                    alone.enter_context(hold(lock, wait=True))
+                began = time.perf_counter()
+            if steps > WARM_UP and (steps % 16 == 0 or device.type == "cpu"):
+                synchronise(device)
+                progress = (time.perf_counter() - began) / seconds
+                if progress * REPORTS >= parts + 1 and parts < REPORTS:
+                    report(parts, float(total) / seen)
+                    parts, seen, total = int(progress * REPORTS), 0, 0.0
+        elapsed = time.perf_counter() - began
     engine.sync()
     psnr_db = evaluate_model(model, dataset).psnr_db.mean()
     return Fit(float(psnr_db), steps, elapsed / max(1, steps - WARM_UP),
@@ -115,13 +141,11 @@ def fit(config: Config, *, seconds: float, cache_dir: str | Path = "output/cache
 
 def trial_settings(trial: optuna.Trial) -> dict[str, Any]:
     """The settings that a trial stands for, flat, as `sized_config` takes them."""
-    channels = trial.suggest_categorical("embedding_channels", [4, 8, 16, 32])
-    return {"ks": trial.suggest_categorical("ks", ["0_1_3", "0_1_5", "0_3_5"]),
-            "reduce": trial.suggest_float("reduce", 1.0, 1.4),
-            "lr": trial.suggest_float("lr", 1e-3, 3.5e-3, log=True),
-            "enc_dim": f"64_{channels}",
-            "cells": trial.suggest_categorical("cells", [8, 32, 128]),
-            "loss": trial.suggest_categorical("loss", list(SEARCHED_LOSSES))}
+    found = {name: trial.suggest_categorical(name, values) if isinstance(values, list) else
+             trial.suggest_float(name, *values, log=name == "lr") for name, values in SPACE.items()}
+    width, channels = found.pop("encoder_width"), found.pop("embedding_channels")
+    return {"optimizer": PRESETS["best"]["optimizer"], "enc_dim": f"{width}_{channels}",
+            "lr_type": f"cosine_{found.pop('warm_up'):g}_1_0.1", **found}
 
 
 def sized_config(video: dict[str, Any], settings: dict[str, Any]) -> Config:
@@ -142,24 +166,28 @@ def sized_config(video: dict[str, Any], settings: dict[str, Any]) -> Config:
 
 
 def objective(trial: optuna.Trial, *, segments: dict[str, dict[str, Any]], seconds: float,
-              device: str = "auto") -> float:
+              device: str = "auto", lock: Path | None = None) -> float:
     """Mean PSNR over the segments; a trial that falls behind the median is pruned.
 
     Args:
         segments: flat settings of each, by name.
         seconds: of training steps for each.
+        lock: see `fit`.
     Raises:
         optuna.TrialPruned: it fell behind, became NaN, or its settings fit no network.
     """
     settings, figures = trial_settings(trial), {}
     for number, (name, segment) in enumerate(segments.items()):
-        def report(part: int, psnr_db: float, number: int = number) -> None:
-            trial.report(psnr_db, number * REPORTS + part)
+        before = sum(figure.psnr_db for figure in figures.values())
+
+        def report(part: int, psnr_db: float, number: int = number, before: float = before) -> None:
+            # A pruner looks at the best report, so that they must rise from segment to segment
+            trial.report(before + psnr_db, number * REPORTS + part)
             if trial.should_prune() or not math.isfinite(psnr_db):
                 raise optuna.TrialPruned
         try:
             figures[name] = fit(sized_config(segment, settings | {
-                "seed": SEARCH_SEED, "device": device}), seconds=seconds, report=report)
+                "seed": SEARCH_SEED, "device": device}), seconds=seconds, lock=lock, report=report)
         except (ConfigError, torch.cuda.OutOfMemoryError) as error:
             trial.set_user_attr("error", str(error))
             raise optuna.TrialPruned from error
@@ -186,10 +214,10 @@ def search(folder: str | Path, *, seconds: float, minutes: float, workers: int =
     No trial begins after the time, and the one that is under way ends.
 
     Args:
-        folder: of the journal; results go to its trials.json.
-        seconds: of training steps for each segment. Processes that share a GPU share its time, so
-            give n processes n times as much.
-        workers: processes, spread over the GPUs; 0 for one on each GPU, or one on the CPU.
+        folder: of the journal; results go to its trials.json after each trial.
+        seconds: of training steps for each segment.
+        workers: processes, spread over the GPUs; 0 for one on each GPU, or one on the CPU. With
+            four or more on a GPU, it seldom waits for a compilation.
         trials: also stop after so many of each process.
         segments: what is fitted, see `objective`.
     """
@@ -207,10 +235,15 @@ def search(folder: str | Path, *, seconds: float, minutes: float, workers: int =
         process.start()
     for process in processes:
         process.join()
+    write_trials(study, folder)
+    return study
+
+
+def write_trials(study: optuna.Study, folder: Path) -> None:
+    """All trials so far, a row each, to the folder's trials.json."""
     write_json(folder / "trials.json", {"trials": [
         {"number": t.number, "state": t.state.name, "value": t.value, "params": t.params,
          **t.user_attrs} for t in study.trials]})
-    return study
 
 
 def _work(gpu: str, folder: Path, seconds: float, timeout: float, trials: int | None, device: str,
@@ -220,9 +253,12 @@ def _work(gpu: str, folder: Path, seconds: float, timeout: float, trials: int | 
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     else:
         torch.set_num_threads(1)
+    lock = folder / f"gpu{gpu}.lock" if gpu else None
     open_study(folder).optimize(
-        lambda trial: objective(trial, segments=segments, seconds=seconds, device=device),
-        timeout=timeout, n_trials=trials, catch=(RuntimeError,))
+        lambda trial: objective(trial, segments=segments, seconds=seconds, device=device,
+                                lock=lock),
+        timeout=timeout, n_trials=trials, catch=(RuntimeError,),
+        callbacks=[lambda study, _: write_trials(study, folder)])
 
 
 def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: Iterable[str],
@@ -277,8 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
                                                                      "goes on")
     parser.add_argument("--workers", type=int, default=0, help="of the search, spread over the "
                         "GPUs (0: one on each); several share one")
-    parser.add_argument("--fit_seconds", type=float, default=20, help="of each segment's fit, "
-                        "shared by the processes of its GPU")
+    parser.add_argument("--fit_seconds", type=float, default=10, help="of each segment's fit")
     parser.add_argument("--seconds", type=float, nargs="+", default=[60, 180],
                         help="of each whole run of the comparison")
     parser.add_argument("--videos", nargs="+", default=["bunny"])

@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
 
 import hnerv_clip
 from hnerv_clip.bench import decoding, rate_gpu, rate_quality
+from hnerv_clip.config import ConfigError
+from hnerv_clip.evaluate import evaluate_stored
+from hnerv_clip.study import decoded
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +55,59 @@ def test_the_books_results_take_it(folder):
     assert kept["points"][2]["history"][0].keys() == {"epoch", "psnr_db", "rate_bpp"}
     assert rate_quality.head_of(kept) == rate_quality.FIELD
     assert rate_quality.fine_tuning_words(kept["points"][2])
+
+
+def measure_decoded(path, small_config, cache_dir, **changes):
+    settings = {name: value for name, value in small_config.params().items()
+                if name in ("data_path", "crop_list", "resize_list", "frame_stride", "frame_limit",
+                            "data_split")}
+    return decoded.measure_file(path, settings | changes, cache_dir=cache_dir, device="cpu")
+
+
+def test_a_files_field_is_compared_with_the_teacher_on_its_frames(
+        folder, small_config, small_dataset, cache_dir, monkeypatch):
+    path = folder / "8_bits.hnerv"
+    monkeypatch.setattr(decoded, "TEST_BOXES", 4)
+    rows = measure_decoded(path, small_config, cache_dir)
+    assert [(row["frames"], row["n"], row["asked"]) for row in rows] == [
+        (frames, n, asked) for frames, n in (("train", 10), ("held_out", 2))
+        for asked in ("any box", "patches")]
+    table, rate_bpp = evaluate_stored(path, small_dataset, device=torch.device("cpu"))
+    for row in rows:  # held-out frames come from interpolated embeddings
+        source = "encoder" if row["frames"] == "train" else "interpolated"
+        own = table[(table.source == source) & ((table.split == "train") == (source == "encoder"))]
+        assert row["psnr_db"] == pytest.approx(own.psnr_db.mean(), abs=0.02)
+        assert row["rate_bpp"] == pytest.approx(rate_bpp, abs=1e-5)
+        assert 0 < row["field_bytes"] < row["size_bytes"]
+        assert row["decoded_skill"] < 0.9 and row["decoded_centered"] < 0.95
+    # frames that are decoded without a loss are as good as the video, and the field as it was
+    monkeypatch.setattr(decoded, "_decode", lambda _, video, __, chosen: (video.frames[chosen], 99))
+    for row, exact in zip(rows, measure_decoded(path, small_config, cache_dir), strict=True):
+        assert exact["decoded_skill"] > 0.99 and exact["decoded_centered"] > 0.99
+        assert exact["skill"] == row["skill"] and exact["centered"] == row["centered"]
+
+
+def test_another_video_and_a_file_without_a_field_are_refused(folder, trained_run, small_config,
+                                                              cache_dir):
+    with pytest.raises(ConfigError, match="12 frames of 80×160, but bunny as it is read here 6 fr"):
+        measure_decoded(folder / "8_bits.hnerv", small_config, cache_dir, frame_limit=6)
+    with pytest.raises(ConfigError, match="holds no field"):
+        measure_decoded(f"{trained_run}/video.hnerv", small_config, cache_dir)
+
+
+def test_the_command_measures_a_file_once_and_publishes(folder, small_config, cache_dir, tmp_path,
+                                                        monkeypatch):
+    calls = []
+
+    def measure(path, settings, **_):
+        calls.append((path.name, settings))
+        return [{"video": "bunny", "digest": decoded.file_digest(path)[:16], "frames": "train",
+                 "asked": asked} for asked in ("any box", "patches")]
+    monkeypatch.setattr(decoded, "measure_file", measure)
+    monkeypatch.setattr(decoded, "resolve_path", lambda _: tmp_path)
+    files = [str(folder / name) for name in ("8_bits.hnerv", "4_bpp.hnerv")]
+    for _ in range(2):
+        decoded.main([str(tmp_path / "rows.json"), *files, "-p", "data_path", "bunny", "--publish"])
+    assert calls == [(name, {"data_path": "bunny"}) for name in ("8_bits.hnerv", "4_bpp.hnerv")]
+    found = json.loads((tmp_path / decoded.FILE).read_text())
+    assert len(found["rows"]) == 4 and "not CLIP" in found["about"]["teacher"]

@@ -139,8 +139,8 @@ def test_hold_outs_are_averaged_over_videos_that_have_all_of_them(tmp_path):
     assert "from 0.50 to 0.40 with one frame in 5 held out (0.10 to 0.10 lost)" in words
     assert "from 0.45 to 0.25 with blocks of 2 s held out (0.15 to 0.25 lost)" in words
     assert "over 2 videos" in words and "have 0.90 and 0.90 there" in words
-    assert "bikes (25.0 to 25.0 dB)" in hold_outs.nothing_learnt_words(nothing)
-    assert hold_outs.nothing_learnt_words(nothing[:0]) == ""
+    assert "bikes (25.0 to 25.0 dB)" in hold_outs.nothing_learned_words(nothing)
+    assert hold_outs.nothing_learned_words(nothing[:0]) == ""
     assert hold_outs.origin_words(found) == "a CPU, commit 0123456789ab"
     row = hold_outs.hold_out_rows(found)[0]
     assert (row["video"], row["seeds"]) == ("bunny", "2")

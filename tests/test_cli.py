@@ -5,9 +5,12 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 
 from hnerv_clip import cli
 from hnerv_clip.config import Config, ConfigError, param_names, settings_table
+from hnerv_clip.teachers import efficientnet, sentences
+from hnerv_clip.teachers.imagenet import imagenet_classes
 
 # The original description's own command, less what is named differently here
 KNOWN = """--data_split 4_5_5 --enc_strds 5 4 4 2 2 --dec_strds 5 4 4 2 2
@@ -76,7 +79,8 @@ def test_a_missing_run_is_an_error_without_a_traceback(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tmp_path, capsys):
+def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tmp_path, capsys,
+                                      monkeypatch):
     outf, cache = str(tmp_path / "main"), ["--cache_dir", str(cache_dir)]
     settings = [word for name, value in small_config.params().items()
                 for word in (f"--{name}", str(value))]
@@ -104,7 +108,13 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     assert inside.count("not CLIP); 96 patches") == 2 and inside.count("bunny") == 4
     assert cli.main(["search", index, "hare", ""]) == 1
     assert "empty query" in capsys.readouterr().err
+    monkeypatch.setattr(sentences, "_folder", lambda: None)  # whether it is installed or not
     assert cli.main(["search", outf, "a rabbit in love", *cache]) == 2
     assert "ImageNet class" in capsys.readouterr().err
+    monkeypatch.setattr(efficientnet, "has_sentences", lambda: True)
+    monkeypatch.setattr(efficientnet, "class_mixture", lambda _: (
+        torch.eye(1000)[imagenet_classes("hare")], torch.ones(1)))
+    assert cli.main(["search", outf, "a rabbit in love", "--top_k", "2", *cache]) == 0
+    assert "a rabbit in love" in capsys.readouterr().out
     assert cli.main(["train", "--outf", outf, *cache, *settings, "--epochs", "9"]) == 1
     assert "epochs: 4 there, 9 asked" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """The semantic field: its parts against plain computations, its fit, its questions, bad input."""
 
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,7 @@ from hnerv_clip.runs.run_dir import RunError
 from hnerv_clip.search import boxes as search_boxes
 from hnerv_clip.study import labels
 from hnerv_clip.teachers import boxes as box_targets
+from hnerv_clip.teachers import cached_embeddings
 from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes, embed_boxes
 from hnerv_clip.train import train
 from hnerv_clip.verify import run as verifying
@@ -351,6 +354,15 @@ def test_a_run_with_a_field_alone_is_verified(run, field, cache_dir):
     (folder / FIELD).write_bytes(whole + b"0")  # another field is another answer
     assert not verifying.is_verified(folder)
     (folder / FIELD).write_bytes(whole)
+
+
+def test_what_a_verification_asks_of_the_teacher_is_kept(run, monkeypatch, tmp_path):
+    answers = torch.nn.functional.normalize(torch.rand(12, len(run.dataset.grid), 1280), dim=-1)
+    monkeypatch.setattr(verifying, "run_teacher", lambda *args, **_: answers)
+    asked = replace(run, dataset=replace(run.dataset, embeddings=None))
+    verifying.reference_embeddings(asked, SimpleNamespace(label="a teacher"), cache_dir=tmp_path)
+    kept = cached_embeddings(run.dataset.video, run.dataset.grid, run.config.teacher, tmp_path)
+    torch.testing.assert_close(kept, answers)
 
 
 def test_a_field_is_verified_beside_a_clip_head_where_it_is_asked_for(run, field, monkeypatch):

@@ -73,7 +73,7 @@ def test_apart_keeps_one_of_a_still_moment():
     assert len(index.search(query, 1000, apart=40)) == 6  # one of each position
 
 
-def test_cells_are_learnt_from_all_videos():
+def test_cells_are_learned_from_all_videos():
     videos = [drifting(1, frames, patches, 8)[0] for frames, patches in ((5, 2), (7, 4), (1, 1))]
     flat = np.concatenate([video.reshape(-1, 8) for video in videos])
     for count in (3, 20, 1000):

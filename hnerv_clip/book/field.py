@@ -117,7 +117,7 @@ def read_together(folder: str | Path) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Together:
-    """Networks trained together at a λ, less those that learnt the picture alone for as long.
+    """Networks trained together at a λ, less those that learned the picture alone for as long.
 
     first: from the first epoch; else after the network had been trained.
     """
@@ -158,7 +158,7 @@ def compare_together(together: pd.DataFrame) -> list[Together]:
 
 
 def together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
-    """Means over seeds, and differences to what learnt the picture alone for as long, in words.
+    """Means over seeds, and differences to what learned the picture alone for as long, in words.
 
     A row for each of `where`, way and λ: skill at any box and PSNR on held-out frames.
     """

@@ -23,7 +23,7 @@ def read_hold_outs(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, dict
     training to held-out frames.
 
     Returns:
-        (rows, those whose network learnt nothing, about). On the latter a field is no better than
+        (rows, those whose network learned nothing, about). On the latter a field is no better than
         a constant even in training frames. All empty where nothing was measured.
     """
     if not (resolve_path(folder) / FILE).is_file():
@@ -91,8 +91,8 @@ def origin_words(rows: pd.DataFrame) -> str:
         for device, part in rows.groupby("device", sort=False))
 
 
-def nothing_learnt_words(rows: pd.DataFrame) -> str:
-    """Which networks learnt nothing, as a sentence; empty without any."""
+def nothing_learned_words(rows: pd.DataFrame) -> str:
+    """Which networks learned nothing, as a sentence; empty without any."""
     if rows.empty:
         return ""
     videos = [f"{name} ({part.psnr_held_db.min():.1f} to {part.psnr_held_db.max():.1f} dB)"

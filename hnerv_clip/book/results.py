@@ -145,7 +145,7 @@ def change_words(kind: str, variant: str) -> str:
 
 
 def learning(runs: pd.DataFrame) -> pd.DataFrame:
-    """What base runs learnt of held-out frames, a row per video and kind.
+    """What base runs learned of held-out frames, a row per video and kind.
 
     Returns:
         video, kind, given, n (seeds); Means skill, between, anywhere, over_neighbour,
@@ -244,7 +244,7 @@ def pareto_optimal(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 
 def teacher_labels(runs: pd.DataFrame) -> str:
-    """Whose embeddings the runs learnt from."""
+    """Whose embeddings the runs learned from."""
     return ", ".join(dict.fromkeys(runs.teacher_label.dropna()))
 
 

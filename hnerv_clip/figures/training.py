@@ -25,7 +25,7 @@ def plot_training(metrics: pd.DataFrame, *, warmup_epochs: int, teacher_label: s
     Args:
         metrics: a run's metrics.csv.
         warmup_epochs: epochs of the pixel phase; its end is marked.
-        teacher_label: whose embeddings are learnt; empty for a run without the head.
+        teacher_label: whose embeddings are learned; empty for a run without the head.
     """
     with_clip = metrics.clip_loss.notna().any()
     figure, axes = new_figure(1, 3 if with_clip else 2, height=2.7)

@@ -5,7 +5,7 @@
 Of one trained network, the same field is fitted afterwards on it as it is (`frozen`), and on what
 becomes of it when it goes on with a field at each λ (`train.together`). λ = 0 goes on with the
 picture alone, so that more epochs are not taken for what λ does. And on a network of the same seed
-that learnt picture and field together from its first epoch, in as many epochs as the frozen one.
+that learned picture and field together from its first epoch, in as many epochs as the frozen one.
 The command does this with small networks, for a CPU.
 """
 

@@ -1,1 +1,1 @@
-"""Is what a CLIP head learnt real? Baselines, tests, a verdict, and its report."""
+"""Is what a CLIP head learned real? Baselines, tests, a verdict, and its report."""

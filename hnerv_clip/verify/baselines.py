@@ -1,4 +1,4 @@
-"""Controls and baselines for a learnt prediction: shuffles, means, and neighbours.
+"""Controls and baselines for a learned prediction: shuffles, means, and neighbours.
 
 Every function returns, like a prediction, unit vectors [N, P, D] for some frames. Baselines see the
 teacher's embeddings of the training frames only.

@@ -29,11 +29,13 @@ from hnerv_clip.runs.provenance import code_version
 from hnerv_clip.runs.run_dir import FIELD, RunDir, RunError, write_atomic, write_json
 from hnerv_clip.teachers import (
     Teacher,
+    cache_path,
     encode_queries,
     load_teacher,
     parse_queries,
     run_teacher,
 )
+from hnerv_clip.teachers.cache import write_cache
 from hnerv_clip.verify.evidence import Evidence
 from hnerv_clip.verify.report import report_text, summary
 from hnerv_clip.verify.scores import Verification, verify_embeddings
@@ -54,7 +56,8 @@ def held_out_frames(run: Run) -> np.ndarray:
 
 def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near: int = 2,
                labels: str | Iterable[str] = "", all_sources: bool = False,
-               by_field: bool = False) -> dict[str, Verification]:
+               by_field: bool = False, cache_dir: str | Path | None = None
+               ) -> dict[str, Verification]:
     """Verify what a run predicts for the frames that it did not train on.
 
     It predicts by its CLIP head, or, where it was trained without one, by its field, which is asked
@@ -69,6 +72,7 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
         labels: texts to rank and label patches by, see `teachers.parse_queries`; none by default.
         all_sources: also what a hybrid model predicts when its encoder sees the held-out frame.
         by_field: by its field even where it has a CLIP head.
+        cache_dir: keeps what the teacher says of the patches, where it was not asked before.
     Returns:
         {source: its Verification}, the prediction last; see `inference.sources_of`.
     Raises:
@@ -83,7 +87,7 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
     model, dataset = run.model, run.dataset
     train, held_out = dataset.split.train, held_out_frames(run)
     teacher = teacher or load_teacher(run.config.teacher, next(model.parameters()).device)
-    reference = reference_embeddings(run, teacher)
+    reference = reference_embeddings(run, teacher, cache_dir=cache_dir)
     texts = encode_queries(parse_queries(labels), teacher) if labels else None
     _, side_file = store_embeddings(reference, train, head_bytes(run, by_field=by_field))
     studies = {}
@@ -100,15 +104,22 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
     return studies
 
 
-def reference_embeddings(run: Run, teacher: Teacher) -> np.ndarray:
+def reference_embeddings(run: Run, teacher: Teacher, *, cache_dir: str | Path | None = None
+                         ) -> np.ndarray:
     """The teacher's own embeddings of the run's patches: [T, P, D].
 
     The teacher is asked where the network was trained without it, and they are not cached.
+
+    Args:
+        cache_dir: where they are kept for the next time that the run is loaded.
     """
     data = run.dataset
     known = data.embeddings
     if known is None:
-        known = run_teacher(teacher, data.video.frames, data.grid, progress=False)
+        known = run_teacher(teacher, data.video.frames, data.grid, progress=False).float()
+        if cache_dir is not None:
+            write_cache(cache_path(data.video, data.grid, run.config.teacher, cache_dir), known,
+                        {"video": data.video.name, "teacher": teacher.label})
     return check_embeddings(known, "teacher")
 
 
@@ -274,7 +285,8 @@ def verify_folders(folders: Iterable, *, cache_dir: str | Path = "output/cache",
             name = run.dataset.teacher_name
             if name not in teachers:
                 teachers[name] = load_teacher(run.config.teacher, device)
-            write_verification(run, verify_run(run, teacher=teachers[name], **asked),
+            write_verification(run, verify_run(run, teacher=teachers[name],
+                                               cache_dir=cache_dir, **asked),
                                labels=labels)
         except (RunError, ValueError) as error:
             failed[folder] = error

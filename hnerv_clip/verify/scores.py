@@ -1,4 +1,4 @@
-"""Is what the CLIP head learnt real? The verification study: measures and their intervals.
+"""Is what the CLIP head learned real? The verification study: measures and their intervals.
 
 Pure functions on arrays: predicted p and teacher g, unit vectors [T, P, D]. A raw cosine is high
 for any prediction, because the embeddings of one video share most of their direction; so beside it

@@ -5,8 +5,9 @@ import json
 import pandas as pd
 import pytest
 
+from hnerv_clip import figures
+from hnerv_clip.book import decoded, hold_outs
 from hnerv_clip.book import field as book
-from hnerv_clip.book import hold_outs
 from hnerv_clip.book.results import ResultsError
 
 
@@ -203,3 +204,48 @@ def test_boxes_drawn_by_hand_are_counted_for_field_and_teacher(folder):
         "finds 1 of 2 boxes (2 by name), with overlaps of 0.25 (0.50).")
     assert [row["who"] for row in book.labelled_rows(labelled)][:4] == [
         "teacher", "teacher, in words", "field", "field, in words"]
+
+
+def test_other_seeds_of_the_largest_field_are_told_beside_the_first(folder):
+    content = json.loads((folder / book.FILE).read_text())
+    content["rows"] = [row | {"eight_held": 0.6} for row in content["rows"]]
+    (folder / book.FILE).write_text(json.dumps(content))
+    assert book.seed_words(book.read_fields(folder)) == "One seed."
+    content["seeds"] = [{"video": "bunny", "seed": seed, "any_held": skill, "eight_held": 0.6}
+                        for seed, skill in ((1, 0.92), (2, 0.88))]
+    (folder / book.FILE).write_text(json.dumps(content))
+    said = book.seed_words(book.read_fields(folder))  # 0.9 is the first's
+    assert "0.900 ± 0.020 at any box and 0.600 ± 0.000 at the eight patches on bunny (3)" in said
+
+
+def decoded_file(digest, rate, field, teacher, *, held=0, psnr=35.0):
+    parts = [("train", 10, 0.0)] + ([("held_out", held, 0.1)] if held else [])
+    return [{"video": "bunny", "digest": digest, "size_bytes": int(1e5 * rate), "rate_bpp": rate,
+             "modelsize": 1.2, "frames": frames, "n": n, "asked": asked, "psnr_db": psnr,
+             "skill": field, "centered": field, "decoded_skill": teacher - less,
+             "decoded_centered": teacher - less}
+            for frames, n, less in parts for asked in (decoded.ANY, decoded.PATCHES)]
+
+
+def test_a_files_field_stands_beside_the_teacher_on_its_frames(tmp_path):
+    assert decoded.read_decoded(tmp_path)[0].empty
+    rows = [*decoded_file("a", 0.05, 0.8, 0.85, held=2), *decoded_file("b", 0.03, 0.8, 0.7, held=2),
+            *decoded_file("c", 0.09, 0.8, 0.9)]
+    (tmp_path / decoded.FILE).write_text(json.dumps({"about": {"teacher": "T"}, "rows": rows}))
+    found, about = decoded.read_decoded(tmp_path)
+    assert about == {"teacher": "T"}
+    assert list(found.curve.unique()) == ["bunny, 1.2 M", "bunny, all frames, 1.2 M"]
+    assert decoded.decoded_answer(found) == (
+        "Of the stored files the field is closer to the teacher in training frames at any box in "
+        "1 of 3, in training frames at the patches in 1 of 3, in held-out frames at any box in 2 "
+        "of 2 and in held-out frames at the patches in 2 of 2.")
+    assert "on bunny in held-out frames 0.80 against 0.60 at 0.030 bits per pixel (35.0 dB) and " \
+        "0.80 against 0.75 at 0.050" in decoded.decoded_words(found)
+    table = decoded.decoded_rows(found)
+    assert len(table) == 5 and table[0]["bits per pixel"] == "0.0300"
+    assert table[1] == {"trained on": "bunny, 1.2 M", "frames": "held-out frames",
+                        "bits per pixel": "0.0300", "PSNR (dB)": "35.00",
+                        "any box: field": "0.800 (0.80)", "any box: decoded": "0.600 (0.60)",
+                        "patches: field": "0.800 (0.80)", "patches: decoded": "0.600 (0.60)"}
+    figure = figures.plot_decoded(found[found.asked == decoded.ANY], teacher_label="T")
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2, 2, 2, 2, 1, 1]

@@ -9,6 +9,7 @@ from hnerv_clip.figures.data import (
     plot_split,
 )
 from hnerv_clip.figures.field import (
+    plot_decoded,
     plot_field_boxes,
     plot_field_limit,
     plot_field_rate,
@@ -52,10 +53,11 @@ from hnerv_clip.figures.verification import (
 )
 
 __all__ = ["PALETTE", "blend_heat", "heat_image", "lay_heat", "plot_ablation", "plot_answers",
-           "plot_box_hits", "plot_calibration", "plot_conditions", "plot_decoding_speed",
-           "plot_differences", "plot_embedding_map", "plot_fidelity", "plot_field_boxes",
-           "plot_field_limit", "plot_field_rate", "plot_frame_quality", "plot_frame_similarity",
-           "plot_frames", "plot_growth", "plot_heat_maps", "plot_hold_outs", "plot_index_hits",
+           "plot_box_hits", "plot_calibration", "plot_conditions", "plot_decoded",
+           "plot_decoding_speed", "plot_differences", "plot_embedding_map", "plot_fidelity",
+           "plot_field_boxes", "plot_field_limit", "plot_field_rate", "plot_frame_quality",
+           "plot_frame_similarity", "plot_frames", "plot_growth", "plot_heat_maps",
+           "plot_hold_outs", "plot_index_hits",
            "plot_judged", "plot_learning", "plot_pareto", "plot_patch_grid", "plot_patches",
            "plot_positions", "plot_profile", "plot_query_agreement", "plot_ranked_patches",
            "plot_rate_quality", "plot_rates", "plot_recipe", "plot_reconstructions",

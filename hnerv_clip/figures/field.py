@@ -177,6 +177,41 @@ def plot_hold_outs(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
                            f"Teacher: {teacher_label}.")
 
 
+def plot_decoded(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
+    """Agreement with the teacher at any box against a file's rate, a panel per video.
+
+    Args:
+        rows: video, curve, frames ("train" or "held_out"), rate_bpp, centered, decoded_centered.
+    """
+    videos = list(rows.video.unique())
+    figure, axes = new_figure(1, len(videos), height=4.2, sharey=True, squeeze=False)
+    lines = {"centered": ("predicted", "field in the file"),
+             "decoded_centered": ("teacher", "teacher on the file's frames")}
+    marks = {"train": ("o-", None, "training frames"), "held_out": ("D--", "none", "held-out")}
+    for panel, video in zip(axes[0], videos):
+        own = rows[rows.video == video]
+        for (_, frames), part in own.groupby(["curve", "frames"], sort=False):
+            part = part.sort_values("rate_bpp")
+            style, face, _ = marks[frames]
+            for column, (color, _) in lines.items():
+                panel.plot(part.rate_bpp, part[column], style, color=PALETTE[color],
+                           markerfacecolor=face or PALETTE[color])
+        panel.set_title(video, parse_math=False)
+        panel.set_xlabel("bits per pixel, whole file")
+    axes[0][0].set_ylabel("mean-centered cosine, any box")
+    handles = [Line2D([], [], color=PALETTE[color], linewidth=3, label=words)
+               for color, words in lines.values()]
+    handles += [Line2D([], [], color=GREY, marker=style[0], linestyle=style[1:],
+                       markerfacecolor=face or GREY, label=words)
+                for style, face, words in marks.values()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8)
+    return caption(figure, "Up is closer to the teacher on the video itself. A field reads the "
+                           "file without drawing a frame; without one, the file's frames are "
+                           "decoded and shown to the teacher. Held-out frames come from "
+                           "interpolated embeddings, for both. Files of one training are joined. "
+                           f"Teacher: {teacher_label}.")
+
+
 def _plain_ticks(panel: Axes, values: Sequence[float]) -> None:
     """Ticks of a logarithmic axis as plain numbers."""
     panel.set_xticks(values, [f"{value:g}" for value in values])

@@ -111,10 +111,7 @@ def measure_file(path: str | Path, settings: dict[str, Any], *, cache_dir: str |
 
 
 def _check(path: str | Path, header: Header, video: Video) -> None:
-    """
-    Raises:
-        ConfigError: the file has no field, or the video has other frames.
-    """
+    """Raise ConfigError where the file has no field, or the video has other frames."""
     if not header.meta["heads"]:
         raise ConfigError(f"{path} holds no field, which answers for any box; encode the video "
                           "with head=field")

@@ -40,13 +40,32 @@ def folder(tmp_path):
                 ("Muon", 2, 600, 36.0))]
     about = {"runs": "some", "setting": "one"}
     longer = [{"psnr_db": 35.2, "epochs": 195, "seconds": 170.0}]
+    added = [{"change": "600 epochs", "psnr_db": psnr_db, "total_s": None, "device": "GPU"}
+             for psnr_db in (36.0, 36.2)]
+    between = [{"interpolated_db": 33.0, "estimated_embedding_db": 33.2, "two_mean_db": 34.4,
+                "estimate_db": 36.5}]
+    control = [{"psnr_db": psnr_db, "steps_s": steps_s, "epochs": epochs, "values": 1.5e6,
+                "step_ms": 40} for psnr_db, steps_s, epochs in ((30.0, 60, 10), (33.0, 150, 25))]
     (tmp_path / book.GPU).write_text(json.dumps({
         "about": about, "rows": rows, "goals": goals, "published": [],
         "preset": {"about": about, "rows": preset, "held_out": held_out,
                    "sizes": [{"modelsize": 3, "psnr_db": 39.7}]},
         "videos": {"about": about, "rows": videos}, "heads": {"about": about, "rows": heads},
         "decoders": {"about": about, "rows": decoders, "longer": longer},
+        "added": {"about": about, "rows": added}, "between": {"about": about, "rows": between},
+        "control": {"about": about, "rows": control},
         "muon": {"about": about, "rows": muon}, "optimizers": {"about": about, "rows": []}}))
+    preset, new = {"lr": 0.0035, "ks": "0_1_5"}, {"lr": 0.005, "ks": "0_1_5"}
+    trials = [{"number": number, "state": state, "value": value, "params": params,
+               "psnr_db": {"a": value}} for number, state, value, params in (
+                   (0, "COMPLETE", 30.0, preset), (1, "PRUNED", None, new),
+                   (2, "COMPLETE", 31.0, new), (3, "COMPLETE", 30.5, new | {"ks": "0_3_5"}))]
+    compared = [{"video": video, "recipe": recipe, "psnr_db": psnr_db} for video, recipe, psnr_db in
+                (("a", book.BEST, 37.0), ("a", book.BEST, 37.2), ("a", book.FOUND, 37.4),
+                 ("b", book.BEST, 30.0), ("b", book.FOUND, 29.9))]
+    (tmp_path / book.SEARCH).write_text(json.dumps({
+        "about": about | {"minutes": 8.0, "device": "GPU"}, "found": 2, "trials": trials,
+        "compared": compared}))
     rows = [{"group": group, "change": change, "psnr_db": psnr, "base": change == "none"}
             for group, change, psnr in (("a", "none", 20.0), ("a", "x", 21.0), ("b", "none", 25.0),
                                         ("b", "x", 24.0))]
@@ -94,7 +113,7 @@ def test_parts_of_the_preset_are_means_over_seeds(folder):
 def test_goals_are_judged_by_what_was_measured(folder):
     goals = book.goal_rows(book.read_recipe(folder))
     assert [(row["measured"], row["met"]) for row in goals] == [
-        ("37.00 dB", "yes"), ("39.70 dB", "no"), ("32.50 dB", "no"),
+        ("37.00 dB", "yes"), ("39.70 dB", "no"), ("33.00 dB", "no"),
         ("2.25 dB, +1.5 to +3.0", "yes")]
     gains = book.video_gains(book.read_recipe(folder)["videos"])
     assert gains.video.tolist() == ["a", "b"] and gains.gain_db.tolist() == [3.0, 1.5]
@@ -117,3 +136,33 @@ def test_small_trainings_are_compared_at_the_best_step_of_each():
     words = book.small_in_words(rows)
     assert "+1.50 dB (a; sizes of steps tried: 2 by Muon, 2 by Adam)" in words
     assert "1 of 1 other changes with Muon stay behind" in words
+
+
+def test_parts_are_added_to_the_settings_of_hnerv(folder):
+    hnerv, epochs = book.added(book.read_recipe(folder)).itertuples()
+    assert (hnerv.change, hnerv.psnr_db, hnerv.seeds) == (book.HNERV, 35.0, 1)
+    assert epochs.gain_db == pytest.approx(1.1) and epochs.seeds == 2
+
+
+def test_the_search_is_judged_by_whole_trainings(folder):
+    search = book.read_search(folder)
+    words = book.search_in_words(search)
+    assert "4 trials began: 3 ended, 1 were given up" in words
+    assert "The best, lr 0.005, is +1.00 dB" in words
+    assert "That holds in part in whole trainings of 2 videos: +0.10 dB on average, -0.10 to " \
+        "+0.30 dB" in words
+    rows = book.compared_rows(search["compared"])
+    assert [(row["gain (dB)"], row["seeds"]) for row in rows] == [
+        ("+0.30", "2 and 1"), ("-0.10", "1 and 1")]
+    rows = book.trial_rows(search["trials"], count=1)
+    assert [row["settings"] for row in rows] == ["lr 0.005", book.BEST]
+    search["compared"] = search["compared"][:0]
+    assert book.compared_rows(search["compared"]) == [] and "holds" not in \
+        book.search_in_words(search)
+
+
+def test_what_was_not_measured_is_not_told(folder):
+    measured = book.read_recipe(folder)
+    assert "33.00 dB in 150 s of steps, 25.0 epochs" in book.control_in_words(measured["control"])
+    assert "33.00 dB from interpolated" in book.between_in_words(measured["between"])
+    assert book.control_in_words(pd.DataFrame()) == book.between_in_words(pd.DataFrame()) == ""

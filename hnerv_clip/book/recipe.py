@@ -1,4 +1,4 @@
-"""How far beyond HNeRV's picture this project is: `recipe_h100.json` and `recipe_cpu.json`."""
+"""How far beyond HNeRV's picture this project is: the files `recipe_*.json` of the results."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ import pandas as pd
 from hnerv_clip.book.markdown import join_words
 from hnerv_clip.book.results import read_json
 
-GPU, CPU = "recipe_h100.json", "recipe_cpu.json"
+GPU, CPU, SEARCH = "recipe_h100.json", "recipe_cpu.json", "recipe_search.json"
 FIX = "git checkout book/results"
 BLOCKS = "HNeRV's blocks"  # among the decoders
 CHANCE_DB = 0.3  # about two standard deviations over seeds at full size
 BASE, BEST = "lr 2e-3", "preset best"  # what a single change is to; the preset as it is
+HNERV, FOUND = "HNeRV's settings", "found by the search"
 LEAST_GAIN_DB = 2.0  # that was aimed at on other videos, on average
 HELD_OUT_DB = 34.0  # that was aimed at on every other frame of bunny
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any]:
     """What was measured on the GPU: the tables `rows`, `goals`, `published`, `preset` (`best` and
-    its parts), `sizes` (of values), `held_out`, `heads`, `videos`, `decoders`, `longer` (other
-    decoders, trained longer), `muon` and `optimizers`, and in `batches` where each group of runs
-    comes from.
+    changes of it), `added` (its parts added to HNeRV's settings), `sizes` (of values), `held_out`,
+    `between` (trained on estimates of held-out frames too), `heads`, `videos`, `decoders`,
+    `longer` (other decoders, trained longer), `muon`, `optimizers` and `control` (HiNeRV), and in
+    `batches` where each group of runs comes from.
 
     Raises:
         ResultsError: the file is missing.
     """
     measured = read_json(folder, GPU, fix=FIX)
-    others = {name: measured[name] for name in ("preset", "videos", "heads", "decoders", "muon",
-                                                "optimizers")}
-    batches = [measured["about"], *(other["about"] for other in others.values())]
+    others = {name: measured[name] for name in ("preset", "added", "videos", "heads", "between",
+                                                "decoders", "muon", "optimizers", "control")}
+    batches = [measured["about"], *(other["about"] for other in others.values() if other["rows"])]
     return {"batches": batches, "settings": {b["runs"]: b["setting"] for b in batches}} | {
         name: pd.DataFrame(measured[name]) for name in ("rows", "goals", "published")} | {
         name: pd.DataFrame(other["rows"]) for name, other in others.items()} | {
@@ -55,6 +57,17 @@ def read_ranking(folder: str | Path) -> dict[str, Any]:
     return {"about": measured["about"], "rows": rows}
 
 
+def read_search(folder: str | Path) -> dict[str, Any]:
+    """Optuna's search: `about`, the tables `trials` (the preset first) and `compared` (a row for
+    each whole run of a recipe on a video with a seed), and `settings`, what was found.
+
+    Raises:
+        ResultsError: the file is missing.
+    """
+    measured = read_json(folder, SEARCH, fix=FIX)
+    return measured | {name: pd.DataFrame(measured[name]) for name in ("trials", "compared")}
+
+
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
     """Every single change at 300 epochs with `gain_db` over `BASE`, the best first."""
     tried = rows[(rows.lr > 1e-3) & (rows.epochs == 300)].copy()
@@ -75,23 +88,53 @@ def reached(rows: pd.DataFrame, *, seconds: float) -> float | None:
     return None if within.empty else float(within.max())
 
 
-def parts(preset: pd.DataFrame) -> pd.DataFrame:
-    """The preset and each change of it: change, psnr_db (mean over seeds), sd_db, seeds, total_s
-    and device (of the run that had a GPU alone, or NaN) and gain_db over the preset as it is."""
-    grouped = preset.groupby("change", sort=False)
+def parts(runs: pd.DataFrame, *, base: str = BEST) -> pd.DataFrame:
+    """A recipe and each change of it: change, psnr_db (mean over seeds), sd_db, seeds, total_s
+    and device (of the run that had a GPU alone, or NaN) and gain_db over the row `base`."""
+    grouped = runs.groupby("change", sort=False)
     table = grouped.psnr_db.agg(psnr_db="mean", sd_db="std", seeds="size")
-    table = table.join(preset[preset.total_s.notna()].set_index("change")[["total_s", "device"]])
-    table["gain_db"] = table.psnr_db - table.psnr_db[BEST]
+    table = table.join(runs[runs.total_s.notna()].groupby("change")[["total_s", "device"]].last())
+    table["gain_db"] = table.psnr_db - table.psnr_db[base]
     return table.reset_index()
 
 
-def part_rows(parts: pd.DataFrame) -> list[dict[str, str]]:
+def added(measured: dict[str, Any]) -> pd.DataFrame:
+    """`parts` of HNeRV's own settings, with each part of the preset added alone."""
+    paper = measured["rows"][measured["rows"].change == "paper"]
+    return parts(pd.concat([paper.assign(change=HNERV, total_s=math.nan), measured["added"]]),
+                 base=HNERV)
+
+
+def part_rows(parts: pd.DataFrame, *, base: str = "the preset") -> list[dict[str, str]]:
     """`parts` as rows of a table."""
     return [{"change": row.change, "PSNR (dB)": f"{row.psnr_db:.2f}"
              + ("" if math.isnan(row.sd_db) else f" ± {row.sd_db:.2f}"), "seeds": str(row.seeds),
-             "to the preset (dB)": f"{row.gain_db:+.2f}", "whole run": ""
+             f"to {base} (dB)": f"{row.gain_db:+.2f}", "whole run": ""
              if math.isnan(row.total_s) else f"{row.total_s:.0f} s, {row.device.split()[1]}"}
             for row in parts.itertuples()]
+
+
+def changed(params: dict[str, Any], preset: dict[str, Any]) -> str:
+    """What a trial's settings change of the preset's, in words."""
+    names = [f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+             for name, value in params.items() if value != preset[name]]
+    return ", ".join(names) or BEST
+
+
+def trial_rows(trials: pd.DataFrame, *, count: int = 0) -> list[dict[str, str]]:
+    """Trials that were not given up as rows of a table, the best first.
+
+    Args:
+        count: only the best so many and the preset; 0 for all.
+    """
+    preset = trials.iloc[0]
+    done = trials[trials.state == "COMPLETE"].sort_values("value", ascending=False)
+    videos = list(preset.psnr_db)
+    return [{"settings": changed(row.params, preset.params), "mean (dB)": f"{row.value:.2f}",
+             "to the preset (dB)": f"{row.value - preset.value:+.2f}",
+             **{f"{video} (dB)": f"{row.psnr_db[video]:.2f}" for video in videos}}
+            for place, row in enumerate(done.itertuples())
+            if not count or place < count or row.number == preset.number]
 
 
 def video_gains(videos: pd.DataFrame) -> pd.DataFrame:
@@ -114,14 +157,97 @@ def goal_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
         rows.append((f"{goal.modelsize:g} M values within {goal.seconds} s",
                      f"{goal.psnr_db:g} dB", found, "dB", found >= goal.psnr_db))
     held = measured["held_out"].set_index("change").psnr_held_interpolated_db[BEST]
+    what, estimated = "every other frame held out, embeddings interpolated", measured["between"]
+    if len(estimated) and estimated.interpolated_db.max() > held:
+        held = estimated.interpolated_db.max()
+        what += ", trained on estimates of the frames between too"
     gains = video_gains(measured["videos"]).gain_db
-    rows += [("every other frame held out, embeddings interpolated", f"{HELD_OUT_DB:g} dB", held,
-              "dB", held >= HELD_OUT_DB),
+    rows += [(what, f"{HELD_OUT_DB:g} dB", held, "dB", held >= HELD_OUT_DB),
              (f"above HNeRV's settings on {len(gains)} other videos, mean",
               f"{LEAST_GAIN_DB:g} dB, never below", gains.mean(), f"dB, {gains.min():+.1f} to "
               f"{gains.max():+.1f}", gains.mean() >= LEAST_GAIN_DB and gains.min() >= 0)]
     return [{"what": what, "goal": goal, "measured": f"{value:.2f} {unit}",
              "met": "yes" if met else "no"} for what, goal, value, unit, met in rows]
+
+
+def compared_rows(compared: pd.DataFrame) -> list[dict[str, str]]:
+    """What the search found beside the preset on whole videos, as rows of a table."""
+    if compared.empty:
+        return []
+    table = compared.groupby(["video", "recipe"], sort=False).psnr_db.agg(["mean", "size"])
+    table = table.unstack("recipe").dropna()
+    gains = table["mean"][FOUND] - table["mean"][BEST]
+    return [{"video": video, f"{BEST} (dB)": f"{row['mean', BEST]:.2f}",
+             f"{FOUND} (dB)": f"{row['mean', FOUND]:.2f}", "gain (dB)": f"{gains[video]:+.2f}",
+             "seeds": f"{row['size', BEST]:.0f} and {row['size', FOUND]:.0f}"}
+            for video, row in table.iterrows()]
+
+
+def search_in_words(search: dict[str, Any]) -> str:
+    """What Optuna tried, what it found, and whether that holds in whole trainings.
+
+    Args:
+        search: see `read_search`.
+    """
+    trials, compared = search["trials"], search["compared"]
+    count, preset = trials.state.value_counts(), trials.iloc[0]
+    found, = trials[trials.number == search["found"]].itertuples()
+    words = (f"In {search['about']['minutes']:.0f} minutes on one {search['about']['device']} "
+             f"{len(trials)} trials began: {count['COMPLETE']} ended, {count.get('PRUNED', 0)} "
+             f"were given up as they fell behind the median. The best, "
+             f"{changed(found.params, preset.params)}, is "
+             f"{found.value - preset.value:+.2f} dB from the preset on average over its three "
+             f"segments, each trained for a few seconds.")
+    if not len(compared):
+        return words
+    rows = compared.groupby(["video", "recipe"]).psnr_db.mean().unstack("recipe").dropna()
+    gains = rows[FOUND] - rows[BEST]
+    holds = "That holds" if gains.min() > 0 else "That holds in part" if gains.mean() > 0 else \
+        "That does not hold"
+    return (f"{words} {holds} in whole trainings of {len(gains)} videos: {gains.mean():+.2f} dB "
+            f"on average, {gains.min():+.2f} to {gains.max():+.2f} dB.")
+
+
+def between_in_words(between: pd.DataFrame) -> str:
+    """What estimates of the held-out frames give, alone and as frames to train on."""
+    if between.empty:
+        return ""
+    first, best = between.iloc[0], between.loc[between.interpolated_db.idxmax()]
+    return (f"The mean of the two given frames beside a held-out one, without any network, is at "
+            f"{first.two_mean_db:.2f} dB, and an estimate that moves both along the motion "
+            f"between them at {best.estimate_db:.2f} dB. A network trained on these estimates too "
+            f"gives {best.interpolated_db:.2f} dB from interpolated embeddings and "
+            f"{best.estimated_embedding_db:.2f} dB from the estimates' own.")
+
+
+def control_in_words(control: pd.DataFrame) -> str:
+    """What HiNeRV's own network gives in as much time."""
+    if control.empty:
+        return ""
+    last = control.iloc[-1]
+    before = join_words([f"{row.psnr_db:.2f} dB at {row.steps_s:.0f} s"
+                         for row in control.iloc[:-1].itertuples()])
+    return (f"HiNeRV's own network in its setting for Bunny (`bunny-hinerv-xs`, "
+            f"{last['values'] / 1e6:.2f} M values), its authors' network, losses and learning rate "
+            f"in a loop of ours, reaches {last.psnr_db:.2f} dB in {last.steps_s:.0f} s of steps, "
+            f"{last.epochs:.1f} epochs of the 300 that its authors train"
+            + (f" (on the way {before})" if before else "")
+            + f"; a step takes {last.step_ms:.0f} ms.")
+
+
+def reasons_in_words(measured: dict[str, Any]) -> str:
+    """Why the goals for 1.5 M values are missed."""
+    preset = parts(measured["preset"]).set_index("change")
+    longest = measured["rows"].sort_values("epochs").iloc[[-2, -1]]  # of 600 and 1200 epochs
+    boost = measured["published"]
+    boost = boost[boost.method.str.endswith("Boost") & boost.train_time_s.notna()].iloc[0]
+    return (f"Of the goals for the picture, none is near, because this decoder ends near "
+            f"{preset.psnr_db.max():.1f} dB: twice the epochs, 600 for 300, give "
+            f"{-preset.gain_db['300 epochs']:.2f} dB, and twice as many again, by Adam, "
+            f"{longest.psnr_db.iloc[1] - longest.psnr_db.iloc[0]:+.2f} dB. The best picture "
+            f"published at this size for {boost.epochs:.0f} epochs, {boost.psnr_db:.2f} dB by "
+            f"{boost.method}, took {boost.train_time_s / 60:.0f} minutes on its authors' GPU. "
+            "Other decoders that were tried here need more time than they gain, see below.")
 
 
 def head_in_words(heads: pd.DataFrame) -> str:

@@ -1,0 +1,228 @@
+"""Held-out frames, estimated from the given frames beside them and trained on as if given.
+
+A network that sees every other frame only decodes the others from interpolated embeddings. Here an
+estimate takes the place of each held-out frame: its two neighbors, moved half way along the motion
+between them, and averaged. The network trains on given and estimated frames alike, and both its
+picture from the interpolated embedding and that from the estimate's own are compared with the
+held-out frame, which nothing else has seen:
+
+    python -m hnerv_clip.study.between output/between -p data_path bunny -p preset best
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from hnerv_clip.config import Config
+from hnerv_clip.dataset import prepare_dataset
+from hnerv_clip.devices import select_device
+from hnerv_clip.files import write_json
+from hnerv_clip.inference import interpolate_embeddings, load_run
+from hnerv_clip.metrics import psnr
+from hnerv_clip.model import HNeRV
+from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs.provenance import code_version, device_name
+from hnerv_clip.train import train
+from hnerv_clip.video import load_video
+
+LEAST_SIDE = 10  # of the coarsest pictures that motion is searched in
+TOGETHER = 4  # pairs of frames at once
+# Weights of the motion's variation and of differences of gradients: the best is taken
+SMOOTH, GRADIENTS = (0.1, 0.3, 1.0), (1.0, 3.0)
+
+
+def estimate_between(before: Tensor, after: Tensor, *, smooth: float = 0.3, gradients: float = 1.0,
+                     steps: int = 80, lr: float = 0.15) -> Tensor:
+    """Frames half way between two, by the motion that makes them alike there, coarse to fine.
+
+    At every scale Adam lowers the difference of the two frames and of their gradients after both
+    moved half of the motion, plus the motion's total variation, less at edges of the picture.
+
+    Args:
+        before, after: [B, 3, H, W] float in [0, 1].
+        smooth: weight of the total variation.
+        gradients: weight of the difference of gradients.
+        steps: at every scale.
+        lr: of Adam, in pixels.
+    Returns:
+        [B, 3, H, W].
+    """
+    sizes = [before.shape[2:]]
+    while min(sizes[-1]) >= 2 * LEAST_SIDE:
+        sizes.append(torch.Size(side // 2 for side in sizes[-1]))
+    motion = before.new_zeros(len(before), 2, *sizes[-1])  # x and y of half the way, in pixels
+    for size in reversed(sizes):
+        grown = motion.new_tensor([size[1] / motion.shape[3], size[0] / motion.shape[2]])
+        motion = F.interpolate(motion, size, mode="bilinear") * grown.view(1, 2, 1, 1)
+        first, second = (F.interpolate(x, size, mode="area") for x in (before, after))
+        calm = [torch.exp(-10 * d.abs().mean(1, keepdim=True)) for d in _slopes(first + second)]
+        motion.requires_grad_()
+        optimizer = torch.optim.Adam([motion], lr=lr)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) + lr / 15
+            apart = _move(first, -motion) - _move(second, motion)
+            loss = (apart.square() + 1e-6).sqrt().mean() + gradients / 2 * sum(
+                slope.abs().mean() for slope in _slopes(apart)) + smooth * sum(
+                (weight * (slope.square() + 1e-4).sqrt()).mean()
+                for weight, slope in zip(calm, _slopes(motion), strict=True))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        motion = motion.detach()
+    return (_move(before, -motion) + _move(after, motion)) / 2
+
+
+def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbors along the rows and along the columns."""
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def _move(frames: Tensor, motion: Tensor) -> Tensor:
+    """Frames read at places moved by [B, 2, H, W] pixels; edges are repeated."""
+    height, width = frames.shape[2:]
+    rows = torch.arange(height, device=frames.device)[:, None] + motion[:, 1]
+    columns = torch.arange(width, device=frames.device) + motion[:, 0]
+    places = torch.stack([columns / (width - 1), rows / (height - 1)], -1) * 2 - 1
+    return F.grid_sample(frames, places, padding_mode="border", align_corners=True)
+
+
+def estimate_all(frames: Tensor, first: list[int], second: list[int], **settings: float) -> Tensor:
+    """`estimate_between` of frames [T, 3, H, W] uint8 by their indices, a few at a time."""
+    parts = zip(torch.tensor(first).split(TOGETHER), torch.tensor(second).split(TOGETHER))
+    return torch.cat([estimate_between(frames[a].float() / 255, frames[b].float() / 255, **settings)
+                      for a, b in parts])
+
+
+def estimate_held_out(frames: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """A video whose every other frame is estimated from its two neighbors.
+
+    The settings are those that estimate given frames best from the given ones beside them. A last
+    frame without a second neighbor repeats the first.
+
+    Args:
+        frames: [T, 3, H, W] uint8; frames 1, 3, … are held out and only replaced.
+    Returns:
+        [T, 3, H, W] uint8, and the settings.
+    """
+    count = len(frames)
+    tries = list(range(2, count - 2, 2))[::6]  # given ones with two given neighbors
+
+    def score(settings: dict[str, float]) -> float:
+        found = estimate_all(frames, [i - 2 for i in tries], [i + 2 for i in tries], **settings)
+        return float(psnr(found, frames[tries].float() / 255).mean())
+
+    settings = max(({"smooth": smooth, "gradients": gradients} for smooth, gradients in
+                    itertools.product(SMOOTH, GRADIENTS)), key=score)
+    made, held = frames.clone(), list(range(1, count, 2))
+    inner = [i for i in held if i + 1 < count]
+    made[inner] = (estimate_all(frames, [i - 1 for i in inner], [i + 1 for i in inner],
+                                **settings).clamp(0, 1) * 255).round().to(torch.uint8)
+    if held[-1] not in inner:
+        made[held[-1]] = frames[held[-1] - 1]
+    return made, settings
+
+
+def write_frames(frames: Tensor, folder: Path) -> None:
+    """Frames [T, 3, H, W] uint8 as images of a folder, which a run takes as its video."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(index: int) -> None:
+        Image.fromarray(frames[index].permute(1, 2, 0).cpu().numpy()).save(
+            folder / f"{index:04d}.png", compress_level=1)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, range(len(frames))))
+
+
+@torch.no_grad()
+def measure(model: HNeRV, frames: Tensor, made: Tensor) -> dict[str, float]:
+    """Mean PSNR in dB of a network trained on `made`, against the frames.
+
+    Args:
+        frames, made: [T, 3, H, W] uint8 on the model's device: the video, and with estimates.
+    Returns:
+        train_db: of given frames. interpolated_db, estimated_embedding_db: of held-out ones, from
+        the mean of their neighbors' embeddings and from their estimate's own. two_decoded_mean_db:
+        of the mean of the two decoded neighbors. two_mean_db, estimate_db: of the mean of the two
+        given neighbors, and of the estimate, without a network.
+    """
+    count = len(frames)
+    given, held = list(range(0, count, 2)), list(range(1, count, 2))
+    beside = {i: (i - 1, min(i + 1, given[-1])) for i in held}
+
+    def picture(video: Tensor, index: int) -> Tensor:
+        return video[index:index + 1].float() / 255
+
+    def decode(embedding: Tensor) -> Tensor:
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
+            return model.rgb(model.features(embedding)).float().clamp(0, 1)
+
+    def mean_db(indices: list[int], pictures: Callable[[int], Tensor]) -> float:
+        values = [psnr(pictures(i), picture(frames, i)).clamp(max=100) for i in indices]
+        return round(float(torch.cat(values).mean()), 3)
+
+    embeddings = torch.cat([model.embed(picture(made, i), None) for i in range(count)])
+    between = interpolate_embeddings(embeddings, np.array(given))
+    decoded = [decode(embedding[None]) for embedding in embeddings]
+    return {
+        "train_db": mean_db(given, lambda i: decoded[i]),
+        "interpolated_db": mean_db(held, lambda i: decode(between[i:i + 1])),
+        "estimated_embedding_db": mean_db(held, lambda i: decoded[i]),
+        "two_decoded_mean_db": mean_db(
+            held, lambda i: sum(decoded[j] for j in beside[i]) / 2),
+        "two_mean_db": mean_db(held, lambda i: sum(picture(frames, j) for j in beside[i]) / 2),
+        "estimate_db": mean_db(held, lambda i: picture(made, i))}
+
+
+def run_between(folder: str | Path, params: dict[str, Any]) -> dict[str, Any]:
+    """Estimate, train and measure.
+
+    Args:
+        folder: of the estimated video, the run and its row between_SEED.json.
+        params: flat settings of the run over the video; its `data_split` is not used.
+    Returns:
+        What `measure` gives, with seed, epochs, estimated_by (the settings of the estimate),
+        stored (values), train_time_s, device and commit.
+    """
+    folder = resolve_path(folder)
+    config = Config.from_params(**params | {"data_split": "1_1_1", "predict_clip": False})
+    seed, cache = config.train.seed, folder / "cache"
+    frames = load_video(config.video).frames.to(select_device(config.train.device))
+    made, settings = estimate_held_out(frames)
+    write_frames(made, folder / "frames")
+    config = config.replace(data_path=str(folder / "frames"), crop_list="", resize_list="",
+                            frame_limit=0, frame_stride=1)
+    prepare_dataset(config, cache, progress=False)
+    summary = train(config, folder / f"run_{seed}", cache_dir=cache, progress=False).summary
+    model = load_run(folder / f"run_{seed}", cache_dir=cache, device=str(frames.device)).model
+    row = {"seed": seed, "epochs": config.train.epochs, "estimated_by": settings,
+           **measure(model.eval(), frames, made), "stored": summary["part_sizes"]["stored"],
+           "train_time_s": round(summary["train_time_s"], 1),
+           "device": device_name(frames.device), "commit": code_version()[0]}
+    write_json(folder / f"between_{seed}.json", row)
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command in this module's first lines; prints the row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="settings of the run")
+    args = parser.parse_args(argv)
+    print(json.dumps(run_between(args.folder, dict(args.p)), ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Held-out frames are estimated from given ones alone, by motion, and trained on."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hnerv_clip.metrics import psnr
+from hnerv_clip.study import between
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """A texture that moves by two pixels a frame: [7, 3, 40, 60] uint8."""
+    texture = torch.rand(1, 3, 12, 25, generator=torch.Generator().manual_seed(0))
+    wide = F.interpolate(texture, (40, 80), mode="bicubic").clamp(0, 1)[0]
+    return torch.stack([(wide[..., 2 * i:2 * i + 60] * 255).round() for i in range(7)]).byte()
+
+
+def test_an_estimate_follows_motion(frames):
+    before, middle, after = (frames[i:i + 1].float() / 255 for i in (2, 3, 4))
+    estimate = between.estimate_between(before, after, steps=40)
+    assert float(psnr(estimate, middle)) > float(psnr((before + after) / 2, middle)) + 5
+
+
+def test_held_out_frames_are_not_looked_at(frames, monkeypatch):
+    monkeypatch.setattr(between, "SMOOTH", (0.3,))
+    made, settings = between.estimate_held_out(frames)
+    hidden = frames.clone()
+    hidden[1::2] = 0
+    again, same = between.estimate_held_out(hidden)
+    assert torch.equal(made, again) and settings == same
+    assert torch.equal(made[::2], frames[::2]) and not torch.equal(made[1], frames[1])
+    made, _ = between.estimate_held_out(frames[:6])
+    assert torch.equal(made[5], frames[4]), "without a second neighbor"
+
+
+def test_a_network_is_trained_on_estimates_and_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(between, "SMOOTH", (0.3,))
+    monkeypatch.setattr(between, "GRADIENTS", (1.0,))
+    params = {"data_path": "bunny", "resize_list": "40_80", "frame_limit": 9, "epochs": 2,
+              "modelsize": 0.05, "device": "cpu", "enc_strds": "5 4 2", "dec_strds": "5 4 2"}
+    row = between.run_between(tmp_path, params)
+    assert row["estimated_by"] == {"smooth": 0.3, "gradients": 1.0} and row["epochs"] == 2
+    assert all(math.isfinite(row[name]) for name in row if name.endswith("_db"))
+    assert row["estimate_db"] > row["two_decoded_mean_db"]  # after two epochs
+    assert (tmp_path / "between_0.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 # The bands of the project's description: (lowest value, name, meaning).
 SIMILARITY_BANDS = (
@@ -35,6 +36,55 @@ def _band(value, bands, name):
     if value > bands[0][0]:
         return bands[0][1:]
     return next(band[1:] for band in bands[1:] if value >= band[0])
+
+
 SOURCE_WORDS = {"encoder": "encoded from the frame itself",
                 "interpolated": "predicted from their neighbors' embeddings",
                 "coordinates": "predicted from coordinates"}
+FRAME_WORDS = {"train": "training", "val": "held out", "held_out": "held out", "skip": "skipped",
+               "all": "all"}
+# Columns of tables: what a reader is shown instead of the name, and how many digits.
+COLUMN_WORDS = {
+    "frames": "frames", "variant": "weights", "source": "embedding", "n": "number",
+    "psnr_db": "PSNR (dB)", "ms_ssim": "MS-SSIM", "clip_similarity": "cosine to the teacher",
+    "clip_centred": "mean-centered cosine", "band": "band", "gap": "less than on training frames",
+    "gap_band": "band of the gap",
+    "run": "run", "psnr_held_out_db": "PSNR, held out (dB)",
+    "psnr_train_db": "training frames (dB)",
+    "clip_centred_held_out": "mean-centered cosine, held out",
+    "clip_centred_train": "training frames",
+    "rate_bpp": "bits per pixel", "train_time_s": "training (s)",
+    "mode": "decoded", "batch_size": "batch", "frames_per_s": "frames/s",
+    "frames_per_s_min": "slowest pass", "frames_per_s_max": "fastest pass",
+    "query": "text", "spearman": "rank correlation", "overlap": "share of the teacher's best found",
+    "chance": "by chance", "predicted": "relevant, network", "teacher": "relevant, teacher",
+    "both": "to both", "agreement": "both say the same", "text": "text",
+    "match": "standard score", "found": "found",
+    "frame": "frame", "patch": "patch", "time_s": "time (s)", "score": "cosine"}
+VALUE_WORDS = {"source": SOURCE_WORDS, "frames": FRAME_WORDS,
+               "variant": {"trained": "as trained", "quantised": "from the file"},
+               "found": {True: "yes", False: "no"}}
+DIGITS = {"psnr_db": 2, "psnr_train_db": 2, "psnr_held_out_db": 2, "rate_bpp": 4, "train_time_s": 1,
+          "frames_per_s": 0, "frames_per_s_min": 0, "frames_per_s_max": 0, "match": 1, "time_s": 2}
+
+
+def in_words(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Columns of a table as a reader is shown them: names and values in words, numbers as text.
+
+    Args:
+        columns: names of `COLUMN_WORDS`, in the order shown; those that the table lacks, or that
+            are empty in every row, are left out.
+    Raises:
+        KeyError: a name without words.
+    """
+    def say(name, value):
+        if pd.isna(value):
+            return ""
+        if isinstance(value, (float, np.floating)):
+            return f"{value:.{DIGITS.get(name, 3)}f}"
+        return VALUE_WORDS.get(name, {}).get(value, value)
+
+    shown = [name for name in columns if name in table and table[name].notna().any()]
+    words = [[say(name, value) for value in table[name]] for name in shown]
+    return pd.DataFrame(list(zip(*words)), columns=[COLUMN_WORDS[name] for name in shown],
+                        index=[""] * len(table))

@@ -5,7 +5,7 @@ import pytest
 
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.figures import plot_ablation, plot_tradeoff
-from hnerv_clip.study.ablations import ablation_answer, ablation_configs
+from hnerv_clip.study.ablations import ablation_answer, ablation_configs, run_words
 
 
 def test_each_run_differs_from_the_base_in_one_setting():
@@ -38,6 +38,7 @@ def table(*names, held_out=True):
 def test_the_answer_says_what_the_runs_gave():
     said = ablation_answer(table("base", "pixels_only", "xyt_1.25_80"))
     assert "2.50 dB less on training frames and 0.50 dB more on held-out frames" in said[0]
+    assert said[0].startswith("**") and said[0].endswith("**")  # a page's answer is bold
     assert "0.900 on training frames and 0.800 on held-out frames" in said[1]
     assert len(said) == 3 and "`xyt_1.25_80` reaches a mean-centered cosine of 0.700" in said[2]
 
@@ -48,6 +49,12 @@ def test_the_answer_says_what_is_missing():
         assert "is not known" in said[0] and f"`{missing}` did not finish" in said[0]
     said = " ".join(ablation_answer(table("base", "pixels_only", "xyt_1.25_80", held_out=False)))
     assert "nan" not in said and "held-out" not in said and "2.50 dB less" in said
+
+
+def test_runs_have_words():
+    names = ("base", "lambda_0.5", "warmup_50", "pe_1.25_80", "own")
+    assert [run_words(name) for name in names] == [
+        "base", "λ = 0.5", "pixel phase of 50 epochs", "from time alone (pe_1.25_80)", "own"]
 
 
 def test_figures_draw_the_table():

@@ -454,6 +454,20 @@ def test_large_pictures_and_long_tables_become_small():
     assert short["text/html"].startswith("<table")
 
 
+def test_code_that_a_reader_skips_is_folded_and_repeated_lines_are_counted():
+    said = [nbformat.v4.new_output("stream", text=text) for text in (
+        "trained\n", "trained\n", "trained\n", "done\n")]
+    cells = [nbformat.v4.new_code_cell(source) for source in (
+        "import torch\n\nfigures.use_style('webp')", "labels.in_words(table, 'n')", "run = train()",
+        "figures.use_style()\nfigures.plot(run)")]
+    cells[2].outputs = said
+    cells.append(nbformat.v4.new_code_cell("outf = 1  # folder", metadata={"tags": ["parameters"]}))
+    page = clean.clean_page(nbformat.v4.new_notebook(cells=cells), {})
+    assert ["hide-input" in cell.metadata.get("tags", []) for cell in page.cells] == [
+        True, True, False, False, True]
+    assert [output.text for output in page.cells[2].outputs] == ["trained (3 times)\n", "done\n"]
+
+
 def test_committed_pages_are_clean():
     """By today's rules; `hnerv-clip pages` would change nothing. Each answers below its title."""
     for path in sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb")):

@@ -95,5 +95,6 @@ def test_all_notebooks_make_a_book(tmp_path, monkeypatch, cache_dir):
         assert str(tmp_path) not in text and str(ROOT) not in text, path.stem
         assert "not CLIP" in page, f"{path.stem} hides that its teacher is not CLIP"
         assert "commit" in page, f"{path.stem} lacks its provenance"
+        assert not re.findall(r"<th>\w+_\w+</th>", text), f"{path.stem}: columns without words"
     assert "not CLIP" in (html.parent / "book" / "index.html").read_text()
     assert {p: p.read_bytes() for p in (ROOT / "book").glob("*") if p.is_file()} == committed

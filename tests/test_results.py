@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from hnerv_clip.book import BookError, build, judged, markdown, pages, results, scaling
+from hnerv_clip.figures.scaling import plot_scaling
 from hnerv_clip.study.plan import ENCODINGS, REMEDIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +130,25 @@ def test_the_verdict_follows_from_the_answers(cross_fit):
         "decoded frame, beats a constant, beats the nearest training frame, beats interpolating "
         "the teacher and beats a side file of equal bytes. Does it know when? On bunny yes, on "
         "bikes no. These frames cannot tell: Does it know where?**")
+
+
+def test_several_gpus_are_summed_up():
+    def row(ranks, rate, speed, reached, epochs=40):
+        return {"ranks": ranks, "learning_rate": rate, "frames_per_s": speed, "epochs": epochs,
+                "time_to_quality_s": reached, "psnr_db": 25.0}
+    runs = [row(1, "kept", 100, 8.0), row(2, "kept", 190, None), row(4, "kept", 360, None),
+            row(4, "×4", 350, None)]
+    said, quality = scaling.answer_words({"parts": {"speed": {"runs": runs}}})
+    assert said.startswith("On 4 GPUs training runs 3.60 times as fast as on one (1.90 times on 2)")
+    assert said.endswith("not reached in as many epochs.") and "+0.00 dB with the" in quality
+    runs.append(row(4, "×4, as many steps", 360, 2.0, 160))
+    assert ("in 8.0 s of steps is reached in 2.0 s, with the learning rate ×4, as many steps "
+            "(4 times the epochs)") in scaling.answer_words({"parts": {"speed": {"runs": runs}}})[0]
+    figure = plot_scaling({"backend": "nccl", "parts": {"speed": {"quality_db": 25.0, "runs": [
+        {**run, "curve": [[1, 1.0, 20.0]], "frames_per_s_p10": 1, "frames_per_s_p90": 999,
+         "efficiency": 0.9} for run in runs]}}})
+    lines = figure.axes[1].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines)
 
 
 def test_more_epochs_are_not_hidden_in_a_comparison():

@@ -114,11 +114,20 @@ def test_a_whole_run_becomes_a_page(outf, cache_dir, tmp_path):
 
     newer = tmp_path / "newer"
     newer.mkdir()
-    write_json(newer / "scaling.json", {**measured, "backend": "nccl",
-                                        "parts": {"run": measured["parts"]["run"]}})
-    collect_scaling(tmp_path, newer)
-    assert not (tmp_path / "scaling_run").exists()  # of the older measurement
-    with pytest.raises(ResultsError, match="scaling.json has no kill.*hnerv-clip scale"):
+    later = {**measured, "backend": "nccl", "gpus": 4, "parts": {"checkpoint": {
+        **measured["parts"]["run"], "gpus": 4, "commit": "f" * 40}}}
+    write_json(newer / "scaling.json", later)
+    collect_scaling(tmp_path, newer)  # the older whole run stays, and its part says of what it is
+    both = read_scaling(tmp_path, "scaling.json", ["run", "checkpoint"])
+    assert [both["parts"][name]["gpus"] for name in ("run", "checkpoint")] == [2, 4]
+    assert (tmp_path / "scaling_run").exists()
+    assert "complete run: 2 × " in machine_words(both)
+    assert "checkpoints: 4 × " in machine_words(both)
+    write_json(newer / "scaling.json", {**later, "settings": {**later["settings"], "epochs": 3}})
+    collect_scaling(tmp_path, newer)  # of other settings: nothing older fits
+    assert list(read_scaling(tmp_path, "scaling.json", [])["parts"]) == ["checkpoint"]
+    assert not (tmp_path / "scaling_run").exists()
+    with pytest.raises(ResultsError, match="scaling.json has no run, kill.*hnerv-clip scale"):
         read_scaling(tmp_path, "scaling.json", ["run", "kill"])
     with pytest.raises(ResultsError, match="does not exist.*hnerv-clip scale"):
         read_scaling(tmp_path, "nowhere.json", [])
@@ -141,8 +150,8 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypa
     config = Config.from_params(**SMALL)
     measured = measure_scaling(config, tmp_path, gpus=4, parts=["speed"], cache_dir=cache_dir)
     assert [run["run"] for run in measured["parts"]["speed"]["runs"]] == [
-        "ranks1", "ranks2", "ranks2_scaled", "ranks4"]
-    assert [run["efficiency"] for run in measured["parts"]["speed"]["runs"]] == [1, 0.9, 0.9, 0.75]
+        "ranks1", "ranks2", "ranks4"]
+    assert [run["efficiency"] for run in measured["parts"]["speed"]["runs"]] == [1, 0.9, 0.75]
     rows = speed_rows(measured)
     assert rows[-1]["frames/s"].startswith("failed: run ranks4_scaled")
     assert rows[0]["whole run (s)"] == "resumed" and rows[0]["training (s)"] == "1.0"

@@ -59,6 +59,9 @@ def test_agreement_is_full_with_itself_and_by_chance_with_noise():
     assert abs(noise.spearman.mean()) < 0.05
     assert noise.overlap.mean() == pytest.approx(20 / 400, abs=0.03)
     assert noise.chance.iloc[0] == 20 / 400
+    assert search.answer_words(same).startswith("**Yes: of the 20 patches that the teacher")
+    assert search.answer_words(noise).startswith("**No: ")
+    assert search.answer_words(noise.assign(overlap=0.3)).startswith("**In part: ")
 
 
 @pytest.mark.parametrize("settings", [{}, {"clip_stage": "1_3", "clip_pool": 0.2}])

@@ -4,7 +4,10 @@ import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+
+from hnerv_clip.labels import SOURCE_WORDS, in_words
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md")),
@@ -35,3 +38,14 @@ def test_a_page_speaks_of_what_there_is(path):
 @pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.name)
 def test_one_spelling(path):
     assert [found[0] for found in re.finditer(BRITISH, words_of(path), re.I)] == []
+
+
+def test_a_table_is_shown_in_words():
+    table = pd.DataFrame({"psnr_db": [31.256, None], "source": ["encoder", "interpolated"],
+                          "n": [3, 4], "band": [None, None]})
+    shown = in_words(table, "source", "psnr_db", "band", "n", "ms_ssim")
+    assert shown.to_dict("list") == {
+        "embedding": [SOURCE_WORDS["encoder"], SOURCE_WORDS["interpolated"]],
+        "PSNR (dB)": ["31.26", ""], "number": [3, 4]}
+    with pytest.raises(KeyError):
+        in_words(table.assign(nameless=1), "nameless")

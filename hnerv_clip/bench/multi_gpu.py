@@ -52,7 +52,8 @@ def measure_scaling(config: Config, outf: str | Path, *, gpus: int = 0,
         config: what each rank trains; batch_size is per rank.
         gpus: ranks of the largest run; 0 for every GPU, and on a CPU for two ranks.
         parts: which of `PARTS`, all by default, in the order given.
-            speed: 1, 2, 4, … ranks at the same batch per rank, learning rate kept and scaled.
+            speed: 1, 2, 4, … ranks at the same batch per rank, the most also with the learning
+                rate scaled.
             correctness: the same global batch on one rank and on all.
             checkpoint: the cost of checkpoints in the runs of `speed`.
             kill: a rank killed halfway, and the run resumed.
@@ -137,8 +138,8 @@ class _Scaling:
         """Write a part as far as it is measured."""
         commit, dirty = code_version()
         self.measured["parts"][part] = {
-            **figures, "complete": complete, "took_s": time.monotonic() - self.started,
-            "commit": commit, "dirty": dirty,
+            **figures, "complete": complete, "gpus": self.gpus,
+            "took_s": time.monotonic() - self.started, "commit": commit, "dirty": dirty,
             "device": device_name(torch.device("cuda" if self.on_gpu else "cpu")),
             "cores": os.cpu_count(), "versions": package_versions(), "cuda": torch.version.cuda,
             "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -205,17 +206,19 @@ def _measure_correctness(scaling: _Scaling) -> None:
     cases = [("exact", "exact_ranks", exact)]
     if scaling.on_gpu:  # and as it is trained, if that is not the same
         cases.append(("whole", f"ranks{scaling.gpus}", scaling.config))
+    alone = {name: config.replace(batch_size=config.train.batch_size * scaling.gpus)
+             for name, _, config in cases}
+    twice = iter(scaling.train_many(scaling.outf / "one_rank", {
+        f"{name}_{which}": config for name, config in alone.items() for which in ("one", "again")},
+        at_once=scaling.gpus))
     rows: list[dict[str, Any]] = []
-    for name, on_all, config in cases:
-        alone = config.replace(batch_size=config.train.batch_size * scaling.gpus)
-        one, again = scaling.train_many(scaling.outf / name, {"one": alone, "again": alone},
-                                        at_once=2)
+    for (name, on_all, config), one, again in zip(cases, twice, twice):
         ranks = scaling.train(on_all, config, scaling.gpus)
         losses = {key: RunDir(path).metrics().total_loss.tolist()
                   for key, path in [("loss_one", one), ("loss_ranks", ranks)]}
         rows.append({"precision": config.train.precision, "engine": config.train.engine,
                      "epochs": config.train.epochs, "ranks": scaling.gpus,
-                     "global_batch": alone.train.batch_size,
+                     "global_batch": alone[name].train.batch_size,
                      "ranks_differ": weight_difference(one, ranks),
                      "repeat_differs": weight_difference(one, again), **losses,
                      "psnr_one_db": RunDir(one).summary()["eval_psnr_train"],
@@ -313,18 +316,16 @@ def rank_counts(gpus: int) -> list[int]:
 def speed_runs(config: Config, ranks: int, *, largest: bool) -> list[tuple[str, str, Config]]:
     """(name, what the learning rate is, configuration) of the runs on so many ranks.
 
-    With several ranks an epoch has fewer steps. The largest number is therefore also trained for
-    as many steps as one rank, with the learning rate scaled.
+    With several ranks an epoch has fewer steps. The largest number is therefore also trained with
+    the learning rate scaled, and so for as many steps as one rank.
     """
-    runs = [(f"ranks{ranks}", "kept", config)]
-    if ranks > 1:
-        scaled = config.replace(lr=config.train.lr * ranks)
+    runs, train = [(f"ranks{ranks}", "kept", config)], config.train
+    if largest and ranks > 1:
+        scaled = config.replace(lr=train.lr * ranks)
         runs.append((f"ranks{ranks}_scaled", f"×{ranks}", scaled))
-        if largest:
-            train = config.train
-            runs.append((f"ranks{ranks}_steps", f"×{ranks}, as many steps", scaled.replace(
-                epochs=train.epochs * ranks, eval_freq=train.eval_freq * ranks,
-                pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs * ranks)))
+        runs.append((f"ranks{ranks}_steps", f"×{ranks}, as many steps", scaled.replace(
+            epochs=train.epochs * ranks, eval_freq=train.eval_freq * ranks,
+            pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs * ranks)))
     return runs
 
 

@@ -15,7 +15,6 @@ from hnerv_clip.book.markdown import FOLD, without_html
 from hnerv_clip.runs.provenance import commit_words
 
 LARGE_PICTURE = 200_000  # characters of base64, from where a picture is stored as JPEG
-LONG_CELL = 15  # lines of a parameters cell that the page folds away
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 EXECUTED = """*This page was executed at {at} in {seconds} s, on {device}, with PyTorch {torch}, at
@@ -33,9 +32,9 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
 
     The answer comes first. Markdown without words is left out. Figures get their captions as
     alternative texts, and large pictures are JPEG; HTML inside Markdown is shown as text, but for
-    `markdown.PLAIN_TAGS`. Code that only
-    imports or formats and tables of more than `markdown.FOLD` rows are folded. The last lines say
-    when and where the page was executed. A clean page stays as it is.
+    `markdown.PLAIN_TAGS`. Parameters, code that only imports or formats, and tables of more than
+    `markdown.FOLD` rows are folded; a line that is printed again says how often. The last lines
+    say when and where the page was executed. A clean page stays as it is.
 
     Args:
         folders: {absolute path: what the page says instead}, the longest first.
@@ -49,13 +48,13 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
                                             if k == "tags"})
         tags = list(cell.metadata.get("tags", []))
         if cell.cell_type == "code" and not {"hide-input", "remove-input"} & set(tags) and (
-                _only_formats(cell.source)
-                or "parameters" in tags and cell.source.count("\n") > LONG_CELL):
+                _only_formats(cell.source) or {"parameters", "injected-parameters"} & set(tags)):
             cell.metadata["tags"] = [*tags, "hide-input"]
         if "injected-parameters" in tags:
             cell.source = _hide_folders(cell.source, folders)
         if cell.cell_type == "code":
-            cell.outputs = [_clean_output(output, folders) for output in cell.outputs
+            cell.outputs = [_clean_output(output, folders)
+                            for output in _count_repeated(cell.outputs)
                             if output.get("name") != "stderr"
                             and WIDGET not in output.get("data", {})
                             and output.get("data", {}).get("text/markdown", "words").strip()]
@@ -67,16 +66,32 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
     return page
 
 
+def _count_repeated(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs of which each that prints what the one before printed is a number behind that one."""
+    kept: list[tuple[nbformat.NotebookNode, int]] = []
+    for output in outputs:
+        before, times = kept[-1] if kept else (None, 0)
+        if before and output.get("text", "").strip() and before.get("text") == output.text:
+            kept[-1] = before, times + 1
+        else:
+            kept.append((output, 1))
+    for output, times in kept:
+        if times > 1:
+            output.text = f"{output.text.rstrip()} ({times} times)\n"
+    return [output for output, _ in kept]
+
+
 def _only_formats(source: str) -> bool:
     """Whether a cell is imports, a table of where things come from, or prose made from results."""
     try:
         statements = ast.parse(source).body
     except SyntaxError:  # a magic
         return False
-    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in statements) or any(
-        isinstance(node, ast.Expr) and re.match(
-            r"(display\()?(Markdown|provenance_table)\(", ast.unparse(node))
-        for node in statements)
+    called = [ast.unparse(node) for node in statements if isinstance(node, ast.Expr)]
+    imports = sum(isinstance(node, (ast.Import, ast.ImportFrom)) for node in statements)
+    set_up = sum(call.startswith("figures.use_style(") for call in called)
+    return len(statements) == imports + set_up or any(re.match(
+        r"(display\()?(Markdown|provenance_table|labels\.in_words)\(", call) for call in called)
 
 
 def _put_answer_first(page: nbformat.NotebookNode) -> None:

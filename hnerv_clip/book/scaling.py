@@ -1,7 +1,8 @@
 """What several ranks give, as rows of tables, and its way into `book/results`.
 
 `book/results` holds files of `hnerv-clip scale`: `scaling.json` of GPUs, `scaling_cpu.json` of a
-CPU's ranks, and in `scaling_run` the small files of the GPUs' whole run.
+CPU's ranks, and in `scaling_run` the small files of the GPUs' whole run. Each part of the first
+says when and on what it was measured.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from hnerv_clip.runs.provenance import commit_words
 from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 
 RUN_FILES = ("config.json", "provenance.json", "summary.json", "metrics.csv", "evaluation.csv")
+PARTS = {"speed": "speed", "correctness": "comparison with one rank", "checkpoint": "checkpoints",
+         "kill": "killed rank", "sweep": "independent runs", "run": "complete run"}
 FRAMES = {"train": "training", "held_out": "held out"}
 Row = dict[str, Any]
 
 
 def collect_scaling(results: Path, outf: Path) -> None:
-    """Take a measurement of `hnerv-clip scale` into `results`, in the place of the one there.
+    """Take a measurement of `hnerv-clip scale` into `results`, its parts in place of those there.
 
-    One on GPUs without the part `run` leaves no whole run in `results`: it would be of another.
+    Parts, and a whole run, that it does not have stay as they were, if they are of the same
+    settings; otherwise they go.
 
     Raises:
         RunError: `outf` holds none, or its whole run is not finished.
@@ -39,10 +43,16 @@ def collect_scaling(results: Path, outf: Path) -> None:
         raise RunError(f"{outf} has no scaling.json; measure first, hnerv-clip scale --outf {outf}")
     measured = json.loads((outf / "scaling.json").read_text(encoding="utf-8"))
     on_gpu = measured["backend"] == "nccl"
-    folder = results / "scaling_run"
-    if on_gpu and not (outf / RUN).exists():
+    folder, path = results / "scaling_run", results / f"scaling{'' if on_gpu else '_cpu'}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else measured
+    same = all(measured["settings"].get(name, value) == value
+               for name, value in before["settings"].items())
+    measured["parts"] = {name: {"gpus": found["gpus"], **part}
+                         for found in (before, measured) if same or found is measured
+                         for name, part in found["parts"].items() if part["complete"]}
+    if on_gpu and not same:
         shutil.rmtree(folder, ignore_errors=True)
-    elif on_gpu:
+    if on_gpu and (outf / RUN).exists():
         figures = run_figures(outf / RUN)
         if RUN in measured["parts"]:  # read there and then; a copy's files may have other times
             figures["wall_s"] = measured["parts"][RUN]["wall_s"]
@@ -50,7 +60,40 @@ def collect_scaling(results: Path, outf: Path) -> None:
         for name in RUN_FILES:
             shutil.copyfile(outf / RUN / name, folder / name)
         write_json(folder / "figures.json", figures)
-    write_json(results / f"scaling{'' if on_gpu else '_cpu'}.json", measured)
+    write_json(path, measured)
+
+
+def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
+    """What several GPUs give: (how much faster, at equal quality too; and after as many epochs).
+
+    Args:
+        measured: with the part `speed`.
+    """
+    runs = measured["parts"]["speed"]["runs"]
+    alone, *others = [run for run in runs if run["learning_rate"] == "kept"]
+    most = others.pop()
+    rates = "".join(f" ({run['frames_per_s'] / alone['frames_per_s']:.2f} times on {run['ranks']})"
+                    for run in others)
+    widest = [run for run in runs if run["ranks"] == most["ranks"]]
+    reached = [run for run in widest if run["time_to_quality_s"] is not None]
+    if reached:
+        best = min(reached, key=lambda run: run["time_to_quality_s"])
+        quality = (f"the picture quality that one reaches in {alone['time_to_quality_s']:.1f} s of "
+                   f"steps is reached in {best['time_to_quality_s']:.1f} s, with "
+                   f"{_rate_words(best, alone)}")
+    else:
+        quality = "the picture quality that one reaches is not reached in as many epochs"
+    speed_up = most["frames_per_s"] / alone["frames_per_s"]
+    return (f"On {most['ranks']} GPUs training runs {speed_up:.2f} times as fast as on one{rates}, "
+            f"and {quality}.",
+            f"PSNR after the whole training changes by {quality_words(alone, widest)}.")
+
+
+def _rate_words(row: Row, alone: Row) -> str:
+    rate, _, more = row["learning_rate"].partition(", ")
+    times = row["epochs"] / alone["epochs"]
+    return ("the learning rate kept" if rate == "kept" else f"the learning rate {rate}") + (
+        f", {more}" if more else "") + (f" ({times:g} times the epochs)" if times != 1 else "")
 
 
 def quality_words(alone: Row, others: list[Row]) -> str:
@@ -59,15 +102,8 @@ def quality_words(alone: Row, others: list[Row]) -> str:
     Args:
         alone, others: rows of the part `speed`: one rank, and more of them.
     """
-    said = []
-    for row in others:
-        rate, _, more = row["learning_rate"].partition(", ")
-        words = "the learning rate kept" if rate == "kept" else f"the learning rate {rate}"
-        times = row["epochs"] / alone["epochs"]
-        words += f", {more}" if more else ""
-        words += f" ({times:g} times the epochs)" if times != 1 else ""
-        said.append(f"{row['psnr_db'] - alone['psnr_db']:+.2f} dB with {words}")
-    return join_words(said)
+    return join_words([f"{row['psnr_db'] - alone['psnr_db']:+.2f} dB with {_rate_words(row, alone)}"
+                       for row in others])
 
 
 def read_scaling(folder: str | Path, name: str, needs: Iterable[str]) -> dict[str, Any]:
@@ -89,16 +125,20 @@ def speed_rows(measured: dict[str, Any]) -> list[Row]:
     part = measured["parts"].get("speed")
     if not part or not part["complete"]:
         return []
-    reached = f"{part['quality_db']:.2f} dB after (s)"
-    rows = [{"ranks": run["ranks"], "frames/s": three_digits(run["frames_per_s"]),
+    reached, ranks = f"{part['quality_db']:.2f} dB after (s)", _ranks_word(measured)
+    rows = [{ranks: run["ranks"], "frames/s": three_digits(run["frames_per_s"]),
              "PSNR (dB)": f"{run['psnr_db']:.2f}", "learning rate": run["learning_rate"],
              "efficiency": f"{run['efficiency']:.0%}",
              reached: "never" if run["time_to_quality_s"] is None
              else f"{run['time_to_quality_s']:.1f}", "training (s)": f"{run['train_time_s']:.1f}",
              "whole run (s)": "resumed" if run["wall_s"] is None else f"{run['wall_s']:.0f}"}
             for run in part["runs"]]
-    return rows + [{"ranks": run["ranks"], "learning rate": run["learning_rate"],
+    return rows + [{ranks: run["ranks"], "learning rate": run["learning_rate"],
                     "frames/s": f"failed: {run['why']}"} for run in part["failed"]]
+
+
+def _ranks_word(measured: dict[str, Any]) -> str:
+    return "GPUs" if measured["backend"] == "nccl" else "ranks"
 
 
 def correctness_rows(measured: dict[str, Any]) -> list[Row]:
@@ -114,7 +154,8 @@ def correctness_rows(measured: dict[str, Any]) -> list[Row]:
             "equal" if one == ranks else f"{abs(ranks / one - 1):.1e}" for one, ranks in [
                 (case["loss_one"][i], case["loss_ranks"][i]) for i in (0, -1)]),
         "one rank twice: weights": _differs(case["repeat_differs"]),
-        "ranks": case["ranks"], "global batch": case["global_batch"], "epochs": case["epochs"]}
+        _ranks_word(measured): case["ranks"], "global batch": case["global_batch"],
+        "epochs": case["epochs"]}
         for case in part["cases"]]
 
 
@@ -128,14 +169,17 @@ def machine_words(measured: dict[str, Any]) -> str:
     settings = measured["settings"]
     teacher = f"teacher {measured['teacher']}" if measured["teacher"] else "pixels only"
     size = (settings["resize_list"] or settings["crop_list"]).replace("_", "×") or "whole frames"
-    count = f"{measured['gpus']} × " if measured["backend"] == "nccl" else ""
-    machines = dict.fromkeys(
-        f"{count}{part['device']}, PyTorch {part['versions']['torch']}, commit {commit_words(part)}"
-        for part in measured["parts"].values())
+    machines: dict[str, list[str]] = {}
+    for name, part in measured["parts"].items():
+        count = f"{part.get('gpus', measured['gpus'])} × " if measured["backend"] == "nccl" else ""
+        machines.setdefault(f"{count}{part['device']}, PyTorch {part['versions']['torch']}, commit "
+                            f"{commit_words(part)}", []).append(PARTS.get(name, name))
+    several = len(machines) > 1
     return (f"{settings['data_path']} at {size}, {settings['modelsize']:g} million stored values, "
             f"{settings['epochs']} epochs, batch {settings['batch_size']} a rank, precision "
             f"{settings['precision']}, {teacher}; over {measured['backend']}; "
-            + "; ".join(machines))
+            + "; ".join(f"{join_words(parts)}: {words}" if several else words
+                        for words, parts in machines.items()))
 
 
 def evaluation_rows(run: RunDir) -> list[Row]:

@@ -13,10 +13,11 @@ from hnerv_clip.figures.style import (
     PALETTE,
     WIDTH,
     caption,
+    name_rows,
     new_figure,
     picture_axes,
 )
-from hnerv_clip.labels import SOURCE_WORDS
+from hnerv_clip.labels import FRAME_WORDS, SOURCE_WORDS
 
 
 def plot_training(metrics: pd.DataFrame, *, warmup_epochs: int, teacher_label: str) -> Figure:
@@ -65,7 +66,7 @@ def plot_reconstructions(frames: np.ndarray, decoded: Mapping[str, np.ndarray], 
         frames: uint8 [n, 3, H, W], the originals.
         decoded: by name, uint8 [n, 3, H, W].
         indices: frame numbers.
-        labels: of each frame, 'train' or 'val'.
+        labels: of each frame, 'train', 'val', or words of the caller's.
         gain: how much the error is enlarged.
     """
     columns = 1 + 2 * len(decoded)
@@ -74,7 +75,7 @@ def plot_reconstructions(frames: np.ndarray, decoded: Mapping[str, np.ndarray], 
     figure, axes = new_figure(len(frames), columns, squeeze=False,
                               height=len(frames) * (cell * height / width + 0.28))
     for row, (frame, index, label) in enumerate(zip(frames, indices, labels)):
-        pictures = [(f"frame {index} ({label})", frame)]
+        pictures = [(f"frame {index} ({FRAME_WORDS.get(label, label)})", frame)]
         for name, images in decoded.items():
             error = np.abs(images[row].astype(int) - frame.astype(int)).mean(0)
             pictures += [(name, images[row]), (f"error × {gain}", error * gain)]
@@ -168,7 +169,7 @@ def plot_ablation(table: pd.DataFrame, *, teacher_label: str) -> Figure:
         panel.hlines(y, table[measure.format("train")], table[measure.format("held_out")],
                      color=GREY, linewidth=1)
         panel.set_xlabel(title)
-    axes[0].set_yticks(y, table.run)
+    name_rows(axes[0], list(table.run))
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return caption(figure, "Held out: interpolated embeddings for hybrid runs, coordinates for the "

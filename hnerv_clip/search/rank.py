@@ -193,3 +193,19 @@ def compare_rankings(queries: Sequence[str], vectors: npt.ArrayLike, predicted: 
                      "overlap": len(np.intersect1d(*heads)) / top_k, "chance": top_k / patches,
                      "top_k": top_k, "patches": patches})
     return pd.DataFrame(rows)
+
+
+def answer_words(agreement: pd.DataFrame) -> str:
+    """Whether the network finds what the teacher would find, in Markdown.
+
+    Args:
+        agreement: as from `compare_rankings`. Over all queries: yes where at least half of the
+            teacher's best patches are found, no where not twice as many as by chance, else in part.
+    """
+    found, chance = agreement.overlap.mean(), agreement.chance.iloc[0]
+    said = "Yes" if found >= 0.5 else "In part" if found > 2 * chance else "No"
+    return (f"**{said}: of the {agreement.top_k.iloc[0]} patches that the teacher ranks best for a "
+            f"text, out of {agreement.patches.iloc[0]:,}, the network's own best hold {found:.0%} "
+            f"(by chance {chance:.0%}); over all patches the two rankings have a rank correlation "
+            f"of {agreement.spearman.mean():.2f}.** Means over {len(agreement)} texts; “yes” means "
+            "half or more, “no” at most twice chance.")

@@ -51,6 +51,14 @@ def ablation_configs(base: Config, *, lambdas: str = "0 0.1 0.2 0.5 1", warmups:
     return {name: config for name, config in configs.items() if name == "base" or config != base}
 
 
+def run_words(name: str) -> str:
+    """What a run of `ablation_configs` is, in words: "λ = 0.5" for `lambda_0.5`."""
+    start, _, value = name.partition("_")
+    return {"base": "base", "pixels": "pixels only", "lambda": f"λ = {value}",
+            "warmup": f"pixel phase of {value} epochs", "pe": f"from time alone ({name})",
+            "xyt": f"from position and time ({name})"}.get(start, name)
+
+
 def _numbers(name: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split()]
@@ -98,16 +106,16 @@ def ablation_answer(table: pd.DataFrame) -> list[str]:
     said = []
     missing = [name for name in ("base", "pixels_only") if name not in rows.index]
     if missing:
-        said.append(f"What the second task costs is not known: `{'` and `'.join(missing)}` did not "
-                    "finish.")
+        said.append("**What the second task costs is not known:** "
+                    f"`{'` and `'.join(missing)}` did not finish.")
     else:
         base, alone = rows.loc["base"], rows.loc["pixels_only"]
         costs = [f"{abs(cost):.2f} dB {'less' if cost > 0 else 'more'} on {words}"
                  for part, words in PARTS.items()
                  if (cost := alone[f"psnr_{part}_db"] - base[f"psnr_{part}_db"]) == cost]
-        said.append(f"With λ = {base.clip_loss_weight:g}, the pictures of the network with both "
-                    f"tasks have **{' and '.join(costs)}** than those of pixels alone, in one run "
-                    "each.")
+        said.append(f"**With λ = {base.clip_loss_weight:g}, the pictures of the network with both "
+                    f"tasks have {' and '.join(costs)} than those of pixels alone, in one run "
+                    "each.**")
     for name, row in rows[rows.clip_centred_train.notna()].iterrows():
         if name == "base" or row.kind != "hybrid":
             who = "The base run" if name == "base" else f"From coordinates alone, `{name}`"

@@ -100,10 +100,12 @@ def test_training_together_is_paired_with_the_picture_alone(folder):
     less = [row["any box, less the picture alone"] for row in table]
     assert less[:2] == [None, None] and less[3].startswith("+0.032 [")
     assert less[4].startswith("-0.011 [")  # less the frozen one, which is trained as long
-    assert book.together_answer(together).startswith(
-        "- bunny 40×80, a CPU: going on at λ = 0.02: skill at any box +0.032 [")
-    assert "2 paired seeds, from +0.030 to +0.033" in book.together_answer(together)
-    assert "held-out PSNR -0.300 dB" in book.together_answer(together)
+    best, first = book.best_together_rows(together)
+    assert best["measured on"] == "bunny 40×80, a CPU" and best["pairs"] == "2"
+    assert best["learned together"] == "going on, λ = 0.02"
+    assert best["skill at any box"].startswith("+0.032 [") and best["from, to"] == "+0.030, +0.033"
+    assert best["held-out PSNR"].startswith("-0.30 dB")
+    assert first["learned together"] == "from the first epoch, λ = 0.005"
     assert book.together_verdict(together, first=False) == "yes"
     assert book.together_verdict(together, first=True) == "no"
     assert book.together_verdict(together[together.weight != 0], first=False) == ""
@@ -236,16 +238,15 @@ def test_a_files_field_stands_beside_the_teacher_on_its_frames(tmp_path):
     assert about == {"teacher": "T"}
     assert list(found.curve.unique()) == ["bunny, 1.2 M", "bunny, all frames, 1.2 M"]
     assert decoded.decoded_answer(found) == (
-        "Of the stored files the field is closer to the teacher in training frames at any box in "
-        "1 of 3, in training frames at the patches in 1 of 3, in held-out frames at any box in 2 "
-        "of 2 and in held-out frames at the patches in 2 of 2.")
-    assert "on bunny in held-out frames 0.80 against 0.60 at 0.030 bits per pixel (35.0 dB) and " \
-        "0.80 against 0.75 at 0.050" in decoded.decoded_words(found)
+        "The field is closer to the teacher on the video in 2 of 2 files in held-out frames (at "
+        "the eight patches in 2) and in 1 of 3 files in training frames (at the eight patches in "
+        "1).")
+    assert "bunny, held-out frames: 0.80 against 0.60 at 0.030 bpp (35.0 dB), 0.80 against 0.75 " \
+        "at 0.050" in decoded.decoded_words(found)
     table = decoded.decoded_rows(found)
-    assert len(table) == 5 and table[0]["bits per pixel"] == "0.0300"
-    assert table[1] == {"trained on": "bunny, 1.2 M", "frames": "held-out frames",
-                        "bits per pixel": "0.0300", "PSNR (dB)": "35.00",
-                        "any box: field": "0.800 (0.80)", "any box: decoded": "0.600 (0.60)",
-                        "patches: field": "0.800 (0.80)", "patches: decoded": "0.600 (0.60)"}
+    assert len(table) == 5 and table[0]["file"] == "bunny, 1.2 M: 0.0300 bpp, 35.0 dB, training"
+    assert table[1] == {"file": "bunny, 1.2 M: 0.0300 bpp, 35.0 dB, held-out",
+                        "any box, field": "0.800 (0.80)", "decoded": "0.600 (0.60)",
+                        "patches, field": "0.800 (0.80)", "patches, decoded": "0.600 (0.60)"}
     figure = figures.plot_decoded(found[found.asked == decoded.ANY], teacher_label="T")
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2, 2, 2, 2, 1, 1]

@@ -40,13 +40,14 @@ def read_decoded(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 def decoded_answer(rows: pd.DataFrame) -> str:
     """In how many files a field is closer to the teacher than the teacher on decoded frames."""
     said = []
-    for frames, words in FRAMES.items():
-        for asked, at in ((ANY, "at any box"), (PATCHES, "at the patches")):
-            own = rows[(rows.frames == frames) & (rows.asked == asked)]
-            if len(own):
-                wins = int((own.centered > own.decoded_centered).sum())
-                said.append(f"in {words} {at} in {wins} of {len(own)}")
-    return f"Of the stored files the field is closer to the teacher {join_words(said)}."
+    for frames in ("held_out", "train"):
+        part = rows[rows.frames == frames]
+        if len(part):
+            closer = part.centered > part.decoded_centered
+            at = closer.groupby(part.asked).sum()
+            said.append(f"in {at[ANY]} of {part.digest.nunique()} files in {FRAMES[frames]} (at "
+                        f"the eight patches in {at[PATCHES]})")
+    return f"The field is closer to the teacher on the video {join_words(said)}."
 
 
 def decoded_words(rows: pd.DataFrame) -> str:
@@ -57,12 +58,10 @@ def decoded_words(rows: pd.DataFrame) -> str:
             own = part[part.frames == frames].sort_values("rate_bpp")
             if len(own):
                 ends = own.iloc[[0, -1]] if len(own) > 1 else own
-                said.append(f"on {video} in {words} " + " and ".join(
+                said.append(f"{video}, {words}: " + ", ".join(
                     f"{row.centered:.2f} against {row.decoded_centered:.2f} at "
-                    f"{row.rate_bpp:.3f} bits per pixel ({row.psnr_db:.1f} dB)"
-                    for row in ends.itertuples()))
-    return "Mean-centered cosine at any box, field against teacher on decoded frames: " \
-        + "; ".join(said) + "."
+                    f"{row.rate_bpp:.3f} bpp ({row.psnr_db:.1f} dB)" for row in ends.itertuples()))
+    return "\n".join(f"- {line}" for line in said)
 
 
 def decoded_rows(rows: pd.DataFrame) -> list[dict[str, str]]:
@@ -70,11 +69,12 @@ def decoded_rows(rows: pd.DataFrame) -> list[dict[str, str]]:
     found = []
     for (curve, _, frames), part in rows.groupby(["curve", "digest", "frames"], sort=False):
         at, first = part.set_index("asked"), part.iloc[0]
-        row = {"trained on": curve, "frames": FRAMES[frames],
-               "bits per pixel": f"{first.rate_bpp:.4f}", "PSNR (dB)": f"{first.psnr_db:.2f}"}
-        for asked in (ANY, PATCHES):
-            own = at.loc[asked]
-            row[f"{asked}: field"] = f"{own.centered:.3f} ({own.skill:.2f})"
-            row[f"{asked}: decoded"] = f"{own.decoded_centered:.3f} ({own.decoded_skill:.2f})"
-        found.append(row)
+        (one, other), (three, four) = (
+            (f"{at.loc[asked].centered:.3f} ({at.loc[asked].skill:.2f})",
+             f"{at.loc[asked].decoded_centered:.3f} ({at.loc[asked].decoded_skill:.2f})")
+            for asked in (ANY, PATCHES))
+        found.append({"file": f"{curve}: {first.rate_bpp:.4f} bpp, {first.psnr_db:.1f} dB, "
+                              f"{FRAMES[frames].split()[0]}",
+                      "any box, field": one, "decoded": other, "patches, field": three,
+                      "patches, decoded": four})
     return found

@@ -132,14 +132,6 @@ class Together:
     skill: Paired  # at any box, held-out frames
     psnr: Paired  # in dB, likewise
 
-    @property
-    def words(self) -> str:
-        """`going on at λ = 0.005: skill …, PSNR …`, with the range over seeds."""
-        how = "from the first epoch" if self.first else "going on"
-        return (f"{how} at λ = {self.weight:g}: skill at any box "
-                f"{_with_range(self.skill, digits=3)}, held-out PSNR "
-                f"{_with_range(self.psnr, 'dB', digits=3)}")
-
 
 def compare_together(together: pd.DataFrame) -> list[Together]:
     """Every λ of each `where`, by pairs of equal seeds: going on against λ = 0, and from the first
@@ -184,16 +176,19 @@ def together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
     return rows
 
 
-def together_answer(together: pd.DataFrame) -> str:
-    """Of each `where` and way the λ that gained most skill, as an item of a list."""
+def best_together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
+    """Of each `where` and way the λ that gained most skill, with what it did to the picture."""
     best: dict[tuple[str, bool], Together] = {}
     for one in compare_together(together):
         key = (one.where, one.first)
         if key not in best or one.skill.difference > best[key].skill.difference:
             best[key] = one
-    places = list(dict.fromkeys(where for where, _ in best))
-    return "\n".join(f"- {place}: " + "; ".join(
-        one.words for (where, _), one in best.items() if where == place) for place in places)
+    return [{"measured on": where,
+             "learned together": f"{'from the first epoch' if first else 'going on'}, "
+                                 f"λ = {one.weight:g}",
+             "pairs": str(one.skill.n), "skill at any box": one.skill.interval(digits=3),
+             "from, to": f"{one.skill.values.min():+.3f}, {one.skill.values.max():+.3f}",
+             "held-out PSNR": one.psnr.interval("dB")} for (where, first), one in best.items()]
 
 
 def together_verdict(together: pd.DataFrame, *, first: bool, worth: float = 0.005) -> str:
@@ -214,13 +209,6 @@ def together_verdict(together: pd.DataFrame, *, first: bool, worth: float = 0.00
     more = sum(value >= worth for value in values)
     return (f"cannot tell for certain; {more or 'none'} of {len(values)} "
             f"pair{'' if len(values) == 1 else 's'} of networks gained {worth:g} or more")
-
-
-def _with_range(pair: Paired, unit: str = "", digits: int = 2) -> str:
-    if pair.n == 1:
-        return pair.words(unit, digits)
-    low, high = pair.values.min(), pair.values.max()
-    return f"{pair.words(unit, digits)}, from {low:+.{digits}f} to {high:+.{digits}f}"
 
 
 def read_labelled(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -49,11 +49,15 @@ class Paired:
 
     def words(self, unit: str = "", digits: int = 2) -> str:
         """`+0.07 dB [+0.02, +0.12], 3 paired seeds`; one pair goes without the interval."""
+        what = self.over if self.n > 1 else self.over.removesuffix("s")
+        return f"{self.interval(unit, digits)}, {self.n} paired {what}"
+
+    def interval(self, unit: str = "", digits: int = 2) -> str:
+        """`+0.07 dB [+0.02, +0.12]`, likewise."""
         unit = f" {unit}" if unit else ""
         interval = f" [{self.low:+.{digits}f}, {self.high:+.{digits}f}]" \
             if np.isfinite(self.low) else ""
-        what = self.over if self.n > 1 else self.over.removesuffix("s")
-        return f"{self.difference:+.{digits}f}{unit}{interval}, {self.n} paired {what}"
+        return f"{self.difference:+.{digits}f}{unit}{interval}"
 
     def sentence(self, unit: str = "", digits: int = 2) -> str:
         """What may be said: a direction, equivalence within the margin, or that it is open."""

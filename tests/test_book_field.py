@@ -104,7 +104,7 @@ def test_training_together_is_paired_with_the_picture_alone(folder):
     assert best["measured on"] == "bunny 40×80, a CPU" and best["pairs"] == "2"
     assert best["learned together"] == "going on, λ = 0.02"
     assert best["skill at any box"].startswith("+0.032 [") and best["from, to"] == "+0.030, +0.033"
-    assert best["held-out PSNR"].startswith("-0.30 dB")
+    assert best["held-out PSNR"].startswith("-0.300 dB")
     assert first["learned together"] == "from the first epoch, λ = 0.005"
     assert book.together_verdict(together, first=False) == "yes"
     assert book.together_verdict(together, first=True) == "no"

@@ -187,8 +187,9 @@ def best_together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
              "learned together": f"{'from the first epoch' if first else 'going on'}, "
                                  f"λ = {one.weight:g}",
              "pairs": str(one.skill.n), "skill at any box": one.skill.interval(digits=3),
-             "from, to": f"{one.skill.values.min():+.3f}, {one.skill.values.max():+.3f}",
-             "held-out PSNR": one.psnr.interval("dB")} for (where, first), one in best.items()]
+             "from, to": f"{one.skill.values.min():+.3f}, {one.skill.values.max():+.3f}"
+             if one.skill.n > 1 else "",
+             "held-out PSNR": one.psnr.interval("dB", digits=3)} for (where, first), one in best.items()]
 
 
 def together_verdict(together: pd.DataFrame, *, first: bool, worth: float = 0.005) -> str:

@@ -183,13 +183,13 @@ def best_together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
         key = (one.where, one.first)
         if key not in best or one.skill.difference > best[key].skill.difference:
             best[key] = one
-    return [{"measured on": where,
-             "learned together": f"{'from the first epoch' if first else 'going on'}, "
+    return [{"measured on": one.where,
+             "learned together": f"{'from the first epoch' if one.first else 'going on'}, "
                                  f"λ = {one.weight:g}",
              "pairs": str(one.skill.n), "skill at any box": one.skill.interval(digits=3),
              "from, to": f"{one.skill.values.min():+.3f}, {one.skill.values.max():+.3f}"
              if one.skill.n > 1 else "",
-             "held-out PSNR": one.psnr.interval("dB", digits=3)} for (where, first), one in best.items()]
+             "held-out PSNR": one.psnr.interval("dB", digits=3)} for one in best.values()]
 
 
 def together_verdict(together: pd.DataFrame, *, first: bool, worth: float = 0.005) -> str:

@@ -128,7 +128,7 @@ class Trainer:
                     continue
                 shown = {"loss": f"{row['total_loss']:.4f}", "PSNR": f"{row['psnr_db']:.2f} dB"}
                 if self.config.model.predict_clip:
-                    shown["CLIP"] = f"{1 - row['clip_loss']:.3f}"
+                    shown["similarity"] = f"{1 - row['clip_loss']:.3f}"
                 bar.set_postfix(shown, refresh=False)
             if agree(self.best_psnr_db) == -math.inf:  # went on after its last epoch, its best lost
                 self._evaluate()

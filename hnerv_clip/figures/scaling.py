@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hnerv_clip.figures.style import BLACK, BLUE, PALETTE, SKY, caption, new_figure
+from hnerv_clip.figures.style import PALETTE, SHADES, caption, new_figure
 
 LINES = ("-", "--", ":")  # the learning rate: kept, scaled, scaled with as many steps
 
@@ -33,7 +33,7 @@ def plot_scaling(measured: dict[str, Any]) -> Figure:
     speed.errorbar(ranks, rates, yerr=[
         [rate - run["frames_per_s_p10"] for rate, run in zip(rates, kept)],
         [run["frames_per_s_p90"] - rate for rate, run in zip(rates, kept)]], marker="o",
-        capsize=3, color=BLUE, label="measured")
+        capsize=3, color=PALETTE["learned"], label="measured")
     for run in kept[1:]:
         speed.annotate(f"{run['efficiency']:.0%}", (run["ranks"], run["frames_per_s"]),
                        xytext=(0, -30), textcoords="offset points", ha="center", fontsize=9)
@@ -60,13 +60,13 @@ def plot_scaling(measured: dict[str, Any]) -> Figure:
 
 def _color(count: int, counts: list[int]) -> str:
     """Of so many ranks: light for one, black for the most."""
-    return SKY if count == counts[0] else BLACK if count == counts[-1] else BLUE
+    return SHADES[0 if count == counts[0] else 2 if count == counts[-1] else 1]
 
 
 def _plot_losses(axes: Axes, case: dict[str, Any], word: str) -> None:
     epochs = range(1, case["epochs"] + 1)
-    axes.plot(epochs, case["loss_one"], color=SKY, linewidth=3, label=f"1 {word}")
-    axes.plot(epochs, case["loss_ranks"], color=BLACK, linewidth=1.2,
+    axes.plot(epochs, case["loss_one"], color=SHADES[0], linewidth=3, label=f"1 {word}")
+    axes.plot(epochs, case["loss_ranks"], color=SHADES[2], linewidth=1.2,
               label=f"{case['ranks']} {word}s")
     axes.set(xlabel="epoch", ylabel=f"loss, global batch {case['global_batch']}", yscale="log")
     axes.legend()

@@ -8,7 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from hnerv_clip.figures.style import CYCLE, PALETTE, caption, name_rows, new_figure
+from hnerv_clip.figures.style import CYCLE, PALETTE, SHADES, caption, name_rows, new_figure
+
+DEVICES = [*SHADES[1:], *CYCLE[2:]]
 
 
 def plot_rates(rows: pd.DataFrame) -> Figure:
@@ -42,7 +44,7 @@ def plot_growth(devices: dict[str, list[dict[str, Any]]],
     """
     figure, panels = new_figure(2, 3, height=4.6, sharey=True)
     for panel, (axis, (label, column)) in zip(panels.flat, axes.items()):
-        for rows, color in zip(devices.values(), CYCLE):
+        for rows, color in zip(devices.values(), DEVICES):
             own = sorted((row for row in rows if row["axis"] == axis), key=lambda r: r[column])
             x, y = [row[column] for row in own], [row["step_ms"] for row in own]
             low = [row["step_ms"] - row["step_ms_min"] for row in own]
@@ -51,7 +53,11 @@ def plot_growth(devices: dict[str, list[dict[str, Any]]],
         values = sorted({row[column] for rows in devices.values() for row in rows
                          if row["axis"] == axis})
         panel.set(xscale="log", yscale="log", xlabel=label)
-        panel.set_xticks(values, [f"{v / 1e6:.2g} M" if v >= 1e4 else f"{v:g}" for v in values])
+        panel.set_xticks(values, [f"{v / 1e6:.2g} M" if v >= 1e4 else f"{v:g}" for v in values],
+                         fontsize=8)
+        for label, side in zip((panel.get_xticklabels()[0], panel.get_xticklabels()[-1]),
+                               ("left", "right")):  # so that they do not run into the next panel's
+            label.set_ha(side)
         panel.minorticks_off()
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -59,7 +65,7 @@ def plot_growth(devices: dict[str, list[dict[str, Any]]],
         panel.set_ylabel("step (ms)")
     for panel in panels.flat[len(axes):]:
         panel.axis("off")
-        for name, color in zip(devices, CYCLE):
+        for name, color in zip(devices, DEVICES):
             panel.plot([], [], marker="o", color=color, label=name)
         panel.legend(loc="center left")
     return caption(figure, "One thing varied at a time, each point a fresh model; whiskers from "

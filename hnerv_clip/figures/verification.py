@@ -10,12 +10,14 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hnerv_clip.figures.style import PALETTE, caption, name_rows, new_figure
+from hnerv_clip.figures.style import PALETTE, SHADES, caption, name_rows, new_figure
 from hnerv_clip.verify.pool import Study
 from hnerv_clip.verify.scores import SOURCES
 from hnerv_clip.verify.verdict import MARGIN, QUESTIONS, name_of
 
 MEASURES = {"clip_similarity": "raw cosine", "clip_centred": "mean-centered cosine"}
+SHORT = {"neighbour": "nearest frame", "between": "interpolation", "side_file": "side file",
+         "decoded": "decoded frame"}  # questions where there is room for a word or two
 SPLIT_NAMES = {"train": "training", "held_out": "held-out"}
 # Finer versions of a baseline have its color, and another dash where lines are drawn.
 COLOURS = {"position": "mean", "between": "neighbour", "spatial": "temporal"}
@@ -299,12 +301,12 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
         rows = planted[planted.kind == kind]
         column = "rejected" if kind == "null" else "yes"
         worst = rows.groupby(["design", "question"])[column].agg("max" if kind == "null" else "min")
-        for shift, design in zip(np.linspace(-0.25, 0.25, len(designs)), designs):
+        for shift, design, color in zip(np.linspace(-0.25, 0.25, len(designs)), designs, SHADES):
             panel.bar(np.arange(len(questions)) + shift,
                       [worst.get((design, name), np.nan) for name in questions],
-                      width=0.5 / len(designs), label=design)
+                      width=0.5 / len(designs), label=design, color=color)
         panel.axhline(wanted, color=PALETTE["reference"], linestyle="--", linewidth=1)
-        panel.set_xticks(range(len(questions)), [name.replace("_", " ") for name in questions],
+        panel.set_xticks(range(len(questions)), [SHORT.get(name, name) for name in questions],
                          rotation=30, ha="right")
         panel.set_title(title)
     axes[0].set_ylabel("largest share of p ≤ 5 %")

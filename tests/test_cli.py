@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pandas as pd
 import pytest
@@ -77,6 +78,14 @@ def test_a_missing_run_is_an_error_without_a_traceback(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and "config.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_warning_for_users_is_one_plain_line():
+    with cli.plain_warnings():
+        assert warnings.formatwarning(UserWarning("a box"), UserWarning, "query.py", 89) == (
+            "warning: a box\n")
+        assert "timm.py:3" in warnings.formatwarning("old", FutureWarning, "timm.py", 3)
+    assert "query.py:89" in warnings.formatwarning("a box", UserWarning, "query.py", 89)
 
 
 def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tmp_path, capsys,

@@ -7,9 +7,11 @@ video; `settings` reads ``--name value``. Nothing heavy is imported before a com
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 from hnerv_clip.cli import runs, stored, training
 from hnerv_clip.cli.settings import read_settings, show_settings
@@ -28,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.takes_settings:
             args.settings = read_settings(words)
             args.config = Config.from_params(**args.settings)
-        args.command(args)
+        with plain_warnings():
+            args.command(args)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from here", file=sys.stderr)
         return 130
@@ -42,6 +45,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings for users are printed as `warning: …`, without the line of code that they are from;
+    others, such as a package's on what it will drop, as Python does."""
+    python = warnings.formatwarning
+
+    def plain(message, category, *place, **options) -> str:
+        return f"warning: {message}\n" if category is UserWarning else \
+            python(message, category, *place, **options)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = python
 
 
 def error_message(error: Exception) -> str | None:

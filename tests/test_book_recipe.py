@@ -165,4 +165,10 @@ def test_what_was_not_measured_is_not_told(folder):
     measured = book.read_recipe(folder)
     assert "33.00 dB in 150 s of steps, 25.0 epochs" in book.control_in_words(measured["control"])
     assert "33.00 dB from interpolated" in book.between_in_words(measured["between"])
+    rows = book.read_ranking(folder)["rows"]
+    assert book.held_out_in_words(rows) == ""
+    rows["group"] = "held-out frames, small"
+    rows["change"] = ["none", "an estimate", "none", "noise"]
+    assert "adds 1.00 to 1.00 dB on held-out frames. 1 other changes" in \
+        book.held_out_in_words(rows)
     assert book.control_in_words(pd.DataFrame()) == book.between_in_words(pd.DataFrame()) == ""

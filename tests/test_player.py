@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import av
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,6 +20,8 @@ from hnerv_clip.codec import FileError, encode_video
 from hnerv_clip.codec.video import About
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.model import build_model
+from hnerv_clip.stored.video import StoredVideo
+from hnerv_clip.teachers import sentences
 
 TIMES = [0.0, 0.04, 0.08, 0.16, 0.2, 0.24]  # one frame lasts twice as long
 SIZE = (37, 70)  # which the network pads to 40 × 80
@@ -89,6 +93,24 @@ def test_embedding_of_a_box(video):
     for box in ((30, 10, 20, 20), (-1, 0, 9, 9), (0, 0, 71, 9)):
         with pytest.raises(ValueError, match="x0 < x1"):
             video.embed(box, 0)
+
+
+def test_a_box_unlike_the_patches_of_the_original_head_is_a_guess(video, with_field):
+    with pytest.warns(UserWarning, match="box 10, 30, 10, 10 .*like none of them.*--head field"):
+        video.embed((30, 10, 40, 20), 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        video.embed(tuple(video.boxes()[0]), 0.1)
+        hnerv_clip.open(with_field[0]).embed((30, 10, 50, 30), 0.1)
+
+
+def test_a_text_that_is_no_class_is_told_as_what_it_was_taken(path, monkeypatch, capsys):
+    monkeypatch.setattr(sentences, "explain_mixture", lambda text: "hare 0.50, Angora 0.04")
+    monkeypatch.setattr(StoredVideo, "search", lambda *a, **k: pd.DataFrame({"rank": [1]}))
+    assert main(["search", str(path), "a grey bunny", "Hare"]) == 0
+    told = capsys.readouterr().out
+    assert "a grey bunny  (taken as hare 0.50, Angora 0.04 by a sentence encoder, not CLIP)" in told
+    assert told.count("taken as") == 1
 
 
 def test_a_frame_reads_only_what_it_needs(path, monkeypatch):

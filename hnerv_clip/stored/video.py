@@ -10,6 +10,7 @@ import base64
 import bisect
 import html
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 BATCH = {"cpu": 2, "cuda": 16}  # frames decoded at once
 CHECKED = 4  # frames in which fp16 is compared with fp32
 EMBED_BATCH = 16  # frames of which embeddings are computed at once
+PATCH_LIKE = 0.5  # intersection over union with a patch, from which on a head knows a box
 SHARED = ("coordinate_encoder.", "decoder.")
 
 
@@ -192,7 +194,8 @@ class StoredVideo(Sequence):
         """The embedding of a box of the picture at a time.
 
         A field answers for the very box, between frames, too. The original head answers for the
-        box's center, as a patch of the size that it was trained on.
+        box's center, as a patch of the size that it was trained on; it warns of a box that is
+        unlike each of its patches.
 
         Args:
             box: (x0, y0, x1, y1) in pixels, x to the right and y down.
@@ -214,6 +217,8 @@ class StoredVideo(Sequence):
             gap = self.times_s[after] - self.times_s[frame]
             share = min((time_s - self.times_s[frame]) / gap, 1.0) if gap > 0 else 0.0
             return self.field.embed(frame + share, (y0, x0, y1 - y0, x1 - x0)).numpy()
+        self._need_head()
+        self._warn_unlike_patches((y0, x0, y1 - y0, x1 - x0))
         centre = torch.tensor([[(y0 + y1) / 2, (x0 + x1) / 2]])
         return self._clip_at([frame], centre)[0, 0].numpy()
 
@@ -264,6 +269,20 @@ class StoredVideo(Sequence):
         batches = [chosen[i:i + EMBED_BATCH] for i in range(0, len(chosen), EMBED_BATCH)]
         return torch.cat([clip_at(model, self.frame_embeddings(batch), centres).cpu()
                           for batch in batches])
+
+    def _warn_unlike_patches(self, box: tuple[float, float, float, float]) -> None:
+        """Warn of a box (top, left, height, width) that the original head was not trained for."""
+        from hnerv_clip.search.boxes import overlap
+
+        largest = float(overlap(box, self.grid.boxes).max())
+        if largest < PATCH_LIKE:
+            height, width = self.grid.size
+            warnings.warn(
+                f"the head of {self.path.name} was trained at {len(self.grid)} patches of "
+                f"{height}×{width}, and box {', '.join(f'{v:g}' for v in box)} (top, left, height, "
+                f"width) is like none of them (intersection over union {largest:.2f} at most): its "
+                "embedding is a guess; a field answers for any box, encode with --head field",
+                stacklevel=3)
 
     def _need_head(self) -> None:
         if not self.has_head:

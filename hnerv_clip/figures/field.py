@@ -208,8 +208,10 @@ def plot_decoded(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
     return caption(figure, "Up is closer to the teacher on the video itself. A field reads the "
                            "file without drawing a frame; without one, the file's frames are "
                            "decoded and shown to the teacher. Held-out frames come from "
-                           "interpolated embeddings, for both. Files of one training are joined. "
-                           f"Teacher: {teacher_label}.")
+                           "interpolated embeddings, for both. Files of one training are joined"
+                           + ("; points apart are of networks trained on all frames"
+                              if rows.curve.str.contains("all frames").any() else "")
+                           + f". Teacher: {teacher_label}.")
 
 
 def _plain_ticks(panel: Axes, values: Sequence[float]) -> None:

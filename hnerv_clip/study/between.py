@@ -12,7 +12,6 @@ held-out frame, which nothing else has seen:
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,13 +37,12 @@ from hnerv_clip.train import train
 from hnerv_clip.video import load_video
 
 LEAST_SIDE = 10  # of the coarsest pictures that motion is searched in
-TOGETHER = 4  # pairs of frames at once
-# Weights of the motion's variation and of differences of gradients: the best is taken
-SMOOTH, GRADIENTS = (0.1, 0.3, 1.0), (1.0, 3.0)
+TOGETHER = 8  # pairs of frames at once
+SMOOTH = (0.1, 0.3, 1.0)  # weights of the motion's variation: the best is taken
 
 
-def estimate_between(before: Tensor, after: Tensor, *, smooth: float = 0.3, gradients: float = 1.0,
-                     steps: int = 80, lr: float = 0.15) -> Tensor:
+def estimate_between(before: Tensor, after: Tensor, *, smooth: float = 0.3, steps: int = 80,
+                     lr: float = 0.15) -> Tensor:
     """Frames half way between two, by the motion that makes them alike there, coarse to fine.
 
     At every scale Adam lowers the difference of the two frames and of their gradients after both
@@ -53,7 +51,6 @@ def estimate_between(before: Tensor, after: Tensor, *, smooth: float = 0.3, grad
     Args:
         before, after: [B, 3, H, W] float in [0, 1].
         smooth: weight of the total variation.
-        gradients: weight of the difference of gradients.
         steps: at every scale.
         lr: of Adam, in pixels.
     Returns:
@@ -73,8 +70,8 @@ def estimate_between(before: Tensor, after: Tensor, *, smooth: float = 0.3, grad
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) + lr / 15
             apart = _move(first, -motion) - _move(second, motion)
-            loss = (apart.square() + 1e-6).sqrt().mean() + gradients / 2 * sum(
-                slope.abs().mean() for slope in _slopes(apart)) + smooth * sum(
+            loss = (apart.square() + 1e-6).sqrt().mean() + sum(
+                slope.abs().mean() for slope in _slopes(apart)) / 2 + smooth * sum(
                 (weight * (slope.square() + 1e-4).sqrt()).mean()
                 for weight, slope in zip(calm, _slopes(motion), strict=True))
             optimizer.zero_grad()
@@ -98,40 +95,39 @@ def _move(frames: Tensor, motion: Tensor) -> Tensor:
     return F.grid_sample(frames, places, padding_mode="border", align_corners=True)
 
 
-def estimate_all(frames: Tensor, first: list[int], second: list[int], **settings: float) -> Tensor:
+def estimate_all(frames: Tensor, first: list[int], second: list[int], *, smooth: float) -> Tensor:
     """`estimate_between` of frames [T, 3, H, W] uint8 by their indices, a few at a time."""
     parts = zip(torch.tensor(first).split(TOGETHER), torch.tensor(second).split(TOGETHER))
-    return torch.cat([estimate_between(frames[a].float() / 255, frames[b].float() / 255, **settings)
-                      for a, b in parts])
+    return torch.cat([estimate_between(frames[a].float() / 255, frames[b].float() / 255,
+                                       smooth=smooth) for a, b in parts])
 
 
-def estimate_held_out(frames: Tensor) -> tuple[Tensor, dict[str, float]]:
+def estimate_held_out(frames: Tensor) -> tuple[Tensor, float]:
     """A video whose every other frame is estimated from its two neighbors.
 
-    The settings are those that estimate given frames best from the given ones beside them. A last
-    frame without a second neighbor repeats the first.
+    Of `SMOOTH` the one is taken that estimates given frames best from the given ones beside them.
+    A last frame without a second neighbor repeats the first.
 
     Args:
         frames: [T, 3, H, W] uint8; frames 1, 3, … are held out and only replaced.
     Returns:
-        [T, 3, H, W] uint8, and the settings.
+        [T, 3, H, W] uint8, and what was taken.
     """
     count = len(frames)
     tries = list(range(2, count - 2, 2))[::6]  # given ones with two given neighbors
 
-    def score(settings: dict[str, float]) -> float:
-        found = estimate_all(frames, [i - 2 for i in tries], [i + 2 for i in tries], **settings)
+    def score(smooth: float) -> float:
+        found = estimate_all(frames, [i - 2 for i in tries], [i + 2 for i in tries], smooth=smooth)
         return float(psnr(found, frames[tries].float() / 255).mean())
 
-    settings = max(({"smooth": smooth, "gradients": gradients} for smooth, gradients in
-                    itertools.product(SMOOTH, GRADIENTS)), key=score)
+    smooth = max(SMOOTH, key=score)
     made, held = frames.clone(), list(range(1, count, 2))
     inner = [i for i in held if i + 1 < count]
-    made[inner] = (estimate_all(frames, [i - 1 for i in inner], [i + 1 for i in inner],
-                                **settings).clamp(0, 1) * 255).round().to(torch.uint8)
+    found = estimate_all(frames, [i - 1 for i in inner], [i + 1 for i in inner], smooth=smooth)
+    made[inner] = (found * 255).round().to(torch.uint8)
     if held[-1] not in inner:
         made[held[-1]] = frames[held[-1] - 1]
-    return made, settings
+    return made, smooth
 
 
 def write_frames(frames: Tensor, folder: Path) -> None:
@@ -192,21 +188,21 @@ def run_between(folder: str | Path, params: dict[str, Any]) -> dict[str, Any]:
         folder: of the estimated video, the run and its row between_SEED.json.
         params: flat settings of the run over the video; its `data_split` is not used.
     Returns:
-        What `measure` gives, with seed, epochs, estimated_by (the settings of the estimate),
-        stored (values), train_time_s, device and commit.
+        What `measure` gives, with seed, epochs, smooth (of the estimates), stored (values),
+        train_time_s, device and commit.
     """
     folder = resolve_path(folder)
     config = Config.from_params(**params | {"data_split": "1_1_1", "predict_clip": False})
     seed, cache = config.train.seed, folder / "cache"
     frames = load_video(config.video).frames.to(select_device(config.train.device))
-    made, settings = estimate_held_out(frames)
+    made, smooth = estimate_held_out(frames)
     write_frames(made, folder / "frames")
     config = config.replace(data_path=str(folder / "frames"), crop_list="", resize_list="",
                             frame_limit=0, frame_stride=1)
     prepare_dataset(config, cache, progress=False)
     summary = train(config, folder / f"run_{seed}", cache_dir=cache, progress=False).summary
     model = load_run(folder / f"run_{seed}", cache_dir=cache, device=str(frames.device)).model
-    row = {"seed": seed, "epochs": config.train.epochs, "estimated_by": settings,
+    row = {"seed": seed, "epochs": config.train.epochs, "smooth": smooth,
            **measure(model.eval(), frames, made), "stored": summary["part_sizes"]["stored"],
            "train_time_s": round(summary["train_time_s"], 1),
            "device": device_name(frames.device), "commit": code_version()[0]}

@@ -74,12 +74,13 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
         config = Config.from_params(**encode_settings(given, work))
     try:
         return prepare_run(config, cache_dir, video)
-    except NoWeights as error:
+    except NoWeights:
         if any(name.startswith(("teacher", "clip_")) for name in given):
             raise
         label = describe_teacher(TeacherConfig(teacher=BUNDLED)).label
-        print(f"{error}\nNo teacher was named, so this one is taken: {label}. Texts to search for "
-              "are then names of ImageNet classes; --teacher clip insists on CLIP.")
+        print("CLIP's weights are not on this machine and cannot be downloaded, so this teacher is "
+              f"taken: {label}. Texts to search for are then names of ImageNet classes. With "
+              "--teacher clip this command says how to get the weights.")
         config = Config.from_params(**encode_settings({**given, "teacher": BUNDLED}, work))
         return prepare_run(config, cache_dir, video)
 

@@ -584,6 +584,30 @@ def test_encode_needs_no_setting(tmp_path, cache_dir, capsys, monkeypatch):
     assert Config.from_params(**named).model.clip_dim == 1280
 
 
+def test_encode_asks_the_teacher_for_a_fields_boxes_before_it_trains(tmp_path, monkeypatch):
+    from hnerv_clip.field.fit_run import box_sampling
+    from hnerv_clip.stored import make
+    from hnerv_clip.teachers import boxes
+    from hnerv_clip.teachers.clip_weights import NoWeights
+
+    load = boxes.load_teacher
+
+    def no_clip(config, device):
+        if config.teacher == "clip":
+            raise NoWeights("not on this machine")
+        return load(config, device)
+    monkeypatch.setattr(boxes, "load_teacher", no_clip)
+    config, dataset = make.prepare_encoding(
+        {"data_path": "bunny", "frame_limit": 4, "resize_list": "80_160", "modelsize": 0.02,
+         "epochs": 1, "device": "cpu", "head": "field", "field_boxes": 2}, tmp_path / "work",
+        cache_dir=tmp_path)
+    assert (config.teacher.teacher, config.model.head) == ("efficientnet-lite0", "field")
+    monkeypatch.setattr(boxes, "load_teacher", None)  # they are in the cache
+    _, targets = boxes.box_targets(dataset.video, dataset.split.train, config.teacher,
+                                   box_sampling(config), cache_dir=tmp_path)
+    assert targets.shape == (4, 2, 1280)
+
+
 def test_encode_goes_on_with_the_runs_own_settings(trained_run):
     from hnerv_clip.runs.run_dir import RunDir
     from hnerv_clip.stored.make import encode_settings

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hnerv_clip.config import Config
 from hnerv_clip.field.fit import FitSettings, fit_field
 from hnerv_clip.field.query import FIELD, Field, field_config, make_field
 from hnerv_clip.heads.field import FieldConfig
@@ -29,7 +30,12 @@ CPU_BATCH = {"frames": 8, "boxes": 32}  # 11 ms a step on one core; a GPU's woul
 
 def sampling_of(run: Run) -> BoxSampling:
     """The boxes that a run's field is fitted to, from its settings."""
-    train = run.config.train
+    return box_sampling(run.config)
+
+
+def box_sampling(config: Config) -> BoxSampling:
+    """Those that the field of a run with these settings is fitted to."""
+    train = config.train
     return BoxSampling(count=train.field_boxes, shapes=train.field_boxes, seed=train.seed)
 
 

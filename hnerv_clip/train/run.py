@@ -22,7 +22,7 @@ from hnerv_clip.dataset import (
 )
 from hnerv_clip.distributed import agree, ranks
 from hnerv_clip.engines.plain import SetupError
-from hnerv_clip.field.fit_run import fit_head
+from hnerv_clip.field.fit_run import box_sampling, fit_head
 from hnerv_clip.field.query import has_field
 from hnerv_clip.files import check_writable
 from hnerv_clip.inference import load_run
@@ -31,6 +31,7 @@ from hnerv_clip.model import plan_model
 from hnerv_clip.patches import make_grid
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import RunDir, RunError
+from hnerv_clip.teachers.boxes import box_targets
 from hnerv_clip.train.trainer import Trainer, TrainError
 from hnerv_clip.video import NAMED_VIDEOS, Video, find_source, load_video, split_frames
 
@@ -131,6 +132,8 @@ def prepare_run(config: Config, cache_dir: str | Path = "output/cache",
                 video: Video | None = None) -> tuple[Config, Dataset]:
     """Check a run, and run its teacher where its embeddings are not cached; decodes once.
 
+    They are those of the patches, and for a field those of the boxes that it will be fitted to.
+
     Args:
         video: the video, if it is already decoded.
     Returns:
@@ -142,7 +145,11 @@ def prepare_run(config: Config, cache_dir: str | Path = "output/cache",
     check_writable(resolve_path(cache_dir))
     video = video or load_video(config.video)
     config = check_run(config, video)
-    return config, prepare_dataset(config, cache_dir, device=config.train.device, video=video)
+    dataset = prepare_dataset(config, cache_dir, device=config.train.device, video=video)
+    if config.model.head == "field":
+        box_targets(dataset.video, dataset.split.train, config.teacher, box_sampling(config),
+                    cache_dir=cache_dir, device=config.train.device)
+    return config, dataset
 
 
 @lru_cache

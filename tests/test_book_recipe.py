@@ -168,7 +168,9 @@ def test_what_was_not_measured_is_not_told(folder):
     rows = book.read_ranking(folder)["rows"]
     assert book.held_out_in_words(rows) == ""
     rows["group"] = "held-out frames, small"
-    rows["change"] = ["none", "an estimate", "none", "noise"]
-    assert "adds 1.00 to 1.00 dB on held-out frames. 1 other changes" in \
-        book.held_out_in_words(rows)
+    rows["change"], rows["train_db"] = ["none", "an estimate", "none", "noise"], [25, 24, 0, 25.5]
+    rows.loc[2, "group"] = "another"
+    words = book.held_out_in_words(rows)
+    assert "adds 1.00 to 1.00 dB on held-out frames. 1 other changes" in words
+    assert "gain most, +0.50 dB, by noise, which gives -1.00 dB on held-out ones" in words
     assert book.control_in_words(pd.DataFrame()) == book.between_in_words(pd.DataFrame()) == ""

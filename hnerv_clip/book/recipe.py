@@ -233,9 +233,13 @@ def held_out_in_words(rows: pd.DataFrame) -> str:
         return ""
     estimated = tried.change.str.contains("estimate")
     gains, others = tried.gain_db[estimated], tried.gain_db[~estimated]
+    base, = rows[rows.group.isin(tried.group) & rows.base].train_db
+    fitted = tried.loc[tried.train_db.idxmax()]
     return (f"At small scale, on a CPU, training on estimates by motion adds {gains.min():.2f} to "
             f"{gains.max():.2f} dB on held-out frames. {len(others)} other changes, such as noise "
-            f"on embeddings and weight decay, give {others.min():+.2f} to {others.max():+.2f} dB.")
+            f"on embeddings and weight decay, give {others.min():+.2f} to {others.max():+.2f} dB. "
+            f"Given frames gain most, {fitted.train_db - base:+.2f} dB, by {fitted.change}, which "
+            f"gives {fitted.gain_db:+.2f} dB on held-out ones.")
 
 
 def control_in_words(control: pd.DataFrame) -> str:

@@ -59,7 +59,7 @@ def plot_scaling(measured: dict[str, Any]) -> Figure:
 
 
 def _color(count: int, counts: list[int]) -> str:
-    """Of so many ranks: light for one, black for the most."""
+    """Of so many ranks: gray for one, black for the most."""
     return SHADES[0 if count == counts[0] else 2 if count == counts[-1] else 1]
 
 

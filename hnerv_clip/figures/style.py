@@ -45,7 +45,7 @@ PALETTE = {
     # marks
     "reference": GREY, "good": GREEN,
 }
-SHADES = [SKY, BLUE, BLACK]  # from few to many of the same thing
+SHADES = [GREY, BLUE, BLACK]  # from few to many of the same thing; on dark pages, too
 CYCLE = [BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, GREY]
 
 SEQUENTIAL = "viridis"  # values from low to high

@@ -610,11 +610,13 @@ def test_encode_asks_the_teacher_for_a_fields_boxes_before_it_trains(tmp_path, m
 
 def test_encode_goes_on_with_the_runs_own_settings(trained_run):
     from hnerv_clip.runs.run_dir import RunDir
-    from hnerv_clip.stored.make import encode_settings
+    from hnerv_clip.stored.make import encode_settings, prepare_encoding
 
     own = RunDir(trained_run).config().params()
     assert encode_settings({"data_path": "bunny"}, trained_run) == own
     assert encode_settings({"epochs": 99}, trained_run) == {**own, "epochs": 99}
+    with pytest.raises(ConfigError, match="training of another encode.*divisible.*--work FOLDER"):
+        prepare_encoding({"resize_list": "70_150"}, trained_run, cache_dir="none")
 
 
 def test_encode_makes_a_file_of_a_video(tmp_path, capsys):

@@ -87,7 +87,7 @@ class RunDir:
                 listed = "; ".join(f"{name}: {old!r} there, {new!r} asked"
                                    for name, (new, old) in differences.items())
                 raise RunError(f"{run.path} holds a run of another configuration ({listed}). "
-                               "Choose another outf, or remove that folder")
+                               "Choose another outf (of encode: --work), or remove that folder")
         elif run.path.exists() and any(not p.name.startswith(".") for p in run.path.iterdir()):
             raise RunError(f"{run.path} is not empty and holds no config.json, so it is no run of "
                            "this project. Choose another outf")

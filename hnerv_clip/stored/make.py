@@ -10,7 +10,7 @@ import torch
 
 from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import FIELD, bind_embeddings, decode_video, encode_video
-from hnerv_clip.config import AUTO, BUNDLED, PRESETS, Config, TeacherConfig
+from hnerv_clip.config import AUTO, BUNDLED, PRESETS, Config, ConfigError, TeacherConfig
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.field.fit_run import fit_head
 from hnerv_clip.field.query import Field, has_field, load_field
@@ -64,8 +64,22 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
     Returns:
         What `train` takes.
     Raises:
-        ConfigError: see `prepare_run`.
+        ConfigError: see `prepare_run`; or a run that has begun does not go with what is given.
     """
+    try:
+        return _prepare(given, work, cache_dir)
+    except NoWeights:
+        raise
+    except ConfigError as error:
+        if not RunDir(work).begun:
+            raise
+        raise ConfigError(f"{work} holds the training of another encode, with whose settings "
+                          f"these do not go together ({error}). Name a new folder, --work FOLDER, "
+                          "or remove that one") from None
+
+
+def _prepare(given: dict[str, Any], work: str | Path, cache_dir: str | Path
+             ) -> tuple[Config, Dataset]:
     config = Config.from_params(**encode_settings(given, work))
     video = load_video(config.video)
     if not RunDir(work).begun and given.get("preset", "best") == "best":

@@ -123,7 +123,11 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     monkeypatch.setattr(efficientnet, "has_sentences", lambda: True)
     monkeypatch.setattr(efficientnet, "class_mixture", lambda _: (
         torch.eye(1000)[imagenet_classes("hare")], torch.ones(1)))
-    assert cli.main(["search", outf, "a rabbit in love", "--top_k", "2", *cache]) == 0
-    assert "a rabbit in love" in capsys.readouterr().out
+    monkeypatch.setattr(sentences, "explain_mixture", lambda text: "hare 0.50")
+    for where in (outf, index):
+        assert cli.main(["search", where, "a rabbit in love", "suit", "--top_k", "2", *cache]) == 0
+        told = capsys.readouterr().out
+        assert "a rabbit in love  (taken as hare 0.50 by a sentence encoder, not CLIP)  (" in told
+        assert told.count("taken as") == 1
     assert cli.main(["train", "--outf", outf, *cache, *settings, "--epochs", "9"]) == 1
     assert "epochs: 4 there, 9 asked" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hnerv_clip.cli.stored import search_file
+from hnerv_clip.cli.stored import reading, search_file
 from hnerv_clip.config import ConfigError
 from hnerv_clip.files import check_writable, write_atomic
 from hnerv_clip.paths import match_paths, resolve_path
@@ -220,7 +220,8 @@ def _search(args: argparse.Namespace) -> None:
         hits["time_s"] = predicted.times_s[hits.frame]
         for i, side in enumerate(("top", "left", "height", "width")):
             hits[side] = predicted.boxes[hits.patch.to_numpy(), i]
-        _show_hits(f"{query}  ({predicted.teacher_label}; embeddings: {predicted.source})", hits)
+        _show_hits(f"{query}{reading(query, config.teacher)}  ({predicted.teacher_label}; "
+                   f"embeddings: {predicted.source})", hits)
 
 
 def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
@@ -239,7 +240,8 @@ def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
                       (frame, box)))
     if queries:
         texts = encode_cached(queries, run.config.teacher, run.run_dir.path, device=args.device)
-        asked += [(query, vector, None) for query, vector in zip(queries, texts)]
+        asked += [(query + reading(query, run.config.teacher), vector, None)
+                  for query, vector in zip(queries, texts)]
     for words, vector, near in asked:
         hits = search_boxes(field, vector, args.top_k, apart=args.apart, not_near=near)
         hits["time_s"] = run.dataset.video.times_s[hits.frame.to_numpy()]
@@ -267,7 +269,8 @@ def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
     for query, vector in zip(queries, texts):
         hits = index.search(vector, args.top_k, apart=args.apart)
         hits["time_s"] = index.times_of(hits)
-        _show_hits(f"{query}  ({index.label}; {len(index)} patches)", hits)
+        _show_hits(f"{query}{reading(query, index.teacher_config())}  ({index.label}; "
+                   f"{len(index)} patches)", hits)
 
 
 def _show_hits(title: str, hits: pd.DataFrame) -> None:

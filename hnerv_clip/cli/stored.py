@@ -165,19 +165,20 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
             float(np.interp(frame, range(len(video)), video.times_s)), top_k, apart=apart)
     for query in queries:
         hits = video.search(query, top_k, apart=apart, weights=weights)
-        found[query + _reading(query, video.header.config.teacher)] = hits
+        found[query + reading(query, video.header.config.teacher)] = hits
     for words, table in found.items():
         print(f"{words}  ({label})")
         print(table.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
 
 
-def _reading(query: str, teacher: TeacherConfig) -> str:
+def reading(query: str, teacher: TeacherConfig) -> str:
     """What the bundled teacher takes a text for that is no class of ImageNet's."""
     from hnerv_clip.teachers.imagenet import imagenet_names
-    from hnerv_clip.teachers.sentences import explain_mixture
 
     if teacher.teacher != BUNDLED or " ".join(query.lower().split()) in imagenet_names():
         return ""
+    from hnerv_clip.teachers.sentences import explain_mixture  # torch, which a name need not load
+
     return f"  (taken as {explain_mixture(query)} by a sentence encoder, not CLIP)"
 
 

@@ -50,6 +50,21 @@ def decoded_answer(rows: pd.DataFrame) -> str:
     return f"The field is closer to the teacher on the video {join_words(said)}."
 
 
+def crossing_words(rows: pd.DataFrame) -> str:
+    """Over which rates a field's agreement hardly moves, and from which PSNR on the teacher on
+    decoded frames is closer, at any box."""
+    own = rows[rows.asked == ANY]
+    moves = own.groupby(["curve", "frames"]).centered.agg(lambda found: found.max() - found.min())
+    said = ["From file to file of a training the field's cosine moves by at most "
+            f"{moves.max():.3f}, while the teacher's on the decoded frames follows the picture"]
+    for (video, frames), part in own.groupby(["video", "frames"], sort=False):
+        ahead = part[part.decoded_centered > part.centered]
+        if len(ahead):
+            said.append(f"in {FRAMES[frames]} of {video} it is closer from "
+                        f"{ahead.psnr_db.min():.1f} dB on")
+    return "; ".join(said) + "."
+
+
 def decoded_words(rows: pd.DataFrame) -> str:
     """Both centered cosines at any box, at the smallest and at the largest file of each video."""
     said = []

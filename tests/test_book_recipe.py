@@ -18,7 +18,8 @@ def folder(tmp_path):
     rows = [row("paper", 35.0, lr=1e-3), row(book.BASE, 36.0), row("L1 loss", 35.5),
             row("batch 1", 36.5, total_s=70),
             row("batch 1, 600 epochs", 37.0, epochs=600, total_s=100)]
-    preset = [{"change": change, "psnr_db": psnr_db, "total_s": total_s, "device": "GPU"}
+    preset = [{"change": change, "psnr_db": psnr_db, "total_s": total_s, "train_time_s": total_s,
+               "device": "GPU"}
               for change, psnr_db, total_s in ((book.BEST, 37.0, 110), (book.BEST, 37.4, None),
                                                ("Adam", 36.8, 90))]
     held_out = [{"change": book.BEST, "psnr_held_interpolated_db": 32.5},
@@ -163,7 +164,8 @@ def test_the_search_is_judged_by_whole_trainings(folder):
 
 def test_what_was_not_measured_is_not_told(folder):
     measured = book.read_recipe(folder)
-    assert "33.00 dB in 150 s of steps, 25.0 epochs" in book.control_in_words(measured["control"])
+    assert "33.00 dB in 150 s of steps, 25.0 epochs" in book.control_in_words(
+        measured["control"], measured["preset"])
     assert "33.00 dB from interpolated" in book.between_in_words(measured["between"])
     rows = book.read_ranking(folder)["rows"]
     assert book.held_out_in_words(rows) == ""
@@ -173,4 +175,5 @@ def test_what_was_not_measured_is_not_told(folder):
     words = book.held_out_in_words(rows)
     assert "adds 1.00 to 1.00 dB on held-out frames. 1 other changes" in words
     assert "gain most, +0.50 dB, by noise, which gives -1.00 dB on held-out ones" in words
-    assert book.control_in_words(pd.DataFrame()) == book.between_in_words(pd.DataFrame()) == ""
+    assert book.control_in_words(pd.DataFrame(), measured["preset"]) == book.between_in_words(
+        pd.DataFrame()) == ""

@@ -15,7 +15,7 @@ NOTEBOOKS = build.list_notebooks(ROOT)
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 TINY = dict(resize_list="84_168", fc_hw="1_2", frame_stride="11", frame_limit="10",
             modelsize="0.05", enc_dim="16_8", epochs="4", pixel_loss_warmup_epochs="1",
-            eval_freq="2", device="cpu", ablation_epochs="2")
+            eval_freq="2", device="cpu", ablation_epochs="2", field_boxes="4", field_steps="20")
 
 
 def code_cells(path):

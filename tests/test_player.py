@@ -615,8 +615,10 @@ def test_encode_goes_on_with_the_runs_own_settings(trained_run):
     own = RunDir(trained_run).config().params()
     assert encode_settings({"data_path": "bunny"}, trained_run) == own
     assert encode_settings({"epochs": 99}, trained_run) == {**own, "epochs": 99}
-    with pytest.raises(ConfigError, match="training of another encode.*divisible.*--work FOLDER"):
+    with pytest.raises(ConfigError, match="training that has begun.*divisible.*--work FOLDER"):
         prepare_encoding({"resize_list": "70_150"}, trained_run, cache_dir="none")
+    with pytest.raises(ConfigError, match="^data_path='moved.mp4' is not one of"):
+        prepare_encoding({"data_path": "moved.mp4"}, trained_run, cache_dir="none")
 
 
 def test_encode_makes_a_file_of_a_video(tmp_path, capsys):

@@ -156,10 +156,11 @@ def test_several_gpus_are_summed_up():
             row(4, "×4", 350, None)]
     said, quality = scaling.answer_words({"parts": {"speed": {"runs": runs}}})
     assert said.startswith("On 4 GPUs training runs 3.60 times as fast as on one (1.90 times on 2)")
-    assert said.endswith("not reached in as many epochs.") and "+0.00 dB with the" in quality
+    assert quality.endswith("is not reached in as many epochs.") and "+0.00 dB with the" in said
     runs.append(row(4, "×4, as many steps", 360, 2.0, 160))
-    assert ("in 8.0 s of steps is reached in 2.0 s, with the learning rate ×4, as many steps "
-            "(4 times the epochs)") in scaling.answer_words({"parts": {"speed": {"runs": runs}}})[0]
+    assert ("after 8.0 s of steps is reached in 2.0 s with the learning rate ×4, as many steps (4 "
+            "times the epochs); one GPU was not run with that rate."
+            ) in scaling.answer_words({"parts": {"speed": {"runs": runs}}})[1]
     figure = plot_scaling({"backend": "nccl", "parts": {"speed": {"quality_db": 25.0, "runs": [
         {**run, "curve": [[1, 1.0, 20.0]], "frames_per_s_p10": 1, "frames_per_s_p90": 999,
          "efficiency": 0.9} for run in runs]}}})

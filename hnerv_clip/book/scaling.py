@@ -47,14 +47,15 @@ def collect_scaling(results: Path, outf: Path) -> None:
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else measured
     same = all(measured["settings"].get(name, value) == value
                for name, value in before["settings"].items())
+    own = [name for name, part in measured["parts"].items() if part["complete"]]
     measured["parts"] = {name: {"gpus": found["gpus"], **part}
                          for found in (before, measured) if same or found is measured
                          for name, part in found["parts"].items() if part["complete"]}
+    figures = run_figures(outf / RUN) if on_gpu and (outf / RUN).exists() else None
     if on_gpu and not same:
         shutil.rmtree(folder, ignore_errors=True)
-    if on_gpu and (outf / RUN).exists():
-        figures = run_figures(outf / RUN)
-        if RUN in measured["parts"]:  # read there and then; a copy's files may have other times
+    if figures:
+        if RUN in own:  # read there and then; a copy's files may have other times
             figures["wall_s"] = measured["parts"][RUN]["wall_s"]
         folder.mkdir(exist_ok=True)
         for name in RUN_FILES:
@@ -64,7 +65,7 @@ def collect_scaling(results: Path, outf: Path) -> None:
 
 
 def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
-    """What several GPUs give: (how much faster, at equal quality too; and after as many epochs).
+    """What several GPUs give: (how much faster, and at what PSNR; when one GPU's PSNR is reached).
 
     Args:
         measured: with the part `speed`.
@@ -76,17 +77,17 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
                     for run in others)
     widest = [run for run in runs if run["ranks"] == most["ranks"]]
     reached = [run for run in widest if run["time_to_quality_s"] is not None]
+    quality = "is not reached in as many epochs"
     if reached:
         best = min(reached, key=lambda run: run["time_to_quality_s"])
-        quality = (f"the picture quality that one reaches in {alone['time_to_quality_s']:.1f} s of "
-                   f"steps is reached in {best['time_to_quality_s']:.1f} s, with "
-                   f"{_rate_words(best, alone)}")
-    else:
-        quality = "the picture quality that one reaches is not reached in as many epochs"
+        quality = f"is reached in {best['time_to_quality_s']:.1f} s with {_rate_words(best, alone)}"
+        if best["learning_rate"] != "kept":
+            quality += "; one GPU was not run with that rate"
     speed_up = most["frames_per_s"] / alone["frames_per_s"]
-    return (f"On {most['ranks']} GPUs training runs {speed_up:.2f} times as fast as on one{rates}, "
-            f"and {quality}.",
-            f"PSNR after the whole training changes by {quality_words(alone, widest)}.")
+    return (f"On {most['ranks']} GPUs training runs {speed_up:.2f} times as fast as on one{rates}. "
+            f"PSNR after the whole training changes by {quality_words(alone, widest)}.",
+            f"The PSNR that one GPU has after {alone['time_to_quality_s']:.1f} s of steps "
+            f"{quality}.")
 
 
 def _rate_words(row: Row, alone: Row) -> str:

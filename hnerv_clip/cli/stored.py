@@ -179,7 +179,10 @@ def reading(query: str, teacher: TeacherConfig) -> str:
         return ""
     from hnerv_clip.teachers.sentences import explain_mixture  # torch, which a name need not load
 
-    return f"  (taken as {explain_mixture(query)} by a sentence encoder, not CLIP)"
+    try:
+        return f"  (taken as {explain_mixture(query)} by a sentence encoder, not CLIP)"
+    except ConfigError:  # it is not installed here: an earlier search kept the text's vector
+        return ""
 
 
 def _export(args: argparse.Namespace) -> None:

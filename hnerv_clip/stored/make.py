@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,37 +68,39 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
     Raises:
         ConfigError: see `prepare_run`; or a run that has begun does not go with what is given.
     """
-    try:
-        return _prepare(given, work, cache_dir)
-    except NoWeights:
-        raise
-    except ConfigError as error:
-        if not RunDir(work).begun:
-            raise
-        raise ConfigError(f"{work} holds the training of another encode, with whose settings "
-                          f"these do not go together ({error}). Name a new folder, --work FOLDER, "
-                          "or remove that one") from None
-
-
-def _prepare(given: dict[str, Any], work: str | Path, cache_dir: str | Path
-             ) -> tuple[Config, Dataset]:
-    config = Config.from_params(**encode_settings(given, work))
+    with _of_begun_run(work):
+        config = Config.from_params(**encode_settings(given, work))
     video = load_video(config.video)
     if not RunDir(work).begun and given.get("preset", "best") == "best":
         preset = PRESETS["best"] if "preset" in given else {}
         given = choose_settings(config, video, {**preset, **given}) | given
         config = Config.from_params(**encode_settings(given, work))
-    try:
-        return prepare_run(config, cache_dir, video)
-    except NoWeights:
-        if any(name.startswith(("teacher", "clip_")) for name in given):
-            raise
+    with _of_begun_run(work):
+        try:
+            return prepare_run(config, cache_dir, video)
+        except NoWeights:
+            if any(name.startswith(("teacher", "clip_")) for name in given):
+                raise
         label = describe_teacher(TeacherConfig(teacher=BUNDLED)).label
         print("CLIP's weights are not on this machine and cannot be downloaded, so this teacher is "
               f"taken: {label}. Texts to search for are then names of ImageNet classes. With "
               "--teacher clip this command says how to get the weights.")
         config = Config.from_params(**encode_settings({**given, "teacher": BUNDLED}, work))
         return prepare_run(config, cache_dir, video)
+
+
+@contextlib.contextmanager
+def _of_begun_run(work: str | Path) -> Iterator[None]:
+    """Say that settings do not go together with those of a run that has begun, where that is so."""
+    try:
+        yield
+    except NoWeights:
+        raise
+    except ConfigError as error:
+        if not RunDir(work).begun:
+            raise
+        raise ConfigError(f"{work} holds a training that has begun, with whose settings these do "
+                          f"not go together ({error}). Name a new folder, --work FOLDER") from None
 
 
 def store_run(run_dir: str | Path, out: str | Path, *, rate: float | None = None,

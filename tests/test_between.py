@@ -1,11 +1,13 @@
-"""Held-out frames are estimated from given ones alone, by motion, and trained on."""
+"""Held-out frames are estimated from given ones alone, by optical flow, and trained on."""
 
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hnerv_clip.config import ConfigError
 from hnerv_clip.metrics import psnr
 from hnerv_clip.study import between
 
@@ -36,6 +38,33 @@ def test_held_out_frames_are_not_looked_at(frames, monkeypatch):
     assert torch.equal(made[5], frames[4]), "without a second neighbor"
 
 
+def test_four_frames_are_too_few(frames, monkeypatch):
+    with pytest.raises(ConfigError, match="4 frames is too short: at least 5"):
+        between.estimate_held_out(frames[:4])
+    monkeypatch.setattr(between, "SMOOTH", (0.3,))
+    assert len(between.estimate_held_out(frames[:5])[0]) == 5
+
+
+def test_another_video_in_the_same_folder_has_frames_of_its_own(frames, tmp_path, monkeypatch):
+    longer, digest = between.write_frames(frames, tmp_path)
+    shorter, other = between.write_frames(frames[:3], tmp_path)
+    assert longer.name == f"frames_{digest}" and digest != other
+    assert [len(list(path.glob("*.png"))) for path in (longer, shorter)] == [7, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        (longer.name, shorter.name)), "nothing else is left"
+    monkeypatch.setattr(between.Image, "fromarray", lambda _: pytest.fail("written again"))
+    assert between.write_frames(frames, tmp_path) == (longer, digest)
+
+
+def test_frames_appear_when_they_are_complete(frames, tmp_path, monkeypatch):
+    def refuse(pixels):
+        raise OSError("the disk is full")
+    monkeypatch.setattr(between.Image, "fromarray", refuse)
+    with pytest.raises(OSError, match="full"):
+        between.write_frames(frames, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_network_is_trained_on_estimates_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(between, "SMOOTH", (0.3,))
     params = {"data_path": "bunny", "resize_list": "40_80", "frame_limit": 9, "epochs": 2,
@@ -44,4 +73,7 @@ def test_a_network_is_trained_on_estimates_and_measured(tmp_path, monkeypatch):
     assert row["smooth"] == 0.3 and row["epochs"] == 2
     assert all(math.isfinite(row[name]) for name in row if name.endswith("_db"))
     assert row["estimate_db"] > row["two_decoded_mean_db"]  # after two epochs
-    assert (tmp_path / "between_0.json").is_file()
+    images, = tmp_path.glob("frames_*")
+    digest = images.name.removeprefix("frames_")
+    assert json.loads((tmp_path / f"between_{digest}_0.json").read_text()) == row
+    assert (tmp_path / f"run_{digest}_0").is_dir() and {"commit", "dirty"} <= row.keys()

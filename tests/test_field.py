@@ -363,6 +363,10 @@ def test_what_a_verification_asks_of_the_teacher_is_kept(run, monkeypatch, tmp_p
     verifying.reference_embeddings(asked, SimpleNamespace(label="a teacher"), cache_dir=tmp_path)
     kept = cached_embeddings(run.dataset.video, run.dataset.grid, run.config.teacher, tmp_path)
     torch.testing.assert_close(kept, answers)
+    monkeypatch.setattr(verifying, "run_teacher", lambda *args, **_: pytest.fail("it ran"))
+    (tmp_path / "file").touch()  # said before the teacher runs
+    with pytest.raises(RunError, match="cannot write to"):
+        verifying.reference_embeddings(asked, None, cache_dir=tmp_path / "file")
 
 
 def test_a_field_is_verified_beside_a_clip_head_where_it_is_asked_for(run, field, monkeypatch):

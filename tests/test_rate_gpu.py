@@ -68,6 +68,7 @@ def test_a_files_field_is_compared_with_the_teacher_on_its_frames(
         folder, small_config, small_dataset, cache_dir, monkeypatch):
     path = folder / "8_bits.hnerv"
     monkeypatch.setattr(decoded, "TEST_BOXES", 4)
+    monkeypatch.setattr(decoded, "LEAST_DB", 5)  # hardly trained
     rows = measure_decoded(path, small_config, cache_dir)
     assert [(row["frames"], row["n"], row["asked"]) for row in rows] == [
         (frames, n, asked) for frames, n in (("train", 10), ("held_out", 2))
@@ -79,6 +80,7 @@ def test_a_files_field_is_compared_with_the_teacher_on_its_frames(
         assert row["psnr_db"] == pytest.approx(own.psnr_db.mean(), abs=0.02)
         assert row["rate_bpp"] == pytest.approx(rate_bpp, abs=1e-5)
         assert 0 < row["field_bytes"] < row["size_bytes"]
+        assert row["teacher"] == small_dataset.teacher_label
         assert row["decoded_skill"] < 0.9 and row["decoded_centered"] < 0.95
     # frames that are decoded without a loss are as good as the video, and the field as it was
     monkeypatch.setattr(decoded, "_decode", lambda _, video, __, chosen: (video.frames[chosen], 99))
@@ -88,26 +90,44 @@ def test_a_files_field_is_compared_with_the_teacher_on_its_frames(
 
 
 def test_another_video_and_a_file_without_a_field_are_refused(folder, trained_run, small_config,
-                                                              cache_dir):
+                                                              cache_dir, monkeypatch):
     with pytest.raises(ConfigError, match="12 frames of 80×160, but bunny as it is read here 6 fr"):
         measure_decoded(folder / "8_bits.hnerv", small_config, cache_dir, frame_limit=6)
     with pytest.raises(ConfigError, match="holds no field"):
         measure_decoded(f"{trained_run}/video.hnerv", small_config, cache_dir)
+    with pytest.raises(ConfigError, match="dB against those of bunny .* less than 100: give the d"):
+        monkeypatch.setattr(decoded, "LEAST_DB", 100)
+        measure_decoded(folder / "8_bits.hnerv", small_config, cache_dir)
+    with pytest.raises(ConfigError, match="data_split is missing.* 1_1_1 where"):
+        decoded.measure_file(folder / "8_bits.hnerv", {"data_path": "bunny"}, cache_dir=cache_dir)
 
 
-def test_the_command_measures_a_file_once_and_publishes(folder, small_config, cache_dir, tmp_path,
-                                                        monkeypatch):
+def test_the_command_measures_a_file_once_and_publishes(folder, tmp_path, monkeypatch, capsys):
     calls = []
 
     def measure(path, settings, **_):
-        calls.append((path.name, settings))
-        return [{"video": "bunny", "digest": decoded.file_digest(path)[:16], "frames": "train",
-                 "asked": asked} for asked in ("any box", "patches")]
+        calls.append(path.name)
+        parts = ("train",) if settings["data_split"] == "1_1_1" else ("train", "held_out")
+        return [{"video": "bunny", "digest": decoded.file_digest(path)[:16], "frames": frames,
+                 "asked": asked, "teacher": f"teacher of {path.name}"}
+                for frames in parts for asked in ("any box", "patches")]
     monkeypatch.setattr(decoded, "measure_file", measure)
     monkeypatch.setattr(decoded, "resolve_path", lambda _: tmp_path)
-    files = [str(folder / name) for name in ("8_bits.hnerv", "4_bpp.hnerv")]
+    names = ["8_bits.hnerv", "4_bpp.hnerv"]
+
+    def published(split, *more, files=names):
+        decoded.main([str(tmp_path / "rows.json"), *(str(folder / name) for name in files), "-p",
+                      "data_path", "bunny", "-p", "data_split", split, "--publish", *more])
+        return json.loads((tmp_path / decoded.FILE).read_text())
+    old = {"video": "bikes", "digest": "old", "frames": "train", "asked": "patches"}
+    (tmp_path / decoded.FILE).write_text(json.dumps({"about": {"teacher": "A"}, "rows": [old]}))
     for _ in range(2):
-        decoded.main([str(tmp_path / "rows.json"), *files, "-p", "data_path", "bunny", "--publish"])
-    assert calls == [(name, {"data_path": "bunny"}) for name in ("8_bits.hnerv", "4_bpp.hnerv")]
-    found = json.loads((tmp_path / decoded.FILE).read_text())
-    assert len(found["rows"]) == 4 and "not CLIP" in found["about"]["teacher"]
+        found = published("4_5_5")
+    assert calls == names and len(found["rows"]) == 9
+    assert found["about"]["teacher"] == "A; teacher of 8_bits.hnerv; teacher of 4_bpp.hnerv"
+    assert found["rows"][0] == {**old, "teacher": "A"}, "what an older version wrote"
+    found = published("1_1_1", "--force", files=names[:1])  # no row of the other split is left
+    assert calls == [*names, names[0]] and len(found["rows"]) == 7
+    with pytest.raises(SystemExit):
+        decoded.main(["rows.json", str(folder / names[0]), "-p", "data_path", "bunny"])
+    assert "-p data_split SPLIT is missing: give 1_1_1 where" in capsys.readouterr().err

@@ -62,6 +62,9 @@ def test_agreement_is_full_with_itself_and_by_chance_with_noise():
     assert search.answer_words(same).startswith("**Yes: of the 20 patches that the teacher")
     assert search.answer_words(noise).startswith("**No: ")
     assert search.answer_words(noise.assign(overlap=0.3)).startswith("**In part: ")
+    few = noise.assign(overlap=0.6)  # of few patches, chance finds many
+    for chance, said in ((0.29, "Yes"), (0.3, "No"), (0.5, "No")):
+        assert search.answer_words(few.assign(chance=chance)).startswith(f"**{said}: ")
 
 
 @pytest.mark.parametrize("settings", [{}, {"clip_stage": "1_3", "clip_pool": 0.2}])

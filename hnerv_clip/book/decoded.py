@@ -51,8 +51,8 @@ def decoded_answer(rows: pd.DataFrame) -> str:
 
 
 def crossing_words(rows: pd.DataFrame) -> str:
-    """Over which rates a field's agreement hardly moves, and from which PSNR on the teacher on
-    decoded frames is closer, at any box."""
+    """Over which rates a field's agreement hardly moves, and in which files the teacher on decoded
+    frames is closer, at any box: from a PSNR on, if it is in every file of at least that."""
     own = rows[rows.asked == ANY]
     moves = own.groupby(["curve", "frames"]).centered.agg(lambda found: found.max() - found.min())
     said = ["From file to file of a training the field's cosine moves by at most "
@@ -60,8 +60,11 @@ def crossing_words(rows: pd.DataFrame) -> str:
     for (video, frames), part in own.groupby(["video", "frames"], sort=False):
         ahead = part[part.decoded_centered > part.centered]
         if len(ahead):
-            said.append(f"in {FRAMES[frames]} of {video} it is closer from "
-                        f"{ahead.psnr_db.min():.1f} dB on")
+            least = ahead.psnr_db.min().round(1)
+            clear = (part.psnr_db.round(1) >= least).sum() == len(ahead)
+            said.append(f"in {FRAMES[frames]} of {video} it is closer in " + (
+                f"files of {least:.1f} dB and more" if clear else
+                f"{len(ahead)} of {len(part)} files"))
     return "; ".join(said) + "."
 
 

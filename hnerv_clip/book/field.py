@@ -7,7 +7,6 @@ constant is 0. A field here is one fit of one seed.
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,8 @@ SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "output": "ou
 
 def read_fields(folder: str | Path) -> dict[str, Any]:
     """The measurement: `about`; `fields` and `baselines` (tables); `runs` and `shifts` by video;
-    `seeds`, the largest field again with other seeds of the network and of the fit.
+    `seeds`, designs of `fields` (by `head` and boxes_a_frame) with other seeds of the network and
+    of the fit.
 
     `fields` has the columns of the file and `change` in words, `is_rounded` (whether its bytes
     are of the weights whose skill is given), `kb` (10³ bytes), `boxes_a_frame` that it was fitted
@@ -59,7 +59,8 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     return {"about": measured["about"], "fields": pd.DataFrame(found),
             "baselines": pd.DataFrame([row for row in rows if "baseline" in row]),
             "seeds": pd.DataFrame(measured.get("seeds", []),
-                                  columns=["video", "seed", "any_held", "eight_held"]),
+                                  columns=["video", "head", "boxes_a_frame", "seed", "any_held",
+                                           "eight_held"]),
             "runs": {row["run"].split("_")[0]: row for row in rows if "run" in row},
             "moved": pd.DataFrame([row for row in rows if row.get("what") == "moved"],
                                   columns=["video", "pixels", "skill", "mean_of_4"]),
@@ -284,15 +285,19 @@ def best_field(fields: pd.DataFrame, video: str, *, column: str = "any_held",
 
 def seed_words(measured: dict[str, Any]) -> str:
     """The largest field's skill over seeds, in a sentence; or that there is one seed."""
-    said = []
-    for video, part in measured["seeds"].groupby("video", sort=False):
-        first = best_field(measured["fields"], video, rounded=False)
-        found = []
-        for column, words in (("any_held", "any box"), ("eight_held", "the eight patches")):
-            values = [first[column], *part[column]]
-            found.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} "
-                         f"at {words}")
-        said.append(f"{join_words(found)} on {video} ({len(part) + 1})")
+    said, design = [], ["video", "head", "boxes_a_frame"]
+    fields, seeds = measured["fields"], measured["seeds"]
+    if seeds.empty:
+        return "One seed."
+    for (video, *_), part in pd.concat([fields.merge(seeds[design].drop_duplicates()), seeds]
+                                       ).groupby(design, sort=False):
+        part = part.drop_duplicates("seed")
+        if len(part) < 2:
+            continue
+        found = [f"{part[column].mean():.3f} ± {part[column].std():.3f} at {words}"
+                 for column, words in {"any_held": "any box",
+                                       "eight_held": "the eight patches"}.items()]
+        said.append(f"{join_words(found)} on {video} ({len(part)})")
     if not said:
         return "One seed."
     return (f"Over seeds of network and fit the largest field has {'; '.join(said)} (mean ± "

@@ -199,13 +199,14 @@ def answer_words(agreement: pd.DataFrame) -> str:
     """Whether the network finds what the teacher would find, in Markdown.
 
     Args:
-        agreement: as from `compare_rankings`. Over all queries: yes where at least half of the
-            teacher's best patches are found, no where not twice as many as by chance, else in part.
+        agreement: as from `compare_rankings`. Over all queries: no where at most twice as many of
+            the teacher's best patches are found as by chance, else yes where at least half are,
+            else in part.
     """
     found, chance = agreement.overlap.mean(), agreement.chance.iloc[0]
-    said = "Yes" if found >= 0.5 else "In part" if found > 2 * chance else "No"
+    said = "No" if found <= 2 * chance else "Yes" if found >= 0.5 else "In part"
     return (f"**{said}: of the {agreement.top_k.iloc[0]} patches that the teacher ranks best for a "
             f"text, out of {agreement.patches.iloc[0]:,}, the network's own best hold {found:.0%} "
             f"(by chance {chance:.0%}); over all patches the two rankings have a rank correlation "
-            f"of {agreement.spearman.mean():.2f}.** Means over {len(agreement)} texts; “yes” means "
-            "half or more, “no” at most twice chance.")
+            f"of {agreement.spearman.mean():.2f}.** Means over {len(agreement)} texts; “no” means "
+            "at most twice chance, “yes” half or more where it is above that.")

@@ -1,10 +1,10 @@
 """Held-out frames, estimated from the given frames beside them and trained on as if given.
 
-A network that sees every other frame only decodes the others from interpolated embeddings. Here an
-estimate takes the place of each held-out frame: its two neighbors, moved half way along the motion
-between them, and averaged. The network trains on given and estimated frames alike, and both its
-picture from the interpolated embedding and that from the estimate's own are compared with the
-held-out frame, which nothing else has seen:
+A network that sees every other frame only decodes the others from interpolated embeddings. Here
+frame interpolation puts an estimate in the place of each held-out frame: its two neighbors, warped
+by half of the optical flow between them, and averaged. The network trains on given and estimated
+frames alike, and both its picture from the interpolated embedding and that from the estimate's own
+are compared with the held-out frame, which nothing else has seen:
 
     python -m hnerv_clip.study.between output/between -p data_path bunny -p preset best
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from hnerv_clip.config import Config
+from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import prepare_dataset
 from hnerv_clip.devices import select_device
 from hnerv_clip.files import write_json
@@ -34,65 +35,71 @@ from hnerv_clip.model import HNeRV
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import code_version, device_name
 from hnerv_clip.train import train
-from hnerv_clip.video import load_video
+from hnerv_clip.video import frames_digest, load_video
 
-LEAST_SIDE = 10  # of the coarsest pictures that motion is searched in
+LEAST_SIDE = 10  # of the pyramid's coarsest level
+LEAST_FRAMES = 5  # so that one given frame has two given neighbors
 TOGETHER = 8  # pairs of frames at once
-SMOOTH = (0.1, 0.3, 1.0)  # weights of the motion's variation: the best is taken
+SMOOTH = (0.1, 0.3, 1.0)  # weights of the flow's total variation: the best is taken
 
 
 def estimate_between(before: Tensor, after: Tensor, *, smooth: float = 0.3, steps: int = 80,
                      lr: float = 0.15) -> Tensor:
-    """Frames half way between two, by the motion that makes them alike there, coarse to fine.
+    """Frames half way between two: frame interpolation by optical flow, coarse to fine.
 
-    At every scale Adam lowers the difference of the two frames and of their gradients after both
-    moved half of the motion, plus the motion's total variation, less at edges of the picture.
+    In the manner of Brox et al. 2004 (brightness and gradient constancy, coarse-to-fine warping)
+    and of TV-L1 (Zach, Pock and Bischof 2007): at every level of a pyramid, the smoothed absolute
+    difference of the two frames and half that of their gradients, plus the flow's total variation,
+    weighted down at edges of the picture. Unlike there, one symmetric flow warps both frames to
+    the middle, and Adam minimises. Occlusions are not treated.
 
     Args:
         before, after: [B, 3, H, W] float in [0, 1].
         smooth: weight of the total variation.
-        steps: at every scale.
-        lr: of Adam, in pixels.
+        steps: at every level.
+        lr: of Adam, in pixels of the level.
     Returns:
         [B, 3, H, W].
     """
     sizes = [before.shape[2:]]
     while min(sizes[-1]) >= 2 * LEAST_SIDE:
         sizes.append(torch.Size(side // 2 for side in sizes[-1]))
-    motion = before.new_zeros(len(before), 2, *sizes[-1])  # x and y of half the way, in pixels
+    flow = before.new_zeros(len(before), 2, *sizes[-1])  # x and y of its half, in pixels
     for size in reversed(sizes):
-        grown = motion.new_tensor([size[1] / motion.shape[3], size[0] / motion.shape[2]])
-        motion = F.interpolate(motion, size, mode="bilinear") * grown.view(1, 2, 1, 1)
+        grown = flow.new_tensor([size[1] / flow.shape[3], size[0] / flow.shape[2]])
+        flow = F.interpolate(flow, size, mode="bilinear") * grown.view(1, 2, 1, 1)
         first, second = (F.interpolate(x, size, mode="area") for x in (before, after))
-        calm = [torch.exp(-10 * d.abs().mean(1, keepdim=True)) for d in _slopes(first + second)]
-        motion.requires_grad_()
-        optimizer = torch.optim.Adam([motion], lr=lr)
+        weights = [torch.exp(-10 * d.abs().mean(1, keepdim=True))  # less at edges
+                   for d in _gradients(first + second)]
+        flow.requires_grad_()
+        optimizer = torch.optim.Adam([flow], lr=lr)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) + lr / 15
-            apart = _move(first, -motion) - _move(second, motion)
-            loss = (apart.square() + 1e-6).sqrt().mean() + sum(
-                slope.abs().mean() for slope in _slopes(apart)) / 2 + smooth * sum(
-                (weight * (slope.square() + 1e-4).sqrt()).mean()
-                for weight, slope in zip(calm, _slopes(motion), strict=True))
+            error = _warp(first, -flow) - _warp(second, flow)
+            loss = (error.square() + 1e-6).sqrt().mean() + sum(
+                gradient.abs().mean() for gradient in _gradients(error)) / 2 + smooth * sum(
+                (weight * (gradient.square() + 1e-4).sqrt()).mean()
+                for weight, gradient in zip(weights, _gradients(flow), strict=True))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        motion = motion.detach()
-    return (_move(before, -motion) + _move(after, motion)) / 2
+        flow = flow.detach()
+    return (_warp(before, -flow) + _warp(after, flow)) / 2
 
 
-def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     """Differences of neighbors along the rows and along the columns."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def _move(frames: Tensor, motion: Tensor) -> Tensor:
-    """Frames read at places moved by [B, 2, H, W] pixels; edges are repeated."""
+def _warp(frames: Tensor, flow: Tensor) -> Tensor:
+    """Frames [B, 3, H, W], each pixel read where a flow [B, 2, H, W] in pixels points to; edges are
+    repeated."""
     height, width = frames.shape[2:]
-    rows = torch.arange(height, device=frames.device)[:, None] + motion[:, 1]
-    columns = torch.arange(width, device=frames.device) + motion[:, 0]
-    places = torch.stack([columns / (width - 1), rows / (height - 1)], -1) * 2 - 1
-    return F.grid_sample(frames, places, padding_mode="border", align_corners=True)
+    rows = torch.arange(height, device=frames.device)[:, None] + flow[:, 1]
+    columns = torch.arange(width, device=frames.device) + flow[:, 0]
+    grid = torch.stack([columns / (width - 1), rows / (height - 1)], -1) * 2 - 1
+    return F.grid_sample(frames, grid, padding_mode="border", align_corners=True)
 
 
 def estimate_all(frames: Tensor, first: list[int], second: list[int], *, smooth: float) -> Tensor:
@@ -105,15 +112,22 @@ def estimate_all(frames: Tensor, first: list[int], second: list[int], *, smooth:
 def estimate_held_out(frames: Tensor) -> tuple[Tensor, float]:
     """A video whose every other frame is estimated from its two neighbors.
 
-    Of `SMOOTH` the one is taken that estimates given frames best from the given ones beside them.
-    A last frame without a second neighbor repeats the first.
+    Of the weights `SMOOTH` the one is taken with the highest PSNR where every 6th given frame is
+    estimated in turn from the given ones before and after it, over twice the distance of the
+    neighbors of a held-out frame. A last frame without a second neighbor repeats the first.
 
     Args:
         frames: [T, 3, H, W] uint8; frames 1, 3, … are held out and only replaced.
     Returns:
-        [T, 3, H, W] uint8, and what was taken.
+        [T, 3, H, W] uint8, and the weight.
+    Raises:
+        ConfigError: fewer than 5 frames.
     """
     count = len(frames)
+    if count < LEAST_FRAMES:
+        raise ConfigError(f"a video of {count} frames is too short: at least {LEAST_FRAMES} are "
+                          "needed to choose how smooth the optical flow is; give a longer one, or "
+                          "a higher frame_limit")
     tries = list(range(2, count - 2, 2))[::6]  # given ones with two given neighbors
 
     def score(smooth: float) -> float:
@@ -130,15 +144,38 @@ def estimate_held_out(frames: Tensor) -> tuple[Tensor, float]:
     return made, smooth
 
 
-def write_frames(frames: Tensor, folder: Path) -> None:
-    """Frames [T, 3, H, W] uint8 as images of a folder, which a run takes as its video."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_frames(frames: Tensor, folder: Path) -> tuple[Path, str]:
+    """Frames as images of a folder of their own, which a run takes as its video.
 
-    def write(index: int) -> None:
-        Image.fromarray(frames[index].permute(1, 2, 0).cpu().numpy()).save(
-            folder / f"{index:04d}.png", compress_level=1)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(write, range(len(frames))))
+    It appears when it is complete, and is used again where it is there.
+
+    Args:
+        frames: [T, 3, H, W] uint8.
+        folder: where it goes.
+    Returns:
+        `folder`/frames_DIGEST, and these 12 hexadecimal digits of the frames' digest.
+    """
+    frames = frames.cpu()
+    digest = frames_digest(frames)[:12]
+    target = folder / f"frames_{digest}"
+    if target.is_dir():
+        return target, digest
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".frames_") as temporary:
+        whole = Path(temporary) / "frames"
+        whole.mkdir()
+
+        def write(index: int) -> None:
+            Image.fromarray(frames[index].permute(1, 2, 0).numpy()).save(
+                whole / f"{index:04d}.png", compress_level=1)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write, range(len(frames))))
+        try:
+            whole.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another seed's process was first, with the same frames
+                raise
+    return target, digest
 
 
 @torch.no_grad()
@@ -185,28 +222,34 @@ def run_between(folder: str | Path, params: dict[str, Any]) -> dict[str, Any]:
     """Estimate, train and measure.
 
     Args:
-        folder: of the estimated video, the run and its row between_SEED.json.
+        folder: of the estimated video frames_DIGEST, the run run_DIGEST_SEED on it, and its row
+            between_DIGEST_SEED.json; another video's stand beside them.
         params: flat settings of the run over the video; its `data_split` is not used.
     Returns:
         What `measure` gives, with seed, epochs, smooth (of the estimates), stored (values),
-        train_time_s, device and commit.
+        train_time_s, device, commit and dirty.
+    Raises:
+        ConfigError: as `Config.from_params`, `load_video` and `estimate_held_out`.
+        RunError: the run's folder holds a training of other settings.
     """
     folder = resolve_path(folder)
     config = Config.from_params(**params | {"data_split": "1_1_1", "predict_clip": False})
     seed, cache = config.train.seed, folder / "cache"
     frames = load_video(config.video).frames.to(select_device(config.train.device))
     made, smooth = estimate_held_out(frames)
-    write_frames(made, folder / "frames")
-    config = config.replace(data_path=str(folder / "frames"), crop_list="", resize_list="",
-                            frame_limit=0, frame_stride=1)
+    images, digest = write_frames(made, folder)
+    config = config.replace(data_path=str(images), crop_list="", resize_list="", frame_limit=0,
+                            frame_stride=1)
     prepare_dataset(config, cache, progress=False)
-    summary = train(config, folder / f"run_{seed}", cache_dir=cache, progress=False).summary
-    model = load_run(folder / f"run_{seed}", cache_dir=cache, device=str(frames.device)).model
+    run = folder / f"run_{digest}_{seed}"
+    summary = train(config, run, cache_dir=cache, progress=False).summary
+    model = load_run(run, cache_dir=cache, device=str(frames.device)).model
+    commit, dirty = code_version()
     row = {"seed": seed, "epochs": config.train.epochs, "smooth": smooth,
            **measure(model.eval(), frames, made), "stored": summary["part_sizes"]["stored"],
            "train_time_s": round(summary["train_time_s"], 1),
-           "device": device_name(frames.device), "commit": code_version()[0]}
-    write_json(folder / f"between_{seed}.json", row)
+           "device": device_name(frames.device), "commit": commit, "dirty": dirty}
+    write_json(folder / f"between_{digest}_{seed}.json", row)
     return row
 
 

@@ -1,6 +1,9 @@
 """What a stored file says of its boxes, against the teacher that looks at the file's own frames.
 
-    python -m hnerv_clip.study.decoded output/rows.json bunny.hnerv … -p data_path bunny --publish
+    python -m hnerv_clip.study.decoded rows.json a.hnerv … -p data_path bunny -p data_split 1_1_1
+
+`data_split` is that of the file's training, which the file does not say: `hnerv-clip encode` trains
+on all frames (1_1_1).
 
 Without a field, one would decode the file and run the teacher on its frames. Both answers are
 compared with the teacher's for the frames of the video itself, at random boxes and at the patches,
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from hnerv_clip.codec.container import Header
 from hnerv_clip.codec.video import decode_video, open_network
-from hnerv_clip.config import BUNDLED, Config, ConfigError, TeacherConfig
+from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.devices import select_device
 from hnerv_clip.field.fit_run import TEST_BOXES, TEST_SEED
 from hnerv_clip.field.query import Field
@@ -35,12 +38,14 @@ from hnerv_clip.patches import make_grid
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import code_version, device_name
 from hnerv_clip.teachers import load_teacher, teacher_embeddings
-from hnerv_clip.teachers.base import Teacher, describe_teacher
+from hnerv_clip.teachers.base import Teacher
 from hnerv_clip.teachers.boxes import BoxSampling, box_targets, embed_boxes
 from hnerv_clip.video import Video, load_video, split_frames
 
 FILE = "decoded_files.json"
-KEYS = ("video", "digest", "frames", "asked")  # rows alike in these replace each other
+LEAST_DB, TRIED = 15.0, 4  # what a file of this video has at least, on so many training frames
+SPLIT = ("1_1_1 where it was made by `hnerv-clip encode`, which trains on all frames, else the "
+         "run's, such as 4_5_5")
 
 
 def measure_file(path: str | Path, settings: dict[str, Any], *, cache_dir: str | Path,
@@ -49,20 +54,23 @@ def measure_file(path: str | Path, settings: dict[str, Any], *, cache_dir: str |
     """Compare a stored file's field with the teacher on the frames decoded from that file.
 
     Args:
-        settings: of the video that the file was made from: data_path, and data_split and sizes
-            where they are not the default. The teacher is the file's.
+        settings: of the video that the file was made from: data_path, data_split, and sizes where
+            they are not the default. The teacher is the file's.
         video, teacher: if already loaded.
     Returns:
         A row each for the frames that trained (`train`), decoded from their own embeddings, and
         for the others (`held_out`), from interpolated ones, asked at `any box` (as
         `field.fit_run.evaluate_field`) and at the `patches`: video, size (of a frame), file,
-        digest, size_bytes, rate_bpp, field_bytes, modelsize, frames, n (of them), asked, psnr_db
-        of these frames; skill and centered (mean-centered cosine) of the field's answer,
-        decoded_skill and decoded_centered of the teacher's for the decoded frames; device, commit.
+        digest, size_bytes, rate_bpp, field_bytes, modelsize, teacher (its label), frames, n (of
+        them), asked, psnr_db of these frames; skill and centered (mean-centered cosine) of the
+        field's answer, decoded_skill and decoded_centered of the teacher's for the decoded frames;
+        device, commit.
     Raises:
-        ConfigError: the file has no field, or is of other frames than the video.
+        ConfigError: no data_split, the file has no field, or is of other frames than the video.
         FileError: see `codec.video.decode_video`.
     """
+    if "data_split" not in settings:
+        raise ConfigError(f"data_split is missing, and {path} does not say it: give {SPLIT}")
     wanted, stored, target = Config.from_params(**settings), open_network(path), \
         select_device(device)
     config = stored.header.config
@@ -74,6 +82,11 @@ def measure_file(path: str | Path, settings: dict[str, Any], *, cache_dir: str |
     model, embeddings = decode_video(path)
     model = model.to(target).eval()
     embeddings = None if embeddings is None else embeddings.to(target)
+    tried = split.train[np.linspace(0, len(split.train) - 1, TRIED).astype(int)]
+    if (found := _decode(model, video, embeddings, tried)[1]) < LEAST_DB:
+        raise ConfigError(f"the frames in {path} have {found:.1f} dB against those of {video.name} "
+                          f"as it is read here, less than {LEAST_DB:g}: give the data_path, "
+                          "crop_list, resize_list and frame_stride that the file was made with")
     head = stored.load_field().to(target)
     every, train = np.arange(model.frame_count), split.train
     options = {"cache_dir": cache_dir, "device": device, "progress": False}
@@ -88,7 +101,8 @@ def measure_file(path: str | Path, settings: dict[str, Any], *, cache_dir: str |
              "rate_bpp": 8 * size / (len(every) * model.frame_hw[0] * model.frame_hw[1]),
              "field_bytes": sum(part.size for name, part in stored.header.parts.items()
                                 if name.startswith("field.")),
-             "modelsize": config.model.modelsize}
+             "modelsize": config.model.modelsize,
+             "teacher": stored.header.meta["teacher"]["label"]}
     rows = []
     for frames, chosen in (("train", train), ("held_out", np.setdiff1d(every, train))):
         if not len(chosen):
@@ -152,34 +166,44 @@ def _digest(path: Path) -> str:
 def collect_files(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Put rows of `measure_file` into `out`/decoded_files.json, beside or for what is there.
 
-    Rows of one video, file, part of the frames and question replace each other.
+    Rows of a file replace all that are there of this file.
     """
     path = out / FILE
-    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    kept = {tuple(row[key] for key in KEYS): row for row in [*known, *rows]}
-    write_json(path, {"about": {"teacher": describe_teacher(TeacherConfig(teacher=BUNDLED)).label,
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
+    new = {row["digest"] for row in rows}
+    # Older rows do not say their teacher: they had the one that the results name
+    rows = [{**row, "teacher": row.get("teacher") or known["about"]["teacher"]}
+            for row in [*(r for r in known["rows"] if r["digest"] not in new), *rows]]
+    write_json(path, {"about": {"teacher": "; ".join(dict.fromkeys(row["teacher"] for row in rows)),
                                 "made by": "hnerv_clip.study.decoded.measure_file"},
-                      "rows": list(kept.values())})
+                      "rows": rows})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command in this module's first lines; what OUT has already is not measured again."""
+    """The command in this module's first lines; what OUT has already is measured again with
+    `--force` only."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="JSON file for the rows")
     parser.add_argument("files", type=Path, nargs="*", help="stored videos with a field")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                        help="a setting of their video, such as -p data_path bunny")
+                        help="a setting of their video, such as -p data_path bunny; data_split: "
+                             + SPLIT)
     parser.add_argument("--cache_dir", default="output/cache")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--force", action="store_true",
+                        help="measure files again whose rows are in OUT, and replace these")
     parser.add_argument("--publish", action="store_true",
                         help=f"put OUT's rows into book/results/{FILE}")
     args = parser.parse_args(argv)
+    if args.files and "data_split" not in dict(args.p):
+        parser.error(f"-p data_split SPLIT is missing: give {SPLIT}")
     rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
-    done = {row["digest"] for row in rows}
     for path in args.files:
-        if _digest(path) in done:
+        digest = _digest(path)
+        if not args.force and any(row["digest"] == digest for row in rows):
             continue
-        rows += measure_file(path, dict(args.p), cache_dir=args.cache_dir, device=args.device)
+        found = measure_file(path, dict(args.p), cache_dir=args.cache_dir, device=args.device)
+        rows = [row for row in rows if row["digest"] != digest] + found
         write_json(args.out, rows)
     if args.publish:
         collect_files(rows, resolve_path("book/results"))

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hnerv_clip.config import embed_kind
 from hnerv_clip.field.query import has_field, load_field
-from hnerv_clip.files import check_keys, read_json
+from hnerv_clip.files import check_keys, check_writable, read_json
 from hnerv_clip.inference import (
     Run,
     check_head,
@@ -78,7 +78,7 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
     Raises:
         ConfigError: the run has neither a CLIP head nor a field, its teacher's weights are not
             there, or the teacher does not know a label.
-        RunError: by_field, and the run has none.
+        RunError: by_field, and the run has none; or see `reference_embeddings`.
         ValueError: as `verify_embeddings` and `teachers.encode_queries`.
     """
     by_field = by_field or predicts_by_field(run)
@@ -108,14 +108,19 @@ def reference_embeddings(run: Run, teacher: Teacher, *, cache_dir: str | Path | 
                          ) -> np.ndarray:
     """The teacher's own embeddings of the run's patches: [T, P, D].
 
-    The teacher is asked where the network was trained without it, and they are not cached.
+    The teacher runs where the run was loaded without them.
 
     Args:
-        cache_dir: where they are kept for the next time that the run is loaded.
+        cache_dir: where they are then kept for the next time that the run is loaded; None keeps
+            them nowhere.
+    Raises:
+        RunError: `cache_dir` can't be written; said before the teacher runs.
     """
     data = run.dataset
     known = data.embeddings
     if known is None:
+        if cache_dir is not None:
+            check_writable(resolve_path(cache_dir))
         known = run_teacher(teacher, data.video.frames, data.grid, progress=False).float()
         if cache_dir is not None:
             write_cache(cache_path(data.video, data.grid, run.config.teacher, cache_dir), known,

@@ -1,10 +1,12 @@
 """The search for a recipe goes on and prunes; the comparison gives equal time."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from hnerv_clip.config import PRESETS
+from hnerv_clip.files import RunError
 from hnerv_clip.runs.locks import Held, hold
 from hnerv_clip.runs.run_dir import RunDir
 
@@ -43,15 +45,20 @@ def test_fit_learns_in_its_time_and_reports(tiny):
     assert config.model.modelsize == 0.03
 
 
-def test_the_clock_runs_for_one_process_at_a_time(tiny, tmp_path):
+def test_clock_and_evaluation_are_for_one_process_at_a_time(tiny, tmp_path, monkeypatch):
     def report(part, psnr_db):
         with pytest.raises(Held), hold(tmp_path / "lock"):
             pass
         parts.append(part)
-    parts = []
+
+    def evaluate(*arguments):
+        report("evaluation", 0)
+        return evaluate_model(*arguments)
+    parts, evaluate_model = [], recipe.evaluate_model
+    monkeypatch.setattr(recipe, "evaluate_model", evaluate)
     recipe.fit(recipe.sized_config(TINY, {"device": "cpu"}), seconds=0.2, report=report,
                lock=tmp_path / "lock")
-    assert parts
+    assert len(parts) > 1 and parts[-1] == "evaluation"
     with hold(tmp_path / "lock"):
         pass
 
@@ -87,6 +94,20 @@ def test_a_search_tries_what_is_known_first_and_goes_on(tmp_path):
     assert [trial["value"] for trial in kept] == [trial.value for trial in study.trials]
 
 
+def test_a_search_whose_processes_all_fail_says_so(tmp_path):
+    with pytest.raises(RunError, match="1 of 1 processes of the search failed, exit codes 1"):
+        recipe.search(tmp_path, trials=1, seconds=0.1, minutes=1, device="cpu", segments={})
+
+
+def test_a_search_of_another_space_does_not_stand_in_the_way(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(recipe, "STUDY", "recipe")
+        recipe.open_study(tmp_path).ask({"cells": optuna.distributions.CategoricalDistribution(
+            [1, 2])})
+    trial = recipe.open_study(tmp_path).ask()
+    assert trial.number == 0 and recipe.trial_settings(trial)["cells"] in recipe.SPACE["cells"]
+
+
 def test_settings_that_fit_no_network_are_pruned(tiny, monkeypatch):
     monkeypatch.setattr(recipe, "LEAST_SIZE", 1e-4)
     study = optuna.create_study()
@@ -109,6 +130,41 @@ def test_comparison_gives_each_recipe_the_same_time_and_goes_on(tiny, tmp_path, 
     monkeypatch.setattr(recipe, "fit", None)  # all is there
     assert recipe.compare(tmp_path, recipes, minutes=0, **options) == rows
     assert json.loads((tmp_path / "comparison.json").read_text())["rows"] == rows
+
+
+def test_videos_with_dots_and_seeds_have_plans_of_their_own(tiny, tmp_path, monkeypatch):
+    trained = []
+
+    def note(config, path, **_):
+        trained.append((config.video.data_path, config.train.seed))
+        raise InterruptedError
+    monkeypatch.setattr(recipe, "sized_config", lambda video, settings: recipe.Config.from_params(
+        **recipe.BASE | TINY | video | settings))
+    monkeypatch.setattr(recipe, "load_dataset", lambda config: SimpleNamespace(
+        split=SimpleNamespace(train=range(4))))
+    monkeypatch.setattr(recipe, "fit", lambda *_, **__: recipe.Fit(30.0, 4, 0.01, 1))
+    monkeypatch.setattr(recipe, "train", note)
+    for video in ("a/clip.1080p.mp4", "a/clip.720p.mp4"):
+        for seed in (0, 1):
+            with pytest.raises(InterruptedError):
+                recipe.compare(tmp_path, {"best": {"lr": 2e-3}}, videos=[video], seeds=[seed],
+                               seconds=[1], device="cpu")
+    assert trained == [(f"a/clip.{size}p.mp4", seed) for size in (1080, 720) for seed in (0, 1)]
+    assert (tmp_path / "clip.1080p_best_1s_seed0.json").exists()
+
+
+def test_one_name_does_not_stand_for_two_recipes(tmp_path, monkeypatch):
+    """Also for a seed that was not planned before."""
+    plan = {"recipe": "found", "settings": {"lr": 2e-3}}
+    (tmp_path / "a.b_found_60s_seed0.json").write_text(json.dumps(plan))
+    options = dict(videos=["bunny"], seeds=[1], seconds=[60], minutes=0)
+    assert recipe.compare(tmp_path, {"found": {"lr": 2e-3}}, **options) == []
+    with pytest.raises(RunError, match=r'a.b_found_60s_seed0.json was planned with recipe "found" '
+                                       r"as {'lr': 0.002}, which is now {'lr': 0.003}"):
+        recipe.compare(tmp_path, {"found": {"lr": 3e-3}}, **options)
+    (tmp_path / "a.b_found_60s_seed0.json").write_text('{"step_s": 1}')
+    with pytest.raises(RunError, match="another --outf"):
+        recipe.compare(tmp_path, {"found": {"lr": 3e-3}}, **options)
 
 
 @pytest.mark.gpu

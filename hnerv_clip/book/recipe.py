@@ -20,6 +20,7 @@ HNERV, FOUND = "HNeRV's settings", "found by the search"
 LEAST_GAIN_DB = 2.0  # that was aimed at on other videos, on average
 HELD_OUT = "held-out frames"  # how the name of their group of small runs begins
 HELD_OUT_DB = 34.0  # that was aimed at on every other frame of bunny
+ESTIMATED = "yes, with frames estimated by motion"  # not by the preset alone
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any]:
@@ -147,7 +148,8 @@ def video_gains(videos: pd.DataFrame) -> pd.DataFrame:
 
 
 def goal_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
-    """What was aimed at and what was measured, in words, a row each; met is yes or no."""
+    """What was aimed at and what was measured, in words, a row each; met is yes, no or
+    `ESTIMATED`."""
     timed = pd.concat([measured["rows"], measured["preset"]])
     rows = []
     for goal in measured["goals"].itertuples():
@@ -157,32 +159,72 @@ def goal_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
             found, = measured["sizes"][measured["sizes"].modelsize == goal.modelsize].psnr_db
         rows.append((f"{goal.modelsize:g} M values within {goal.seconds} s",
                      f"{goal.psnr_db:g} dB", found, "dB", found >= goal.psnr_db))
-    held = measured["held_out"].set_index("change").psnr_held_interpolated_db[BEST]
-    what, estimated = "every other frame held out, embeddings interpolated", measured["between"]
-    if len(estimated) and estimated.interpolated_db.max() > held:
-        held = estimated.interpolated_db.max()
-        what += (", trained on estimates of the frames between too ("
-                 f"{'one seed' if len(estimated) == 1 else f'best of {len(estimated)} seeds'})")
+    alone = held = measured["held_out"].groupby("change").psnr_held_interpolated_db.mean()[BEST]
+    what, unit = "every other frame held out, embeddings interpolated", "dB"
+    between = measured["between"]
+    if len(between) and between.interpolated_db.mean() > alone:
+        held, unit = between.interpolated_db.mean(), f"dB; {alone:.2f} dB without estimates"
+        what += (", trained on estimates of the held-out frames too (optical-flow interpolation of "
+                 f"their neighbors; {seeds_in_words(len(between))}; the mean of the two neighbors, "
+                 f"without a network, is at {between.two_mean_db.mean():.2f} dB)")
     gains = video_gains(measured["videos"]).gain_db
-    rows += [(what, f"{HELD_OUT_DB:g} dB", held, "dB", held >= HELD_OUT_DB),
+    met = held >= HELD_OUT_DB and (ESTIMATED if alone < HELD_OUT_DB else "yes")
+    rows += [(what, f"{HELD_OUT_DB:g} dB", held, unit, met),
              (f"above HNeRV's settings on {len(gains)} other videos, mean",
               f"{LEAST_GAIN_DB:g} dB, never below", gains.mean(), f"dB, {gains.min():+.1f} to "
               f"{gains.max():+.1f}", gains.mean() >= LEAST_GAIN_DB and gains.min() >= 0)]
     return [{"what": what, "goal": goal, "measured": f"{value:.2f} {unit}",
-             "met": "yes" if met else "no"} for what, goal, value, unit, met in rows]
+             "met": met if isinstance(met, str) else "yes" if met else "no"}
+            for what, goal, value, unit, met in rows]
 
 
-def compared_rows(compared: pd.DataFrame) -> list[dict[str, str]]:
-    """What the search found beside the preset on whole videos, as rows of a table."""
-    if compared.empty:
-        return []
-    table = compared.groupby(["video", "recipe"], sort=False).psnr_db.agg(["mean", "size"])
-    table = table.unstack("recipe").dropna()
-    gains = table["mean"][FOUND] - table["mean"][BEST]
-    return [{"video": video, f"{BEST} (dB)": f"{row['mean', BEST]:.2f}",
-             f"{FOUND} (dB)": f"{row['mean', FOUND]:.2f}", "gain (dB)": f"{gains[video]:+.2f}",
-             "seeds": f"{row['size', BEST]:.0f} and {row['size', FOUND]:.0f}"}
-            for video, row in table.iterrows()]
+def goals_in_words(rows: list[dict[str, str]]) -> str:
+    """How many goals are met, and how many of those by training on estimated frames.
+
+    Args:
+        rows: see `goal_rows`.
+    """
+    met = [row["met"] for row in rows if row["met"] != "no"]
+    return f"goals met: {len(met)} of {len(rows)}" + (
+        f", {met.count(ESTIMATED)} of them with frames estimated by motion"
+        if ESTIMATED in met else "")
+
+
+def seeds_in_words(count: int) -> str:
+    """`one seed`, or `mean of 3 seeds`."""
+    return "one seed" if count == 1 else f"mean of {count} seeds"
+
+
+def compared(search: dict[str, Any]) -> pd.DataFrame:
+    """What the search found beside the preset on whole videos: a row per video with best_db and
+    found_db (means over seeds), gain_db, best_seeds, found_seeds, stored (the ratio of stored
+    values) and seen (the search used frames of it).
+
+    Args:
+        search: see `read_search`.
+    """
+    runs, columns = search["compared"], ["best_db", "found_db", "gain_db", "stored", "seen"]
+    if runs.empty:
+        return pd.DataFrame(columns=["video", *columns])
+    both = runs.groupby(["video", "recipe"], sort=False).agg(
+        db=("psnr_db", "mean"), seeds=("psnr_db", "size"), stored=("stored", "mean"))
+    both = both.unstack("recipe").dropna()
+    return pd.DataFrame({
+        "best_db": both.db[BEST], "found_db": both.db[FOUND],
+        "gain_db": both.db[FOUND] - both.db[BEST], "best_seeds": both.seeds[BEST].astype(int),
+        "found_seeds": both.seeds[FOUND].astype(int),
+        "stored": both.stored[FOUND] / both.stored[BEST],
+        "seen": both.index.isin(list(search["trials"].psnr_db.iloc[0]))}).reset_index()
+
+
+def compared_rows(search: dict[str, Any]) -> list[dict[str, str]]:
+    """`compared` as rows of a table."""
+    return [{"video": row.video + (", seen in part by the search" if row.seen else ""),
+             f"{BEST} (dB)": f"{row.best_db:.2f}", f"{FOUND} (dB)": f"{row.found_db:.2f}",
+             "gain (dB)": f"{row.gain_db:+.2f}",
+             "stored values": f"{100 * row.stored - 100:+.1f} %",
+             "seeds": f"{row.best_seeds} and {row.found_seeds}"}
+            for row in compared(search).itertuples()]
 
 
 def search_in_words(search: dict[str, Any]) -> str:
@@ -191,36 +233,48 @@ def search_in_words(search: dict[str, Any]) -> str:
     Args:
         search: see `read_search`.
     """
-    trials, compared = search["trials"], search["compared"]
+    trials = search["trials"]
     count, preset = trials.state.value_counts(), trials.iloc[0]
     found, = trials[trials.number == search["found"]].itertuples()
     words = (f"In {search['about']['minutes']:.0f} minutes on one {search['about']['device']} "
              f"{len(trials)} trials began: {count['COMPLETE']} ended, {count.get('PRUNED', 0)} "
-             f"were given up as they fell behind the median. The best, "
-             f"{changed(found.params, preset.params)}, is "
+             f"were given up (behind the median of those before, or no network of these settings, "
+             f"or out of memory), {count.drop(['COMPLETE', 'PRUNED'], errors='ignore').sum()} were "
+             f"stopped before their end. The best, {changed(found.params, preset.params)}, is "
              f"{found.value - preset.value:+.2f} dB from the preset on average over its three "
              f"segments, each trained for a few seconds.")
-    if not len(compared):
+    runs, videos = search["compared"], compared(search)
+    if videos.empty or videos.seen.all():
         return words
-    rows = compared.groupby(["video", "recipe"]).psnr_db.mean().unstack("recipe").dropna()
-    gains = rows[FOUND] - rows[BEST]
+    new, seen, epochs = videos[~videos.seen], videos[videos.seen], runs.epochs.unique()
+    gains, several = new.gain_db, videos[(videos.best_seeds > 1) | (videos.found_seeds > 1)]
     holds = "That holds" if gains.min() > 0 else "That holds in part" if gains.mean() > 0 else \
         "That does not hold"
-    return (f"{words} {holds} in whole trainings of {len(gains)} videos: {gains.mean():+.2f} dB "
-            f"on average, {gains.min():+.2f} to {gains.max():+.2f} dB."
-            + (" The preset stays as it is." if gains.min() < 0 else ""))
+    known = "".join(f" On {row.video}, some frames of which it has seen, {row.gain_db:+.2f} dB."
+                    for row in seen.itertuples())
+    made = [f"{recipe} at commit {join_words(sorted(own.commit.unique()))} on "
+            f"{join_words(sorted(own.device.unique()))}" for recipe, own in runs.groupby("recipe")]
+    return (f"{words}\n\n{holds} in whole trainings of {len(gains)} videos that the search did not "
+            f"see: {gains.mean():+.2f} dB on average, {gains.min():+.2f} to {gains.max():+.2f} "
+            f"dB.{known} These are trainings of equal epochs "
+            f"({join_words([str(count) for count in sorted(epochs)])}), not of equal time, with "
+            "one seed" + (f" but on {join_words(several.video.tolist())}" if len(several) else "")
+            + f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f} %, and "
+            f"commits and cards too: {'; '.join(made)}."
+            + (" The preset stays as it is." if videos.gain_db.min() < 0 else ""))
 
 
 def between_in_words(between: pd.DataFrame) -> str:
     """What estimates of the held-out frames give, alone and as frames to train on."""
     if between.empty:
         return ""
-    first, best = between.iloc[0], between.loc[between.interpolated_db.idxmax()]
+    mean = between.mean(numeric_only=True)
     return (f"The mean of the two given frames beside a held-out one, without any network, is at "
-            f"{first.two_mean_db:.2f} dB, and an estimate that moves both along the motion "
-            f"between them at {best.estimate_db:.2f} dB. A network trained on these estimates too "
-            f"gives {best.interpolated_db:.2f} dB from interpolated embeddings and "
-            f"{best.estimated_embedding_db:.2f} dB from the estimates' own.")
+            f"{mean.two_mean_db:.2f} dB, and an estimate that moves both along the motion "
+            f"between them at {mean.estimate_db:.2f} dB. A network trained on these estimates too "
+            f"gives {mean.interpolated_db:.2f} dB from interpolated embeddings and "
+            f"{mean.estimated_embedding_db:.2f} dB from the estimates' own "
+            f"({seeds_in_words(len(between))}).")
 
 
 def held_out_in_words(rows: pd.DataFrame) -> str:
@@ -268,12 +322,14 @@ def control_in_words(control: pd.DataFrame, preset: pd.DataFrame) -> str:
 def reasons_in_words(measured: dict[str, Any]) -> str:
     """Why the goals for 1.5 M values are missed."""
     preset = parts(measured["preset"]).set_index("change")
-    longest = measured["rows"].sort_values("epochs").iloc[[-2, -1]]  # of 600 and 1200 epochs
+    epochs = measured["preset"].groupby("change").epochs.first()
+    longest = measured["rows"].sort_values("epochs").iloc[[-2, -1]]
     boost = measured["published"]
     boost = boost[boost.method.str.endswith("Boost") & boost.train_time_s.notna()].iloc[0]
     return (f"The goals for the picture are missed because this decoder ends near "
-            f"{preset.psnr_db.max():.1f} dB: twice the epochs, 600 for 300, give "
-            f"{-preset.gain_db['300 epochs']:.2f} dB, and 1200 for 600, by Adam, "
+            f"{preset.psnr_db.max():.1f} dB: {epochs[BEST]} epochs in place of "
+            f"{epochs['300 epochs']} give {-preset.gain_db['300 epochs']:.2f} dB, and "
+            f"{longest.epochs.iloc[1]} in place of {longest.epochs.iloc[0]}, by Adam, "
             f"{longest.psnr_db.iloc[1] - longest.psnr_db.iloc[0]:+.2f} dB. The best picture "
             f"published at this size for {boost.epochs:.0f} epochs, {boost.psnr_db:.2f} dB by "
             f"{boost.method}, took {boost.train_time_s / 60:.0f} minutes on its authors' GPU. "

@@ -2,22 +2,25 @@
 
 `search` fits segments of several videos for a fixed time each, by settings that Optuna proposes;
 many processes share the GPUs and one journal file, and a search that was stopped can be resumed.
-On a GPU one process at a time takes its timed steps while the others compile, so that the time is
-fair.
-`compare` then trains the winner and the faithful preset on whole videos and seeds that the search
-did not see, one run at a time, to equal size and in equal time.
+On a GPU one process at a time takes its timed steps and evaluates; compilation and warm-up steps of
+the others share the GPU meanwhile, and may slow it.
+`compare` then trains the winner and the faithful preset on whole videos and with seeds that the
+search did not use, one run at a time, to equal size and in equal time. The search has seen the
+first frames of bunny, bikes and carphone; any other video is new to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import math
 import multiprocessing
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +35,7 @@ from hnerv_clip.dataset import load_dataset, resolve_config
 from hnerv_clip.devices import select_device, set_precision, synchronise, visible_gpus
 from hnerv_clip.engines.select import make_engine, settle
 from hnerv_clip.evaluate import evaluate_model
-from hnerv_clip.files import read_json, write_json
+from hnerv_clip.files import RunError, read_json, write_json
 from hnerv_clip.losses import learning_rate
 from hnerv_clip.model import build_model
 from hnerv_clip.paths import resolve_path
@@ -41,7 +44,8 @@ from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.sizes import LEAST_SIZE, VALUES_PER_PIXEL, choose_strides
 from hnerv_clip.train import epoch_order, train
 
-# What the search sees; all of `bunny`, and any other file, is left for the comparison
+# What the search sees: the first frames of three videos. The rest of these, and any other file, is
+# left for the comparison
 SEGMENTS: dict[str, dict[str, Any]] = {
     "bunny": {"data_path": "bunny", "frame_limit": 32},
     "bikes": {"data_path": "bikes", "frame_limit": 64},
@@ -53,7 +57,6 @@ SEARCH_SEED = 1000  # the comparison's are 0, 1, 2, …
 PROBE_S = 3.0  # of steps, that tell how long one takes
 WARM_UP = 8  # steps before the clock starts: they compile and capture
 REPORTS = 4  # of a fit, at which it may be pruned
-STUDY = "recipe"
 # By name: all the values of a setting, or the limits of a number. The fused engine knows them all
 SPACE: dict[str, list[Any] | tuple[float, float]] = {
     "lr": (1.5e-3, 8e-3),
@@ -68,6 +71,8 @@ SPACE: dict[str, list[Any] | tuple[float, float]] = {
     "embedding_channels": [4, 8, 16, 32],
     "cells": [2, 8, 32, 128],
 }
+# Named by the space, as Optuna refuses a study that was begun with another
+STUDY = f"recipe {hashlib.sha256(repr(SPACE).encode()).hexdigest()[:8]}"
 # The preset `best`, and single changes of it: what the search begins with
 PRESET = {"lr": PRESETS["best"]["lr"], "batch_size": PRESETS["best"]["batch_size"], "warm_up": 0.1,
           "loss": "L2", "act": "gelu", "ks": "0_1_5", "num_blks": "1_1", "reduce": 1.2,
@@ -95,7 +100,7 @@ def fit(config: Config, *, seconds: float, cache_dir: str | Path = "output/cache
     Args:
         config: `epochs` is not used; the device is `device`'s.
         seconds: of training steps, without compilation and evaluation.
-        lock: a file that one process at a time holds while its clock runs.
+        lock: a file that one process at a time holds while its clock runs and it evaluates.
         report: called after each of `REPORTS` equal parts with its number and the training frames'
             mean PSNR since the last.
     """
@@ -133,8 +138,8 @@ def fit(config: Config, *, seconds: float, cache_dir: str | Path = "output/cache
                     report(parts, float(total) / seen)
                     parts, seen, total = int(progress * REPORTS), 0, 0.0
         elapsed = time.perf_counter() - began
-    engine.sync()
-    psnr_db = evaluate_model(model, dataset).psnr_db.mean()
+        engine.sync()
+        psnr_db = evaluate_model(model, dataset).psnr_db.mean()
     return Fit(float(psnr_db), steps, elapsed / max(1, steps - WARM_UP),
                model.part_sizes()["stored"])
 
@@ -220,6 +225,8 @@ def search(folder: str | Path, *, seconds: float, minutes: float, workers: int =
             four or more on a GPU, it seldom waits for a compilation.
         trials: also stop after so many of each process.
         segments: what is fitted, see `objective`.
+    Raises:
+        RunError: every process failed; where only some did, a warning says so.
     """
     folder = resolve_path(folder)
     study, gpus = open_study(folder), visible_gpus()
@@ -236,6 +243,12 @@ def search(folder: str | Path, *, seconds: float, minutes: float, workers: int =
     for process in processes:
         process.join()
     write_trials(study, folder)
+    if failed := [str(process.exitcode) for process in processes if process.exitcode]:
+        message = (f"{len(failed)} of {len(processes)} processes of the search failed, exit codes "
+                   f"{' '.join(failed)}: read their errors above")
+        if len(failed) == len(processes):
+            raise RunError(f"{message}, then run the same command again to go on")
+        warnings.warn(message, stacklevel=2)
     return study
 
 
@@ -266,8 +279,8 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
             cache_dir: str | Path = "output/cache", device: str = "auto") -> list[dict[str, Any]]:
     """Whole runs of recipes, one at a time, with as many epochs as fit the time.
 
-    Each recipe's step is timed first, once for a video, and kept in the run's folder. Stopped at
-    any moment, the next call resumes.
+    Each recipe's step is timed first, and the plan, with the recipe's settings, kept in a file
+    beside the run's folder. Stopped at any moment, the next call resumes.
 
     Args:
         folder: of the runs; the rows go to its comparison.json.
@@ -278,12 +291,16 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
     Returns:
         A row for each finished run: recipe, video, seed, seconds, epochs, step_s, and the figures
         of its summary.json.
+    Raises:
+        RunError: runs of the folder have the name of a recipe, and other settings.
     """
     folder, deadline, rows = resolve_path(folder), time.monotonic() + 60 * minutes, []
+    for path in sorted(folder.glob("*_seed*.json")):
+        _check_plan(path, recipes)
     for seed, video, limit, (name, settings) in itertools.product(
             seeds, videos, seconds, recipes.items()):
         run = RunDir(folder / f"{Path(video).stem}_{name}_{limit:g}s_seed{seed}")
-        planned = run.path.with_suffix(".json")  # beside the run's folder, which is its own
+        planned = run.path.with_name(f"{run.path.name}.json")  # the run's folder is its own
         if not run.finished and time.monotonic() >= deadline:
             continue
         if not planned.exists():
@@ -292,8 +309,9 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
             steps = -(-len(load_dataset(config).split.train) // config.train.batch_size)
             epochs = max(1, int(limit / (steps * step_s)))
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(planned, {"step_s": step_s, "params": config.replace(
-                epochs=epochs, eval_freq=epochs).params()})
+            write_json(planned, {"recipe": name, "settings": settings, "step_s": step_s,
+                                 "params": config.replace(
+                                     epochs=epochs, eval_freq=epochs).params()})
         plan = read_json(planned, fix="delete it")
         result = train(Config.from_params(**plan["params"]), run.path, cache_dir=cache_dir)
         rows.append({"recipe": name, "video": Path(video).stem, "seed": seed, "seconds": limit,
@@ -301,6 +319,17 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
                      "device": run.provenance()["device"], **result.summary})
         write_json(folder / "comparison.json", {"rows": rows})
     return rows
+
+
+def _check_plan(path: Path, recipes: dict[str, dict[str, Any]]) -> None:
+    """Refuse a run that was planned with other settings than its recipe has now."""
+    plan = read_json(path, keys={"recipe": str, "settings": dict}, fix="choose another --outf, or "
+                     "remove it and the folder of the same name")
+    name, kept = plan["recipe"], plan["settings"]
+    if (now := recipes.get(name, kept)) != kept:
+        raise RunError(f'{path.name} was planned with recipe "{name}" as {kept}, which is now '
+                       f"{now}: one name would stand for both. Compare in another --outf, or "
+                       "remove these plans and their runs")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -32,8 +32,8 @@ PROFILES: dict[str, dict[str, Any]] = {
         "lr": 5e-3,
         "clip_loss_weight": 0.1,
         "pixel_loss_warmup_epochs": 5,
-        "field_boxes": 32,
-        "field_steps": 2000,
+        "field_boxes": 24,
+        "field_steps": 1000,
         "eval_freq": 10,
     },
     "full": {

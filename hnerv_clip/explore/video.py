@@ -31,7 +31,7 @@ from hnerv_clip.video import load_video
 STEP = 0.4  # between boxes that a field's search looks at, in their own side
 SIDE = 0.42  # of the square that a click asks a field about, in frame heights
 HEAT_SIDES = (0.42, 0.6, 0.85)  # of the squares that a text's heat map is the mean over
-CELLS = 20  # of a heat map, from top to bottom
+CELLS, TEACHER_CELLS = 20, 5  # of a heat map, from top to bottom; the teacher sees each square
 
 
 @dataclass
@@ -187,15 +187,14 @@ class ExploredVideo:
         scores = match_scores(query, references, self.head.embed(frame, boxes).numpy())
         return scores.reshape(len(sides), *hw).mean(axis=0)
 
-    def teacher_heat(self, query: np.ndarray, frame: int, *, cells: int = 7
-                     ) -> np.ndarray:
+    def teacher_heat(self, query: np.ndarray, frame: int) -> np.ndarray:
         """What the teacher gives at the squares of `heat`, run on the original frame: [h, w].
 
-        Seconds, as it sees every square; so fewer of them.
+        Seconds, as it sees every square; so `TEACHER_CELLS` of them.
         """
         from hnerv_clip.teachers.boxes import embed_boxes
 
-        stride = max(1, round(self.size[0] / cells))
+        stride = max(1, round(self.size[0] / TEACHER_CELLS))
         boxes, hw = around_positions(self.size, HEAT_SIDES, stride=stride)
         whole = torch.from_numpy(boxes).round().long()[None]
         seen = embed_boxes(self.teacher, self.originals[frame:frame + 1], whole)[0]

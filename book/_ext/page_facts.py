@@ -63,7 +63,8 @@ def changed_since(page: Path, notebook: Path, root: str) -> str:
                     for these in (cells, nbformat.read(notebook, as_version=4).cells))
     commits = git(root, "rev-list", "--count", f"{executed[1]}..HEAD", "--", "hnerv_clip")
     what = ["the notebook's code changed"] if own != sources else []
-    what += [f"the library changed in {commits} commits"] if commits and commits != "0" else []
+    what += [f"the library changed in {commits} commit{'s' * (commits != '1')}"] \
+        if commits and commits != "0" else []
     return f"Executed at commit {executed[1]}. Since then {' and '.join(what)}." if what else ""
 
 

@@ -19,14 +19,13 @@ from hnerv_clip.bench.multi_gpu import RUN, run_figures
 from hnerv_clip.book.markdown import join_words, three_digits
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.evaluate import summarise
-from hnerv_clip.labels import SOURCE_WORDS
+from hnerv_clip.labels import FRAME_WORDS, SOURCE_WORDS
 from hnerv_clip.runs.provenance import commit_words
 from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 
 RUN_FILES = ("config.json", "provenance.json", "summary.json", "metrics.csv", "evaluation.csv")
 PARTS = {"speed": "speed", "correctness": "comparison with one rank", "checkpoint": "checkpoints",
          "kill": "killed rank", "sweep": "independent runs", "run": "complete run"}
-FRAMES = {"train": "training", "held_out": "held out"}
 Row = dict[str, Any]
 
 
@@ -197,7 +196,7 @@ def evaluation_rows(run: RunDir) -> list[Row]:
                "mean-centered cosine": ("clip_centred", "trained", 3)}
     rows = []
     for frames, source in dict.fromkeys(key[:2] for key in values.index):
-        row = {"frames": f"{FRAMES[frames]}, {SOURCE_WORDS[source]}",
+        row = {"frames": f"{FRAME_WORDS[frames]}, {SOURCE_WORDS[source]}",
                "n": values.n[frames, source, "trained"]}
         for name, (measure, variant, digits) in columns.items():
             value = values[measure].get((frames, source, variant), float("nan"))

@@ -132,22 +132,6 @@ def test_the_verdict_follows_from_the_answers(cross_fit):
         "bikes no. These frames cannot tell: Does it know where?**")
 
 
-def test_runs_that_were_trained_again_are_compared(tmp_path):
-    runs = results.read_runs(ROOT / "book" / "results").head(5)
-    assert results.retrained_words(runs, tmp_path) == ""
-    again = runs.head(2).assign(commit="a" * 40, device="NVIDIA H100 80GB HBM3")
-    again.to_csv(tmp_path / "retrained.csv", index=False)
-    assert results.retrained_words(runs, tmp_path) == (
-        "\n\n2 of these 5 runs were trained again at commit aaaaaaaaaaaa, on NVIDIA H100 80GB "
-        "HBM3: held-out PSNR and mean-centered cosine are equal in every digit kept.")
-    again.assign(psnr_held_out_db=again.psnr_held_out_db + [0.5, -0.1]).to_csv(
-        tmp_path / "retrained.csv", index=False)
-    assert "they differ by -0.10 to +0.50 dB of held-out PSNR (mean +0.20)." in \
-        results.retrained_words(runs, tmp_path)
-    again.assign(epochs=7).to_csv(tmp_path / "retrained.csv", index=False)  # of another length
-    assert results.retrained_words(runs, tmp_path) == ""
-
-
 def test_several_gpus_are_summed_up():
     def row(ranks, rate, speed, reached, epochs=40):
         return {"ranks": ranks, "learning_rate": rate, "frames_per_s": speed, "epochs": epochs,

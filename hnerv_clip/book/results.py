@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from hnerv_clip import files
-from hnerv_clip.book.markdown import Markup, interval, join_words
+from hnerv_clip.book.markdown import Markup, interval
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import commit_words
 from hnerv_clip.study.plan import ENCODINGS, REMEDIES
@@ -257,33 +257,6 @@ def provenance(runs: pd.DataFrame) -> pd.DataFrame:
              "seeds": _listed(f"{v:.0f}" for v in runs.seed), "teacher": teacher_labels(runs),
              "devices": _listed(runs.device), "commits": _listed(commits)}
     return pd.DataFrame(facts.items(), columns=["", "of the runs on this page"])
-
-
-def retrained_words(runs: pd.DataFrame, folder: str | Path, name: str = "retrained.csv") -> str:
-    """How far runs that were trained again at a later commit agree with those shown, a paragraph.
-
-    Args:
-        runs: those shown; the same run has the same name and number of epochs.
-        folder, name: a table of `hnerv-clip study --csv`; "" where there is none, or none of these.
-    """
-    if not (resolve_path(folder) / name).exists():
-        return ""
-    again = read_runs(folder, name)
-    pairs = runs.merge(again, on=["run", "epochs"], suffixes=("", "_again"))
-    if not len(pairs):
-        return ""
-    said = []
-    for column, words, digits in (("psnr_held_out_db", "dB of held-out PSNR", 2),
-                                  ("clip_centred_held_out", "of mean-centered cosine", 3)):
-        change = (pairs[f"{column}_again"] - pairs[column]).dropna()
-        if len(change) and change.any():
-            said.append(f"{change.min():+.{digits}f} to {change.max():+.{digits}f} {words} (mean "
-                        f"{change.mean():+.{digits}f})")
-    commits = join_words(sorted({commit[:12] for commit in pairs.commit_again}))
-    return (f"\n\n{len(pairs)} of these {len(runs)} runs were trained again at commit {commits}, "
-            f"on {_listed(pairs.device_again)}: "
-            + (f"they differ by {join_words(said)}." if said else
-               "held-out PSNR and mean-centered cosine are equal in every digit kept."))
 
 
 def _listed(values: Iterable[str]) -> str:

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 
 from triton import JITFunction, knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 MOST = 16  # processes, a quarter of a gigabyte each
@@ -93,6 +95,16 @@ class Compilers:
             process.communicate()
 
 
+def build_launcher(kernel: CompiledKernel) -> None:
+    """Build the C module that launches a kernel, into Triton's cache on disk.
+
+    Up to 3.6 Triton builds one for each signature when a kernel is loaded, which `launch` does in
+    one thread at a time; later ones have one for all, and `make_launcher` no more.
+    """
+    if hasattr(nvidia, "make_launcher"):
+        nvidia.CudaLauncher(kernel.src, kernel.metadata)
+
+
 def main() -> None:
     """Compile the lines of the standard input, with a line of answer to each."""
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever is printed meanwhile is no answer
@@ -100,7 +112,7 @@ def main() -> None:
         try:
             module, name, data, target = json.loads(line)
             driver.set_active(NamedGPU(GPUTarget(*target)))
-            getattr(importlib.import_module(module), name).preload(data)
+            build_launcher(getattr(importlib.import_module(module), name).preload(data))
             answer = ""
         except Exception as error:
             answer = str(error)

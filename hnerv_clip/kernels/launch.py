@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from triton.runtime.cache import get_cache_manager
 from hnerv_clip.kernels.compile_workers import MOST, Compilers, describe
 
 _recorded: list | None = None
+# Held while a compiled kernel is loaded. Triton 3.6 loads a module of one and the same name for
+# each signature, and a thread that loads another one meanwhile can be given its launch function
+_loading = Lock()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *values: Any, **settings: Any) -> None:
@@ -65,7 +69,9 @@ def build_all(jobs: list[tuple], cores: int) -> None:
         if line and (error := compilers.compile(line)):
             failed.append(error)
         with torch.cuda.device(device):
-            kernel.warmup(*values, grid=grid, **settings)._init_handles()  # that it fits, too
+            compiled = kernel.warmup(*values, grid=grid, **settings)
+            with _loading:
+                compiled._init_handles()  # that it fits, too
 
     try:
         with ThreadPoolExecutor(min(cores, MOST) if apart else cores) as pool:

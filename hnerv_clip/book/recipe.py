@@ -27,15 +27,16 @@ def read_recipe(folder: str | Path) -> dict[str, Any]:
     """What was measured on the GPU: the tables `rows`, `goals`, `published`, `preset` (`best` and
     changes of it), `added` (its parts added to HNeRV's settings), `sizes` (of values), `held_out`,
     `between` (trained on estimates of held-out frames too), `heads`, `videos`, `decoders`,
-    `longer` (other decoders, trained longer), `muon`, `optimizers` and `control` (HiNeRV), and in
-    `batches` where each group of runs comes from.
+    `longer` (other decoders, trained longer), `muon`, `optimizers`, `early` (changes seen after a
+    few epochs) and `control` (HiNeRV), and in `batches` where each group of runs comes from.
 
     Raises:
         ResultsError: the file is missing.
     """
     measured = read_json(folder, GPU, fix=FIX)
-    others = {name: measured[name] for name in ("preset", "added", "videos", "heads", "between",
-                                                "decoders", "muon", "optimizers", "control")}
+    others = {name: measured[name] for name in (
+        "preset", "added", "videos", "heads", "between", "decoders", "muon", "optimizers", "early",
+        "control")}
     batches = [measured["about"], *(other["about"] for other in others.values() if other["rows"])]
     return {"batches": batches, "settings": {b["runs"]: b["setting"] for b in batches}} | {
         name: pd.DataFrame(measured[name]) for name in ("rows", "goals", "published")} | {
@@ -358,6 +359,16 @@ def decoders_in_words(decoders: pd.DataFrame, longer: pd.DataFrame) -> str:
             f"{own.epochs:.0f}. By Adam such a decoder reaches {by_adam:.2f} dB. " + " ".join(
                 f"More time does not help it: {row.seconds:.0f} s of steps, {row.epochs:.0f} "
                 f"epochs, give {row.psnr_db:.2f} dB." for row in longer.itertuples()))
+
+
+def early_in_words(early: pd.DataFrame) -> str:
+    """What changes of HNeRV's decoder and loss give after a few epochs at full size."""
+    base, others = early[early.change == BLOCKS].iloc[0], early[early.change != BLOCKS]
+    said = join_words([f"{row.psnr_db - base.psnr_db:+.2f} dB by a {row.change} (the worst frame "
+                       f"{row.worst_frame_db - base.worst_frame_db:+.2f} dB)"
+                       for row in others.itertuples()])
+    return (f"At full size after {base.epochs} epochs, one seed, Adan gives {base.psnr_db:.2f} dB; "
+            f"{said}. These were not trained to their end.")
 
 
 def muon_in_words(muon: pd.DataFrame) -> str:

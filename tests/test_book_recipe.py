@@ -48,6 +48,8 @@ def folder(tmp_path):
                 "estimate_db": 36.5} for psnr_db in (32.8, 33.2)]
     control = [{"psnr_db": psnr_db, "steps_s": steps_s, "epochs": epochs, "values": 1.5e6,
                 "step_ms": 40} for psnr_db, steps_s, epochs in ((30.0, 60, 10), (33.0, 150, 25))]
+    early = [{"change": change, "psnr_db": psnr_db, "worst_frame_db": worst_db, "epochs": 40}
+             for change, psnr_db, worst_db in ((book.BLOCKS, 31.5, 28.0), ("shift", 31.75, 27.5))]
     (tmp_path / book.GPU).write_text(json.dumps({
         "about": about, "rows": rows, "goals": goals, "published": [],
         "preset": {"about": about, "rows": preset, "held_out": held_out,
@@ -55,7 +57,7 @@ def folder(tmp_path):
         "videos": {"about": about, "rows": videos}, "heads": {"about": about, "rows": heads},
         "decoders": {"about": about, "rows": decoders, "longer": longer},
         "added": {"about": about, "rows": added}, "between": {"about": about, "rows": between},
-        "control": {"about": about, "rows": control},
+        "control": {"about": about, "rows": control}, "early": {"about": about, "rows": early},
         "muon": {"about": about, "rows": muon}, "optimizers": {"about": about, "rows": []}}))
     preset, new = {"lr": 0.0035, "ks": "0_1_5"}, {"lr": 0.005, "ks": "0_1_5"}
     trials = [{"number": number, "state": state, "value": value, "params": params,
@@ -208,6 +210,8 @@ def test_what_was_not_measured_is_not_told(folder):
     measured = book.read_recipe(folder)
     assert "33.00 dB in 150 s of steps, 25.0 epochs" in book.control_in_words(
         measured["control"], measured["preset"])
+    assert "Adan gives 31.50 dB; +0.25 dB by a shift (the worst frame -0.50 dB)." in \
+        book.early_in_words(measured["early"])
     assert "33.00 dB from interpolated" in book.between_in_words(measured["between"])
     rows = book.read_ranking(folder)["rows"]
     assert book.held_out_in_words(rows) == ""
@@ -218,4 +222,4 @@ def test_what_was_not_measured_is_not_told(folder):
     assert "adds 1.00 to 1.00 dB on held-out frames. 1 other changes" in words
     assert "gain most, +0.50 dB, by noise, which gives -1.00 dB on held-out ones" in words
     assert book.control_in_words(pd.DataFrame(), measured["preset"]) == book.between_in_words(
-        pd.DataFrame()) == ""
+        pd.DataFrame()) == book.early_in_words(pd.DataFrame()) == ""

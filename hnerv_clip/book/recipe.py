@@ -363,6 +363,8 @@ def decoders_in_words(decoders: pd.DataFrame, longer: pd.DataFrame) -> str:
 
 def early_in_words(early: pd.DataFrame) -> str:
     """What changes of HNeRV's decoder and loss give after a few epochs at full size."""
+    if early.empty:
+        return ""
     base, others = early[early.change == BLOCKS].iloc[0], early[early.change != BLOCKS]
     said = join_words([f"{row.psnr_db - base.psnr_db:+.2f} dB by a {row.change} (the worst frame "
                        f"{row.worst_frame_db - base.worst_frame_db:+.2f} dB)"

@@ -131,3 +131,9 @@ def test_the_command_measures_a_file_once_and_publishes(folder, tmp_path, monkey
     with pytest.raises(SystemExit):
         decoded.main(["rows.json", str(folder / names[0]), "-p", "data_path", "bunny"])
     assert "-p data_split SPLIT is missing: give 1_1_1 where" in capsys.readouterr().err
+
+
+def test_a_target_that_the_field_alone_takes_is_refused():
+    assert rate_gpu.network_bpp(0.06, 0.02) == pytest.approx(0.04)
+    with pytest.raises(ConfigError, match="0.0200 bits per pixel. Name larger ones"):
+        rate_gpu.network_bpp(0.02, 0.02)

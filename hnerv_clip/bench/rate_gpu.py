@@ -27,7 +27,7 @@ import hnerv_clip
 from hnerv_clip.bench.decoding import compare_devices, measure_films
 from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import FIELD, encode_video
-from hnerv_clip.config import BUNDLED, BUNDLED_DIM, PRESETS, Config
+from hnerv_clip.config import BUNDLED, BUNDLED_DIM, PRESETS, Config, ConfigError
 from hnerv_clip.devices import select_device, synchronise
 from hnerv_clip.evaluate import evaluate_stored
 from hnerv_clip.field.fit_run import sampling_of
@@ -172,6 +172,19 @@ class _Programme:
         return found | (self.agreement(video.patch_embeddings) if video.has_field else {})
 
 
+def network_bpp(target: float, beside_bpp: float) -> float:
+    """What a file of `target` bits per pixel leaves for its network beside the field's.
+
+    Raises:
+        ConfigError: nothing.
+    """
+    if target <= beside_bpp:
+        raise ConfigError(f"--targets {target:g} leaves nothing for the network: the field alone "
+                          f"takes {beside_bpp:.4f} bits per pixel. Name larger ones, or give a "
+                          "larger field_rate_weight, which makes the field smaller")
+    return target - beside_bpp
+
+
 def measure_gpu(folder: Path, *, settings: dict[str, Any], targets: Sequence[float] = TARGETS,
                 epochs: int = 300, more_epochs: int = 100, tune_s: float = math.inf,
                 lr: float = 1e-3, minutes: float = math.inf, films: bool = True,
@@ -219,7 +232,7 @@ def measure_gpu(folder: Path, *, settings: dict[str, Any], targets: Sequence[flo
         planned, share = (epochs, 1.0) if tuned is None else (more_epochs, more_epochs / epochs)
         planned = min(planned, max(1, work.epochs_in(tune_s * share))) if tune_s < math.inf else \
             planned
-        start, begun, aim = time.perf_counter(), tuned, target - beside_bpp
+        start, begun, aim = time.perf_counter(), tuned, network_bpp(target, beside_bpp)
         rate = min(max(rate * (before / aim) ** STEEPNESS, RATES[0]), RATES[1])
         tuned = fine_tune(work.run.model, work.dataset, work.tuning, rate=rate, epochs=planned,
                           lr=lr if begun is None else lr / 2, tuner=work.tuner, start=begun,

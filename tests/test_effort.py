@@ -39,6 +39,34 @@ def test_a_cpu_gets_fewer_epochs_and_no_setting_that_was_given_is_chosen(monkeyp
     assert effort.measure_minutes(CPU, None, tuning=1) is None
 
 
+def test_a_fields_boxes_and_steps_follow_the_video_and_the_teachers_speed(monkeypatch):
+    monkeypatch.setattr(effort, "_seconds_of_box", lambda config, video: 0.01)
+    chosen, minutes = effort.choose_boxes(CPU, CLIP, {})
+    assert chosen == {"field_boxes": 256, "field_steps": 1300}
+    assert minutes == pytest.approx(13 * 256 * 0.01 / 60)
+    assert effort.choose_boxes(CPU, BUNNY, {})[0] == {"field_boxes": 32, "field_steps": 1650}
+    long = SimpleNamespace(frame_hw=(640, 1280), frames=range(9000))
+    chosen, minutes = effort.choose_boxes(CPU, long, {})
+    assert chosen == {"field_boxes": effort.LEAST_BOXES, "field_steps": effort.MOST_STEPS}
+    assert minutes == pytest.approx(12)
+    chosen, minutes = effort.choose_boxes(CPU, CLIP, {"field_boxes": "2"})
+    assert chosen == {"field_steps": effort.LEAST_STEPS} and minutes == pytest.approx(0.26 / 60)
+    assert effort.choose_boxes(CPU, CLIP, {"field_boxes": 2, "field_steps": 5})[0] == {}
+    monkeypatch.setattr(effort, "_seconds_of_box", lambda config, video: 0.1)  # a larger teacher
+    assert effort.choose_boxes(CPU, CLIP, {})[0]["field_boxes"] == 32
+    monkeypatch.setattr(effort, "select_device", lambda name: torch.device("cuda"))
+    assert effort.choose_boxes(CPU, CLIP, {}) == ({}, None), "the settings' own on a GPU"
+
+
+def test_a_small_network_gets_a_small_field():
+    chosen = effort.choose_settings(CPU, CLIP, {"field_rank": 7})
+    assert "field_rank" not in chosen
+    assert chosen.items() >= {"field_hidden": effort.SMALL_FIELD["field_hidden"]}.items()
+    assert not effort.SMALL_FIELD.keys() & effort.choose_settings(CPU, BUNNY, {})
+    assert effort.SMALL_FIELD.keys() <= effort.choose_settings(
+        CPU, BUNNY, {"modelsize": "0.2"}).keys()
+
+
 def test_a_forecast_counts_what_was_timed(small_config, cache_dir, monkeypatch):
     """Every step of training and fine-tuning once, at the speed of those that were run."""
     from hnerv_clip.train import prepare_run
@@ -51,6 +79,11 @@ def test_a_forecast_counts_what_was_timed(small_config, cache_dir, monkeypatch):
     monkeypatch.setattr(effort, "_seconds", lambda step: timed.append(step()) or 3.0 ** len(timed))
     minutes = effort.measure_minutes(config, dataset, tuning=4)
     assert minutes == pytest.approx(steps * ((10 + effort.EVALUATION) * 3 + 4 * 9) / 60)
+    with_field = config.replace(head="field", predict_clip=False)
+    monkeypatch.setattr(effort, "measure_fit", lambda run: 100.0)
+    timed.clear()
+    assert effort.measure_minutes(with_field, dataset, tuning=4) - minutes == \
+        pytest.approx(100 / 60)
     timed.clear()
     assert effort.measure_minutes(config, dataset, tuning=0) == \
         pytest.approx(steps * (10 + effort.EVALUATION) * 3 / 60)

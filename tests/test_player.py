@@ -1,6 +1,7 @@
 """A stored video as an object and through the commands: from the file alone."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -569,12 +570,15 @@ def test_encode_needs_no_setting(tmp_path, cache_dir, capsys, monkeypatch):
         return prepare(config, *args, **options)
 
     monkeypatch.setattr(make, "prepare_run", no_clip)
+    monkeypatch.setattr(effort, "MOST_BOXES", 8)
     small = {"data_path": "bunny", "frame_limit": 4, "resize_list": "80_160", "modelsize": 0.02,
              "epochs": 1, "device": "cpu"}
-    config, dataset = make.prepare_encoding(small, tmp_path / "work", cache_dir=cache_dir)
-    assert dataset.embeddings.shape[-1] == 1280
+    config, _ = make.prepare_encoding(small, tmp_path / "work", cache_dir=cache_dir)
+    assert (config.model.head, config.model.predict_clip) == ("field", False)
+    assert (config.train.field_boxes, config.train.field_steps) == (8, effort.LEAST_STEPS)
     said = capsys.readouterr().out
-    assert "bundled teacher, not CLIP" in said and said.count("\n") == 1  # no list of ways out
+    assert "bundled teacher, not CLIP" in said and said.count("\n") == 2  # no list of ways out
+    assert "\nThe teacher first embeds" in said and "of each frame" in said
     assert (config.teacher.teacher, config.model.clip_dim) == ("efficientnet-lite0", 1280)
     assert config.params().items() >= (make.ENCODE | effort.CPU_SETTINGS).items()
     assert (config.model.modelsize, config.train.epochs) == (0.02, 1)
@@ -582,6 +586,39 @@ def test_encode_needs_no_setting(tmp_path, cache_dir, capsys, monkeypatch):
         make.prepare_encoding({**small, "teacher": "clip"}, tmp_path / "work", cache_dir=cache_dir)
     named = make.encode_settings({**small, "teacher": "efficientnet-lite0"}, tmp_path / "work")
     assert Config.from_params(**named).model.clip_dim == 1280
+
+
+def test_a_setting_of_the_original_head_means_that_head(tmp_path):
+    from hnerv_clip.stored.make import encode_settings
+
+    for given, head in (({}, "field"), ({"head": "original"}, "original"),
+                        ({"clip_loss_weight": "0.1"}, "original"), ({"head": "field"}, "field"),
+                        ({"clip_jitter": 4}, "original")):
+        config = Config.from_params(data_path="bunny", **encode_settings(given, tmp_path / "new"))
+        assert (config.model.head, config.model.predict_clip) == (head, head == "original"), given
+    pixels = Config.from_params(**encode_settings({"predict_clip": False}, tmp_path / "new"))
+    assert not pixels.embeds
+
+
+def test_encode_stores_a_field_that_is_fitted_once(tmp_path, cache_dir, capsys, monkeypatch):
+    from hnerv_clip.field.query import has_field
+
+    out = tmp_path / "b.hnerv"
+    words = ["encode", "bunny", str(out), "--work", str(tmp_path / "work"), "--epochs", "2",
+             "--frame_limit", "4", "--resize_list", "80_160", "--modelsize", "0.02", "--device",
+             "cpu", "--teacher", "efficientnet-lite0", "--field_boxes", "4", "--field_steps", "20",
+             "--rate_epochs", "1", "--cache_dir", str(cache_dir)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "20 steps of fitting a field" in said and "about 1 minute" in said
+    assert "for any box" in said and re.search(r"bytes of parts .*field \d", said)
+    assert has_field(tmp_path / "work" / "stored") and not has_field(tmp_path / "work")
+    video = hnerv_clip.open(out)
+    sizes = {name: part.size for name, part in video.header.parts.items()}
+    told = re.search(r"field ([\d,]+)", video.facts()["bytes of parts"])[1].replace(",", "")
+    assert int(told) == sum(size for name, size in sizes.items() if name.startswith("field."))
+    assert video.has_field and video.embed((11, 7, 60, 71), 0.05).shape == (1280,)
+    assert main(["encode", "bunny", str(tmp_path / "c.hnerv"), *words[3:]]) == 0  # goes on
 
 
 def test_encode_asks_the_teacher_for_a_fields_boxes_before_it_trains(tmp_path, monkeypatch):

@@ -59,8 +59,11 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argume
                  "train does. Where they are not given, --modelsize follows the video's pixels and "
                  "frames (1.5 M for 132 frames of 640x1280), and --epochs, --batch_size, --lr and "
                  "--rate_epochs the device: 300, then 60 epochs of fine-tuning on a GPU; on a CPU "
-                 "as many as take a few minutes for a short video, 40 and 15 at least. What is "
-                 "chosen is printed first")
+                 "as many as take a few minutes for a short video, 40 and 15 at least. The head is "
+                 "a field, which answers for any box, fitted to --field_boxes of each frame in "
+                 "--field_steps: 256 and 4000 on a GPU, on a CPU as many as suit the video and the "
+                 "teacher's speed; --head original is the head at fixed patches. What is chosen "
+                 "is printed first")
     encode.add_argument("video", metavar="VIDEO", help="video file, folder of pictures, or a name "
                                                        "such as bunny")
     encode.add_argument("file", metavar="FILE", help="stored video to write, NAME.hnerv")
@@ -197,17 +200,12 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{out}: largest difference to PyTorch {words}")
 
 
-def _minutes(minutes: float) -> str:
-    count = max(1, round(minutes))
-    return f"{count:,} minute{'s' if count > 1 else ''}"
-
-
 def _encode(args: argparse.Namespace) -> None:
     out = _check_file(args)
     work = resolve_path(args.work or f"output/encode/{out.stem}")
     check_writable(work)
     from hnerv_clip.runs.run_dir import RunDir
-    from hnerv_clip.stored.effort import choose_tuning, measure_minutes
+    from hnerv_clip.stored.effort import choose_tuning, in_minutes, measure_minutes
     from hnerv_clip.stored.make import prepare_encoding
     from hnerv_clip.train import train
 
@@ -221,12 +219,16 @@ def _encode(args: argparse.Namespace) -> None:
         minutes = measure_minutes(config, dataset, tuning=args.rate_epochs)
     print(f"{video.name}: {len(video.frames)} frames of {'×'.join(map(str, video.frame_hw))} in a "
           f"network of {config.model.modelsize:g} M values: {options.epochs} epochs of training, "
-          f"then {args.rate_epochs} of fine-tuning for the file (--modelsize, --epochs and "
-          "--rate_epochs change that)" + ("" if minutes is None else
-          f"; about {_minutes(minutes)} by the speed of its first steps")
+          f"then {args.rate_epochs} of fine-tuning for the file"
+          + (f", then {options.field_steps} steps of fitting a field, which answers for any box"
+             if config.model.head == "field" else "")
+          + " (--modelsize, --epochs, --rate_epochs, --field_steps and --head change that)"
+          + ("" if minutes is None else
+             f"; about {in_minutes(minutes)} by the speed of its first steps")
           + ("" if minutes is None or minutes < LONG_MINUTES else
              ": --resize_list, --frame_stride and fewer epochs make it shorter"))
-    train(config, work, cache_dir=args.cache_dir, dataset=dataset)
+    # a field of the network as trained is needed only where it is stored so
+    train(config, work, cache_dir=args.cache_dir, dataset=dataset, fit=not args.rate_epochs)
     args.outf, args.device = str(work), config.train.device
     _write_run(args, out)
 

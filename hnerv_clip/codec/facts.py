@@ -26,6 +26,12 @@ def header_facts(header: Header) -> dict[str, str]:
         "search": teacher["label"] or teacher["settings"]["teacher"]
         if header.config.model.predict_clip or header.meta["heads"] else "no head for embeddings",
     }
+    if header.parts:
+        of = {"network": 0, "embeddings": 0, "field": 0}
+        for name, part in header.parts.items():
+            kind = name.replace("/", ".").partition(".")[0]
+            of[kind if kind in of else "network"] += part.size
+        facts["bytes of parts"] = ", ".join(f"{name} {size:,}" for name, size in of.items() if size)
     if header.meta["heads"]:
         facts["search"] += ", for any box"
     if teacher["weights"]:

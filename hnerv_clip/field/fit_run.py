@@ -21,7 +21,7 @@ from hnerv_clip.heads.field import FieldConfig
 from hnerv_clip.inference import Run, embed_frames, sources_of
 from hnerv_clip.metrics import bracket_frames
 from hnerv_clip.teachers import teacher_embeddings
-from hnerv_clip.teachers.boxes import BoxSampling, box_targets
+from hnerv_clip.teachers.boxes import BoxSampling, box_targets, draw_boxes
 
 TEST_SEED = 1_000_003  # of the boxes that measure a field: none that it is fitted to
 TEST_BOXES = 48
@@ -85,6 +85,19 @@ def fit_head(run: Run, *, cache_dir: str | Path = "output/cache",
         "boxes": int(sampling.count), "settings": dataclasses.asdict(settings)})
     field.save(run.run_dir.path / FIELD)
     return field
+
+
+def measure_fit(run: Run, *, steps: int = 40) -> float:
+    """Seconds of the fit's steps on this CPU, by a few of them with targets that mean nothing."""
+    frames = np.asarray(run.dataset.split.train)[:CPU_BATCH["frames"]]
+    sampling = BoxSampling(count=CPU_BATCH["boxes"])
+    boxes = draw_boxes(sampling, run.model.frame_hw, len(frames))
+    targets = F.normalize(torch.rand(*boxes.shape[:2], run.config.model.clip_dim), dim=-1)
+    config, features, between = _source(run, frames, sampling, {})
+    start = time.perf_counter()
+    fit_field(config, features, torch.as_tensor(frames), boxes, targets, between=between,
+              settings=FitSettings(steps=steps, **CPU_BATCH))
+    return (time.perf_counter() - start) * run.config.train.field_steps / steps
 
 
 def _with_patches(run: Run, frames: np.ndarray, boxes: Tensor, targets: Tensor, **options: Any

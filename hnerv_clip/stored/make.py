@@ -18,22 +18,26 @@ from hnerv_clip.field.fit_run import fit_head
 from hnerv_clip.field.query import Field, has_field, load_field
 from hnerv_clip.inference import Run, embed_frames, load_run
 from hnerv_clip.runs.run_dir import RunDir
-from hnerv_clip.stored.effort import choose_settings
+from hnerv_clip.stored.effort import choose_boxes, choose_settings, in_minutes
 from hnerv_clip.stored.fine_tune import fine_tune
 from hnerv_clip.teachers.base import describe_teacher
 from hnerv_clip.teachers.clip_weights import NoWeights
 from hnerv_clip.train import prepare_run
-from hnerv_clip.video import load_video
+from hnerv_clip.video import Video, load_video
 
 # What `encode` takes where nothing else is named; the rate–quality page measures files made so
-ENCODE = {"data_split": "1_1_1", "lr": 2e-3, "clip_loss_weight": 0.02}
+ENCODE = {"data_split": "1_1_1", "lr": 2e-3, "clip_loss_weight": 0.02, "head": FIELD}
+# Who names one of these means the original head, or none
+OF_ORIGINAL_HEAD = ("predict_clip", "clip_loss_weight", "clip_loss_type", "clip_stage", "clip_pool",
+                    "clip_jitter")
 
 
 def encode_settings(given: dict[str, Any], work: str | Path) -> dict[str, Any]:
     """Settings of a training for the file, from the few that were named.
 
     A run that has begun in the folder `work` goes on with its own; else `ENCODE` replaces the
-    defaults, unless a preset other than `best` is named.
+    defaults, unless a preset other than `best` is named. Its field gives way to the original head
+    where a setting of that head is named, and to none with predict_clip=False.
 
     Args:
         given: flat parameters.
@@ -42,6 +46,8 @@ def encode_settings(given: dict[str, Any], work: str | Path) -> dict[str, Any]:
         ConfigError: see `Config.from_params`.
     """
     run, settings = RunDir(work), {**ENCODE, **given}
+    if "head" not in given and any(name in given for name in OF_ORIGINAL_HEAD):
+        del settings["head"]
     if given.get("preset") == "best":  # its values win over these
         settings = {name: value for name, value in settings.items()
                     if name in given or name not in PRESETS["best"]}
@@ -58,8 +64,9 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
                      ) -> tuple[Config, Dataset]:
     """Choose all settings, and run the teacher over the video where that was not done before.
 
-    Size and epochs follow the video and the device, see `effort`, unless a run has begun. Where no
-    teacher is named and CLIP's weights are not to be had, it is the bundled one, and that is said.
+    Size, epochs, and a field's boxes and steps follow the video and the device, see `effort`,
+    unless a run has begun. Where no teacher is named and CLIP's weights are not to be had, it is
+    the bundled one, and that is said.
 
     Args:
         given: see `encode_settings`; with data_path.
@@ -71,13 +78,13 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
     with _of_begun_run(work):
         config = Config.from_params(**encode_settings(given, work))
     video = load_video(config.video)
-    if not RunDir(work).begun and given.get("preset", "best") == "best":
+    free = not RunDir(work).begun and given.get("preset", "best") == "best"
+    if free:
         preset = PRESETS["best"] if "preset" in given else {}
         given = choose_settings(config, video, {**preset, **given}) | given
-        config = Config.from_params(**encode_settings(given, work))
     with _of_begun_run(work):
         try:
-            return prepare_run(config, cache_dir, video)
+            return _run_teacher(given, work, video, cache_dir, choose=free)
         except NoWeights:
             if any(name.startswith(("teacher", "clip_")) for name in given):
                 raise
@@ -85,8 +92,20 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
         print("CLIP's weights are not on this machine and cannot be downloaded, so this teacher is "
               f"taken: {label}. Texts to search for are then names of ImageNet classes. With "
               "--teacher clip this command says how to get the weights.")
-        config = Config.from_params(**encode_settings({**given, "teacher": BUNDLED}, work))
-        return prepare_run(config, cache_dir, video)
+        return _run_teacher({**given, "teacher": BUNDLED}, work, video, cache_dir, choose=free)
+
+
+def _run_teacher(given: dict[str, Any], work: str | Path, video: Video, cache_dir: str | Path, *,
+                 choose: bool) -> tuple[Config, Dataset]:
+    """What `prepare_encoding` returns; the teacher's speed on a CPU decides on a field's boxes."""
+    config = Config.from_params(**encode_settings(given, work))
+    if choose and config.model.head == FIELD:
+        chosen, minutes = choose_boxes(config, video, given)
+        config = config.replace(**chosen)
+        if minutes is not None:
+            print(f"The teacher first embeds {config.train.field_boxes} boxes of each frame "
+                  f"(--field_boxes), which takes about {in_minutes(minutes)}")
+    return prepare_run(config, cache_dir, video)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,8 @@ class TrainResult:
 
 
 def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "output/cache",
-          progress: bool = True, dataset: Dataset | None = None) -> TrainResult | None:
+          progress: bool = True, dataset: Dataset | None = None, fit: bool = True
+          ) -> TrainResult | None:
     """Train a run to its end, from its last checkpoint where there is one.
 
     A finished run is returned as it stands. Under `torch.distributed` every rank calls this;
@@ -59,6 +60,7 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
         cache_dir: where `prepare_dataset` left the teacher's embeddings.
         progress: show a progress bar.
         dataset: what `prepare_dataset` returned for this configuration, else it is loaded.
+        fit: a field afterwards, where the head is one.
     Returns:
         The run's figures; None on ranks above 0, which may not see rank 0's files yet.
     Raises:
@@ -98,7 +100,7 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
                 raise RunError(f"cannot write to {run.path}: {error}. Its last checkpoint is "
                                "intact; free space or make the folder writable, then run again "
                                "to resume") from error
-    if rank == 0 and config.model.head == "field" and not has_field(run):
+    if rank == 0 and fit and config.model.head == "field" and not has_field(run):
         fit_head(load_run(run.path, cache_dir=cache_dir, device=config.train.device,
                           dataset=dataset),
                  cache_dir=cache_dir, device=config.train.device, progress=progress)

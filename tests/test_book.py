@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from hnerv_clip import figures
@@ -592,3 +593,18 @@ def test_a_drawings_caption_becomes_text():
                      for text in (with_caption.getvalue(), drawing))
     assert 30 < before - after < 60, "three lines and the gap above them"
     assert captions.split_caption(drawing) == (drawing, "")
+
+
+def test_an_index_that_only_counts_rows_is_not_shown():
+    def shown(frame):
+        output = nbformat.v4.new_output("display_data", data={"text/html": frame._repr_html_()})
+        page = clean.clean_page(nbformat.v4.new_notebook(cells=[
+            nbformat.v4.new_code_cell("x", outputs=[output])]), {})
+        html = page.cells[0].outputs[0].data["text/html"]
+        return re.findall("<th>(.*?)</th>", html), re.findall("<td>(.*?)</td>", html)
+
+    frame = pd.DataFrame({"a": range(12), "b": "x"})
+    assert shown(frame) == (["a", "b"], [value for row in range(12) for value in (str(row), "x")])
+    assert shown(frame.head(2)) == (["a", "b"], ["0", "x", "1", "x"])
+    assert shown(frame[2:4])[0] == ["", "a", "b", "2", "3"]
+    assert shown(frame.head(2).set_index("b"))[0] == ["", "a", "b", "", "x", "x"]

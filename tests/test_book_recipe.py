@@ -210,8 +210,12 @@ def test_what_was_not_measured_is_not_told(folder):
     measured = book.read_recipe(folder)
     assert "33.00 dB in 150 s of steps, 25.0 epochs" in book.control_in_words(
         measured["control"], measured["preset"])
-    assert "Adan gives 31.50 dB; +0.25 dB by a shift (the worst frame -0.50 dB)." in \
-        book.early_in_words(measured["early"])
+    rows = book.read_ranking(folder)["rows"]
+    assert "Adan gives 31.50 dB; +0.25 dB by a shift (the worst frame -0.50 dB). None" in \
+        book.early_in_words(measured["early"], rows)
+    rows["group"] = [f"{book.EARLY}: two", f"{book.EARLY}: two", "another", "another"]
+    assert f"small scale the same give {rows.gain_db[1]:+.2f} dB (two)." in book.early_in_words(
+        measured["early"], rows)
     assert "33.00 dB from interpolated" in book.between_in_words(measured["between"])
     rows = book.read_ranking(folder)["rows"]
     assert book.held_out_in_words(rows) == ""
@@ -222,4 +226,5 @@ def test_what_was_not_measured_is_not_told(folder):
     assert "adds 1.00 to 1.00 dB on held-out frames. 1 other changes" in words
     assert "gain most, +0.50 dB, by noise, which gives -1.00 dB on held-out ones" in words
     assert book.control_in_words(pd.DataFrame(), measured["preset"]) == book.between_in_words(
-        pd.DataFrame()) == book.early_in_words(pd.DataFrame()) == ""
+        pd.DataFrame()) == book.early_in_words(
+            pd.DataFrame(), rows) == ""

@@ -147,10 +147,19 @@ def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbf
     if "text/markdown" in output.get("data", {}):
         output.data["text/markdown"] = without_html(output.data["text/markdown"])
     if "text/html" in output.get("data", {}):
-        output.data["text/html"] = _fold_table(output.data["text/html"])
+        output.data["text/html"] = _fold_table(_without_row_numbers(output.data["text/html"]))
     if len(output.get("data", {}).get("image/png", "")) > LARGE_PICTURE:
         _make_jpeg(output.data)
     return output
+
+
+def _without_row_numbers(html: str) -> str:
+    """A data frame without its index where that only counts the rows."""
+    numbers = re.findall(r"<tr>\s*<th>(.*?)</th>\s*<td>", html)
+    if 'class="dataframe"' not in html or "<th></th>" not in html or \
+            numbers != [str(row) for row in range(html.count("<tr") - 1)]:
+        return html
+    return re.sub(r"(<tr>)\s*<th>\d+</th>", r"\1", re.sub(r"\s*<th></th>", "", html, count=1))
 
 
 def _fold_table(html: str) -> str:

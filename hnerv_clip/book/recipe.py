@@ -19,6 +19,7 @@ BASE, BEST = "lr 2e-3", "preset best"  # what a single change is to; the preset 
 HNERV, FOUND = "HNeRV's settings", "found by the search"
 LEAST_GAIN_DB = 2.0  # that was aimed at on other videos, on average
 HELD_OUT = "held-out frames"  # how the name of their group of small runs begins
+EARLY = "early looks"  # how the names of groups begin that repeat them at small scale
 HELD_OUT_DB = 34.0  # that was aimed at on every other frame of bunny
 ESTIMATED = "yes, with frames estimated by motion"  # not by the preset alone
 
@@ -289,7 +290,7 @@ def held_out_in_words(rows: pd.DataFrame) -> str:
     if tried.empty:
         return ""
     estimated = tried.change.str.contains("estimate")
-    gains, others = tried.gain_db[estimated], tried.gain_db[~estimated]
+    gains, others = tried.gain_db[estimated], tried.gain_db[~estimated].round(2) + 0.0  # no -0
     base, = rows[rows.group.isin(tried.group) & rows.base].train_db
     fitted = tried.loc[tried.train_db.idxmax()]
     return (f"At small scale, on a CPU, training on estimates by motion adds {gains.min():.2f} to "
@@ -361,16 +362,27 @@ def decoders_in_words(decoders: pd.DataFrame, longer: pd.DataFrame) -> str:
                 f"epochs, give {row.psnr_db:.2f} dB." for row in longer.itertuples()))
 
 
-def early_in_words(early: pd.DataFrame) -> str:
-    """What changes of HNeRV's decoder and loss give after a few epochs at full size."""
+def early_in_words(early: pd.DataFrame, small: pd.DataFrame) -> str:
+    """What changes of HNeRV's decoder and loss give after a few epochs at full size, and at small
+    scale.
+
+    Args:
+        early: see `read_recipe`.
+        small: see `read_ranking`; groups that begin with `EARLY`.
+    """
     if early.empty:
         return ""
     base, others = early[early.change == BLOCKS].iloc[0], early[early.change != BLOCKS]
     said = join_words([f"{row.psnr_db - base.psnr_db:+.2f} dB by a {row.change} (the worst frame "
                        f"{row.worst_frame_db - base.worst_frame_db:+.2f} dB)"
                        for row in others.itertuples()])
+    again = join_words([
+        join_words([f"{row.psnr_db - rows[rows.base].psnr_db.iloc[0]:+.2f} dB"
+                    for row in rows[~rows.base].itertuples()]) + f" ({group.partition(': ')[2]})"
+        for group, rows in small[small.group.str.startswith(EARLY)].groupby("group", sort=False)])
     return (f"At full size after {base.epochs} epochs, one seed, Adan gives {base.psnr_db:.2f} dB; "
-            f"{said}. These were not trained to their end.")
+            f"{said}." + (f" At small scale the same give {again}." if again else "")
+            + " None was trained to its end at full size.")
 
 
 def muon_in_words(muon: pd.DataFrame) -> str:

@@ -64,6 +64,17 @@ def test_rates_stand_beside_other_codes():
     assert "with uncommitted changes" in results.made_words(dirty, "train")
 
 
+def test_growth_measured_at_another_commit_says_how_its_step_differs():
+    bench = gpu()
+    bench["parts"]["scaling"][0]["step_ms"] = 2.86
+    assert "another" not in results.made_words(bench, "scaling")
+    bench["made"]["scaling"] = {**MADE, "commit": "fedcba9876543210"}
+    assert results.made_words(bench, "scaling").endswith(
+        "than the table of training, where the step of 2.86 ms takes 2.10 ms.")
+    bench["parts"]["scaling"][0]["step_ms"] = 2.2
+    assert "another" not in results.made_words(bench, "scaling")
+
+
 def test_rows_that_failed_are_left_out():
     cpu = copy.deepcopy(gpu())
     cpu["parts"]["train"] = [step(True, 900.0), {"engine": "fast", "failed": "no memory left"}]

@@ -198,7 +198,24 @@ def made_words(bench: Bench, part: str) -> str:
     repeats = f"Medians of {' or '.join(map(str, counts))} repeats (lowest–highest); " \
         if counts else ""
     return (f"{repeats}{bench['device']}, PyTorch {made['versions']['torch']}, {made['threads']} "
-            f"CPU threads, commit {commit_words(made)}.")
+            f"CPU threads, commit {commit_words(made)}.{_other_version(bench, part)}")
+
+
+def _other_version(bench: Bench, part: str) -> str:
+    """Said of a growth whose step, in the setting of `train`, took another time at its commit."""
+    made = bench["made"]
+    if part != "scaling" or made.get("train", made[part])["commit"] == made[part]["commit"]:
+        return ""
+    same = ("precision", "engine", "batch_size", "gflop_per_frame")
+    for row in bench["parts"][part]:
+        for other in bench["parts"]["train"]:
+            if (other["clip_head"] and not other["embed"]
+                    and all(row.get(key) == other.get(key) for key in same)
+                    and abs(row["step_ms"] / other["step_ms"] - 1) > 0.1):
+                digits = 2 if other["step_ms"] < 100 else 0
+                return (" Measured at another commit than the table of training, where the step of "
+                        f"{row['step_ms']:.{digits}f} ms takes {other['step_ms']:.{digits}f} ms.")
+    return ""
 
 
 def _pick(bench: Bench, part: str, measure: str, choose: Callable[[Iterable[float]], float] = max,

@@ -137,7 +137,8 @@ def _alternative_text(outputs: list[nbformat.NotebookNode]) -> str:
 
 def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
     if "text" in output:  # of a line that was rewritten in place, what remained
-        output.text = re.sub(r"[^\n]*\r(?!\n)", "", _hide_folders(output.text, folders))
+        output.text = _unsigned_zero(
+            re.sub(r"[^\n]*\r(?!\n)", "", _hide_folders(output.text, folders)))
     for kind, value in output.get("data", {}).items():
         if isinstance(value, str) and (kind.startswith("text/") or kind == "image/svg+xml"):
             output.data[kind] = _hide_folders(value, folders)
@@ -145,29 +146,39 @@ def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbf
         output.data["image/svg+xml"] = re.sub(r"\s*<dc:date>[^<]*</dc:date>", "",
                                               output.data["image/svg+xml"])
     if "text/markdown" in output.get("data", {}):
-        output.data["text/markdown"] = without_html(output.data["text/markdown"])
-    if "text/html" in output.get("data", {}):
-        output.data["text/html"] = _fold_table(_without_row_numbers(output.data["text/html"]))
+        output.data["text/markdown"] = _unsigned_zero(without_html(
+            output.data["text/markdown"]))
+    if 'class="dataframe"' in output.get("data", {}).get("text/html", ""):
+        output.data["text/html"] = _fold_table(_plain_table(_unsigned_zero(
+            output.data["text/html"])))
     if len(output.get("data", {}).get("image/png", "")) > LARGE_PICTURE:
         _make_jpeg(output.data)
     return output
 
 
-def _without_row_numbers(html: str) -> str:
-    """A data frame without its index where that only counts the rows."""
-    numbers = re.findall(r"<tr>\s*<th>(.*?)</th>\s*<td>", html)
-    if 'class="dataframe"' not in html or "<th></th>" not in html or \
-            numbers != [str(row) for row in range(html.count("<tr") - 1)]:
-        return html
-    return re.sub(r"(<tr>)\s*<th>\d+</th>", r"\1", re.sub(r"\s*<th></th>", "", html, count=1))
+def _unsigned_zero(text: str) -> str:
+    """Text in which what rounds to zero has no sign: 0.00, not -0.00."""
+    return re.sub(r"(?<![\w.])[-−+](0\.0+)(?!\d)", r"\1", text)
+
+
+def _plain_table(html: str) -> str:
+    """A data frame, not folded, without numbers of rows that only count and rows that say None."""
+    html = re.sub(r"^<details><summary>.*?</summary>\n(.*)\n</details>$", r"\1", html, flags=re.S)
+    html = re.sub(r"\s*<tr>\s*<th>[^<]*</th>(\s*<td>(?:None|NaN)</td>)+\s*</tr>", "", html)
+    head, _, body = html.partition("</thead>")
+    numbers = re.findall(r"<tr>\s*<th>([^<]*)</th>", body)
+    if head.count("<tr") > 1 or numbers not in ([""] * len(numbers),
+                                                [str(i) for i in range(len(numbers))]):
+        return html  # rows have names
+    return re.sub(r"(<tr[^>]*>)\s*<th></th>", r"\1", head, count=1) + "</thead>" + re.sub(
+        r"(<tr>)\s*<th>[^<]*</th>", r"\1", body)
 
 
 def _fold_table(html: str) -> str:
     """A data frame of more than `FOLD` rows, under a line that is clicked to open it."""
     rows = html.count("<tr") - 1
-    if 'class="dataframe"' not in html or rows <= FOLD or html.startswith("<details"):
-        return html
-    return f"<details><summary>Table of {rows} rows</summary>\n{html}\n</details>"
+    return html if rows <= FOLD else (
+        f"<details><summary>Table of {rows} rows</summary>\n{html}\n</details>")
 
 
 def _make_jpeg(data: dict[str, Any]) -> None:

@@ -138,7 +138,7 @@ def _alternative_text(outputs: list[nbformat.NotebookNode]) -> str:
 def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbformat.NotebookNode:
     if "text" in output:  # of a line that was rewritten in place, what remained
         output.text = _unsigned_zero(
-            re.sub(r"[^\n]*\r(?!\n)", "", _hide_folders(output.text, folders)))
+            re.sub(r"[^\n]*\r(?!\n)", "", _hide_folders(output.text, folders)), sign=" ")
     for kind, value in output.get("data", {}).items():
         if isinstance(value, str) and (kind.startswith("text/") or kind == "image/svg+xml"):
             output.data[kind] = _hide_folders(value, folders)
@@ -156,9 +156,9 @@ def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbf
     return output
 
 
-def _unsigned_zero(text: str) -> str:
-    """Text in which what rounds to zero has no sign: 0.00, not -0.00."""
-    return re.sub(r"(?<![\w.])[-−+](0\.0+)(?!\d)", r"\1", text)
+def _unsigned_zero(text: str, *, sign: str = "") -> str:
+    """Text in which what rounds to zero has no sign: 0.00, not -0.00; `sign` takes its place."""
+    return re.sub(r"(?<![\w.])[-−+](0\.0+)(?!\d)", rf"{sign}\1", text)
 
 
 def _plain_table(html: str) -> str:

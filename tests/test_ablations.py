@@ -9,8 +9,9 @@ from hnerv_clip.study.ablations import ablation_answer, ablation_configs, run_wo
 
 
 def test_each_run_differs_from_the_base_in_one_setting():
-    base = Config.from_params(epochs=30, pixel_loss_warmup_epochs=5)
+    base = Config.from_params(epochs=30, pixel_loss_warmup_epochs=5, eval_freq=10)
     configs = ablation_configs(base)
+    assert configs["base"] == base
     assert list(configs) == ["base", "pixels_only", "lambda_0", "lambda_0.1", "lambda_0.2",
                              "lambda_1", "warmup_0", "warmup_10", "pe_1.25_80", "xyt_1.25_80"]
     assert all(len(base.diff(config)) == 1 for name, config in configs.items() if name != "base")

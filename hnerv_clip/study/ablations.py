@@ -24,7 +24,8 @@ def ablation_configs(base: Config, *, lambdas: str = "0 0.1 0.2 0.5 1", warmups:
         lambdas: values of clip_loss_weight.
         warmups: values of pixel_loss_warmup_epochs for 300 epochs; in proportion for others.
         embeds: coordinate embeddings to set beside the hybrid one.
-        epochs: of every run; 0 for the base's.
+        epochs: of every run; 0 for the base's. Runs of another length are evaluated at their end
+            alone.
     Returns:
         `base`, `pixels_only`, then one per value that differs from the base's.
     Raises:
@@ -37,10 +38,9 @@ def ablation_configs(base: Config, *, lambdas: str = "0 0.1 0.2 0.5 1", warmups:
     def scaled(warmup: float) -> int:
         return round(warmup * epochs / PAPER_EPOCHS)
 
-    shorter = epochs / base.train.epochs
-    base = base.replace(epochs=epochs, eval_freq=max(1, round(base.train.eval_freq * shorter)),
-                        pixel_loss_warmup_epochs=round(
-                            base.train.pixel_loss_warmup_epochs * shorter))
+    if epochs != base.train.epochs:  # else the base is the run that is there, in every setting
+        base = base.replace(epochs=epochs, eval_freq=epochs, pixel_loss_warmup_epochs=round(
+            base.train.pixel_loss_warmup_epochs * epochs / base.train.epochs))
     configs = {"base": base, "pixels_only": base.replace(predict_clip=False)}
     for value in _numbers("lambdas", lambdas):
         configs[f"lambda_{value:g}"] = base.replace(clip_loss_weight=value)

@@ -132,6 +132,22 @@ def test_the_verdict_follows_from_the_answers(cross_fit):
         "bikes no. These frames cannot tell: Does it know where?**")
 
 
+def test_the_same_settings_on_page_5_are_compared(tmp_path):
+    swept = pd.DataFrame({"clip_loss_weight": [0.1, 1.0, 0.5], "setting": ["a", "b", "c"],
+                          "pixel_loss_warmup_epochs": [50, 50, 50],
+                          "psnr_held_out_db": [31.0, 29.5, 30.0]})
+    assert results.repeated_words(swept, tmp_path) == ""
+    again = pd.DataFrame({"run": ["x", "y", "z"], "kind": ["hybrid", "hybrid", "pe"],
+                          "clip_loss_weight": [0.1, 1.0, 0.5], "warmup_epochs": [50.0, 50.0, 50.0],
+                          "psnr_held_out_db": [31.1, 28.5, 20.0]})
+    again.to_csv(tmp_path / "ablations.csv", index=False)
+    words = results.repeated_words(swept, tmp_path)
+    assert "trained 2 of these" in words and "most for b, 28.50 dB there and 29.50 dB here" in words
+    assert "at most 0.10 dB for the others" in words
+    again.head(1).to_csv(tmp_path / "ablations.csv", index=False)
+    assert results.repeated_words(swept, tmp_path) == ""
+
+
 def test_several_gpus_are_summed_up():
     def row(ranks, rate, speed, reached, epochs=40):
         return {"ranks": ranks, "learning_rate": rate, "frames_per_s": speed, "epochs": epochs,

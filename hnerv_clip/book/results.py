@@ -236,6 +236,29 @@ def trade_off(runs: pd.DataFrame, video: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def repeated_words(swept: pd.DataFrame, folder: str | Path, name: str = "ablations.csv") -> str:
+    """How far trainings of the same settings on page 5 came out alike, a sentence.
+
+    Args:
+        swept: see `trade_off`.
+        folder, name: the table of page 5; "" where there is none, or it has no two such settings.
+    """
+    path = resolve_path(folder) / name
+    if not path.exists():
+        return ""
+    again = pd.read_csv(path).query("kind == 'hybrid'")
+    pairs = swept.merge(again, left_on=["clip_loss_weight", "pixel_loss_warmup_epochs"],
+                        right_on=["clip_loss_weight", "warmup_epochs"], suffixes=("", "_again"))
+    if len(pairs) < 2:
+        return ""
+    change = (pairs.psnr_held_out_db_again - pairs.psnr_held_out_db).abs()
+    most = pairs.loc[change.idxmax()]
+    return (f"[Page 5](05_ablations.ipynb) trained {len(pairs)} of these settings at another "
+            f"commit. Held-out PSNR differs most for {most.setting}, "
+            f"{most.psnr_held_out_db_again:.2f} dB there and {most.psnr_held_out_db:.2f} dB "
+            f"here, and by at most {change.drop(change.idxmax()).max():.2f} dB for the others; one seed each.")
+
+
 def pareto_optimal(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The rows that no other row beats in one column without losing in another."""
     values = rows[list(columns)].to_numpy(float)

@@ -211,7 +211,7 @@ def test_what_was_not_measured_is_not_told(folder):
     assert "33.00 dB in 150 s of steps, 25.0 epochs" in book.control_in_words(
         measured["control"], measured["preset"])
     rows = book.read_ranking(folder)["rows"]
-    assert "Adan gives 31.50 dB; +0.25 dB by a shift (the worst frame -0.50 dB). None" in \
+    assert "Adan gives 31.50 dB; +0.25 dB by a shift (the worst frame -0.50 dB). They" in \
         book.early_in_words(measured["early"], rows)
     rows["group"] = [f"{book.EARLY}: two", f"{book.EARLY}: two", "another", "another"]
     assert f"small scale the same give {rows.gain_db[1]:+.2f} dB (two)." in book.early_in_words(

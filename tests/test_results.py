@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip.book import BookError, build, judged, markdown, pages, results, scaling
+from hnerv_clip.book import BookError, build, clean, judged, markdown, pages, results, scaling
 from hnerv_clip.figures.scaling import plot_scaling
 from hnerv_clip.study.plan import ENCODINGS, REMEDIES
 
@@ -266,7 +266,7 @@ def shown():
             result = getattr(done.result, "data", None)  # shown, too, where a hook captures it
             if isinstance(result, str) and result not in outputs[-1:]:
                 outputs.append(result)
-            made[path.name] += map(markdown.without_html, outputs)
+            made[path.name] += map(clean.clean_markdown, outputs)
         shell.reset(new_session=False)
     return made
 

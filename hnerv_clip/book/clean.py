@@ -146,14 +146,18 @@ def _clean_output(output: nbformat.NotebookNode, folders: dict[str, str]) -> nbf
         output.data["image/svg+xml"] = re.sub(r"\s*<dc:date>[^<]*</dc:date>", "",
                                               output.data["image/svg+xml"])
     if "text/markdown" in output.get("data", {}):
-        output.data["text/markdown"] = _unsigned_zero(without_html(
-            output.data["text/markdown"]))
+        output.data["text/markdown"] = clean_markdown(output.data["text/markdown"])
     if 'class="dataframe"' in output.get("data", {}).get("text/html", ""):
         output.data["text/html"] = _fold_table(_plain_table(_unsigned_zero(
             output.data["text/html"])))
     if len(output.get("data", {}).get("image/png", "")) > LARGE_PICTURE:
         _make_jpeg(output.data)
     return output
+
+
+def clean_markdown(text: str) -> str:
+    """Markdown of a notebook as its page shows it."""
+    return _unsigned_zero(without_html(text))
 
 
 def _unsigned_zero(text: str, *, sign: str = "") -> str:

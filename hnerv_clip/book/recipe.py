@@ -382,7 +382,7 @@ def early_in_words(early: pd.DataFrame, small: pd.DataFrame) -> str:
         for group, rows in small[small.group.str.startswith(EARLY)].groupby("group", sort=False)])
     return (f"At full size after {base.epochs} epochs, one seed, Adan gives {base.psnr_db:.2f} dB; "
             f"{said}." + (f" At small scale the same give {again}." if again else "")
-            + " None was trained to its end at full size.")
+            + " They were not trained to their end at full size.")
 
 
 def muon_in_words(muon: pd.DataFrame) -> str:

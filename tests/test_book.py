@@ -456,20 +456,21 @@ def test_large_pictures_and_long_tables_become_small():
 
 
 def test_tables_have_no_numbers_of_rows_and_zero_has_no_sign():
-    import pandas as pd
-
     values = ["-0.00", "-0.01", "[-0.004, -0.000]"]
     frames = [pd.DataFrame({"gain": values}), pd.DataFrame({"gain": values}, index=[""] * 3),
               pd.DataFrame({"value": ["1", None, "2"]}, index=["seed", "dirty", "size"]),
-              pd.DataFrame({"gain": values}, index=[3, 4, 5])]
+              pd.DataFrame({"gain": values}, index=[3, 4, 5]),
+              pd.DataFrame({"row": range(12), "b": "x"})]
     outputs = [nbformat.v4.new_output("display_data", data={"text/html": frame.to_html()})
                for frame in frames] + [nbformat.v4.new_output("stream", text="-0.0000, x-0.0\n")]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)])
     page = clean.clean_page(notebook, {})
-    counted, unnamed, named, numbered, printed = page.cells[0].outputs
+    counted, unnamed, named, numbered, folded, printed = page.cells[0].outputs
     heads = [re.findall(r"<th>([^<]*)</th>", one.data["text/html"])
-             for one in (counted, unnamed, named, numbered)]
-    assert heads == [["gain"], ["gain"], ["", "value", "seed", "size"], ["", "gain", "3", "4", "5"]]
+             for one in (counted, unnamed, named, numbered, folded)]
+    assert heads == [["gain"], ["gain"], ["", "value", "seed", "size"], ["", "gain", "3", "4", "5"],
+                     ["row", "b"]]
+    assert re.findall(r"<td>(\d+)</td>", folded.data["text/html"]) == [str(i) for i in range(12)]
     assert "0.00</td>" in counted.data["text/html"] and "-0.00<" not in counted.data["text/html"]
     assert "[-0.004, 0.000]" in unnamed.data["text/html"]
     assert printed.text == " 0.0000, x-0.0\n"  # columns stay
@@ -614,18 +615,3 @@ def test_a_drawings_caption_becomes_text():
                      for text in (with_caption.getvalue(), drawing))
     assert 30 < before - after < 60, "three lines and the gap above them"
     assert captions.split_caption(drawing) == (drawing, "")
-
-
-def test_an_index_that_only_counts_rows_is_not_shown():
-    def shown(frame):
-        output = nbformat.v4.new_output("display_data", data={"text/html": frame._repr_html_()})
-        page = clean.clean_page(nbformat.v4.new_notebook(cells=[
-            nbformat.v4.new_code_cell("x", outputs=[output])]), {})
-        html = page.cells[0].outputs[0].data["text/html"]
-        return re.findall("<th>(.*?)</th>", html), re.findall("<td>(.*?)</td>", html)
-
-    frame = pd.DataFrame({"a": range(12), "b": "x"})
-    assert shown(frame) == (["a", "b"], [value for row in range(12) for value in (str(row), "x")])
-    assert shown(frame.head(2)) == (["a", "b"], ["0", "x", "1", "x"])
-    assert shown(frame[2:4])[0] == ["", "a", "b", "2", "3"]
-    assert shown(frame.head(2).set_index("b"))[0] == ["", "a", "b", "", "x", "x"]

@@ -290,7 +290,7 @@ def held_out_in_words(rows: pd.DataFrame) -> str:
     if tried.empty:
         return ""
     estimated = tried.change.str.contains("estimate")
-    gains, others = tried.gain_db[estimated], tried.gain_db[~estimated].round(2) + 0.0  # no -0
+    gains, others = tried.gain_db[estimated], tried.gain_db[~estimated]
     base, = rows[rows.group.isin(tried.group) & rows.base].train_db
     fitted = tried.loc[tried.train_db.idxmax()]
     return (f"At small scale, on a CPU, training on estimates by motion adds {gains.min():.2f} to "

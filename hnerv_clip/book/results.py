@@ -253,8 +253,8 @@ def repeated_words(swept: pd.DataFrame, folder: str | Path, name: str = "ablatio
         return ""
     change = (pairs.psnr_held_out_db_again - pairs.psnr_held_out_db).abs()
     most = pairs.loc[change.idxmax()]
-    return (f"[Page 5](05_ablations.ipynb) trained {len(pairs)} of these settings at another "
-            f"commit. Held-out PSNR differs most for {most.setting}, "
+    return (f"[Page 5](05_ablations.ipynb) trained {len(pairs)} of these settings, too. "
+            f"Held-out PSNR differs most for {most.setting}, "
             f"{most.psnr_held_out_db_again:.2f} dB there and {most.psnr_held_out_db:.2f} dB "
             f"here, and by at most {change.drop(change.idxmax()).max():.2f} dB for the others; one "
             "seed each.")

@@ -192,12 +192,12 @@ def test_the_search_is_judged_by_whole_trainings(folder):
         "dB on average, -0.10 to +0.30 dB. On a, some frames of which it has seen, +1.30 " \
         "dB." in words
     assert "equal epochs (600), not of equal time, with one seed but on a; stored values differ " \
-        "by up to 10.0 %" in words
+        "by up to 10.0%" in words
     assert f"{book.FOUND} at commit def on GPU; {book.BEST} at commit abc on GPU" in words
     rows = book.compared_rows(search)
     assert [(row["gain (dB)"], row["stored values"], row["seeds"]) for row in rows] == [
-        ("+1.30", "+0.0 %", "2 and 1"), ("-0.10", "+10.0 %", "1 and 1"),
-        ("+0.30", "+0.0 %", "1 and 1")]
+        ("+1.30", "+0.0%", "2 and 1"), ("-0.10", "+10.0%", "1 and 1"),
+        ("+0.30", "+0.0%", "1 and 1")]
     assert [row["video"] for row in rows] == ["a, seen in part by the search", "b", "c"]
     rows = book.trial_rows(search["trials"], count=1)
     assert [row["settings"] for row in rows] == ["lr 0.005", book.BEST]

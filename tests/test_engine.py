@@ -208,7 +208,7 @@ def test_every_kernel_compiles_for_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [FusedEngine, CompiledEngine])
 def test_fast_and_plain_agree_on_a_gpu(small_config, small_dataset, kind):
-    """All in bf16: losses of 12 steps, among them short batches and both phases, within 2 %."""
+    """All in bf16: losses of 12 steps, among them short batches and both phases, within 2%."""
     indices = torch.arange(11, device="cuda")
     losses = [torch.stack([
         own.step(indices[:1] if step % 5 == 4 else indices[step % 10:step % 10 + 2],

@@ -40,7 +40,7 @@ def cases():
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss, variant, kind", list(cases()))
 def test_every_loss_trains_by_every_engine(small_config, small_dataset, loss, variant, kind):
-    """Losses of 6 steps in both phases, with a short batch, within 2 % of the plain engine's."""
+    """Losses of 6 steps in both phases, with a short batch, within 2% of the plain engine's."""
     config = small_config.replace(**SIZE, **VARIANTS[variant], loss=loss)
     frames = torch.nn.functional.interpolate(small_dataset.video.frames.float(), size=(192, 384),
                                              mode="bilinear").round().byte()

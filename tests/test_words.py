@@ -40,6 +40,12 @@ def test_one_spelling(path):
     assert [found[0] for found in re.finditer(BRITISH, words_of(path), re.I)] == []
 
 
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.name)
+def test_one_way_to_write_percent(path):
+    """"95%", as Python's own format gives it."""
+    assert re.findall(r".{0,20}\d\s%", words_of(path)) == []
+
+
 def test_a_table_is_shown_in_words():
     table = pd.DataFrame({"psnr_db": [31.256, None], "source": ["encoder", "interpolated"],
                           "n": [3, 4], "band": [None, None]})

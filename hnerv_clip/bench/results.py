@@ -254,7 +254,7 @@ GOALS: tuple[tuple[str, str, Callable[[Bench], float | None], str], ...] = (
      lambda b: _pick(b, "fit", "wall_s", statistics.median, epochs=300, clip_head=False), "{:.0f}"),
     ("decoding, RGB, frames/s", "≥\u00a04000",
      lambda b: _pick(b, "decode", "frames_per_s", mode="RGB"), "{:.0f}"),
-    ("what 8 embeddings a frame cost when decoding", "≤\u00a03 %", _decode_loss, "{:.1%}"),
+    ("what 8 embeddings a frame cost when decoding", "≤\u00a03%", _decode_loss, "{:.1%}"),
     ("ViT-B-32 in bf16, patches/s", "≥\u00a01000",
      lambda b: _pick(b, "teacher", "patches_per_s", precision="bf16"), "{:.0f}"),
 )

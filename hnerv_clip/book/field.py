@@ -196,8 +196,8 @@ def best_together_rows(together: pd.DataFrame) -> list[dict[str, str]]:
 def together_verdict(together: pd.DataFrame, *, first: bool, worth: float = 0.005) -> str:
     """Whether a way of training together adds skill: yes, no, or how far that can be told.
 
-    Yes: everywhere some λ gains `worth` or more, and its 95 % interval over seeds lies above 0.
-    No: every λ gains less than `worth`, with 95 % confidence. Empty without any pair.
+    Yes: everywhere some λ gains `worth` or more, and its 95% interval over seeds lies above 0.
+    No: every λ gains less than `worth`, with 95% confidence. Empty without any pair.
     """
     pairs = [one for one in compare_together(together) if one.first == first]
     if not pairs:

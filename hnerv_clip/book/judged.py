@@ -186,7 +186,7 @@ def error_sentences(planted: pd.DataFrame) -> Markup:
         f"least {weak.yes:.1%}.** "
         f"Each case is one kind of prediction, one autocorrelation, one size and one question: "
         f"{len(null)} cases without an effect, {len(truth)} with one. Before Holm's correction, p "
-        f"is 5 % or less in up to {p.rejected:.1%} ({_cell_words(p)}), and in more than 6 % in "
+        f"is 5% or less in up to {p.rejected:.1%} ({_cell_words(p)}), and in more than 6% in "
         f"{sum(null.rejected > 0.06)} of the {len(null)} cases; the verdict uses the corrected p. "
         f"The power is lowest for: {_cell_words(weak)}")
 
@@ -203,7 +203,7 @@ def error_rows(planted: pd.DataFrame) -> list[Row]:
         own = planted[planted.design == design]
         null, truth = own[own.kind == "null"], own[own.kind == "truth"]
         rows.append({"size": design, "largest wrong yes": f"{null.yes.max():.1%}",
-                     "largest p ≤ 5 %, uncorrected": f"{null.rejected.max():.1%}",
+                     "largest p ≤ 5%, uncorrected": f"{null.rejected.max():.1%}",
                      "smallest power": f"{truth.yes.min():.1%}"})
     return rows
 
@@ -212,7 +212,7 @@ def question_error_rows(worst: pd.DataFrame) -> list[Row]:
     """`simulation.worst_cases` for reading."""
     return [{"size": row["design"], "question": QUESTIONS[row["question"]][0], **{
         words: f"{row[key]:.1%}" for words, key in (
-            ("wrong yes", "wrong yes"), ("p ≤ 5 %, uncorrected", "p ≤ 5 %"), ("power", "power"))}}
+            ("wrong yes", "wrong yes"), ("p ≤ 5%, uncorrected", "p ≤ 5%"), ("power", "power"))}}
         for row in worst.to_dict("records")]
 
 
@@ -233,7 +233,7 @@ def _range(values, shape) -> str:
 
 
 def coverage_rows(intervals: pd.DataFrame) -> list[Row]:
-    """How often 95 % intervals hold the truth, a row per series and design."""
+    """How often 95% intervals hold the truth, a row per series and design."""
     return [{"mean of": SERIES[series], "size": design, "frames": str(part.frames.iloc[0]), **{
         f"{rho:g}": f"{part.covered[part.rho == rho].iloc[0]:.1%}" if rho in set(part.rho) else None
         for rho in sorted(intervals.rho.unique())}}
@@ -241,10 +241,10 @@ def coverage_rows(intervals: pd.DataFrame) -> list[Row]:
 
 
 def coverage_words(intervals: pd.DataFrame) -> str:
-    """How far 95 % intervals are from holding the truth in 95 %, and where they do so too seldom.
+    """How far 95% intervals are from holding the truth in 95%, and where they do so too seldom.
     """
     low, high = intervals.covered.min(), intervals.covered.max()
-    text = (f"Of {intervals.datasets.min()} simulated data sets each, 95 % intervals hold the "
+    text = (f"Of {intervals.datasets.min()} simulated data sets each, 95% intervals hold the "
             f"true mean in {low:.1%} to {high:.1%}: at worst {max(0, 95 - 100 * low):.1f} points "
             f"too seldom and {max(0, 100 * high - 95):.1f} points too often.")
     few = intervals[intervals.covered < 0.93]

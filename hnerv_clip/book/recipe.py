@@ -224,7 +224,7 @@ def compared_rows(search: dict[str, Any]) -> list[dict[str, str]]:
     return [{"video": row.video + (", seen in part by the search" if row.seen else ""),
              f"{BEST} (dB)": f"{row.best_db:.2f}", f"{FOUND} (dB)": f"{row.found_db:.2f}",
              "gain (dB)": f"{row.gain_db:+.2f}",
-             "stored values": f"{100 * row.stored - 100:+.1f} %",
+             "stored values": f"{100 * row.stored - 100:+.1f}%",
              "seeds": f"{row.best_seeds} and {row.found_seeds}"}
             for row in compared(search).itertuples()]
 
@@ -261,7 +261,7 @@ def search_in_words(search: dict[str, Any]) -> str:
             f"dB.{known} These are trainings of equal epochs "
             f"({join_words([str(count) for count in sorted(epochs)])}), not of equal time, with "
             "one seed" + (f" but on {join_words(several.video.tolist())}" if len(several) else "")
-            + f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f} %, and "
+            + f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f}%, and "
             f"commits and cards too: {'; '.join(made)}."
             + (" The preset stays as it is." if videos.gain_db.min() < 0 else ""))
 

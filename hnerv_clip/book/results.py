@@ -72,7 +72,7 @@ def read_runs(folder: str | Path, name: str = "study.csv", *, needs: Iterable[st
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and its 95 % confidence interval; NaN bounds for one seed."""
+    """A mean over seeds and its 95% confidence interval; NaN bounds for one seed."""
 
     values: tuple[float, ...]
     mean: float

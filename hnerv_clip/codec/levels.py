@@ -34,7 +34,7 @@ def quantise(tensor: Tensor, *, bits: int) -> Quantised:
     """Quantise uniformly between minimum and maximum, whichever way errs least.
 
     HNeRV's rule: over the whole tensor, or along one axis. Per-axis bounds are kept in float16 and
-    considered where the axis is longer than 50, so that they are under 2 % of the values, as in
+    considered where the axis is longer than 50, so that they are under 2% of the values, as in
     HNeRV's code; constants (minimum = maximum) come back exactly.
 
     Args:

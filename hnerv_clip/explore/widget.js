@@ -143,7 +143,7 @@ function render({ model, el }) {
     world.style.transform = `translate(${panX}px, ${panY}px) scale(${zoom})`;
     stage.classList.toggle("zoomed", zoom > 1);
     stage.classList.toggle("near", zoom >= 3);
-    level.textContent = `${Math.round(zoom * 100)} %`;
+    level.textContent = `${Math.round(zoom * 100)}%`;
     world.style.setProperty("--zoom", zoom);
   }
   function zoomTo(value, x, y) {
@@ -158,7 +158,7 @@ function render({ model, el }) {
     const r = stage.getBoundingClientRect();
     return [event.clientX - r.left, event.clientY - r.top, r];
   };
-  const level = make("span", { textContent: "100 %" });
+  const level = make("span", { textContent: "100%" });
   const step = (words, factor) => {
     const button = make("button", { type: "button", textContent: factor ? (factor > 1 ? "+" : "−") : "Fit", ariaLabel: words });
     button.addEventListener("click", () => zoomTo(factor ? zoom * factor : 1, ...middle()));

@@ -37,7 +37,7 @@ def plot_learning(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
         panel.set_title(video, parse_math=False)
         panel.set(xlabel="mean-centered cosine, held-out frames")
     handles = [Line2D([], [], marker="o", color=PALETTE["predicted"],
-                      label="the network, a dot a seed; bar: 95 % interval"),
+                      label="the network, a dot a seed; bar: 95% interval"),
                Line2D([], [], color=PALETTE["neighbour"], label="nearest training frame"),
                Line2D([], [], color=PALETTE["teacher"], label="interpolated between them")]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=8)
@@ -65,7 +65,7 @@ def plot_differences(rows: pd.DataFrame, *, panels: dict[str, str], teacher_labe
                    PALETTE[row["color"]])
         panel.set_xlabel(label.replace(", ", ",\n"))
     _name_rows(axes[0][0], list(rows["name"]))
-    return caption(figure, f"{words} A dot is a pair of runs of one seed, a bar the 95 % interval "
+    return caption(figure, f"{words} A dot is a pair of runs of one seed, a bar the 95% interval "
                            f"of their mean over seeds. Teacher: {teacher_label}.")
 
 

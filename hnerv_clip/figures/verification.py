@@ -133,7 +133,7 @@ def plot_judged(answers: pd.DataFrame, teacher_label: str) -> Figure:
 
 def _answer_caption(frames):
     return ("Right of zero the network is better, or knows. Net wins: share of patches where its "
-            "error is smaller less the share where it is larger. Bars: 95 % intervals over "
+            "error is smaller less the share where it is larger. Bars: 95% intervals over "
             f"{frames} held-out frames, allowing for autocorrelation, drawn as far as "
             f"{WIDEST:g}; gray band: too small to matter.")
 
@@ -178,7 +178,7 @@ def plot_retrieval(measures: pd.DataFrame, teacher_label: str, source: str = "",
     _split_legend(figure, splits)
     return caption(figure, _words(
         f"Share of patches whose embedding, looked up among the {candidates} of the whole video, "
-        "finds the right one first, and likeness of structure; dotted: by chance. Lines: 95 % "
+        "finds the right one first, and likeness of structure; dotted: by chance. Lines: 95% "
         "intervals, where frames are enough and differ. No bar where an answer does not vary.",
         teacher_label, source))
 
@@ -309,12 +309,12 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
         panel.set_xticks(range(len(questions)), [SHORT.get(name, name) for name in questions],
                          rotation=30, ha="right")
         panel.set_title(title)
-    axes[0].set_ylabel("largest share of p ≤ 5 %")
+    axes[0].set_ylabel("largest share of p ≤ 5%")
     axes[1].set_ylabel("smallest share answered yes")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return caption(figure, "The worst case of each question; "
                            f"{planted.datasets.min()} or more simulated data sets each. Dashed: at "
-                           "most 5 %, at least 90 %.")
+                           "most 5%, at least 90%.")
 
 
 def _splits(table):

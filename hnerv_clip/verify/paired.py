@@ -19,7 +19,7 @@ from scipy import stats
 class Paired:
     """A paired difference a - b.
 
-    difference: its mean. low, high: 95 % interval, NaN for one pair. p: two-sided, of no
+    difference: its mean. low, high: 95% interval, NaN for one pair. p: two-sided, of no
     difference. p_equivalent: of a difference of `margin` or more, by two one-sided tests
     (Schuirmann 1987), NaN without a margin. values: the differences. over: seeds or videos.
     """

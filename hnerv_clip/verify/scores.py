@@ -63,9 +63,9 @@ class Verification:
         the constant, and n. Of the controls, over `draws` draws, raw alone.
     improvements: a row per split and other condition: learned minus it in raw cosine, its interval
         low to high, p (one-sided, uncorrected), effective_size (independent frames that tell as
-        much), and `significant` (p below 5 %). No answer
+        much), and `significant` (p below 5%). No answer
         depends on these.
-    measures: a row per condition and measure (a key of `MEASURES`): value, its 95 % interval low
+    measures: a row per condition and measure (a key of `MEASURES`): value, its 95% interval low
         to high, standard_error and freedom of Student's t, the value that chance gives (NaN where
         that is not known), and frames. Without an interval where frames are fewer than 8 or
         worth fewer than `MIN_EFFECTIVE` independent ones, where they do not vary, and for a CKA

@@ -164,7 +164,7 @@ def simulate_planted(planted: str, design: str, *, rho: float = 0.9, datasets: i
     Returns:
         A row per question: planted, design, rho, question, kind (null where the planted thing has
         no such merit, truth where one of `TRUTHS` has it by `TRUTH` or more, else between), yes
-        (share of data sets, after Holm's correction), rejected (share with p of 5 % or less,
+        (share of data sets, after Holm's correction), rejected (share with p of 5% or less,
         uncorrected), no, estimate (mean), datasets.
     """
     seeds = [list(PLANTED).index(planted), list(DESIGNS).index(design), round(100 * rho), seed]
@@ -207,7 +207,7 @@ def simulate_interval(*, datasets: int = 1000, designs: Any = tuple(DESIGNS),
         rhos: lag-one autocorrelations per frame of the video, of the AR(1) or of what moves.
         series: keys of `SERIES`.
     Returns:
-        series, design, frames (held out), rho, covered, rejected (p of 5 % or less), datasets.
+        series, design, frames (held out), rho, covered, rejected (p of 5% or less), datasets.
     """
     rows = []
     for kind, design, rho in itertools.product(series, designs, rhos):
@@ -261,12 +261,12 @@ def worst_cases(planted: pd.DataFrame) -> pd.DataFrame:
     """A row per design and question: the largest shares of wrong answers, the smallest power.
 
     Returns:
-        design, question, wrong yes (after Holm's correction), p ≤ 5 % (without), power.
+        design, question, wrong yes (after Holm's correction), p ≤ 5% (without), power.
     """
     keys = ["design", "question"]
     null, truth = (planted[planted.kind == kind].groupby(keys, sort=False)
                    for kind in ("null", "truth"))
-    return pd.DataFrame({"wrong yes": null.yes.max(), "p ≤ 5 %": null.rejected.max(),
+    return pd.DataFrame({"wrong yes": null.yes.max(), "p ≤ 5%": null.rejected.max(),
                          "power": truth.yes.min()}).reset_index()
 
 

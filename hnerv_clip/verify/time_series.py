@@ -32,7 +32,7 @@ MIN_BLOCKS = 44  # of a series that is averaged over blocks of frames; shorter o
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval, and the one-sided p-value of a mean of 0 or less.
+    """A mean with its 95% interval, and the one-sided p-value of a mean of 0 or less.
 
     effective_size: how many independent frames tell as much. freedom: degrees of freedom of
     Student's t. n: frames, or seeds where those were pooled.

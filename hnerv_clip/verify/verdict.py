@@ -22,7 +22,7 @@ import pandas as pd
 from hnerv_clip.verify.evidence import KNOWS, Evidence
 from hnerv_clip.verify.time_series import MIN_FRAMES, Interval, holm, make_interval, mean_interval
 
-MARGIN = 0.1  # net wins and scores smaller than this count as none: 45 to 55 % of the patches
+MARGIN = 0.1  # net wins and scores smaller than this count as none: 45 to 55% of the patches
 LEVEL = 0.05  # of the whole family, after Holm's correction
 
 # Condition → how a table names it. The first four are those of the project's description.
@@ -58,10 +58,10 @@ QUESTIONS = {
 class Answer:
     """One question answered.
 
-    answer: `yes` (p_holm below 5 %, and not by small wins that cost more elsewhere: error_ratio
-        below 1), `no` (below the margin, with 95 % confidence), else `cannot tell`.
+    answer: `yes` (p_holm below 5%, and not by small wins that cost more elsewhere: error_ratio
+        below 1), `no` (below the margin, with 95% confidence), else `cannot tell`.
     test: which of the question's tests decides, the one of the largest p.
-    estimate, low, high: its mean with the 95 % interval; p and p_holm: one-sided, of 0 or less.
+    estimate, low, high: its mean with the 95% interval; p and p_holm: one-sided, of 0 or less.
     equivalent: within the margin on both sides, see `time_series.Interval.within`.
     error_ratio: error of the network over that of the baseline, NaN for a score.
     frames, effective_size: how many, and how many independent ones tell as much.

@@ -65,6 +65,21 @@ def test_figures_draw_the_table():
     assert labels.count("λ=0.5") == 4
 
 
+def test_a_score_far_below_the_others_leaves_the_axis_to_them():
+    rows = pd.DataFrame({
+        "run": list("abcd"), "clip_loss_weight": [0, 0.1, 0.5, 1],
+        "psnr_train_db": [35.0, 34, 33, 30], "psnr_held_out_db": [32.0, 31, 30, 29],
+        "clip_centred_train": [-0.002, 0.96, 0.96, 0.95],
+        "clip_centred_held_out": [0.003, 0.95, 0.95, 0.94]})
+    panel = plot_tradeoff(rows, teacher_label="A").axes[0]
+    assert 0.9 < panel.get_ylim()[0] < 0.94
+    assert [text.get_text() for text in panel.texts].count("λ=0: 0.00") == 2
+    panel = plot_ablation(rows, teacher_label="A").axes[1]
+    assert 0.9 < panel.get_xlim()[0] < 0.94 and "0.00, 0.00" in panel.texts[0].get_text()
+    panel = plot_tradeoff(rows.tail(3), teacher_label="A").axes[0]
+    assert not any(": " in text.get_text() for text in panel.texts)
+
+
 def test_long_names_of_rows_do_not_run_into_each_other():
     import pandas as pd
 

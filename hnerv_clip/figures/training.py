@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hnerv_clip.figures.style import (
     GREY,
@@ -135,22 +136,53 @@ def plot_decoding_speed(speed: pd.DataFrame, *, device: str) -> Figure:
 def plot_tradeoff(table: pd.DataFrame, *, teacher_label: str) -> Figure:
     """Picture quality against semantic similarity, a point per λ, for training and held-out frames.
 
+    A score far below the others is drawn as an arrow at the lower edge, with its value.
+
     Args:
         table: columns clip_loss_weight, psnr_{train,held_out}_db, clip_centred_{train,held_out}.
     """
     figure, axes = new_figure(height=3.4)
     rows = table.sort_values("clip_loss_weight")
+    scores = rows[["clip_centred_train", "clip_centred_held_out"]]
+    edge = _lowest_shown(scores.to_numpy())
     for part, label in [("train", "training frames"), ("held_out", "held out")]:
-        axes.plot(rows[f"psnr_{part}_db"], rows[f"clip_centred_{part}"], marker="o",
-                  color=PALETTE[part], label=label)
-        for _, row in rows.iterrows():
-            axes.annotate(f"λ={row.clip_loss_weight:g}", rotation=40, fontsize=8,  # others are near
-                          xy=(row[f"psnr_{part}_db"], row[f"clip_centred_{part}"]),
-                          xytext=(2, 3), textcoords="offset points")
+        x, y, color = f"psnr_{part}_db", f"clip_centred_{part}", PALETTE[part]
+        near, far = rows[~(rows[y] < edge)], rows[rows[y] < edge]
+        axes.plot(near[x], near[y], marker="o", color=color, label=label)
+        up = 1 if part == "train" else -1  # slanted, above or below, as other points are near
+        for _, row in near.iterrows():
+            axes.annotate(f"λ={row.clip_loss_weight:g}", rotation=40 * up, fontsize=8,
+                          xy=(row[x], row[y]), xytext=(2, 3 * up), textcoords="offset points",
+                          va="bottom" if up > 0 else "top")
+        for _, row in far.iterrows():
+            axes.plot(row[x], 0.03, marker="v", color=color, transform=axes.get_xaxis_transform())
+            axes.annotate(f"λ={row.clip_loss_weight:g}: {round(row[y], 2) + 0:.2f}", fontsize=8,
+                          xy=(row[x], 0.03), xycoords=axes.get_xaxis_transform(), xytext=(-6, 0),
+                          textcoords="offset points", ha="right", va="center")
     axes.set(xlabel="PSNR (dB)", ylabel="mean-centered cosine")
     axes.margins(y=0.15)
+    is_cut = (scores < edge).any(axis=None)
+    if is_cut:
+        axes.set_ylim(bottom=edge)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.legend(loc="center left")
-    return caption(figure, f"Up and right is better; one run each. Teacher: {teacher_label}.")
+    return caption(figure, "Up and right is better; one run each. " + (
+        "Arrows: scores below the axis. " if is_cut else "") + f"Teacher: {teacher_label}.")
+
+
+def _lowest_shown(values: np.ndarray) -> float:
+    """Where an axis begins that leaves out values far below the others; -inf to show all.
+
+    Far: the widest gap is over three times the range of the values above it, which are most.
+    """
+    known = np.sort(values[np.isfinite(values)])
+    if len(known) < 3:
+        return -np.inf
+    gaps = np.diff(known)
+    k = int(gaps.argmax())
+    span = known[-1] - known[k + 1]
+    is_cut = 2 * (k + 1) < len(known) and gaps[k] > 3 * span > 0
+    return known[k + 1] - 0.3 * span if is_cut else -np.inf
 
 
 def plot_ablation(table: pd.DataFrame, *, teacher_label: str) -> Figure:
@@ -163,17 +195,25 @@ def plot_ablation(table: pd.DataFrame, *, teacher_label: str) -> Figure:
     y = np.arange(len(table))
     for panel, measure, title in [(axes[0], "psnr_{}_db", "PSNR (dB)"),
                                   (axes[1], "clip_centred_{}", "mean-centered cosine")]:
-        for part, label in [("train", "training frames"), ("held_out", "held out")]:
-            panel.scatter(table[measure.format(part)], y, s=34, color=PALETTE[part], label=label,
-                          zorder=3)
-        panel.hlines(y, table[measure.format("train")], table[measure.format("held_out")],
-                     color=GREY, linewidth=1)
+        ends = table[[measure.format("train"), measure.format("held_out")]].to_numpy(float)
+        edge = _lowest_shown(ends)
+        far = (ends < edge).any(1)
+        for x, part, label in zip(ends.T, ("train", "held_out"), ("training frames", "held out")):
+            panel.scatter(x[~far], y[~far], s=34, color=PALETTE[part], label=label, zorder=3)
+        panel.hlines(y[~far], *ends[~far].T, color=GREY, linewidth=1)
+        for row in np.flatnonzero(far):
+            panel.annotate("◂ {:.2f}, {:.2f}".format(*ends[row].round(2) + 0),
+                           xy=(0.01, row), xycoords=panel.get_yaxis_transform(), va="center",
+                           fontsize=8)
+        if far.any():
+            panel.set_xlim(left=edge)
         panel.set_xlabel(title)
     name_rows(axes[0], list(table.run))
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return caption(figure, "Held out: interpolated embeddings for hybrid runs, coordinates for the "
-                           f"others; one run each. Teacher: {teacher_label}.")
+                           "others; one run each. A score beyond the axis is written (training, "
+                           f"held out). Teacher: {teacher_label}.")
 
 
 def plot_fidelity(runs: list[dict], reference: dict) -> Figure:

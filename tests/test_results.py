@@ -13,6 +13,9 @@ import pytest
 from hnerv_clip.book import BookError, build, clean, judged, markdown, pages, results, scaling
 from hnerv_clip.figures.scaling import plot_scaling
 from hnerv_clip.study.plan import ENCODINGS, REMEDIES
+from hnerv_clip.verify.paired import compare_paired
+from hnerv_clip.verify.simulation import RHOS, worst_cases
+from hnerv_clip.verify.verdict import QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [path for path in build.list_notebooks(ROOT) if path.match(pages.RESULTS)]
@@ -75,6 +78,22 @@ def test_settings_that_none_beats():
     assert results.pareto_optimal(rows, "a", "b").index.tolist() == [0, 1, 2]
 
 
+def test_the_best_heads_are_named_and_a_cost_that_is_none_is_not_a_number():
+    def paired(*values):
+        return compare_paired(pd.Series(values), pd.Series([0.0] * len(values)))
+    rows = pd.DataFrame([
+        {"change": "a", "skill": paired(0.1, 0.11, 0.12), "anywhere": None,
+         "psnr": paired(1.0, 1.1, 1.2)},
+        {"change": "b", "skill": paired(0.9, -0.9, 0.9), "anywhere": paired(0.5, 0.6, 0.7),
+         "psnr": paired(1.0, -2.0, 0.0)}])
+    assert results.best_heads(rows).startswith(
+        "**At the supervised positions it is “a” (+1.10 dB of PSNR), anywhere in the frame “b” (no "
+        "significant change of PSNR).** Against the default head, at the supervised positions “a” "
+        "changes skill by +0.110 [")
+    assert "frame the default head, which none beats significantly.**" in \
+        results.best_heads(rows.head(1))
+
+
 def test_every_change_has_words():
     words = [results.change_words(kind, variant) for kind in ENCODINGS
              for variant in ["base", *REMEDIES, *ENCODINGS[kind]]]
@@ -116,7 +135,8 @@ def test_the_verdict_follows_from_the_answers(cross_fit):
     """Decoded frames first; what two videos answer differently is said of each."""
     text = judged.answer_sentences(cross_fit())
     assert text.startswith("**In part: on held-out frames of bunny and bikes the head beats the "
-                           "teacher on the decoded frame, beats a constant")
+                           "teacher on the decoded frame, but is no better than the nearest "
+                           "training frame (yes to 4 of 7 questions).** It beats the teacher on")
     assert "is no better than the nearest training frame or interpolating the teacher" in text
     assert "a side file of equal bytes? On bunny no, on bikes these frames cannot tell." in text
 
@@ -127,9 +147,10 @@ def test_the_verdict_follows_from_the_answers(cross_fit):
                     "cannot tell" if row["question"] == "where" else "yes"
     assert judged.answer_sentences(cross_fit(change)) == (
         "**In part: on held-out frames of bunny and bikes the head beats the teacher on the "
-        "decoded frame, beats a constant, beats the nearest training frame, beats interpolating "
-        "the teacher and beats a side file of equal bytes. Does it know when? On bunny yes, on "
-        "bikes no. These frames cannot tell: Does it know where?**")
+        "decoded frame and beats the nearest training frame (yes to 5 of 7 questions).** It beats "
+        "the teacher on the decoded frame, beats a constant, beats the nearest training frame, "
+        "beats interpolating the teacher and beats a side file of equal bytes. Does it know when? "
+        "On bunny yes, on bikes no. These frames cannot tell: Does it know where?")
 
 
 def test_the_same_settings_on_page_5_are_compared(tmp_path):
@@ -184,6 +205,16 @@ def test_answers_that_are_missing_are_said(cross_fit):
                               if (row["video"], row["question"]) != ("bikes", "decoded")]
     with pytest.raises(results.ResultsError, match="no answer of bikes to decoded; .*git checkout"):
         cross_fit(change)
+
+
+def test_tables_of_the_simulated_data_name_their_columns():
+    made = json.loads((ROOT / "book/results/verification_calibration.json").read_text())
+    rows = judged.question_error_rows(worst_cases(pd.DataFrame(made["planted"])))
+    assert {row["question"] for row in rows} == {words for words, _ in QUESTIONS.values()}
+    heads = {head for row in [*rows, *judged.coverage_rows(pd.DataFrame(made["intervals"]))]
+             for head in row}
+    assert heads == {"size", "question", "wrong yes", "p ≤ 5%, uncorrected", "power", "mean of",
+                     "frames", *(f"autocorrelation {rho:g}" for rho in (0, *RHOS))}
 
 
 def test_limits_come_from_the_runs(cross_fit):

@@ -1,5 +1,8 @@
 """The verification: worked values, known answers, and bad input."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -134,6 +137,27 @@ def test_time_blind_prediction_beats_the_constant_and_nothing_else():
     answers = answers_of(result)
     assert answers.pop("constant") == "yes" and "yes" not in answers.values()
     assert "beats a constant." in verify_report.verdict_sentence(result.answers)
+    of_field = verify_report.verdict_words(dataclasses.replace(result, predictor="the field"))
+    assert "network" not in of_field and "On held-out frames the field beats" in of_field
+    assert "frames the field beats a constant." in " ".join(verify_report.report_text(
+        dataclasses.replace(result, predictor="the field")).split())
+
+
+def test_the_short_verdict_has_one_sentence_for_any_answers():
+    start = "on held-out frames the network"
+    for answers in itertools.product(("yes", "no", "cannot tell"), repeat=2):
+        asked = dict(zip(("decoded", "neighbour"), answers))
+        given = dict.fromkeys(verdict.QUESTIONS, "yes") | asked
+        words = verify_report.short_verdict(given, start)
+        assert len(words.split()) <= 35 and words.count(". ") == 0 and words.endswith(".")
+    given = dict.fromkeys(verdict.QUESTIONS, "no")
+    assert verify_report.short_verdict(given, start) == (
+        "That is not shown: on held-out frames the network is no better than the teacher on the "
+        "decoded frame or the nearest training frame (yes to 0 of 7 questions).")
+    assert verify_report.short_verdict(given | {"decoded": "yes", "neighbour": "cannot tell"},
+                                       start) == (
+        "In part: on held-out frames the network beats the teacher on the decoded frame, but is "
+        "not shown to beat the nearest training frame (yes to 1 of 7 questions).")
 
 
 def test_random_is_near_zero_and_controls_fall_below_learned():
@@ -369,7 +393,8 @@ def test_no_interval_where_frames_agree_or_are_few():
     held_out = few[few.split == "held_out"]
     assert held_out.low.isna().all() and held_out[held_out.measure != "cka"].value.notna().all()
     table = verify_report.measure_table(result.measures, ("clip_centred", "r1"))
-    assert list(table) == ["split", "condition", "centred cosine", "R@1"]
+    assert list(table) == ["frames", "embeddings", "centred cosine", "R@1"]
+    assert set(table.frames) == {"training frames", "held-out frames"}
     assert table["R@1"][0] == "1" and "[" in table["centred cosine"][3]
 
 

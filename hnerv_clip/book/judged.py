@@ -16,7 +16,7 @@ import pandas as pd
 from hnerv_clip.book.markdown import Markup, escape, join_words
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.runs.provenance import commit_words
-from hnerv_clip.verify.report import CLAIMS, answer_words, join_denials
+from hnerv_clip.verify.report import CLAIMS, answer_words, join_denials, short_verdict
 from hnerv_clip.verify.simulation import DESIGNS, PLANTED, SERIES
 from hnerv_clip.verify.verdict import QUESTIONS, Answer, name_of
 
@@ -83,17 +83,19 @@ def read_made(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def answer_sentences(judged: Judged) -> Markup:
-    """The page's answer: against the teacher on decoded frames first, then what needs no network.
+    """The page's answer, one short sentence in bold (`report.short_verdict`), then all of them.
 
-    A question that videos answer differently is said video by video.
+    A question that videos answer differently is said video by video, and counts as not shown in
+    the short sentence.
     """
     given = judged.answers.pivot(index="question", columns="video", values="answer")
     order = [*(q for q in ORDER if q not in FREE), *FREE]
     yes, no = ([q for q in order if (given.loc[q] == word).all()]
                for word in ("yes", "no"))
-    said = "Yes" if len(yes) == len(QUESTIONS) else "In part" if yes else "That is not shown"
-    text = f"{said}: on held-out frames of {join_words([escape(v) for v in judged.videos])} "
-    text += f"the head {join_words([CLAIMS[q] for q in yes])}" if yes else "the head beats nothing"
+    short = short_verdict(
+        {q: "yes" if q in yes else "no" if q in no else "open" for q in order},
+        f"on held-out frames of {join_words([escape(v) for v in judged.videos])} the head")
+    text = f"It {join_words([CLAIMS[q] for q in yes])}" if yes else "It beats nothing"
     text += f", but it {join_denials(no)}" if no else ""
     mixed = [f"{QUESTIONS[q][0]} On " + ", on ".join(
         f"{escape(v)} {UNDECIDED.get(given.loc[q, v], given.loc[q, v])}" for v in judged.videos)
@@ -101,7 +103,7 @@ def answer_sentences(judged: Judged) -> Markup:
     unknown = [QUESTIONS[q][0] for q in order if (given.loc[q] == "cannot tell").all()]
     said = [text + ".", *[f"{words}." for words in mixed],
             *([f"These frames cannot tell: {' '.join(unknown)}"] if unknown else [])]
-    return Markup(f"**{' '.join(said)}**")
+    return Markup(f"**{short}** {' '.join(said)}")
 
 
 def decoded_words(judged: Judged) -> str:
@@ -235,8 +237,8 @@ def _range(values, shape) -> str:
 def coverage_rows(intervals: pd.DataFrame) -> list[Row]:
     """How often 95% intervals hold the truth, a row per series and design."""
     return [{"mean of": SERIES[series], "size": design, "frames": str(part.frames.iloc[0]), **{
-        f"{rho:g}": f"{part.covered[part.rho == rho].iloc[0]:.1%}" if rho in set(part.rho) else None
-        for rho in sorted(intervals.rho.unique())}}
+        f"autocorrelation {rho:g}": f"{part.covered[part.rho == rho].iloc[0]:.1%}"
+        if rho in set(part.rho) else None for rho in sorted(intervals.rho.unique())}}
         for (series, design), part in intervals.groupby(["series", "design"], sort=False)]
 
 

@@ -203,6 +203,32 @@ def heads_of(runs: pd.DataFrame) -> list[str]:
             if v in there]
 
 
+def best_heads(rows: pd.DataFrame) -> Markup:
+    """Which heads gain most skill, one short sentence in bold; then by how much, with intervals.
+
+    Args:
+        rows: of `comparisons`, of several seeds, with skill (at the supervised positions),
+            anywhere and psnr. Only a gain whose interval excludes 0 counts.
+    """
+    short, details = [], []
+    for name, where, verb in (("skill", "at the supervised positions", " it is"),
+                              ("anywhere", "anywhere in the frame", "")):
+        gains = {i: found.difference for i, found in rows[name].items()
+                 if found is not None and found.outcome == "higher"}
+        if not gains:
+            short.append(f"{where}{verb} the default head, which none beats significantly")
+            continue
+        best = rows.loc[max(gains, key=gains.__getitem__)]
+        change = f"{best.psnr.difference:+.2f} dB" \
+            if best.psnr.outcome in ("higher", "lower") else "no significant change"
+        short.append(f"{where}{verb} “{best.change}” ({change} of PSNR)")
+        details.append(f"{where} “{best.change}” changes skill by {paired_text(best[name], 3)} "
+                       f"and PSNR by {best.psnr.interval('dB')}")
+    text = ", ".join(short)
+    return Markup(f"**{text[0].upper()}{text[1:]}.**" + (
+        f" Against the default head, {', and '.join(details)}." if details else ""))
+
+
 def trade_off(runs: pd.DataFrame, video: str) -> pd.DataFrame:
     """Base runs of a hybrid network by λ and warm-up.
 

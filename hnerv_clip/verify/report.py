@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from hnerv_clip.labels import gap_band, similarity_band
-from hnerv_clip.verify.scores import MEASURES, SOURCES, Verification
+from hnerv_clip.verify.scores import MEASURES, SOURCES, SPLIT_LABELS, Verification
 from hnerv_clip.verify.verdict import KNOWS, QUESTIONS, Answer, name_of, p_words
 
 if TYPE_CHECKING:
@@ -30,26 +31,69 @@ DENIALS = {"constant": "does not beat a constant", "when": "does not know when t
 NO_BETTER = "is no better than "
 
 
-def verdict_sentence(answers: list[Answer], source: str = "") -> str:
-    """The verdict in plain sentences."""
+NO_VERDICT = ("No verdict: no frame was held out, and training frames only show what was "
+              "memorised. Use data_split=\"4_5_5\".")
+
+
+def short_verdict(given: Mapping[str, str], start: str) -> str:
+    """The verdict in one sentence: on the two baselines that matter most, and how often yes.
+
+    Args:
+        given: {question: answer}; an answer other than yes or no counts as not shown.
+        start: which frames and what predicted them, "on held-out frames the network".
+    """
+    asked = [question for question in ("decoded", "neighbour") if question in given]
+    yes, no = ([x for x in asked if given[x] == word] for word in ("yes", "no"))
+    open_ = [x for x in asked if x not in (*yes, *no)]
+    parts = [_join([CLAIMS[x] for x in yes])] if yes else []
+    parts += [join_denials(no)] if no else []
+    parts += [f"is not shown to {_join([CLAIMS[x].replace('beats', 'beat') for x in open_], 'or')}"
+              ] if open_ else []
+    count = list(given.values()).count("yes")
+    so = "Yes" if count == len(given) else "In part" if count else "That is not shown"
+    return f"{so}: {start} {', but '.join(parts)} (yes to {count} of {len(given)} questions)."
+
+
+def verdict_sentence(answers: list[Answer], source: str = "", predictor: str = "the network"
+                     ) -> str:
+    """The verdict in plain sentences.
+
+    Args:
+        predictor: what gave the answers, see `Verification.predictor`.
+    """
     if not answers:
-        return ("No verdict: no frame was held out, and training frames only show what was "
-                "memorised. Use data_split=\"4_5_5\".")
+        return NO_VERDICT
     parts = {kind: [answer.question for answer in answers if answer.answer == kind]
              for kind in ("yes", "no", "cannot tell")}
-    about = "On frames that it was shown but not trained on" if source == "encoder" \
-        else "On held-out frames"
+    about = _about(source)
     said = []
     if parts["yes"]:
-        said.append(f"{about} the network {_join([CLAIMS[x] for x in parts['yes']])}.")
+        said.append(f"{about} {predictor} {_join([CLAIMS[x] for x in parts['yes']])}.")
     if parts["no"]:
-        start = "It" if said else f"{about} the network"
+        start = "It" if said else f"{about} {predictor}"
         said.append(f"{start} {join_denials(parts['no'])}.")
     if parts["cannot tell"]:
         frames = min(answer.frames for answer in answers)
         said.append(f"{frames} frames cannot tell whether it "
                     f"{_join([CLAIMS[x] for x in parts['cannot tell']], 'or')}.")
     return " ".join(said)
+
+
+def _about(source):
+    return "On frames that it was shown but not trained on" if source == "encoder" \
+        else "On held-out frames"
+
+
+def verdict_words(verification: Verification) -> str:
+    """The verdict for a page: one short sentence in bold, then all answers."""
+    answers, source, predictor = (verification.answers, verification.source,
+                                  verification.predictor)
+    if not answers:
+        return f"**{NO_VERDICT}**"
+    given = {answer.question: answer.answer for answer in answers}
+    about = _about(source)
+    short = short_verdict(given, f"{about[0].lower()}{about[1:]} {predictor}")
+    return f"**{short}** {verdict_sentence(answers, source, predictor)}"
 
 
 def setting_words(run: Run) -> str:
@@ -105,8 +149,8 @@ def report_text(verification: Verification) -> str:
     lines = [wide, "CLIP LEARNING VERIFICATION RESULTS", wide]
     lines += [f"Teacher: {verification.teacher_label}"] if verification.teacher_label else []
     lines += [f"Source: {SOURCES[verification.source]}"] if verification.source else []
-    lines += ["", *textwrap.wrap(verdict_sentence(verification.answers, verification.source),
-                                 WIDTH), ""]
+    lines += ["", *textwrap.wrap(verdict_sentence(
+        verification.answers, verification.source, verification.predictor), WIDTH), ""]
     for answer in verification.answers:
         lines += [f"{QUESTIONS[answer.question][0]:<52}{answer.answer.upper()}",
                   f"    {answer_words(answer)}"]
@@ -169,12 +213,14 @@ def _quality(verification):
 
 
 def measure_table(measures: pd.DataFrame, names: Any = tuple(MEASURES)) -> pd.DataFrame:
-    """Measures for reading: a row per split and condition, cells "value [low, high]"."""
+    """Measures for reading: a row per part and condition, cells "value [low, high]"."""
     names = [name for name in names if name in set(measures.measure)]
     chosen = measures[measures.measure.isin(names)]
     cells = chosen.assign(cell=[
         "" if np.isnan(row.value) else f"{row.value:.3g}" if np.isnan(row.low) else
         f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in chosen.itertuples()])
-    table = cells.pivot_table(index=["split", "condition"], columns="measure", values="cell",
+    cells = cells.assign(frames=cells.split.map(SPLIT_LABELS), embeddings=[
+        name_of(condition) for condition in cells.condition])
+    table = cells.pivot_table(index=["frames", "embeddings"], columns="measure", values="cell",
                               aggfunc="first", sort=False)[names]
-    return table.rename(columns=MEASURES, index=name_of).rename_axis(columns=None).reset_index()
+    return table.rename(columns=MEASURES).rename_axis(columns=None).reset_index()

@@ -100,7 +100,8 @@ def verify_run(run: Run, *, teacher: Teacher | None = None, seed: int = 0, near:
         predicted = patch_embeddings(run, source=source, by_field=by_field)
         studies[source] = verify_embeddings(
             predicted, reference, train, held_out, seed=seed, source=source, others=others,
-            teacher_label=dataset.teacher_label, near=near, texts=texts)
+            teacher_label=dataset.teacher_label, near=near, texts=texts,
+            predictor="the field" if by_field else "the network")
     return studies
 
 

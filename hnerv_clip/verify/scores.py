@@ -73,6 +73,7 @@ class Verification:
     candidates, near: how many patches retrieval looks among, and its tolerance in frames.
     source: where held-out embeddings came from, a key of `SOURCES` or "".
     draws, seed: of the controls.
+    predictor: what was verified, in the words of a sentence.
     """
 
     predicted: np.ndarray
@@ -88,12 +89,14 @@ class Verification:
     source: str
     draws: int
     seed: int
+    predictor: str = "the network"
 
 
 def verify_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, train_frames: npt.ArrayLike,
                       held_out_frames: npt.ArrayLike, *, seed: int = 0, source: str = "",
                       teacher_label: str = "", others: dict | None = None, near: int = 2,
-                      texts: np.ndarray | None = None, draws: int = 200) -> Verification:
+                      texts: np.ndarray | None = None, draws: int = 200,
+                      predictor: str = "the network") -> Verification:
     """Measure the predicted embeddings against controls and baselines.
 
     Args:
@@ -110,6 +113,7 @@ def verify_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, train_fr
         texts: [K, D] vectors of the teacher's text space; with them the measures include the
             agreement with the teacher in ranking and labeling patches by text.
         draws: of each control, of which the summary gives the mean.
+        predictor: what predicted them, in the words of a sentence.
     Raises:
         ValueError: shapes differ, NaN, another teacher's size, a frame in both parts, or a part
             of one frame, for which no shuffle in time exists.
@@ -163,7 +167,7 @@ def verify_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, train_fr
         scores=pd.concat(scores, ignore_index=True), table=table,
         improvements=pd.DataFrame(improvements), measures=pd.DataFrame(measures),
         candidates=teacher.shape[0] * teacher.shape[1], near=near, teacher_label=teacher_label,
-        source=source, draws=draws, seed=seed)
+        source=source, draws=draws, seed=seed, predictor=predictor)
 
 
 def _summary(raw, constant):

@@ -147,8 +147,8 @@ def test_the_verdict_follows_from_the_answers(cross_fit):
                     "cannot tell" if row["question"] == "where" else "yes"
     assert judged.answer_sentences(cross_fit(change)) == (
         "**In part: on held-out frames of bunny and bikes the head beats the teacher on the "
-        "decoded frame and beats the nearest training frame (yes to 5 of 7 questions).** It beats "
-        "the teacher on the decoded frame, beats a constant, beats the nearest training frame, "
+        "decoded frame and the nearest training frame (yes to 5 of 7 questions).** It beats the "
+        "teacher on the decoded frame, beats a constant, beats the nearest training frame, "
         "beats interpolating the teacher and beats a side file of equal bytes. Does it know when? "
         "On bunny yes, on bikes no. These frames cannot tell: Does it know where?")
 

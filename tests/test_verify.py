@@ -158,6 +158,8 @@ def test_the_short_verdict_has_one_sentence_for_any_answers():
                                        start) == (
         "In part: on held-out frames the network beats the teacher on the decoded frame, but is "
         "not shown to beat the nearest training frame (yes to 1 of 7 questions).")
+    assert "is not shown to beat the teacher on the decoded frame or the nearest training frame (" \
+        in verify_report.short_verdict(dict.fromkeys(given, "cannot tell"), start)
 
 
 def test_random_is_near_zero_and_controls_fall_below_learned():

@@ -42,16 +42,19 @@ def short_verdict(given: Mapping[str, str], start: str) -> str:
         given: {question: answer}; an answer other than yes or no counts as not shown.
         start: which frames and what predicted them, "on held-out frames the network".
     """
-    asked = [question for question in ("decoded", "neighbour") if question in given]
-    yes, no = ([x for x in asked if given[x] == word] for word in ("yes", "no"))
-    open_ = [x for x in asked if x not in (*yes, *no)]
-    parts = [_join([CLAIMS[x] for x in yes])] if yes else []
-    parts += [join_denials(no)] if no else []
-    parts += [f"is not shown to {_join([CLAIMS[x].replace('beats', 'beat') for x in open_], 'or')}"
-              ] if open_ else []
+    asked = {"yes": [], "no": [], "open": []}
+    for question in ("decoded", "neighbour"):
+        answer = given.get(question)
+        if answer is not None:
+            asked[answer if answer in ("yes", "no") else "open"].append(
+                CLAIMS[question].removeprefix("beats "))
+    parts = [f"{words} {_join(asked[answer], last)}" for answer, words, last in (
+        ("yes", "beats", "and"), ("no", "is no better than", "or"),
+        ("open", "is not shown to beat", "or")) if asked[answer]]
+    between = ", but " if asked["yes"] else ", and "
     count = list(given.values()).count("yes")
     so = "Yes" if count == len(given) else "In part" if count else "That is not shown"
-    return f"{so}: {start} {', but '.join(parts)} (yes to {count} of {len(given)} questions)."
+    return f"{so}: {start} {between.join(parts)} (yes to {count} of {len(given)} questions)."
 
 
 def verdict_sentence(answers: list[Answer], source: str = "", predictor: str = "the network"

@@ -44,7 +44,7 @@ class Dataset:
             "frames": len(self.video.frames),
             "frame size": f"{height} × {width}",
             "frames per second": round(self.video.fps, 3),
-            "training / validation / skipped":
+            "training / held out / skipped":
                 " / ".join(str(self.split.labels.count(k)) for k in ("train", "val", "skip")),
             "patches per frame": f"{len(self.grid)} ({self.grid.rows} × {self.grid.cols})",
             "patch size": f"{self.grid.size[0]} × {self.grid.size[1]}",

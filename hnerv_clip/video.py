@@ -72,8 +72,8 @@ class FrameSplit:
 
     def __str__(self) -> str:
         skipped = len(self.labels) - len(self.train) - len(self.val)
-        return (f"{len(self.labels)} frames: {len(self.train)} train, {len(self.val)} validate, "
-                f"{skipped} skipped")
+        return (f"{len(self.labels)} frames: {len(self.train)} train, {len(self.val)} held out"
+                + (f", {skipped} skipped" if skipped else ""))
 
 
 def load_video(config: VideoConfig) -> Video:

@@ -38,24 +38,24 @@ def table(*names, held_out=True):
 
 def test_the_answer_says_what_the_runs_gave():
     said = ablation_answer(table("base", "pixels_only", "xyt_1.25_80"))
-    assert "2.50 dB less on training frames and 0.50 dB more on held-out frames" in said[0]
-    assert said[0].startswith("**") and said[0].endswith("**")  # a page's answer is bold
+    assert "2.50 dB lower on training frames and 0.50 dB higher on held-out frames" in said[0]
+    assert said[0].startswith("**") and said[0].endswith(".** One run each.")
     assert "0.900 on training frames and 0.800 on held-out frames" in said[1]
-    assert len(said) == 3 and "`xyt_1.25_80` reaches a mean-centered cosine of 0.700" in said[2]
+    assert len(said) == 3 and "(80 levels) reaches a mean-centered cosine of 0.700" in said[2]
 
 
 def test_the_answer_says_what_is_missing():
     for there, missing in [("base", "pixels_only"), ("pixels_only", "base")]:
         said = ablation_answer(table(there))
-        assert "is not known" in said[0] and f"`{missing}` did not finish" in said[0]
+        assert "is not known" in said[0] and f"“{run_words(missing)}” did not finish" in said[0]
     said = " ".join(ablation_answer(table("base", "pixels_only", "xyt_1.25_80", held_out=False)))
-    assert "nan" not in said and "held-out" not in said and "2.50 dB less" in said
+    assert "nan" not in said and "held-out" not in said and "2.50 dB lower" in said
 
 
 def test_runs_have_words():
     names = ("base", "lambda_0.5", "warmup_50", "pe_1.25_80", "own")
     assert [run_words(name) for name in names] == [
-        "base", "λ = 0.5", "pixel phase of 50 epochs", "from time alone (pe_1.25_80)", "own"]
+        "base", "λ = 0.5", "pixel phase of 50 epochs", "from time alone (80 levels)", "own"]
 
 
 def test_figures_draw_the_table():

@@ -25,7 +25,7 @@ def test_prepared_then_loaded_without_a_teacher(small_config, small_dataset, cac
 def test_facts_name_the_teacher_and_the_counts(small_dataset):
     facts = small_dataset.facts()["value"]
     assert "not CLIP" in facts["teacher"] and facts["frames"] == 12
-    assert facts["training / validation / skipped"] == "10 / 2 / 0"
+    assert facts["training / held out / skipped"] == "10 / 2 / 0"
     assert facts["embedding values"] == 1280
 
 
@@ -88,7 +88,7 @@ def test_figures_show_frames_split_and_patches(small_dataset, config):
     assert "Blender" in words(figures.plot_frames(video.frames, labels, credit=video.credit))
     assert "frame 0, training" in words(figures.plot_frames(video.frames[:1], labels))
     legend = figures.plot_split(labels).legends[0]
-    assert [text.get_text() for text in legend.texts] == ["training: 10", "validation: 2"]
+    assert [text.get_text() for text in legend.texts] == ["training: 10", "held out: 2"]
     assert f"The {len(grid)} patches" in words(figures.plot_patch_grid(video.frames[0], grid))
     patches = cut_patches(video.frames[:1], grid)[0]
     assert "frame 7" in words(figures.plot_patches(patches, grid, frame_index=7))

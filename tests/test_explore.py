@@ -142,8 +142,8 @@ def test_the_page_shows_the_same_as_still_pictures(run_video):
     table = page.find_texts(run_video, ["hare", "moped"])
     assert table.match.is_monotonic_decreasing
     words = page.answer_words(table.assign(found=[True, False]))
-    assert words.startswith(f"Of 2 texts the network finds 1: {table.text[0]} (")
-    assert f"not distinguished from other names: {table.text[1]} (" in words
+    assert words.startswith(f"**Of 2 texts the network finds 1: {table.text[0]} (")
+    assert f"Not distinguished from other names: {table.text[1]} (" in words
     rows = page.heat_rows(run_video, table)
     assert set(rows["hare"][1]) == {"predicted", "teacher"}
     frame, box, hits = page.similar_rows(run_video, 3, 0.1, 0.1)

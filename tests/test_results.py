@@ -178,6 +178,7 @@ def test_several_gpus_are_summed_up():
     said, quality = scaling.answer_words({"parts": {"speed": {"runs": runs}}})
     assert said.startswith("On 4 GPUs training runs 3.60 times as fast as on one (1.90 times on 2)")
     assert quality.endswith("is not reached in as many epochs.") and "+0.00 dB with the" in said
+    assert quality.startswith("It changes by +0.00 dB with the learning rate ×4. ")
     runs.append(row(4, "×4, as many steps", 360, 2.0, 160))
     assert ("after 8.0 s of steps is reached in 2.0 s with the learning rate ×4, as many steps (4 "
             "times the epochs); one GPU was not run with that rate."

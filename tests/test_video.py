@@ -333,7 +333,7 @@ def test_phases_hold_every_frame_out_once():
 
 def test_split_prints_its_counts():
     assert str(split_frames(132, Split(4, 5, 5))) == \
-        "132 frames: 106 train, 26 validate, 0 skipped"
+        "132 frames: 106 train, 26 held out"
 
 
 @pytest.mark.parametrize("split", [(0, 1, 5), (4, 3, 5), (4, 6, 5), (-1, 1, 1)])

@@ -50,6 +50,9 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
         if cell.cell_type == "code" and not {"hide-input", "remove-input"} & set(tags) and (
                 _only_formats(cell.source) or {"parameters", "injected-parameters"} & set(tags)):
             cell.metadata["tags"] = [*tags, "hide-input"]
+        if words := _prompt(cell):
+            cell.metadata["mystnb"] = {"code_prompt_show": f"Show {words}",
+                                       "code_prompt_hide": f"Hide {words}"}
         if "injected-parameters" in tags:
             cell.source = _hide_folders(cell.source, folders)
         if cell.cell_type == "code":
@@ -59,7 +62,7 @@ def clean_page(notebook: nbformat.NotebookNode, folders: dict[str, str]) -> nbfo
                             and WIDGET not in output.get("data", {})
                             and output.get("data", {}).get("text/markdown", "words").strip()]
             if alt := _alternative_text(cell.outputs):
-                cell.metadata["mystnb"] = {"image": {"alt": alt}}
+                cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), "image": {"alt": alt}}
     if facts:
         page.cells.append(nbformat.v4.new_markdown_cell(execution_note(facts), id="executed"))
     _put_answer_first(page)
@@ -79,6 +82,23 @@ def _count_repeated(outputs: list[nbformat.NotebookNode]) -> list[nbformat.Noteb
         if times > 1:
             output.text = f"{output.text.rstrip()} ({times} times)\n"
     return [output for output, _ in kept]
+
+
+def _prompt(cell: nbformat.NotebookNode) -> str:
+    """What a folded cell holds, where it is no code that a reader follows; else nothing."""
+    tags, source = set(cell.metadata.get("tags", [])), cell.source
+    if "hide-input" not in tags:
+        return ""
+    if "injected-parameters" in tags:
+        return "parameters of this page"
+    if "parameters" in tags:
+        return "parameters and their defaults"
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # a magic
+        return ""
+    only = all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in statements)
+    return "imports" if only and statements else ""
 
 
 def _only_formats(source: str) -> bool:

@@ -64,7 +64,8 @@ def collect_scaling(results: Path, outf: Path) -> None:
 
 
 def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
-    """What several GPUs give: (how much faster, and at what PSNR; when one GPU's PSNR is reached).
+    """What several GPUs give: (how much faster, and at what PSNR; PSNR at other learning rates, and
+    when one GPU's is reached).
 
     Args:
         measured: with the part `speed`.
@@ -83,9 +84,11 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
         if best["learning_rate"] != "kept":
             quality += "; one GPU was not run with that rate"
     speed_up = most["frames_per_s"] / alone["frames_per_s"]
-    return (f"On {most['ranks']} GPUs training runs {speed_up:.2f} times as fast as on one{rates}. "
-            f"PSNR after the whole training changes by {quality_words(alone, widest)}.",
-            f"The PSNR that one GPU has after {alone['time_to_quality_s']:.1f} s of steps "
+    other = [run for run in widest if run is not most]
+    return (f"On {most['ranks']} GPUs training runs {speed_up:.2f} times as fast as on one{rates}; "
+            f"PSNR after the whole training changes by {quality_words(alone, [most])}.",
+            (f"It changes by {quality_words(alone, other)}. " if other else "")
+            + f"The PSNR that one GPU has after {alone['time_to_quality_s']:.1f} s of steps "
             f"{quality}.")
 
 

@@ -35,15 +35,15 @@ def find_texts(video: ExploredVideo, texts: Sequence[str]) -> pd.DataFrame:
 
 
 def answer_words(table: pd.DataFrame) -> str:
-    """Which of the texts the network finds in the video; a sentence."""
+    """Which of the texts the network finds in the video, in Markdown."""
     def listed(rows):
         return ", ".join(f"{row.text} ({row.match:.1f} σ)" for row in rows.itertuples())
 
     found, rest = table[table.found], table[~table.found]
-    start = f"Of {len(table)} texts the network finds {len(found)}"
-    start += f": {listed(found)}" if len(found) else ""
-    start += f"; not distinguished from other names: {listed(rest)}" if len(rest) else ""
-    return start + ". σ: standard deviations above other names at the same place."
+    words = f"**Of {len(table)} texts the network finds {len(found)}"
+    words += f": {listed(found)}.**" if len(found) else ".**"
+    words += f" Not distinguished from other names: {listed(rest)}." if len(rest) else ""
+    return words + " σ: standard deviations above other names at the same place."
 
 
 def facts_words(video: ExploredVideo) -> str:
@@ -51,8 +51,8 @@ def facts_words(video: ExploredVideo) -> str:
     height, width = video.size
     asked = ("any box can be searched" if video.has_field else
              f"{len(video.grid)} patches per frame can be searched")
-    return (f"{video.name}, {len(video)} frames of {height}×{width}, {video.times_s[-1]:.1f} s; "
-            f"{asked}. {video.about}".strip())
+    return (f"{video.name}, {len(video)} frames of {height}×{width}, "
+            f"{len(video) / rate(video):.1f} s; {asked}. {video.about}".strip())
 
 
 def rate(video: ExploredVideo) -> float:

@@ -134,4 +134,4 @@ def _title(axes: Axes, x: float, words: str, count: int) -> None:
 def _count(values: int) -> str:
     if values >= 1e6:
         return f"{values / 1e6:.2f} M values"
-    return f"{values:,} values".replace(",", " ")
+    return f"{values:,} values"

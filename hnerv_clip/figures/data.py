@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from hnerv_clip.figures.style import DIVERGING, PALETTE, WIDTH, caption, new_figure, picture_axes
 from hnerv_clip.patches import PatchGrid
 
-SPLIT_NAMES = {"train": "training", "val": "validation", "skip": "skipped"}
+SPLIT_NAMES = {"train": "training", "val": "held out", "skip": "skipped"}
 
 
 def plot_frames(frames: np.ndarray, labels: list[str], *, credit: str = "", count: int = 8,
@@ -58,8 +58,8 @@ def plot_split(labels: list[str]) -> Figure:
     handles = [Patch(color=PALETTE[name], label=f"{SPLIT_NAMES[name]}: {counts[name]}")
                for name in names if counts[name]]
     figure.legend(handles=handles, loc="outside upper left", ncols=3)
-    return caption(figure, "The network is fitted to the training frames, and asked about the "
-                           "validation frames, which it is not fitted to.")
+    return caption(figure, "The network is trained on the training frames, and evaluated on the "
+                           "held-out ones.")
 
 
 def plot_patch_grid(frame: np.ndarray, grid: PatchGrid) -> Figure:

@@ -129,8 +129,9 @@ def plot_query_agreement(agreement: pd.DataFrame, teacher_label: str) -> Figure:
     axes[1].set(xlabel=f"share of the teacher's top {top_k} found", xlim=(0, 1),
                 xticks=[0, 0.5, 1])
     figure.legend(loc="outside upper right")
-    return caption(figure, f"How far the predicted embeddings rank all {agreement.patches.iloc[0]}"
-                           f" patches as the teacher's own do. Teacher: {teacher_label}.")
+    return caption(figure, f"Agreement of two rankings of all {agreement.patches.iloc[0]:,} "
+                           "patches, by the predicted embeddings and by the teacher's own. Right "
+                           f"is better. Teacher: {teacher_label}.")
 
 
 def cut(frame: np.ndarray, box: Sequence[int]) -> np.ndarray:

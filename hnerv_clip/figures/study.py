@@ -78,7 +78,8 @@ def plot_pareto(rows: pd.DataFrame, *, pixels_only: dict[str, float], teacher_la
         pixels_only: PSNR in dB of the network without the head, by part; may be empty.
     """
     figure, axes = new_figure(1, 2, height=3.8, sharey=True)
-    for panel, part, title in zip(axes, ("train", "held_out"), ("training frames", "held out")):
+    parts = {"held_out": "held-out frames", "train": "training frames"}
+    for panel, (part, title) in zip(axes, parts.items()):
         color = PALETTE[part]
         x, y = f"psnr_{part}_db", f"clip_centred_{part}"
         curve = rows[rows.is_base_warmup].sort_values("clip_loss_weight")

@@ -41,7 +41,7 @@ def plot_training(metrics: pd.DataFrame, *, warmup_epochs: int, teacher_label: s
     if with_clip:
         axes[2].plot(metrics.epoch, 1 - metrics.clip_loss, color=PALETTE["train"], alpha=0.5)
         _plot_parts(axes[2], evaluated, "clip_similarity")
-        axes[2].set(title="cosine with the teacher", xlabel="epoch")
+        axes[2].set(title="cosine to the teacher", xlabel="epoch")
         for panel in axes:
             panel.axvline(warmup_epochs, color=GREY, linestyle=":", linewidth=1.2)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper left", ncols=4)
@@ -99,7 +99,7 @@ def plot_frame_quality(table: pd.DataFrame, *, teacher_label: str) -> Figure:
     """
     measures = [("psnr_db", "PSNR (dB)")]
     if "clip_similarity" in table:
-        measures.append(("clip_similarity", "cosine with the teacher"))
+        measures.append(("clip_similarity", "cosine to the teacher"))
     figure, axes = new_figure(len(measures), 1, height=2.1 * len(measures), sharex=True,
                               squeeze=False)
     for panel, (measure, title) in zip(axes.flat, measures):
@@ -116,7 +116,8 @@ def plot_frame_quality(table: pd.DataFrame, *, teacher_label: str) -> Figure:
         panel.set_ylabel(title)
     axes.flat[-1].set_xlabel("frame")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
-    return caption(figure, f"Each frame once per way of getting its embedding. {teacher_label}.")
+    return caption(figure, "A dot is a frame; a held-out frame has one for each source of its "
+                           f"embedding. Teacher: {teacher_label}.")
 
 
 def plot_decoding_speed(speed: pd.DataFrame, *, device: str) -> Figure:

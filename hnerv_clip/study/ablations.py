@@ -54,9 +54,10 @@ def ablation_configs(base: Config, *, lambdas: str = "0 0.1 0.2 0.5 1", warmups:
 def run_words(name: str) -> str:
     """What a run of `ablation_configs` is, in words: "λ = 0.5" for `lambda_0.5`."""
     start, _, value = name.partition("_")
+    levels = f"({value.rpartition('_')[2]} levels)"
     return {"base": "base", "pixels": "pixels only", "lambda": f"λ = {value}",
-            "warmup": f"pixel phase of {value} epochs", "pe": f"from time alone ({name})",
-            "xyt": f"from position and time ({name})"}.get(start, name)
+            "warmup": f"pixel phase of {value} epochs", "pe": f"from time alone {levels}",
+            "xyt": f"from position and time {levels}"}.get(start, name)
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -107,18 +108,17 @@ def ablation_answer(table: pd.DataFrame) -> list[str]:
     missing = [name for name in ("base", "pixels_only") if name not in rows.index]
     if missing:
         said.append("**What the second task costs is not known:** "
-                    f"`{'` and `'.join(missing)}` did not finish.")
+                    f"“{'” and “'.join(map(run_words, missing))}” did not finish.")
     else:
         base, alone = rows.loc["base"], rows.loc["pixels_only"]
-        costs = [f"{abs(cost):.2f} dB {'less' if cost > 0 else 'more'} on {words}"
+        costs = [f"{abs(cost):.2f} dB {'lower' if cost > 0 else 'higher'} on {words}"
                  for part, words in PARTS.items()
                  if (cost := alone[f"psnr_{part}_db"] - base[f"psnr_{part}_db"]) == cost]
-        said.append(f"**With λ = {base.clip_loss_weight:g}, the pictures of the network with both "
-                    f"tasks have {' and '.join(costs)} than those of pixels alone, in one run "
-                    "each.**")
+        said.append(f"**With λ = {base.clip_loss_weight:g}, PSNR with both tasks is "
+                    f"{' and '.join(costs)} than with pixels only.** One run each.")
     for name, row in rows[rows.clip_centred_train.notna()].iterrows():
         if name == "base" or row.kind != "hybrid":
-            who = "The base run" if name == "base" else f"From coordinates alone, `{name}`"
+            who = "The base run" if name == "base" else f"A network {run_words(name)}"
             scores = [f"{row[f'clip_centred_{part}']:.3f} on {words}"
                       for part, words in PARTS.items() if pd.notna(row[f"clip_centred_{part}"])]
             said.append(f"{who} reaches a mean-centered cosine of {' and '.join(scores)}.")

@@ -59,7 +59,7 @@ def test_the_same_field_of_more_and_more_boxes(folder):
 
 def test_a_change_is_said_in_words_and_other_designs_are_no_sizes(folder):
     fields = book.read_fields(folder)["fields"]
-    assert list(fields.change) == ["rank 96, steps 8000", "relu output", "as it was at first",
+    assert list(fields.change) == ["rank 96, steps 8000", "relu output", "default field",
                                    "points 5"]
     assert list(book.capacity(fields).params) == [10_000, 50_000, 400_000]
 

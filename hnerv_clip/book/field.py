@@ -29,8 +29,8 @@ GOALS = {"any_held": {"bunny": 0.90, "bikes": 0.85}, "eight_held": {"bunny": 0.9
 SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "output": "output",
             "source_stage": "stage", "stage": "stage", "points": "points",
             "frequencies": "frequencies", "map_channels": "map channels", "per_key":
-            "frames a latent map", "convs": "convolutions", "residual": "residual",
-            "between": "between",
+            "frames per latent map", "convs": "convolutions", "residual": "residual",
+            "between": "interpolated share",
             "steps": "steps", "lr": "lr", "rate_weight": "rate weight"}
 
 
@@ -370,7 +370,7 @@ def by_boxes(fields: pd.DataFrame) -> pd.DataFrame:
     are in order of video and `boxes_a_frame`; no row of a video without two numbers.
     """
     tried = fields[~fields.is_rounded & (fields.patches == 0)
-                   & ~fields.change.str.contains("residual|between|convolutions|layers 5")]
+                   & ~fields.change.str.contains("residual|interpolated|convolutions|layers 5")]
     counts = tried.groupby(["video", "params"]).boxes_a_frame.nunique()
     best = counts[counts > 1].groupby(level="video").idxmax()
     chosen = tried[[(row.video, row.params) in set(best) for row in tried.itertuples()]]
@@ -415,4 +415,4 @@ def _words(change: dict[str, Any]) -> str:
         if value is not False:
             said.append(words if value is True else f"{words} {value:g}"
                         if isinstance(value, (int, float)) else f"{value} {words}")
-    return ", ".join(said) or "as it was at first"
+    return ", ".join(said) or "default field"

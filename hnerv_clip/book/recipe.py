@@ -120,7 +120,10 @@ def part_rows(parts: pd.DataFrame, *, base: str = "the preset") -> list[dict[str
 
 def changed(params: dict[str, Any], preset: dict[str, Any]) -> str:
     """What a trial's settings change of the preset's, in words."""
-    names = [f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+    words = {"warm_up": "warm-up", "reduce": "width divisor", "act": "activation",
+             "ks": "kernels", "num_blks": "blocks", "cells": "embedding cells"}
+    names = [f"{words.get(name, name.replace('_', ' '))} "
+             + (f"{value:.3g}" if isinstance(value, float) else f"{value}")
              for name, value in params.items() if value != preset[name]]
     return ", ".join(names) or BEST
 

@@ -138,8 +138,8 @@ def change_words(kind: str, variant: str) -> str:
         "clip_loss_type": lambda v: f"{v} loss",
         "clip_jitter": lambda v: "positions moved by half their distance",
         "embed": lambda v: f"{v.rpartition('_')[2]} levels of frequencies"}
-    if variant == "base":
-        return "default head"
+    if variant in ("base", "pixels_only"):
+        return {"base": "default head", "pixels_only": "pixels only"}[variant]
     changes = REMEDIES.get(variant) or ENCODINGS.get(kind, {}).get(variant)
     return ", ".join(words[name](value) for name, value in changes.items()) if changes else variant
 

@@ -208,5 +208,6 @@ def answer_words(agreement: pd.DataFrame) -> str:
     return (f"**{said}: of the {agreement.top_k.iloc[0]} patches that the teacher ranks best for a "
             f"text, out of {agreement.patches.iloc[0]:,}, the network's own best hold {found:.0%} "
             f"(by chance {chance:.0%}).** Over all patches the two rankings have a rank "
-            f"correlation of {agreement.spearman.mean():.2f}. Means over {len(agreement)} texts. The answer "
-            "is no up to twice chance, else yes from half of the patches on, else in part.")
+            f"correlation of {agreement.spearman.mean():.2f}. Means over {len(agreement)} "
+            "texts. The answer is no up to twice chance, else yes from half of the patches on, "
+            "else in part.")

@@ -47,7 +47,7 @@ FRAME_WORDS = {"train": "training", "val": "held out", "held_out": "held out", "
 COLUMN_WORDS = {
     "frames": "frames", "variant": "weights", "source": "embedding", "n": "number",
     "psnr_db": "PSNR (dB)", "ms_ssim": "MS-SSIM", "clip_similarity": "cosine to the teacher",
-    "clip_centred": "mean-centered cosine", "band": "band", "gap": "less than on training frames",
+    "clip_centred": "mean-centered cosine", "band": "band", "gap": "gap to training frames",
     "gap_band": "band of the gap",
     "run": "run", "psnr_held_out_db": "PSNR, held out (dB)",
     "psnr_train_db": "training frames (dB)",

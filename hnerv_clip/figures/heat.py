@@ -28,8 +28,7 @@ STRENGTH = 0.75  # opacity at the top
 GRAY = 0.6  # brightness of a frame beneath
 HEAT = LinearSegmentedColormap.from_list("heat", INFERNO(np.linspace(0.35, 1, 64)))
 WORDS = ("Color: how many standard deviations the text lies above the names of ImageNet's classes, "
-         f"{TEXT_RANGE[0]:g} and less clear, {TEXT_RANGE[1]:g} and more brightest, one scale for "
-         "all.")
+         f"none up to {TEXT_RANGE[0]:g}, brightest from {TEXT_RANGE[1]:g} on; one scale for all.")
 
 
 def heat_image(heat: np.ndarray, size: tuple[int, int], *,

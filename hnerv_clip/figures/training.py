@@ -20,6 +20,8 @@ from hnerv_clip.figures.style import (
 )
 from hnerv_clip.labels import FRAME_WORDS, SOURCE_WORDS
 
+DECODED = {"encoder": "decoded", "interpolated": "decoded, interpolated", "coordinates": "decoded"}
+
 
 def plot_training(metrics: pd.DataFrame, *, warmup_epochs: int, teacher_label: str) -> Figure:
     """Losses, PSNR and CLIP-head similarity over epochs.
@@ -65,7 +67,7 @@ def plot_reconstructions(frames: np.ndarray, decoded: Mapping[str, np.ndarray], 
 
     Args:
         frames: uint8 [n, 3, H, W], the originals.
-        decoded: by name, uint8 [n, 3, H, W].
+        decoded: by name or source, uint8 [n, 3, H, W].
         indices: frame numbers.
         labels: of each frame, 'train', 'val', or words of the caller's.
         gain: how much the error is enlarged.
@@ -79,7 +81,7 @@ def plot_reconstructions(frames: np.ndarray, decoded: Mapping[str, np.ndarray], 
         pictures = [(f"frame {index} ({FRAME_WORDS.get(label, label)})", frame)]
         for name, images in decoded.items():
             error = np.abs(images[row].astype(int) - frame.astype(int)).mean(0)
-            pictures += [(name, images[row]), (f"error × {gain}", error * gain)]
+            pictures += [(DECODED.get(name, name), images[row]), (f"error × {gain}", error * gain)]
         for panel, (title, picture) in zip(axes[row], pictures):
             picture_axes(panel)
             panel.set_title(title, fontsize=8)
@@ -88,7 +90,9 @@ def plot_reconstructions(frames: np.ndarray, decoded: Mapping[str, np.ndarray], 
             else:
                 panel.imshow(picture, cmap="gray", vmin=0, vmax=255)
     return caption(figure, "Original, decoded, and mean absolute error over the color channels, "
-                           f"enlarged {gain} times." + (f" {credit}." if credit else ""))
+                           f"enlarged {gain} times."
+                   + (" Interpolated: from the neighbors' embeddings, not the frame itself."
+                      if "interpolated" in decoded else "") + (f" {credit}." if credit else ""))
 
 
 def plot_frame_quality(table: pd.DataFrame, *, teacher_label: str) -> Figure:

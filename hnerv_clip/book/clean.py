@@ -92,7 +92,7 @@ def _prompt(cell: nbformat.NotebookNode) -> str:
     if "injected-parameters" in tags:
         return "parameters of this page"
     if "parameters" in tags:
-        return "parameters and their defaults"
+        return "default parameters"
     try:
         statements = ast.parse(source).body
     except SyntaxError:  # a magic

@@ -74,6 +74,13 @@ def test_quantise_takes_the_axis_that_errs_least():
     assert q.scale.shape == (1, 3)  # bounds per column, along the axis of 64
 
 
+def test_bounds_beyond_float16_are_kept_in_float32():
+    values = torch.linspace(-1e5, 1e5, 240).reshape(60, 4)  # as of a training that nearly diverged
+    q = quantise(values, bits=8)
+    assert q.axis == -1 and np.isfinite(q.scale).all()
+    assert (q.dequantise() - values).abs().max() <= 2e5 / 255 / 2 * 1.001
+
+
 def test_quantise_refuses_nan():
     with pytest.raises(ValueError, match="NaN"):
         quantise(torch.tensor([1.0, float("nan")]), bits=8)

@@ -25,6 +25,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 
 LAUNCH = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com",
           "notebook_interface": "jupyterlab"}
+APART = ("book", "cli")  # of the library, what a notebook uses only where it imports it
 EXECUTED = re.compile(r"executed at .*\bcommit\s+([0-9a-f]{7,40})\b", re.S)
 
 
@@ -61,7 +62,9 @@ def changed_since(page: Path, notebook: Path, root: str) -> str:
     own, sources = ([cell.source for cell in these if cell.cell_type == "code"
                      and "injected-parameters" not in cell.metadata.get("tags", [])]
                     for these in (cells, nbformat.read(notebook, as_version=4).cells))
-    commits = git(root, "rev-list", "--count", f"{executed[1]}..HEAD", "--", "hnerv_clip")
+    used = ["hnerv_clip", *(f":(exclude)hnerv_clip/{part}" for part in APART
+                            if not any(f"hnerv_clip.{part}" in code for code in sources))]
+    commits = git(root, "rev-list", "--count", f"{executed[1]}..HEAD", "--", *used)
     what = ["the notebook's code changed"] if own != sources else []
     what += [f"the library changed in {commits} commit{'s' * (commits != '1')}"] \
         if commits and commits != "0" else []

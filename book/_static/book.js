@@ -51,3 +51,11 @@ function broken() {
   }
 }
 document.addEventListener("DOMContentLoaded", broken);
+
+// A paragraph all in italics is a note; one with some words in italics is not.
+function noted() {
+  for (const words of document.querySelectorAll(".bd-article p > em:only-child")) {
+    words.parentNode.classList.toggle("note", words.textContent === words.parentNode.textContent.trim());
+  }
+}
+document.addEventListener("DOMContentLoaded", noted);

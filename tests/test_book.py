@@ -620,6 +620,8 @@ def test_the_reference_reads_lists_line_by_line_and_leaves_out_nameless_fields()
     lines = ["Each run folder holds", "", "    job.json     which", "    out_.json    how it ended"]
     facts.plain_docstring(None, "module", "m", None, None, lines)
     assert lines[2:] == ["    | job.json     which", "    | out\\_.json    how it ended"]
+    assert facts.short_signature(None, "class", "C", None, None, "(a: ~x.A = <factory>)", None) == (
+        "(a: ~x.A = ...)", None)
     assert facts.skip_nameless(None, "class", "train", Split.train, False, None)
     assert not facts.skip_nameless(None, "class", "params", Config.params, False, None)
 

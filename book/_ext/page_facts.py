@@ -4,7 +4,7 @@
 - a notice where notebook or library changed since a page was executed;
 - in a book at a reduced setting, a notice on its own pages (`book/_generated/reduced.md`);
 - an alternative text for each figure that has none of its own;
-- docstrings in the reference are plain text;
+- docstrings in the reference are plain text, signatures short;
 - films inside a page are files beside it, loaded when they are played;
 - buttons for Binder and Colab where `repository: url` in `_config.yml` names the repository.
 """
@@ -151,6 +151,11 @@ def plain_docstring(app, what, name, obj, options, lines) -> None:
             lines[i] = "    | " + lines[i].lstrip()
 
 
+def short_signature(app, what, name, obj, options, signature, returns) -> tuple | None:
+    """Defaults from a factory as `...`: with `<factory>`, Sphinx cannot shorten the names of types."""
+    return (signature.replace("<factory>", "..."), returns) if "<factory>" in (signature or "") else None
+
+
 def skip_nameless(app, what, name, obj, skip, options) -> bool | None:
     """Named tuples: fields of which Python says only "Alias for field number 0" are left out."""
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field") else None
@@ -169,6 +174,7 @@ def setup(app) -> dict:
     app.connect("config-inited", offer_launch, priority=900)
     app.connect("doctree-read", add_notices)
     app.connect("autodoc-process-docstring", plain_docstring, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", short_signature)
     app.connect("autodoc-skip-member", skip_nameless)
     app.connect("html-page-context", finish_page, priority=900)
     app.add_post_transform(Figures)

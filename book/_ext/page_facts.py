@@ -152,8 +152,8 @@ def plain_docstring(app, what, name, obj, options, lines) -> None:
 
 
 def short_signature(app, what, name, obj, options, signature, returns) -> tuple | None:
-    """Defaults from a factory as `...`: with `<factory>`, Sphinx cannot shorten the names of types."""
-    return (signature.replace("<factory>", "..."), returns) if "<factory>" in (signature or "") else None
+    """`...` for `<factory>`, with which Sphinx does not shorten the names of types."""
+    return (signature.replace("<factory>", "..."), returns) if signature else None
 
 
 def skip_nameless(app, what, name, obj, skip, options) -> bool | None:

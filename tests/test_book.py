@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -521,6 +522,34 @@ def test_a_page_knows_its_age(tmp_path):
         assert words in said and bool(said) == bool(words)
 
 
+def test_a_page_is_aged_only_by_what_its_notebook_uses(tmp_path):
+    """Commits to `hnerv_clip/book` or `/cli` alone count where the notebook imports those."""
+    page_facts = load_extension("page_facts")
+
+    def commit(name):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+        for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b",
+                                                     "commit", "-qm", name]):
+            subprocess.run(["git", "-C", tmp_path, *words], check=True)
+
+    commit("hnerv_clip/train.py")
+    facts = {"commit": page_facts.git(str(tmp_path), "rev-parse", "HEAD"), "dirty": False,
+             "at": "now", "seconds": 1, "device": "d", "torch": "2"}
+    page_facts.git.cache_clear()
+    for name in ("book/judged.py", "cli/run.py", "train2.py"):
+        commit(f"hnerv_clip/{name}")
+    for source, count in (("import torch", "1 commit."),
+                          ("from hnerv_clip.book import judged", "2 commits.")):
+        page, notebook = run_page(source), tmp_path / "04_x.ipynb"
+        nbformat.write(page, notebook)
+        page.metadata["hnerv_clip"] = facts
+        nbformat.write(clean.clean_page(page, {}), tmp_path / "page.ipynb")
+        said = page_facts.changed_since(tmp_path / "page.ipynb", notebook, str(tmp_path))
+        assert said.endswith(f"the library changed in {count}"), said
+
+
 def test_figures_with_pictures_have_dark_paper_and_the_same_pictures(tmp_path):
     import numpy as np
     from matplotlib import pyplot as plt
@@ -591,6 +620,8 @@ def test_the_reference_reads_lists_line_by_line_and_leaves_out_nameless_fields()
     lines = ["Each run folder holds", "", "    job.json     which", "    out_.json    how it ended"]
     facts.plain_docstring(None, "module", "m", None, None, lines)
     assert lines[2:] == ["    | job.json     which", "    | out\\_.json    how it ended"]
+    assert facts.short_signature(None, "class", "C", None, None, "(a: ~x.A = <factory>)", None) == (
+        "(a: ~x.A = ...)", None)
     assert facts.skip_nameless(None, "class", "train", Split.train, False, None)
     assert not facts.skip_nameless(None, "class", "params", Config.params, False, None)
 

@@ -4,7 +4,7 @@
 - a notice where notebook or library changed since a page was executed;
 - in a book at a reduced setting, a notice on its own pages (`book/_generated/reduced.md`);
 - an alternative text for each figure that has none of its own;
-- docstrings in the reference are plain text;
+- docstrings in the reference are plain text, signatures short;
 - films inside a page are files beside it, loaded when they are played;
 - buttons for Binder and Colab where `repository: url` in `_config.yml` names the repository.
 """
@@ -25,6 +25,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 
 LAUNCH = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com",
           "notebook_interface": "jupyterlab"}
+APART = ("book", "cli")  # of the library, what a notebook uses only where it imports it
 EXECUTED = re.compile(r"executed at .*\bcommit\s+([0-9a-f]{7,40})\b", re.S)
 
 
@@ -61,7 +62,9 @@ def changed_since(page: Path, notebook: Path, root: str) -> str:
     own, sources = ([cell.source for cell in these if cell.cell_type == "code"
                      and "injected-parameters" not in cell.metadata.get("tags", [])]
                     for these in (cells, nbformat.read(notebook, as_version=4).cells))
-    commits = git(root, "rev-list", "--count", f"{executed[1]}..HEAD", "--", "hnerv_clip")
+    used = ["hnerv_clip", *(f":(exclude)hnerv_clip/{part}" for part in APART
+                            if not any(f"hnerv_clip.{part}" in code for code in sources))]
+    commits = git(root, "rev-list", "--count", f"{executed[1]}..HEAD", "--", *used)
     what = ["the notebook's code changed"] if own != sources else []
     what += [f"the library changed in {commits} commit{'s' * (commits != '1')}"] \
         if commits and commits != "0" else []
@@ -148,6 +151,11 @@ def plain_docstring(app, what, name, obj, options, lines) -> None:
             lines[i] = "    | " + lines[i].lstrip()
 
 
+def short_signature(app, what, name, obj, options, signature, returns) -> tuple | None:
+    """`...` for `<factory>`, with which Sphinx does not shorten the names of types."""
+    return (signature.replace("<factory>", "..."), returns) if signature else None
+
+
 def skip_nameless(app, what, name, obj, skip, options) -> bool | None:
     """Named tuples: fields of which Python says only "Alias for field number 0" are left out."""
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field") else None
@@ -166,6 +174,7 @@ def setup(app) -> dict:
     app.connect("config-inited", offer_launch, priority=900)
     app.connect("doctree-read", add_notices)
     app.connect("autodoc-process-docstring", plain_docstring, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", short_signature)
     app.connect("autodoc-skip-member", skip_nameless)
     app.connect("html-page-context", finish_page, priority=900)
     app.add_post_transform(Figures)

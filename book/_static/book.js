@@ -42,12 +42,20 @@ function captioned() {
 }
 document.addEventListener("DOMContentLoaded", captioned);
 
-// Names of settings in tables break behind an underscore, not inside a word.
+// Names in tables and beside the page break behind an underscore, not inside a word.
 function broken() {
-  for (const name of document.querySelectorAll(".bd-article table code .pre")) {
+  for (const name of document.querySelectorAll(":is(.bd-article table, .bd-sidebar-secondary) code .pre")) {
     if (name.textContent.includes("_")) {
       name.replaceChildren(...name.textContent.split(/(?<=_)/).flatMap((part) => [part, document.createElement("wbr")]));
     }
   }
 }
 document.addEventListener("DOMContentLoaded", broken);
+
+// A paragraph all in italics is a note; one with some words in italics is not.
+function noted() {
+  for (const words of document.querySelectorAll(".bd-article p > em:only-child")) {
+    words.parentNode.classList.toggle("note", words.textContent === words.parentNode.textContent.trim());
+  }
+}
+document.addEventListener("DOMContentLoaded", noted);

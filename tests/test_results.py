@@ -177,8 +177,17 @@ def test_several_gpus_are_summed_up():
             row(4, "×4", 350, None)]
     said, quality = scaling.answer_words({"parts": {"speed": {"runs": runs}}})
     assert said.startswith("On 4 GPUs training runs 3.60 times as fast as on one (1.90 times on 2)")
-    assert quality.endswith("is not reached in as many epochs.") and "+0.00 dB with the" in said
-    assert quality.startswith("It changes by +0.00 dB with the learning rate ×4. ")
+    assert quality.endswith("is not reached in as many epochs.") and said.endswith("by +0.00 dB.")
+    assert quality.startswith("PSNR changes by +0.00 dB with the learning rate ×4. ")
+    runs[0]["cosine_centred"], runs[-1]["cosine_centred"] = 0.9, 0.0
+    why = "run ranks4 failed: rank 0 of 4: FileError: /tmp/a/video.hnerv: embeddings: not finite"
+    part = {"runs": runs, "failed": [{"ranks": 4, "learning_rate": "×4", "why": why}],
+            "gpus": 4, "device": "GPU", "commit": "abc", "dirty": False}
+    quality = scaling.answer_words({"parts": {"speed": part}})[1]
+    assert "and the mean-centered cosine falls from 0.90 to 0.00. With 4 ranks and the" in quality
+    assert "learning rate ×4 the run failed (embeddings: not finite). The PSNR" in quality
+    assert scaling.earlier_words({"earlier": [part]}).startswith(
+        "Earlier, on 4 × GPU (commit abc), it changed by +0.00 dB with the learning rate kept")
     runs.append(row(4, "×4, as many steps", 360, 2.0, 160))
     assert ("after 8.0 s of steps is reached in 2.0 s with the learning rate ×4, as many steps (4 "
             "times the epochs); one GPU was not run with that rate."

@@ -8,6 +8,7 @@ says when and on what it was measured.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,6 +51,8 @@ def collect_scaling(results: Path, outf: Path) -> None:
     measured["parts"] = {name: {"gpus": found["gpus"], **part}
                          for found in (before, measured) if same or found is measured
                          for name, part in found["parts"].items() if part["complete"]}
+    if "earlier" in before:
+        measured["earlier"] = before["earlier"]
     figures = run_figures(outf / RUN) if on_gpu and (outf / RUN).exists() else None
     if on_gpu and not same:
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,12 +73,12 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
     Args:
         measured: with the part `speed`.
     """
-    runs = measured["parts"]["speed"]["runs"]
-    alone, *others = [run for run in runs if run["learning_rate"] == "kept"]
+    part = measured["parts"]["speed"]
+    alone, *others = [run for run in part["runs"] if run["learning_rate"] == "kept"]
     most = others.pop()
     rates = "".join(f" ({run['frames_per_s'] / alone['frames_per_s']:.2f} times on {run['ranks']})"
                     for run in others)
-    widest = [run for run in runs if run["ranks"] == most["ranks"]]
+    widest = [run for run in part["runs"] if run["ranks"] == most["ranks"]]
     reached = [run for run in widest if run["time_to_quality_s"] is not None]
     quality = "is not reached in as many epochs"
     if reached:
@@ -84,12 +87,42 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
         if best["learning_rate"] != "kept":
             quality += "; one GPU was not run with that rate"
     speed_up = most["frames_per_s"] / alone["frames_per_s"]
-    other = [run for run in widest if run is not most]
+    more = [f"PSNR changes by {quality_words(alone, [run])}{_cosine_words(run, alone)}."
+            for run in widest if run is not most]
     return (f"On {most['ranks']} GPUs training runs {speed_up:.2f} times as fast as on one{rates}; "
-            f"PSNR after the whole training changes by {quality_words(alone, [most])}.",
-            (f"It changes by {quality_words(alone, other)}. " if other else "")
-            + f"The PSNR that one GPU has after {alone['time_to_quality_s']:.1f} s of steps "
-            f"{quality}.")
+            f"after as many epochs, with fewer steps, PSNR changes by "
+            f"{most['psnr_db'] - alone['psnr_db']:+.2f} dB.",
+            " ".join([*more, failed_words(part), "The PSNR that one GPU has after "
+                      f"{alone['time_to_quality_s']:.1f} s of steps {quality}."]).replace("  ", " "))
+
+
+def failed_words(part: Row) -> str:
+    """Which runs of the part `speed` failed, and with what error; or nothing."""
+    return " ".join(f"With {run['ranks']} ranks and the learning rate {run['learning_rate']} the "
+                    f"run failed ({_reason(run['why'])})." for run in part.get("failed", []))
+
+
+def _reason(why: str) -> str:
+    """An error without the names of runs and temporary files."""
+    return re.sub(r"^(run \S+ failed: )?(rank \d+ of \d+: )?(\w+Error: )?(/\S+: )?", "", why)
+
+
+def earlier_words(measured: dict[str, Any]) -> str:
+    """How PSNR changed on other numbers of GPUs, measured before, with device and commit."""
+    said = []
+    for part in measured.get("earlier", []):
+        alone, *others = part["runs"]
+        said.append(f"Earlier, on {part['gpus']} × {part['device']} (commit "
+                    f"{commit_words(part)}), it changed by {quality_words(alone, others)}.")
+    return " ".join(said)
+
+
+def _cosine_words(row: Row, alone: Row) -> str:
+    """The semantic head's score beside a change of PSNR, where both are known."""
+    one, other = (run.get("cosine_centred") for run in (alone, row))
+    return "" if one is None or other is None else (
+        f", and the mean-centered cosine falls from {one:.2f} to {other:.2f}" if other < one else
+        f", and the mean-centered cosine rises from {one:.2f} to {other:.2f}")
 
 
 def _rate_words(row: Row, alone: Row) -> str:
@@ -131,13 +164,15 @@ def speed_rows(measured: dict[str, Any]) -> list[Row]:
     reached, ranks = f"{part['quality_db']:.2f} dB after (s)", _ranks_word(measured)
     rows = [{ranks: run["ranks"], "frames/s": three_digits(run["frames_per_s"]),
              "PSNR (dB)": f"{run['psnr_db']:.2f}", "learning rate": run["learning_rate"],
+             "mean-centered cosine": None if run.get("cosine_centred") is None
+             else f"{run['cosine_centred']:.3f}",
              "efficiency": f"{run['efficiency']:.0%}",
              reached: "never" if run["time_to_quality_s"] is None
              else f"{run['time_to_quality_s']:.1f}", "training (s)": f"{run['train_time_s']:.1f}",
              "whole run (s)": "resumed" if run["wall_s"] is None else f"{run['wall_s']:.0f}"}
             for run in part["runs"]]
     return rows + [{ranks: run["ranks"], "learning rate": run["learning_rate"],
-                    "frames/s": f"failed: {run['why']}"} for run in part["failed"]]
+                    "frames/s": "failed"} for run in part["failed"]]
 
 
 def _ranks_word(measured: dict[str, Any]) -> str:

@@ -163,7 +163,7 @@ def _scale(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from hnerv_clip.bench.multi_gpu import SETTINGS, measure_scaling
-    from hnerv_clip.book.scaling import correctness_rows, machine_words, speed_rows
+    from hnerv_clip.book.scaling import correctness_rows, failed_words, machine_words, speed_rows
 
     check_writable(resolve_path(args.outf))
     measured = measure_scaling(
@@ -173,4 +173,6 @@ def _scale(args: argparse.Namespace) -> None:
     for rows in (speed_rows(measured), correctness_rows(measured)):
         if rows:
             print(pd.DataFrame(rows).to_string(index=False, na_rep=""), end="\n\n")
+    if failed := failed_words(measured["parts"].get("speed", {})):
+        print(failed)
     print(machine_words(measured))

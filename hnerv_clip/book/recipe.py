@@ -410,7 +410,7 @@ def small_in_words(rows: pd.DataFrame) -> str:
     best = {optimizer: rows[rows.change.str.startswith(f"{BLOCKS}, {optimizer}")]
             .groupby("group", sort=False).psnr_db.agg(["max", "size"])
             for optimizer in ("Muon", "Adam")}
-    both = best["Muon"].join(best["Adam"], rsuffix="_adam")
+    both = best["Muon"].join(best["Adam"].add_suffix("_adam"))
     said = [f"{row['max'] - row['max_adam']:+.2f} dB ({group}; sizes of steps tried: "
             f"{row['size']:.0f} by Muon, {row['size_adam']:.0f} by Adam)"
             for group, row in both.iterrows()]

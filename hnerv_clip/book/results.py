@@ -279,7 +279,7 @@ def repeated_words(swept: pd.DataFrame, folder: str | Path, name: str = "ablatio
         return ""
     change = (pairs.psnr_held_out_db_again - pairs.psnr_held_out_db).abs()
     if change.max() < 0.005:
-        return f"[Page 5](05_ablations.ipynb) has {len(pairs)} of these runs, with the same figures."
+        return f"[Page 5](05_ablations.ipynb) has {len(pairs)} of these runs, of equal figures."
     most = pairs.loc[change.idxmax()]
     return (f"[Page 5](05_ablations.ipynb) trained {len(pairs)} of these settings, too. "
             f"Held-out PSNR differs most for {most.setting}, "

@@ -27,6 +27,7 @@ from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 RUN_FILES = ("config.json", "provenance.json", "summary.json", "metrics.csv", "evaluation.csv")
 PARTS = {"speed": "speed", "correctness": "comparison with one rank", "checkpoint": "checkpoints",
          "kill": "killed rank", "sweep": "independent runs", "run": "complete run"}
+LOST_DB = 0.5  # of PSNR after its best evaluation, from which on the end is told as well
 Row = dict[str, Any]
 
 
@@ -87,8 +88,8 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
         if best["learning_rate"] != "kept":
             quality += "; one GPU was not run with that rate"
     speed_up = most["frames_per_s"] / alone["frames_per_s"]
-    more = [f"PSNR changes by {quality_words(alone, [run])}{_cosine_words(run, alone)}."
-            for run in widest if run is not most]
+    more = [f"PSNR changes by {quality_words(alone, [run])}{_later_words(run, alone)}"
+            f"{_cosine_words(run, alone)}." for run in widest if run is not most]
     return (f"On {most['ranks']} GPUs training runs {speed_up:.2f} times as fast as on one{rates}; "
             f"after as many epochs, with fewer steps, PSNR changes by "
             f"{most['psnr_db'] - alone['psnr_db']:+.2f} dB.",
@@ -115,6 +116,15 @@ def earlier_words(measured: dict[str, Any]) -> str:
         said.append(f"Earlier, on {part['gpus']} × {part['device']} (commit "
                     f"{commit_words(part)}), it changed by {quality_words(alone, others)}.")
     return " ".join(said)
+
+
+def _later_words(row: Row, alone: Row) -> str:
+    """That the PSNR of a row is of its best evaluation, where the last one is far below."""
+    best = max(row.get("curve", []), key=lambda point: point[2], default=None)
+    if not best or best[2] - row["curve"][-1][2] < LOST_DB:
+        return ""
+    return (f" in its best evaluation, after epoch {best[0]}, but by "
+            f"{row['curve'][-1][2] - alone['psnr_db']:+.2f} dB at its end")
 
 
 def _cosine_words(row: Row, alone: Row) -> str:
@@ -163,7 +173,9 @@ def speed_rows(measured: dict[str, Any]) -> list[Row]:
         return []
     reached, ranks = f"{part['quality_db']:.2f} dB after (s)", _ranks_word(measured)
     rows = [{ranks: run["ranks"], "frames/s": three_digits(run["frames_per_s"]),
-             "PSNR (dB)": f"{run['psnr_db']:.2f}", "learning rate": run["learning_rate"],
+             "PSNR (dB)": f"{run['psnr_db']:.2f}" + (
+                 f", at the end {run['curve'][-1][2]:.2f}"
+                 if _later_words(run, part["runs"][0]) else ""), "learning rate": run["learning_rate"],
              "mean-centered cosine": None if run.get("cosine_centred") is None
              else f"{run['cosine_centred']:.3f}",
              "efficiency": f"{run['efficiency']:.0%}",

@@ -175,7 +175,8 @@ def speed_rows(measured: dict[str, Any]) -> list[Row]:
     rows = [{ranks: run["ranks"], "frames/s": three_digits(run["frames_per_s"]),
              "PSNR (dB)": f"{run['psnr_db']:.2f}" + (
                  f", at the end {run['curve'][-1][2]:.2f}"
-                 if _later_words(run, part["runs"][0]) else ""), "learning rate": run["learning_rate"],
+                 if _later_words(run, part["runs"][0]) else ""),
+             "learning rate": run["learning_rate"],
              "mean-centered cosine": None if run.get("cosine_centred") is None
              else f"{run['cosine_centred']:.3f}",
              "efficiency": f"{run['efficiency']:.0%}",

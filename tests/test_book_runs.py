@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from hnerv_clip import cli
+from hnerv_clip.bench import rate_gpu
 from hnerv_clip.book import field as book_field
 from hnerv_clip.book import judged
 from hnerv_clip.dataset import prepare_dataset
@@ -33,12 +34,14 @@ def folders(small_config, tmp_path_factory):
     own = ("predict_clip", "embed", "seed", "clip_loss_weight", "split_phase", "data_split")
     settings = {name: value for name, value in small_config.params().items() if name not in own}
     folders = make_folders(folder / "runs", folder / "results", folder / "cache", {
-        **settings, "epochs": 1, "eval_freq": 1, "pixel_loss_warmup_epochs": 0})
+        **settings, "epochs": 1, "eval_freq": 1, "pixel_loss_warmup_epochs": 0,
+        "field_steps": 12, "field_boxes": 8})
     shutil.copytree(collect.resolve_path(collect.PUBLISHED), folders.out)
     steps = {step.name: step for step in book_runs.book_steps(1)}
     with pytest.MonkeyPatch.context() as patch:  # the teacher takes 12 ms a box of its usual size
         patch.setattr(efficientnet, "preprocess", lambda patches, size, **scale: preprocess(
             patches, (64, 64), **scale))
+        patch.setattr(rate_gpu, "TARGETS", (0.5,))
         patch.setattr(fields, "SMOOTHED", 1)
         patch.setattr(fields, "SHIFTED", 2)
         patch.setattr(fields, "TESTS", {kind: dataclasses.replace(sampling, count=4, shapes=4)
@@ -92,6 +95,19 @@ def test_steps_begin_in_order_when_they_can():
         book_runs.chosen_steps(steps, ("flights",))
     assert [s.name for s in book_runs.chosen_steps(steps, ("field",))] == \
         ["train bunny_a_s0", "field bunny"]
+
+
+def test_a_setting_that_no_field_has_leaves_fields_as_they_are(folders, monkeypatch):
+    """Any setting once meant a try: fields of 12 steps, published as measured."""
+    asked = []
+    monkeypatch.setattr(fields, "measure_field", lambda *_, **options: asked.append(options) or {})
+    monkeypatch.setattr(book_runs, "write_json", lambda *_: None)
+    run = ("bunny", "frozen", "default", "0")
+    book_runs.do_step(("", "field", run), {"folders": dataclasses.replace(
+        folders, settings={name: value for name, value in folders.settings.items()
+                           if not name.startswith("field_")})})
+    book_runs.do_step(("", "field", run), {"folders": folders})
+    assert [(one.get("steps"), one.get("boxes")) for one in asked] == [(None, None), (12, 8)]
 
 
 def test_fields_are_written_as_their_page_reads_them(folders):
@@ -154,7 +170,8 @@ def test_study_and_fidelity_keep_what_is_published(folders):
     assert len(own) == 1 and fidelity["reference"]["paper"]
 
 
-def test_rates_are_measured_through_the_file_and_kept(folders):
+def test_rates_are_measured_through_the_file_and_kept(folders, monkeypatch):
+    monkeypatch.setattr(rate_gpu, "TARGETS", (0.5,))
     path = folders.outf / "rates" / "head" / "rate.json"
     found = json.loads(path.read_text())
     assert [point["kind"] for point in found["points"]] == ["8 bits", "tuned"]

@@ -122,9 +122,10 @@ def _do_field(folders: Folders, video: str, network: str, size: str, seed: str) 
 
     name = f"{video}_hybrid_{NETWORKS[network]}_s{seed}"
     run = load_run(_with_weights(folders, name), cache_dir=folders.cache_dir)
-    tried = {"steps": 12, "boxes": 8} if folders.settings else {}
+    given = {name: folders.settings[f"field_{name}"] for name in ("steps", "boxes")
+             if f"field_{name}" in folders.settings}
     row = measure_field(run, size, network=network, seed=int(seed), cache_dir=folders.cache_dir,
-                        folder=folders.outf / "fields", **tried)
+                        folder=folders.outf / "fields", **given)
     write_json(folders.field_row((video, network, size, seed)), row | _origin())
 
 
@@ -147,12 +148,14 @@ def _with_weights(folders: Folders, name: str) -> Path:
 
 
 def _do_rates(folders: Folders, kind: str) -> None:
-    from hnerv_clip.bench.rate_gpu import measure_gpu
+    from hnerv_clip.bench import rate_gpu
 
     settings = {"predict_clip": False, "head": "original"} if kind == "pixels" else {}
-    tried = {"targets": (0.5,), "epochs": 1} if folders.settings else {}
-    measure_gpu(folders.outf / "rates" / kind, cache_dir=folders.cache_dir, settings={
-        **settings, **folders.settings}, device=folders.settings.get("device", "auto"), **tried)
+    own = {"epochs": folders.settings["epochs"]} if "epochs" in folders.settings else {}
+    rate_gpu.measure_gpu(
+        folders.outf / "rates" / kind, settings={**settings, **folders.settings},
+        targets=rate_gpu.TARGETS, cache_dir=folders.cache_dir,
+        device=folders.settings.get("device", "auto"), **own)
 
 
 def _do_bench(folders: Folders, part: str) -> None:

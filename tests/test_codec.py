@@ -74,11 +74,13 @@ def test_quantise_takes_the_axis_that_errs_least():
     assert q.scale.shape == (1, 3)  # bounds per column, along the axis of 64
 
 
-def test_bounds_beyond_float16_are_kept_in_float32():
-    values = torch.linspace(-1e5, 1e5, 240).reshape(60, 4)  # as of a training that nearly diverged
-    q = quantise(values, bits=8)
-    assert q.axis == -1 and np.isfinite(q.scale).all()
-    assert (q.dequantise() - values).abs().max() <= 2e5 / 255 / 2 * 1.001
+@pytest.mark.parametrize("size", [1.0, 10.0, 100.0])
+def test_slices_that_hardly_vary_have_no_negative_step(size):
+    torch.manual_seed(0)
+    values = size * torch.randn(1, 16, 2, 4) + 1e-6 * torch.randn(132, 16, 2, 4)
+    q = quantise(values, bits=6)
+    assert q.axis == 0 and (q.scale >= 0).all()
+    assert (q.dequantise() - values).abs().max() <= size * 2e-3
 
 
 def test_quantise_refuses_nan():
@@ -323,7 +325,7 @@ def test_the_books_page_gives_the_limits_of_the_code():
     page = (Path(__file__).parents[1] / "book" / "file_format.md").read_text(encoding="utf-8")
     for limit in (HEADER_LIMIT, SIDE_LIMIT, PIXEL_LIMIT, FRAME_LIMIT, VALUES_FREE,
                   ACTIVATION_LIMIT):
-        assert f"{limit:,}".replace(",", " ") in page, limit
+        assert f"{limit:,}" in page, limit
     assert f"beyond {DEPTH_LIMIT} levels" in page and f"0…{entropy.CLASSES - 1}" in page
     assert f"plus {entropy.CLASSES} for" in page and f"more than {VALUES_PER_BYTE} values" in page
     assert f"(`chunk`, {CHUNK} here" in page

@@ -86,6 +86,7 @@ def test_goals_take_the_best_row_and_leave_out_what_is_missing():
     whole["parts"]["fit"].append(whole["parts"]["fit"][0] | {"clip_head": False, "wall_s": 51.6})
     assert list(results.goals([whole]).measured) == [
         "952", "1.00", "1000", "52", "5000", "2.0%", "12000"]
+    assert list(results.goals([whole]).met) == ["no", "yes", "no", "yes", "yes", "yes", "yes"]
     assert len(results.goals([gpu()])) == 6
     empty = {"device": "NVIDIA Something", "parts": {}, "made": {}}
     assert not len(results.goals([empty])) and not len(results.goals([{**gpu(),

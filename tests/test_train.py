@@ -338,6 +338,17 @@ def test_what_is_advised_about_a_lost_file_is_true(name, trained_copy, finished,
     assert list(read()) == list(expected) and len(read()) == len(expected)
 
 
+def test_no_model_of_the_pixel_phase_is_the_best_one(small_config, cache_dir, tmp_path,
+                                                     monkeypatch):
+    """Its head is random; a run that lost picture with the cosine term kept such a head."""
+    real, scores = train_module.evaluation_columns, iter([30.0, 20.0, 25.0, 24.0])
+    monkeypatch.setattr(train_module, "evaluation_columns", lambda table: {
+        **real(table), "eval_psnr_train": next(scores)})
+    config = small_config.replace(epochs=4, eval_freq=1, pixel_loss_warmup_epochs=1)
+    train(config, tmp_path / "run", cache_dir=cache_dir, progress=False)
+    assert RunDir(tmp_path / "run").summary()["best_epoch"] == 3
+
+
 def test_a_damaged_best_model_does_not_stop_training(trained_copy, small_config, cache_dir):
     (trained_copy / "summary.json").unlink()
     (trained_copy / "model_best.pth").write_bytes(b"")

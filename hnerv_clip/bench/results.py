@@ -179,11 +179,19 @@ AXES: dict[str, tuple[str, str, Callable[[Row], str]]] = {
 
 
 def goals(benches: list[Bench]) -> pd.DataFrame:
-    """What was aimed at on one GPU, and what was measured: what, goal, measured, device."""
+    """What was aimed at on one GPU, and what was measured: what, goal, measured, met, device."""
     return pd.DataFrame([
-        {"what": what, "goal": goal, "measured": text.format(value), "device": bench["device"]}
+        {"what": what, "goal": goal, "measured": text.format(value),
+         "met": "yes" if _is_met(goal, value) else "no", "device": bench["device"]}
         for bench in benches if is_gpu(bench)
         for what, goal, find, text in GOALS if (value := find(bench)) is not None])
+
+
+def _is_met(goal: str, value: float) -> bool:
+    """Whether a value is on the side of a goal that its sign says; "≤ 3%" is 0.03."""
+    sign, _, text = goal.partition("\u00a0")
+    limit = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    return value >= limit if sign == "≥" else value <= limit
 
 
 def is_gpu(bench: Bench) -> bool:

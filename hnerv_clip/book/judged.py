@@ -247,8 +247,9 @@ def coverage_words(intervals: pd.DataFrame) -> str:
     """
     low, high = intervals.covered.min(), intervals.covered.max()
     text = (f"Of {intervals.datasets.min()} simulated data sets each, 95% intervals hold the "
-            f"true mean in {low:.1%} to {high:.1%}: at worst {max(0, 95 - 100 * low):.1f} points "
-            f"too seldom and {max(0, 100 * high - 95):.1f} points too often.")
+            f"true mean in {low:.1%} to {high:.1%}: " + (
+                f"up to {95 - 100 * low:.1f} points too seldom and " if low < 0.95 else "")
+            + f"up to {max(0, 100 * high - 95):.1f} points too often.")
     few = intervals[intervals.covered < 0.93]
     if len(few) and "series" in few:
         text += " More than two points too seldom, for " + join_words([

@@ -219,9 +219,8 @@ def best_heads(rows: pd.DataFrame) -> Markup:
             short.append(f"{where}{verb} the default head, which none beats significantly")
             continue
         best = rows.loc[max(gains, key=gains.__getitem__)]
-        change = f"{best.psnr.difference:+.2f} dB" \
-            if best.psnr.outcome in ("higher", "lower") else "no significant change"
-        short.append(f"{where}{verb} “{best.change}” ({change} of PSNR)")
+        change = best.psnr.interval("dB")
+        short.append(f"{where}{verb} “{best.change}” (PSNR {change})")
         details.append(f"{where} “{best.change}” changes skill by {paired_text(best[name], 3)} "
                        f"and PSNR by {best.psnr.interval('dB')}")
     text = ", ".join(short)
@@ -279,7 +278,7 @@ def repeated_words(swept: pd.DataFrame, folder: str | Path, name: str = "ablatio
         return ""
     change = (pairs.psnr_held_out_db_again - pairs.psnr_held_out_db).abs()
     if change.max() < 0.005:
-        return f"[Page 5](05_ablations.ipynb) has {len(pairs)} of these runs, of equal figures."
+        return f"[Page 5](05_ablations.ipynb) has {len(pairs)} of these settings: equal figures."
     most = pairs.loc[change.idxmax()]
     return (f"[Page 5](05_ablations.ipynb) trained {len(pairs)} of these settings, too. "
             f"Held-out PSNR differs most for {most.setting}, "

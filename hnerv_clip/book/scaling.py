@@ -27,7 +27,6 @@ from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 RUN_FILES = ("config.json", "provenance.json", "summary.json", "metrics.csv", "evaluation.csv")
 PARTS = {"speed": "speed", "correctness": "comparison with one rank", "checkpoint": "checkpoints",
          "kill": "killed rank", "sweep": "independent runs", "run": "complete run"}
-LOST_DB = 0.5  # of PSNR after its best evaluation, from which on the end is told as well
 Row = dict[str, Any]
 
 
@@ -52,8 +51,9 @@ def collect_scaling(results: Path, outf: Path) -> None:
     measured["parts"] = {name: {"gpus": found["gpus"], **part}
                          for found in (before, measured) if same or found is measured
                          for name, part in found["parts"].items() if part["complete"]}
-    if "earlier" in before:
-        measured["earlier"] = before["earlier"]
+    earlier = [*before.get("earlier", []), *filter(None, [before["parts"].get("speed")])]
+    measured["earlier"] = [part for part in earlier
+                           if part.get("gpus", before["gpus"]) != measured["gpus"]]
     figures = run_figures(outf / RUN) if on_gpu and (outf / RUN).exists() else None
     if on_gpu and not same:
         shutil.rmtree(folder, ignore_errors=True)
@@ -74,12 +74,12 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
     Args:
         measured: with the part `speed`.
     """
-    part = measured["parts"]["speed"]
-    alone, *others = [run for run in part["runs"] if run["learning_rate"] == "kept"]
+    part, runs = measured["parts"]["speed"], _with_head(measured)
+    alone, *others = [run for run in runs if run["learning_rate"] == "kept"]
     most = others.pop()
     rates = "".join(f" ({run['frames_per_s'] / alone['frames_per_s']:.2f} times on {run['ranks']})"
                     for run in others)
-    widest = [run for run in part["runs"] if run["ranks"] == most["ranks"]]
+    widest = [run for run in runs if run["ranks"] == most["ranks"]]
     reached = [run for run in widest if run["time_to_quality_s"] is not None]
     quality = "is not reached in as many epochs"
     if reached:
@@ -88,7 +88,7 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
         if best["learning_rate"] != "kept":
             quality += "; one GPU was not run with that rate"
     speed_up = most["frames_per_s"] / alone["frames_per_s"]
-    more = [f"PSNR changes by {quality_words(alone, [run])}{_later_words(run, alone)}"
+    more = [f"PSNR changes by {quality_words(alone, [run])}{_lost_words(run)}"
             f"{_cosine_words(run, alone)}." for run in widest if run is not most]
     return (f"On {most['ranks']} GPUs training runs {speed_up:.2f} times as fast as on one{rates}; "
             f"after as many epochs, with fewer steps, PSNR changes by "
@@ -99,8 +99,8 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
 
 def failed_words(part: Row) -> str:
     """Which runs of the part `speed` failed, and with what error; or nothing."""
-    return " ".join(f"With {run['ranks']} ranks and the learning rate {run['learning_rate']} the "
-                    f"run failed ({_reason(run['why'])})." for run in part.get("failed", []))
+    return " ".join(f"The run on {run['ranks']} with the learning rate {run['learning_rate']} has "
+                    f"no result ({_reason(run['why'])})." for run in part.get("failed", []))
 
 
 def _reason(why: str) -> str:
@@ -113,18 +113,40 @@ def earlier_words(measured: dict[str, Any]) -> str:
     said = []
     for part in measured.get("earlier", []):
         alone, *others = part["runs"]
-        said.append(f"Earlier, on {part['gpus']} × {part['device']} (commit "
-                    f"{commit_words(part)}), it changed by {quality_words(alone, others)}.")
+        said.append(f"Measured before, on {part['gpus']} × {part['device']} (commit "
+                    f"{commit_words(part)}): PSNR changed by {quality_words(alone, others)}.")
     return " ".join(said)
 
 
-def _later_words(row: Row, alone: Row) -> str:
-    """That the PSNR of a row is of its best evaluation, where the last one is far below."""
-    best = max(row.get("curve", []), key=lambda point: point[2], default=None)
-    if not best or best[2] - row["curve"][-1][2] < LOST_DB:
+def _with_head(measured: dict[str, Any]) -> list[Row]:
+    """Runs of the part `speed`, none judged by its pixel phase.
+
+    Where the best evaluation is of that phase, the last one takes its place: the head was random
+    then, and the network had one task. Such a row gains `lost_db`, that PSNR and those after it.
+    """
+    settings, part = measured.get("settings", {}), measured["parts"]["speed"]
+    rows = []
+    for run in part["runs"]:
+        share = settings.get("pixel_loss_warmup_epochs", 0) / settings.get("epochs", 1)
+        curve = run.get("curve", [])
+        both = [point for point in curve if point[0] > share * run["epochs"]]
+        best = max(curve, key=lambda point: point[2], default=None)
+        if best and both and best not in both:
+            reached = max(point[2] for point in both) >= part["quality_db"]
+            run = {**run, "psnr_db": curve[-1][2], "cosine_centred": None,
+                   "lost_db": (best[2], both[0][2], curve[-1][2]),
+                   **({} if reached else {"time_to_quality_s": None})}
+        rows.append(run)
+    return rows
+
+
+def _lost_words(run: Row) -> str:
+    """What became of a picture that was best in its pixel phase; or nothing."""
+    if "lost_db" not in run:
         return ""
-    return (f" in its best evaluation, after epoch {best[0]}, but by "
-            f"{row['curve'][-1][2] - alone['psnr_db']:+.2f} dB at its end")
+    best, joined, last = run["lost_db"]
+    return (f": it fell from {best:.2f} dB in the pixel phase to {joined:.2f} dB when the cosine "
+            f"term joined, and ended at {last:.2f} dB")
 
 
 def _cosine_words(row: Row, alone: Row) -> str:
@@ -173,9 +195,7 @@ def speed_rows(measured: dict[str, Any]) -> list[Row]:
         return []
     reached, ranks = f"{part['quality_db']:.2f} dB after (s)", _ranks_word(measured)
     rows = [{ranks: run["ranks"], "frames/s": three_digits(run["frames_per_s"]),
-             "PSNR (dB)": f"{run['psnr_db']:.2f}" + (
-                 f", at the end {run['curve'][-1][2]:.2f}"
-                 if _later_words(run, part["runs"][0]) else ""),
+             "PSNR (dB)": f"{run['psnr_db']:.2f}",
              "learning rate": run["learning_rate"],
              "mean-centered cosine": None if run.get("cosine_centred") is None
              else f"{run['cosine_centred']:.3f}",
@@ -183,7 +203,7 @@ def speed_rows(measured: dict[str, Any]) -> list[Row]:
              reached: "never" if run["time_to_quality_s"] is None
              else f"{run['time_to_quality_s']:.1f}", "training (s)": f"{run['train_time_s']:.1f}",
              "whole run (s)": "resumed" if run["wall_s"] is None else f"{run['wall_s']:.0f}"}
-            for run in part["runs"]]
+            for run in _with_head(measured)]
     return rows + [{ranks: run["ranks"], "learning rate": run["learning_rate"],
                     "frames/s": "failed"} for run in part["failed"]]
 

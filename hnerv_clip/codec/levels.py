@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGEST = float(np.finfo(np.float16).max) / 2  # that bounds in float16, and their distance, hold
-
 
 @dataclass
 class Quantised:
@@ -37,7 +35,7 @@ def quantise(tensor: Tensor, *, bits: int) -> Quantised:
 
     HNeRV's rule: over the whole tensor, or along one axis. Per-axis bounds are kept in float16 and
     considered where the axis is longer than 50, so that they are under 2% of the values, as in
-    HNeRV's code, and where float16 holds them; constants (minimum = maximum) come back exactly.
+    HNeRV's code; constants (minimum = maximum) come back exactly, along an axis as float16.
 
     Args:
         tensor: any shape, finite.
@@ -51,10 +49,10 @@ def quantise(tensor: Tensor, *, bits: int) -> Quantised:
     best, best_error = None, np.inf
     for axis in axes:
         kind, over = (np.float32, None) if axis < 0 else (np.float16, axis)
-        if axis >= 0 and np.abs(values).max(initial=0) > LARGEST:
-            continue
         low = values.min(axis=over, keepdims=True).astype(kind).astype(np.float32)
-        scale = ((values.max(axis=over, keepdims=True) - low) / top).astype(kind)
+        # float16 may round a minimum up, past the maximum of a slice that hardly varies
+        span = np.maximum(values.max(axis=over, keepdims=True) - low, 0)
+        scale = (span / top).astype(kind)
         step = np.where(scale > 0, scale, 1).astype(np.float32)
         zero = np.clip(np.round(-low / step), 0, top)  # the level of the value 0
         shift = np.where(scale > 0, low + step * zero, low).astype(kind)

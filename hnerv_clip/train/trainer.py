@@ -292,12 +292,21 @@ class Trainer:
         # Chosen by the frames that train: nothing of the held-out ones leaks into the choice
         # nor of pixels that a mask hides
         score = columns[f"eval_psnr{'' if self.dataset.mask is None else '_outside'}_train"]
-        if score > self.best_psnr_db:
+        if score > self.best_psnr_db or self._head_joined and math.isfinite(score):
             self.best_psnr_db = score
             self.run.save_checkpoint(BEST, {
                 "config": self.config.params(), "model": self.model.state_dict(),
                 "epoch": self.epoch, **columns})
         return columns
+
+    @property
+    def _head_joined(self) -> bool:
+        """Whether this is the first evaluation after the pixel phase: no model from before, whose
+        head is random, stays the best one, however good its picture."""
+        options = self.config.train
+        before = (self.epoch - 1) // options.eval_freq * options.eval_freq
+        return (self.config.model.predict_clip and options.clip_loss_weight > 0
+                and before <= options.pixel_loss_warmup_epochs < self.epoch)
 
     @property
     def computed(self) -> str:

@@ -78,7 +78,7 @@ def test_settings_that_none_beats():
     assert results.pareto_optimal(rows, "a", "b").index.tolist() == [0, 1, 2]
 
 
-def test_the_best_heads_are_named_and_a_cost_that_is_none_is_not_a_number():
+def test_the_best_heads_are_named_with_the_interval_of_their_cost():
     def paired(*values):
         return compare_paired(pd.Series(values), pd.Series([0.0] * len(values)))
     rows = pd.DataFrame([
@@ -87,9 +87,9 @@ def test_the_best_heads_are_named_and_a_cost_that_is_none_is_not_a_number():
         {"change": "b", "skill": paired(0.9, -0.9, 0.9), "anywhere": paired(0.5, 0.6, 0.7),
          "psnr": paired(1.0, -2.0, 0.0)}])
     assert results.best_heads(rows).startswith(
-        "**At the supervised positions it is “a” (+1.10 dB of PSNR), anywhere in the frame “b” (no "
-        "significant change of PSNR).** Against the default head, at the supervised positions “a” "
-        "changes skill by +0.110 [")
+        "**At the supervised positions it is “a” (PSNR +1.10 dB [+0.85, +1.35]), anywhere in the "
+        "frame “b” (PSNR -0.33 dB [-4.13, +3.46]).** Against the default head, at the supervised "
+        "positions “a” changes skill by +0.110 [")
     assert "frame the default head, which none beats significantly.**" in \
         results.best_heads(rows.head(1))
 
@@ -268,8 +268,9 @@ def test_the_worst_made_data_are_named():
     weak, = judged.weak_rows(planted)
     assert (weak["value"], weak["answered yes"]) == ("0.30", "50.0%")
     intervals = pd.DataFrame({"covered": [0.94, 0.97], "datasets": 7})
-    assert "at worst 1.0 points too seldom and 2.0 points too often" in \
+    assert "up to 1.0 points too seldom and up to 2.0 points too often" in \
         judged.coverage_words(intervals)
+    assert "97.0%: up to 2.0 points too often" in judged.coverage_words(intervals[1:])
 
 
 def test_text_is_escaped_once():

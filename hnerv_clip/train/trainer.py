@@ -164,8 +164,7 @@ class Trainer:
         train = self.config.train
         order = epoch_order(self.dataset.split.train, seed=train.seed, epoch=self.epoch)
         batches = order.to(self.device).split(self.frames_per_step)
-        weight = clip_weight(self.epoch, clip_loss_weight=train.clip_loss_weight,
-                             pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs)
+        weight = self._clip_weight(self.epoch)
         self.model.train()
         self._start_clock()
         while self.batch < len(batches):
@@ -212,9 +211,7 @@ class Trainer:
         row = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps,
                "lr": self._learning_rate((self.epoch + (self.steps - 1) / self.steps)
                                          / train.epochs),
-               "clip_weight": clip_weight(
-                   self.epoch, clip_loss_weight=train.clip_loss_weight,
-                   pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs),
+               "clip_weight": self._clip_weight(self.epoch),
                **dict(zip(COLUMNS, means)), "train_time_s": self.train_time_s}
         if not self.config.model.predict_clip:
             row["clip_loss"] = float("nan")
@@ -303,10 +300,15 @@ class Trainer:
     def _head_joined(self) -> bool:
         """Whether this is the first evaluation after the pixel phase: no model from before, whose
         head is random, stays the best one, however good its picture."""
-        options = self.config.train
-        before = (self.epoch - 1) // options.eval_freq * options.eval_freq
-        return (self.config.model.predict_clip and options.clip_loss_weight > 0
-                and before <= options.pixel_loss_warmup_epochs < self.epoch)
+        before = (self.epoch - 1) // self.config.train.eval_freq * self.config.train.eval_freq
+        return self.config.model.predict_clip and \
+            self._clip_weight(self.epoch - 1) > self._clip_weight(before - 1)
+
+    def _clip_weight(self, epoch: int) -> float:
+        """λ of an epoch, counted from 0."""
+        train = self.config.train
+        return clip_weight(epoch, clip_loss_weight=train.clip_loss_weight,
+                           pixel_loss_warmup_epochs=train.pixel_loss_warmup_epochs)
 
     @property
     def computed(self) -> str:

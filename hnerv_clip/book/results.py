@@ -219,10 +219,8 @@ def best_heads(rows: pd.DataFrame) -> Markup:
             short.append(f"{where}{verb} the default head, which none beats significantly")
             continue
         best = rows.loc[max(gains, key=gains.__getitem__)]
-        change = best.psnr.interval("dB")
-        short.append(f"{where}{verb} “{best.change}” (PSNR {change})")
-        details.append(f"{where} “{best.change}” changes skill by {paired_text(best[name], 3)} "
-                       f"and PSNR by {best.psnr.interval('dB')}")
+        short.append(f"{where}{verb} “{best.change}” (PSNR {best.psnr.interval('dB')})")
+        details.append(f"{where} “{best.change}” changes skill by {paired_text(best[name], 3)}")
     text = ", ".join(short)
     return Markup(f"**{text[0].upper()}{text[1:]}.**" + (
         f" Against the default head, {', and '.join(details)}." if details else ""))

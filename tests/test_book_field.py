@@ -69,7 +69,7 @@ def test_the_original_heads_cost_is_of_the_same_frames(folder):
 
 
 def test_pairs_of_networks_win_over_the_scouts_single_runs(folder):
-    assert book.pair_rows(folder) == []
+    assert book.compare_pairs(folder) == []
     content = json.loads((folder / book.FILE).read_text())
     content["original"] = {"bunny": {"eight": 0.8, "any": -0.3, "cost_db": 1.0, "seeds": 2}}
     content["pairs"] = [
@@ -78,9 +78,15 @@ def test_pairs_of_networks_win_over_the_scouts_single_runs(folder):
         for network, gain in (("frozen", 0.0), ("joint", 0.02))]
     (folder / book.FILE).write_text(json.dumps(content))
     assert book.read_original(folder)["bunny"]["cost_db"] == 1.0
-    row, = book.pair_rows(folder)
-    assert row["any box, joint less frozen"].startswith("+0.020")
-    assert row["held-out PSNR, joint less frozen"].startswith("-0.20 dB")
+    pairs = book.compare_pairs(folder)
+    row, = book.pair_rows(pairs)
+    assert row["any box, with it less without"].startswith("+0.020")
+    assert row["held-out PSNR, with it less without"].startswith("-0.20 dB")
+    assert book.pair_answer(pairs) == "Yes on bunny"
+    for row, less in zip(content["pairs"], (0.0, 0.05, 0.0, 0.0)):
+        row["any_held"] -= less
+    (folder / book.FILE).write_text(json.dumps(content))
+    assert book.pair_answer(book.compare_pairs(folder)).startswith("Not that could be measured")
 
 
 def test_training_together_is_paired_with_the_picture_alone(folder):
@@ -208,7 +214,7 @@ def test_boxes_drawn_by_hand_are_counted_for_field_and_teacher(folder):
         "teacher", "teacher, in words", "field", "field, in words"]
 
 
-def test_other_seeds_of_the_largest_field_are_told_beside_the_first(folder):
+def test_fields_of_several_seeds_are_told_with_their_spread(folder):
     content = json.loads((folder / book.FILE).read_text())
     content["rows"] = [row | {"eight_held": 0.6} for row in content["rows"]]
     content["rows"].append(field_row(0.9, 9, rounding=0.0) | {
@@ -216,13 +222,13 @@ def test_other_seeds_of_the_largest_field_are_told_beside_the_first(folder):
     content["rows"] += [content["rows"][-1] | other for other in (  # better, but other designs
         {"head": "best", "any_held": 0.99}, {"boxes_a_frame": 100, "any_held": 0.99})]
     (folder / book.FILE).write_text(json.dumps(content))
-    assert book.seed_words(book.read_fields(folder)) == "One seed."
-    content["seeds"] = [{"video": "bunny", "head": "xl", "boxes_a_frame": 99, "seed": seed,
-                         "any_held": skill, "eight_held": 0.6}
+    assert book.seed_words(book.read_fields(folder)["fields"]) == "One seed."
+    content["rows"] += [content["rows"][4] | {"seed": seed, "any_held": skill}
                         for seed, skill in ((1, 0.92), (2, 0.88))]
     (folder / book.FILE).write_text(json.dumps(content))
-    said = book.seed_words(book.read_fields(folder))  # seed 0 of that design has 0.9
-    assert "0.900 ± 0.020 at any box and 0.600 ± 0.000 at the eight patches on bunny (3)" in said
+    said = book.seed_words(book.read_fields(folder)["fields"])  # seed 0 of that design has 0.9
+    assert "the xl field, fitted to 99 boxes of each frame, has on bunny 0.900 ± 0.020 at any " \
+           "box and 0.600 ± 0.000 at the eight patches (3 seeds)" in said
 
 
 def decoded_file(digest, rate, field, teacher, *, held=0, psnr=35.0):

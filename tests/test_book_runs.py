@@ -113,19 +113,24 @@ def test_a_setting_that_no_field_has_leaves_fields_as_they_are(folders, monkeypa
 def test_fields_are_written_as_their_page_reads_them(folders):
     read = book_field.read_fields(folders.out)
     rows = json.loads((folders.out / "field_h100.json").read_text())
-    commit = rows["about"]["commits"][max(rows["about"]["commits"])]
+    number = max(rows["about"]["commits"])
+    commit = rows["about"]["commits"][number]
+    assert set(rows["about"]["devices"]) == set(rows["about"]["dates"]) == set(
+        rows["about"]["commits"])
     new = [row for row in rows["rows"] if row.get("commit") == commit]
     assert [row["network"] for row in new] == ["frozen"] and new[0]["bytes"] > 1000
     assert {row["network"] for row in rows["pairs"]} == {"frozen", "joint"}
     assert rows["original"]["bunny"]["seeds"] == 1
     old = read["fields"][read["fields"]["round"] == 1].iloc[0]
     measured = {key for key, value in old.items() if np.all(pd.notna(value))} - {"t", "t_s"}
-    assert measured - {"is_rounded", "kb", "change", "own_boxes"} <= set(new[0]) | {"parts"}
+    assert measured - {"is_rounded", "kb", "change", "settings", "own_boxes"} <= set(new[0]) | {"parts"}
     latest = [row for row in rows["rows"] if row["round"] == new[0]["round"]]
     assert {"shift 0.02", "mean of 8 at 0.05"} <= set(
         next(row for row in latest if row.get("what") == "shifts"))
     near = next(row for row in latest if row.get("baseline") == "nearest training frame")
     assert near["any_train"] == pytest.approx(1, abs=1e-3) and near["any_held"] < 1
+    keys = [(row["video"], row["baseline"]) for row in rows["rows"] if "baseline" in row]
+    assert len(keys) == len(set(keys))  # none beside one of an earlier round
 
 
 def test_fields_are_the_same_measure_as_before():

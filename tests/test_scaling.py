@@ -120,6 +120,7 @@ def test_a_whole_run_becomes_a_page(outf, cache_dir, tmp_path):
     collect_scaling(tmp_path, newer)  # the older whole run stays, and its part says of what it is
     both = read_scaling(tmp_path, "scaling.json", ["run", "checkpoint"])
     assert [both["parts"][name]["gpus"] for name in ("run", "checkpoint")] == [2, 4]
+    assert both["gpus"] == 2  # of the part `speed`, which is not measured anew
     assert (tmp_path / "scaling_run").exists()
     assert "complete run: 2 × " in machine_words(both)
     assert "checkpoints: 4 × " in machine_words(both)

@@ -35,11 +35,10 @@ SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "output": "ou
 
 
 def read_fields(folder: str | Path) -> dict[str, Any]:
-    """The measurement: `about`; `fields` and `baselines` (tables); `runs` and `shifts` by video;
-    `seeds`, designs of `fields` (by `head` and boxes_a_frame) with other seeds of the network and
-    of the fit.
+    """The measurement: `about`; `fields` and `baselines` (tables); `runs` and `shifts` by video.
 
-    `fields` has the columns of the file and `change` in words, `is_rounded` (whether its bytes
+    `fields` has the columns of the file and `change` in words, `settings` (the names of those that
+    it sets), `is_rounded` (whether its bytes
     are of the weights whose skill is given), `kb` (10³ bytes), `boxes_a_frame` that it was fitted
     to, and `patches`, the share of draws that are the run's patches. `moved` has, by video and
     pixels, the teacher's skill for a box that moves; `side_files` what bytes alone give, with the
@@ -50,17 +49,19 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     """
     measured = read_json(folder, FILE, fix=FIX)
     rows = measured["rows"]
-    found = [{"boxes_a_frame": BOXES, "patches": 0, "shapes": "128", **row,
-              "change": _words(row["change"]), "kb": row["bytes"] / 1e3,
-              "is_rounded": (row["change"]["fit"] or {}).get("rounding", 1) > 0}
-             for row in rows if "head" in row]
+    found = []
+    for row in (row for row in rows if "head" in row):
+        # `study.fields` begins from the library's field, which has this output by default
+        change = {**({"output": "relu"} if "network" in row else {}), **row["change"]}
+        found.append({
+            "round": 0, "boxes_a_frame": BOXES, "patches": 0, "shapes": "128", **row,
+            "change": _words(change), "settings": set(_settings(change)),
+            "kb": row["bytes"] / 1e3,
+            "is_rounded": (change["fit"] or {}).get("rounding", 1) > 0})
     if not found:
         raise ResultsError(f"{FILE} has no field; take it back with {FIX}")
     return {"about": measured["about"], "fields": pd.DataFrame(found),
             "baselines": pd.DataFrame([row for row in rows if "baseline" in row]),
-            "seeds": pd.DataFrame(measured.get("seeds", []),
-                                  columns=["video", "head", "boxes_a_frame", "seed", "any_held",
-                                           "eight_held"]),
             "runs": {row["run"].split("_")[0]: row for row in rows if "run" in row},
             "moved": pd.DataFrame([row for row in rows if row.get("what") == "moved"],
                                   columns=["video", "pixels", "skill", "mean_of_4"]),
@@ -89,23 +90,46 @@ def read_original(folder: str | Path) -> dict[str, dict[str, float]]:
             for row in rows if row.get("head", "").startswith("user's head")} | found
 
 
-def pair_rows(folder: str | Path) -> list[dict[str, str]]:
-    """The same field on a network trained for the picture alone and on one trained with the head.
+@dataclass(frozen=True)
+class Pairs:
+    """The same field on networks trained with the original head, less those without, by seeds."""
 
-    A row per video, of the seeds that both have: skill at any box and PSNR in dB on held-out
-    frames, joint less frozen (`verify.paired`). Empty where there are no pairs.
-    """
-    pairs, rows = pd.DataFrame(read_json(folder, FILE, fix=FIX).get("pairs", [])), []
+    video: str
+    frozen: float  # skill at any box of held-out frames, without
+    skill: Paired
+    psnr: Paired  # in dB, held-out frames
+
+
+def compare_pairs(folder: str | Path) -> list[Pairs]:
+    """Every video's pairs of seeds that both networks have; none where none was measured."""
+    pairs, found = pd.DataFrame(read_json(folder, FILE, fix=FIX).get("pairs", [])), []
     for video, part in pairs.groupby("video", sort=False) if len(pairs) else ():
         joint, frozen = (part[part.network == name].set_index("seed")
                          for name in ("joint", "frozen"))
         if len(joint.index.intersection(frozen.index)):
-            rows.append({"video": video, "any box, frozen": f"{frozen.any_held.mean():.3f}",
-                         "any box, joint less frozen": compare_paired(
-                             joint.any_held, frozen.any_held).words(digits=3),
-                         "held-out PSNR, joint less frozen": compare_paired(
-                             joint.psnr_held_db, frozen.psnr_held_db).words("dB")})
-    return rows
+            found.append(Pairs(video, frozen.any_held.mean(), *(
+                compare_paired(joint[name], frozen[name]) for name in ("any_held",
+                                                                       "psnr_held_db"))))
+    return found
+
+
+def pair_rows(pairs: list[Pairs]) -> list[dict[str, str]]:
+    """A row per video."""
+    return [{"video": one.video, "any box, without the head": f"{one.frozen:.3f}",
+             "any box, with it less without": one.skill.words(digits=3),
+             "held-out PSNR, with it less without": one.psnr.words("dB")} for one in pairs]
+
+
+def pair_answer(pairs: list[Pairs]) -> str:
+    """Whether a field knows more on networks that were trained with the head, in words."""
+    more = [one.video for one in pairs if one.skill.low > 0]
+    less = [one.video for one in pairs if one.skill.high < 0]
+    if any(one.skill.n < 2 for one in pairs):
+        return "One pair of networks cannot tell"
+    if not more and not less:
+        return "Not that could be measured: every 95% interval holds 0"
+    return "; ".join(f"{word} on {join_words(videos)}"
+                     for word, videos in (("Yes", more), ("No, less", less)) if videos)
 
 
 def read_together(folder: str | Path) -> pd.DataFrame:
@@ -283,25 +307,23 @@ def best_field(fields: pd.DataFrame, video: str, *, column: str = "any_held",
     return own.loc[own[column].idxmax()]
 
 
-def seed_words(measured: dict[str, Any]) -> str:
-    """The largest field's skill over seeds, in a sentence; or that there is one seed."""
-    said, design = [], ["video", "head", "boxes_a_frame"]
-    fields, seeds = measured["fields"], measured["seeds"]
-    if seeds.empty:
-        return "One seed."
-    for (video, *_), part in pd.concat([fields.merge(seeds[design].drop_duplicates()), seeds]
-                                       ).groupby(design, sort=False):
-        part = part.drop_duplicates("seed")
-        if len(part) < 2:
-            continue
-        found = [f"{part[column].mean():.3f} ± {part[column].std():.3f} at {words}"
-                 for column, words in {"any_held": "any box",
-                                       "eight_held": "the eight patches"}.items()]
-        said.append(f"{join_words(found)} on {video} ({len(part)})")
+def seed_words(fields: pd.DataFrame) -> str:
+    """Skill over seeds of the fields that have several, in a sentence; or that there is one."""
+    said: dict[str, list[str]] = {}
+    for (_, head, boxes, video), part in fields.groupby(
+            ["round", "head", "boxes_a_frame", "video"], sort=False):
+        if part.seed.nunique() > 1:
+            found = [f"{part[column].mean():.3f} ± {part[column].std():.3f} at {words}"
+                     for column, words in {"any_held": "any box",
+                                           "eight_held": "the eight patches"}.items()]
+            said.setdefault(f"the {head} field, fitted to {boxes:,} boxes of each frame,", []
+                            ).append(f"on {video} {join_words(found)} ({part.seed.nunique()} "
+                                     "seeds)")
     if not said:
         return "One seed."
-    return (f"Over seeds of network and fit the largest field has {'; '.join(said)} (mean ± "
-            "standard deviation, seeds in brackets); everything else is one seed.")
+    means = "; ".join(f"{field} has {', '.join(words)}" for field, words in said.items())
+    return (f"Over seeds of network and fit {means}, as mean ± standard deviation; every other "
+            "field is one seed.")
 
 
 def side_file_words(fields: pd.DataFrame, side_files: pd.DataFrame, video: str, *, kb: float = 60
@@ -359,7 +381,7 @@ def capacity(fields: pd.DataFrame) -> pd.DataFrame:
     A finer map or more frequencies are other designs, and left out, as are other numbers of boxes.
     """
     asked = fields[fields.own_boxes.notna() & (fields.boxes_a_frame == BOXES)
-                   & ~fields.change.str.contains("points|frequencies")]
+                   & ~_sets(fields, "points", "frequencies")]
     return asked.sort_values("params")
 
 
@@ -370,7 +392,7 @@ def by_boxes(fields: pd.DataFrame) -> pd.DataFrame:
     are in order of video and `boxes_a_frame`; no row of a video without two numbers.
     """
     tried = fields[~fields.is_rounded & (fields.patches == 0)
-                   & ~fields.change.str.contains("residual|interpolated|convolutions|layers 5")]
+                   & ~_sets(fields, "residual", "between", "convs")]
     counts = tried.groupby(["video", "params"]).boxes_a_frame.nunique()
     best = counts[counts > 1].groupby(level="video").idxmax()
     chosen = tried[[(row.video, row.params) in set(best) for row in tried.itertuples()]]
@@ -407,12 +429,20 @@ def baseline(baselines: pd.DataFrame, video: str, name: str) -> pd.Series:
     return baselines[(baselines.video == video) & (baselines.baseline == name)].iloc[0]
 
 
+def _sets(fields: pd.DataFrame, *names: str) -> pd.Series:
+    """Whether a field's design sets one of these."""
+    return fields.settings.map(lambda settings: not settings.isdisjoint(names))
+
+
+def _settings(change: dict[str, Any]) -> dict[str, Any]:
+    """What differs from the first field, by name, of the design and of its fit."""
+    values = {**change, **(change.get("fit") or {})}
+    return {name: values[name] for name in SETTINGS if values.get(name, False) is not False}
+
+
 def _words(change: dict[str, Any]) -> str:
     """What differs from the first field, in words: `rank 96, rate weight 1e-07`."""
-    values, said = {**change, **(change.get("fit") or {})}, []
-    for key, words in SETTINGS.items():
-        value = values.get(key, False)
-        if value is not False:
-            said.append(words if value is True else f"{words} {value:g}"
-                        if isinstance(value, (int, float)) else f"{value} {words}")
+    said = [SETTINGS[name] if value is True else f"{SETTINGS[name]} {value:g}"
+            if isinstance(value, (int, float)) else f"{value} {SETTINGS[name]}"
+            for name, value in _settings(change).items()]
     return ", ".join(said) or "default field"

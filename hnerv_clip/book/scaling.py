@@ -34,7 +34,7 @@ def collect_scaling(results: Path, outf: Path) -> None:
     """Take a measurement of `hnerv-clip scale` into `results`, its parts in place of those there.
 
     Parts, and a whole run, that it does not have stay as they were, if they are of the same
-    settings; otherwise they go.
+    settings, also of another number of GPUs; otherwise they go.
 
     Raises:
         RunError: `outf` holds none, or its whole run is not finished.
@@ -52,6 +52,8 @@ def collect_scaling(results: Path, outf: Path) -> None:
                          for found in (before, measured) if same or found is measured
                          for name, part in found["parts"].items() if part["complete"]}
     earlier = [*before.get("earlier", []), *filter(None, [before["parts"].get("speed")])]
+    if same and "speed" not in own:  # that part's GPUs are the file's
+        measured["gpus"] = before["gpus"]
     measured["earlier"] = [part for part in earlier
                            if part.get("gpus", before["gpus"]) != measured["gpus"]]
     figures = run_figures(outf / RUN) if on_gpu and (outf / RUN).exists() else None

@@ -105,8 +105,8 @@ def plot_field_limit(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
     figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8)
     return caption(figure, f"Fitted to {rows.boxes_a_frame.iloc[0]} boxes of each frame, larger "
                            "fields meet these, not others. Smoothed: the teacher's mean over eight "
-                           "boxes within 3%. Of several fits of one size each line shows its "
-                           f"best. One seed. Teacher: {teacher_label}.")
+                           "boxes within 3%. Of several fits of one size, of one or more seeds, "
+                           f"each line shows the best. Teacher: {teacher_label}.")
 
 
 def plot_field_boxes(rows: pd.DataFrame, *, largest: pd.DataFrame, moved: pd.DataFrame,

@@ -115,9 +115,11 @@ def collect_fields(folders: Folders) -> None:
     rounds = {commit: number for number, commit in about["commits"].items()}
     for one in found:
         rounds.setdefault(one["commit"], str(max([0, *map(int, rounds.values())]) + 1))
-    for key in ("device", "date"):
-        about[key] = found[-1][key]
     about["commits"] = {number: commit for commit, number in rounds.items()}
+    for key in ("device", "date"):
+        by_round = {number: about.get(key) for number in about["commits"]} | about.get(
+            f"{key}s", {}) | {rounds[one["commit"]]: one[key] for one in found}
+        about[f"{key}s"], about[key] = by_round, found[-1][key]
     fields = [{"round": int(rounds[one["commit"]]), **one} for one in found if "head" in one]
     teacher = [{"round": int(rounds[one["commit"]]), **row} for one in found if "rows" in one
                for row in one["rows"]]
@@ -127,7 +129,7 @@ def collect_fields(folders: Folders) -> None:
     if NOTE not in about.get("setting", ""):
         about["setting"] = "; ".join(filter(None, [about.get("setting"), NOTE]))
     keys = {_field_key(row) for row in new}
-    kept = [row for row in measured["rows"] if _field_key(row) not in keys]
+    kept = [row for row in measured["rows"] if _field_key(row) not in keys]  # older ones give way
     pairs = [{key: value for key, value in row.items() if key != "parts"} for row in fields
              if row["head"] == "default"]
     write_json(folders.out / name, {
@@ -137,8 +139,9 @@ def collect_fields(folders: Folders) -> None:
 
 
 def _field_key(row: dict[str, Any]) -> tuple:
-    return tuple(row.get(name) for name in ("video", "round", "run", "head", "seed", "baseline",
-                                            "what", "pixels", "where", "budget"))
+    """What a row is of; what is no field is measured anew in a later round."""
+    names = ("video", "run", "head", "seed", "baseline", "what", "pixels", "where", "budget")
+    return (row.get("round") if "head" in row else None, *map(row.get, names))
 
 
 def original_heads(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -123,13 +123,15 @@ def test_fields_are_written_as_their_page_reads_them(folders):
     assert rows["original"]["bunny"]["seeds"] == 1
     old = read["fields"][read["fields"]["round"] == 1].iloc[0]
     measured = {key for key, value in old.items() if np.all(pd.notna(value))} - {"t", "t_s"}
-    assert measured - {"is_rounded", "kb", "change", "settings", "own_boxes"} <= set(new[0]) | {"parts"}
+    measured -= {"is_rounded", "kb", "change", "settings", "own_boxes"}
+    assert measured <= set(new[0]) | {"parts"}
     latest = [row for row in rows["rows"] if row["round"] == new[0]["round"]]
     assert {"shift 0.02", "mean of 8 at 0.05"} <= set(
         next(row for row in latest if row.get("what") == "shifts"))
     near = next(row for row in latest if row.get("baseline") == "nearest training frame")
     assert near["any_train"] == pytest.approx(1, abs=1e-3) and near["any_held"] < 1
-    keys = [(row["video"], row["baseline"]) for row in rows["rows"] if "baseline" in row]
+    keys = [(row["video"], row.get("baseline"), row["pixels"] if row.get("what") == "moved" else 0)
+            for row in rows["rows"] if "baseline" in row or row.get("what") == "moved"]
     assert len(keys) == len(set(keys))  # none beside one of an earlier round
 
 

@@ -414,6 +414,14 @@ def moved_words(moved: pd.DataFrame, best: pd.Series) -> str:
             f"{far}.")
 
 
+def field_words(row: Any, fields: pd.DataFrame) -> str:
+    """A field's name in a table: video, boxes, design, and its seed where there are several."""
+    several = fields[(fields["round"] == row.round) & (fields["head"] == row.head)
+                     & (fields.video == row.video)].seed.nunique() > 1
+    return (f"{row.video}, {row.boxes_a_frame} boxes: {row.change}"
+            + (f", seed {row.seed}" if several else ""))
+
+
 def fit_words(row: Any) -> str:
     """Seconds of a fit, and how many shared them."""
     shared = f" ({row.at_once:.0f} at once)" if row.at_once > 1 else ""

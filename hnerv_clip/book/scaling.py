@@ -95,8 +95,9 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
     return (f"On {most['ranks']} GPUs training runs {speed_up:.2f} times as fast as on one{rates}; "
             f"after as many epochs, with fewer steps, PSNR changes by "
             f"{most['psnr_db'] - alone['psnr_db']:+.2f} dB.",
-            " ".join(filter(None, [*more, failed_words(part), "The PSNR that one GPU has after "
-                                   f"{alone['time_to_quality_s']:.1f} s of steps {quality}."])))
+            " ".join(filter(None, [*more, "The PSNR that one GPU has after "
+                                   f"{alone['time_to_quality_s']:.1f} s of steps {quality}.",
+                                   failed_words(part)])))
 
 
 def failed_words(part: Row) -> str:

@@ -140,8 +140,9 @@ def collect_fields(folders: Folders) -> None:
 
 def _field_key(row: dict[str, Any]) -> tuple:
     """What a row is of; what is no field is measured anew in a later round."""
-    names = ("video", "run", "head", "seed", "baseline", "what", "pixels", "where", "budget")
-    return (row.get("round") if "head" in row else None, *map(row.get, names))
+    names = ("round", "video", "head", "seed") if "head" in row else (
+        "video", "run", "baseline", "what", "pixels", "where", "budget")
+    return tuple(map(row.get, names))
 
 
 def original_heads(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -1,0 +1,50 @@
+"""Whether runs that were made twice went the same way: tables of `book/results/repeats.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hnerv_clip.book.markdown import join_words
+from hnerv_clip.book.results import read_json
+
+FILE = "repeats.json"
+
+
+def read_repeats(folder: str | Path) -> dict[str, Any]:
+    """`rows` as a table, as of `study.repeats`, `replays` (single steps with fixed weights, beside
+    other work: steps, buffers and in how many of the checks some differed), and `about`."""
+    found = read_json(folder, FILE, fix="git checkout book/results")
+    return {**found, "rows": pd.DataFrame(found["rows"])}
+
+
+def repeat_words(measured: dict[str, Any]) -> str:
+    """How many repeated runs went the same way, and what the others have in common."""
+    rows, replays = measured["rows"], measured["replays"]
+    other = rows[~rows.same]
+    said = f"{rows.same.sum()} of {len(rows)} runs"
+    if len(other):
+        apart = [f"{row.run} ({row.psnr_db[0]:.2f} and {row.psnr_db[1]:.2f} dB)"
+                 for row in other.itertuples()]
+        said += (f"; not {join_words(apart)}. Of the {rows['head'].sum()} pairs with a head "
+                 f"{other['head'].sum() or 'none'} differ, of the {(~rows['head']).sum()} without "
+                 f"one {(~other['head']).sum() or 'none'}")
+    steps, differing = (sum(row[name] for row in replays) for name in ("steps", "differing"))
+    return said + (
+        f". With fixed weights {steps:,} further steps, beside other work on the same GPU, gave "
+        + ("the same bits in every buffer" if not differing else
+           f"other bits in {differing} checks")
+        + f" ({max(row['buffers'] for row in replays)} buffers)" if replays else "")
+
+
+def repeat_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
+    """A row per pair of runs, those that differ first."""
+    rows = measured["rows"].sort_values("same", kind="stable")
+    return [{"run": row.run, "epochs": str(row.epochs), "compared": row.compared,
+             "same": "yes" if row.same else "no",
+             "PSNR (dB)": f"{row.psnr_db[0]:.3f}, {row.psnr_db[1]:.3f}",
+             **{words: f"{source['device'].removeprefix('NVIDIA ')}, {source['commit'][:7]}"
+                for words, source in (("first", row.first), ("second", row.second))}}
+            for row in rows.itertuples()]

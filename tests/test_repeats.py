@@ -1,0 +1,60 @@
+"""Runs that were made twice: what counts as the same."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from hnerv_clip.book import repeats as book
+from hnerv_clip.runs.run_dir import RunDir
+from hnerv_clip.study import repeats
+from hnerv_clip.train import train
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, small_config, small_dataset, cache_dir):
+    root = tmp_path_factory.mktemp("repeats")
+    config = small_config.replace(predict_clip=False, epochs=3, eval_freq=3)
+    for name in ("first", "second"):
+        train(config, root / name / "run", cache_dir=cache_dir, progress=False)
+    return root
+
+
+def test_a_run_that_is_made_again_is_the_same(folders):
+    row, = repeats.compare_runs(folders / "first", folders / "second")
+    assert (row["run"], row["epochs"], row["head"]) == ("run", 3, False)
+    assert row["same"] and row["same_epochs"] == 3 and row["psnr_db"][0] == row["psnr_db"][1]
+
+
+def test_the_first_epoch_that_differs_is_told(folders, tmp_path):
+    shutil.copytree(folders / "second", tmp_path / "other")
+    path = RunDir(tmp_path / "other" / "run").path / "metrics.csv"
+    table = pd.read_csv(path, float_precision="round_trip")
+    table.loc[1:, "psnr_db"] += 1e-9
+    table.to_csv(path, index=False)
+    out = tmp_path / "repeats.json"
+    repeats.main([str(folders / "first"), str(tmp_path / "other"), "--out", str(out)])
+    repeats.main([str(folders / "first"), str(tmp_path / "other"), "--out", str(out)])
+    row, = json.loads(out.read_text())["rows"]  # not twice
+    assert not row["same"] and row["same_epochs"] == 1
+    assert repeats.compare_runs(folders / "first", tmp_path) == []
+
+
+def test_a_page_says_how_many_differ(tmp_path):
+    row = {"run": "a", "epochs": 3, "head": True, "compared": "figures", "same": True,
+           "psnr_db": [30.0, 30.0], "first": {"commit": "f" * 40, "device": "NVIDIA H100"},
+           "second": {"commit": "e" * 40, "device": "NVIDIA H200"}}
+    other = {**row, "run": "b", "head": False, "same": False, "psnr_db": [30.0, 30.5]}
+    replays = [{"steps": 1500, "buffers": 9, "differing": 0}]
+    (tmp_path / book.FILE).write_text(json.dumps({"rows": [row, other], "replays": replays}))
+    measured = book.read_repeats(tmp_path)
+    words = book.repeat_words(measured)
+    assert words.startswith("1 of 2 runs; not b (30.00 and 30.50 dB). Of the 1 pairs with a head "
+                            "none differ, of the 1 without one 1. With fixed weights")
+    assert words.endswith("1,500 further steps, beside other work on the same GPU, gave the same "
+                          "bits in every buffer (9 buffers)")
+    assert [r["run"] for r in book.repeat_rows(measured)] == ["b", "a"]
+    assert book.repeat_rows(measured)[0]["second"] == "H200, eeeeeee"
+    assert book.repeat_words({**measured, "rows": measured["rows"][:1], "replays": []}) == \
+        "1 of 1 runs"

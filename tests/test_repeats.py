@@ -50,11 +50,11 @@ def test_a_page_says_how_many_differ(tmp_path):
     (tmp_path / book.FILE).write_text(json.dumps({"rows": [row, other], "replays": replays}))
     measured = book.read_repeats(tmp_path)
     words = book.repeat_words(measured)
-    assert words.startswith("1 of 2 runs; not b (30.00 and 30.50 dB). Of the 1 pairs with a head "
-                            "none differ, of the 1 without one 1. With fixed weights")
+    assert words.startswith("1 of 2 runs ended alike, to the last digit; not b (30.00 and 30.50 "
+                            "dB). Of the 1 pairs with a head none differ, of the 1 without one 1. ")
     assert words.endswith("1,500 further steps, beside other work on the same GPU, gave the same "
                           "bits in every buffer (9 buffers)")
     assert [r["run"] for r in book.repeat_rows(measured)] == ["b", "a"]
     assert book.repeat_rows(measured)[0]["second"] == "H200, eeeeeee"
     assert book.repeat_words({**measured, "rows": measured["rows"][:1], "replays": []}) == \
-        "1 of 1 runs"
+        "1 of 1 runs ended alike, to the last digit"

@@ -24,9 +24,9 @@ def repeat_words(measured: dict[str, Any]) -> str:
     """How many repeated runs went the same way, and what the others have in common."""
     rows, replays = measured["rows"], measured["replays"]
     other = rows[~rows.same]
-    said = f"{rows.same.sum()} of {len(rows)} runs"
+    said = f"{rows.same.sum()} of {len(rows)} runs ended alike, to the last digit"
     if len(other):
-        apart = [f"{row.run} ({row.psnr_db[0]:.2f} and {row.psnr_db[1]:.2f} dB)"
+        apart = [f"{_name(row)} ({row.psnr_db[0]:.2f} and {row.psnr_db[1]:.2f} dB)"
                  for row in other.itertuples()]
         said += (f"; not {join_words(apart)}. Of the {rows['head'].sum()} pairs with a head "
                  f"{other['head'].sum() or 'none'} differ, of the {(~rows['head']).sum()} without "
@@ -42,9 +42,13 @@ def repeat_words(measured: dict[str, Any]) -> str:
 def repeat_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
     """A row per pair of runs, those that differ first."""
     rows = measured["rows"].sort_values("same", kind="stable")
-    return [{"run": row.run, "epochs": str(row.epochs), "compared": row.compared,
+    return [{"run": _name(row), "epochs": str(row.epochs), "compared": row.compared,
              "same": "yes" if row.same else "no",
              "PSNR (dB)": f"{row.psnr_db[0]:.3f}, {row.psnr_db[1]:.3f}",
              **{words: f"{source['device'].removeprefix('NVIDIA ')}, {source['commit'][:7]}"
                 for words, source in (("first", row.first), ("second", row.second))}}
             for row in rows.itertuples()]
+
+
+def _name(row: Any) -> str:
+    return row.run.replace("_", " ")

@@ -74,8 +74,11 @@ def test_a_score_far_below_the_others_leaves_the_axis_to_them():
     panel = plot_tradeoff(rows, teacher_label="A").axes[0]
     assert 0.9 < panel.get_ylim()[0] < 0.94
     assert [text.get_text() for text in panel.texts].count("λ=0: 0.00") == 2
-    panel = plot_ablation(rows, teacher_label="A").axes[1]
+    figure = plot_ablation(rows, teacher_label="A")
+    panel = figure.axes[1]
     assert 0.9 < panel.get_xlim()[0] < 0.94 and "0.00, 0.00" in panel.texts[0].get_text()
+    assert "A score beyond the axis is written" in figure.caption
+    assert "beyond the axis" not in plot_ablation(rows.tail(3), teacher_label="A").caption
     panel = plot_tradeoff(rows.tail(3), teacher_label="A").axes[0]
     assert not any(": " in text.get_text() for text in panel.texts)
 

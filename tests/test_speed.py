@@ -130,7 +130,7 @@ def test_figures_show_every_device_and_part():
     devices = {name: gpu()["parts"]["scaling"] for name in ("one", "two")}
     figure = plot_growth(devices, {name: axis[:2] for name, axis in results.AXES.items()})
     assert [len(panel.containers) for panel in figure.axes[:5]] == [2] * 5
-    assert [text.get_text() for text in figure.axes[5].get_legend().get_texts()] == ["one", "two"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
     rows = [{"part": "encoder", "before_ms": 1.25, "after_ms": 0.5}]
     widths = [bar.get_width() for bar in plot_profile(rows, device="H").axes[0].patches]
     assert widths == [1.25, 0.5]

@@ -103,7 +103,7 @@ def plot_field_limit(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
     axes[0][0].set_ylabel("skill")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8)
-    return caption(figure, f"Fitted to {rows.boxes_a_frame.iloc[0]} boxes of each frame, larger "
+    return caption(figure, f"Fitted to {rows.boxes_a_frame.iloc[0]:,} boxes of each frame, larger "
                            "fields meet these, not others. Smoothed: the teacher's mean over eight "
                            "boxes within 3%. Of several fits of one size, of one or more seeds, "
                            f"each line shows the best. Teacher: {teacher_label}.")

@@ -25,18 +25,19 @@ HEAD_COLORS = {"with head": PALETTE["learned"], "with field": GREEN, "no head": 
 
 
 def plot_rate_quality(codecs: dict[str, Sequence[dict[str, Any]]], plain: Sequence[dict[str, Any]],
-                      tuned: Sequence[dict[str, Any]], *, hnerv: dict[str, float],
+                      tuned: Sequence[Sequence[dict[str, Any]]], *, hnerv: dict[str, float],
                       goal: dict[str, float], source: str) -> Figure:
     """PSNR over the rate, a line per codec and preset, and this codec's plain and tuned files.
 
     Args:
         codecs: by name, points with rate_bpp and psnr_db, the slower of two presets dashed.
-        plain, tuned: points of files as trained and fine-tuned, by rate, each with head and
-            modelsize (millions).
+        plain: points of files as trained, each with head.
+        tuned: those of fine-tuned files, a list for each training by rate, each point with head
+            and modelsize (millions).
         hnerv, goal: one point each.
         source: what the frames are, for the caption.
     """
-    figure, axes = new_figure(height=4.6)
+    figure, axes = new_figure(height=5.6)
     for name, points in codecs.items():
         slow = name.endswith(("veryslow", "preset 4"))
         points = sorted(points, key=lambda point: point["rate_bpp"])
@@ -45,13 +46,14 @@ def plot_rate_quality(codecs: dict[str, Sequence[dict[str, Any]]], plain: Sequen
                   linewidth=1.2, label=name)
     series = [(head, "as trained", "s", [p for p in plain if p["head"] == head])
               for head in dict.fromkeys(p["head"] for p in plain)]
-    sizes = sorted({p["modelsize"] for p in tuned}, reverse=True)
-    for group in dict.fromkeys((p["head"], p["modelsize"]) for p in tuned):
-        points = [p for p in tuned if (p["head"], p["modelsize"]) == group]
+    for points in tuned:
         axes.plot([p["rate_bpp"] for p in points], [p["psnr_db"] for p in points],
-                  color=HEAD_COLORS[group[0]], linewidth=1.2)
-        series.append((group[0], f"fine-tuned, {group[1]:g} M",
-                       "o^vP"[sizes.index(group[1]) % 4], points))
+                  color=HEAD_COLORS[points[0]["head"]], linewidth=1.2)
+    files = [point for points in tuned for point in points]
+    sizes = sorted({p["modelsize"] for p in files}, reverse=True)
+    for head, size in dict.fromkeys((p["head"], p["modelsize"]) for p in files):
+        series.append((head, f"fine-tuned, {size:g} M", "o^vP"[sizes.index(size) % 4],
+                       [p for p in files if (p["head"], p["modelsize"]) == (head, size)]))
     for head, kind, marker, points in series:
         axes.plot([p["rate_bpp"] for p in points], [p["psnr_db"] for p in points], linestyle="none",
                   color=HEAD_COLORS[head], marker=marker, label=f"here, {kind}, {head}",
@@ -63,7 +65,7 @@ def plot_rate_quality(codecs: dict[str, Sequence[dict[str, Any]]], plain: Sequen
     axes.xaxis.set_major_locator(FixedLocator([0.01, 0.02, 0.05, 0.1]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return caption(figure, f"Left and up is better; logarithmic rate. {source} Filled: fine-tuned "
-                           "for the file; hollow: as trained. Heads are fitted to the bundled "
+                           "for the file, those of one training joined; hollow: as trained. Heads are fitted to the bundled "
                            "teacher, not CLIP. Dashed: the slower preset.")

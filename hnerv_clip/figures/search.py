@@ -128,7 +128,7 @@ def plot_query_agreement(agreement: pd.DataFrame, teacher_label: str) -> Figure:
                     label="random ranking")
     axes[1].set(xlabel=f"share of the teacher's top {top_k} found", xlim=(0, 1),
                 xticks=[0, 0.5, 1])
-    figure.legend(loc="outside upper right")
+    figure.legend(loc="outside upper left")
     return caption(figure, f"Agreement of two rankings of all {agreement.patches.iloc[0]:,} "
                            "patches, by the predicted embeddings and by the teacher's own. Right "
                            f"is better. Teacher: {teacher_label}.")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from hnerv_clip.figures.style import CYCLE, PALETTE, SHADES, caption, name_rows, new_figure
@@ -65,9 +66,9 @@ def plot_growth(devices: dict[str, list[dict[str, Any]]],
         panel.set_ylabel("step (ms)")
     for panel in panels.flat[len(axes):]:
         panel.axis("off")
-        for name, color in zip(devices, DEVICES):
-            panel.plot([], [], marker="o", color=color, label=name)
-        panel.legend(loc="center left")
+    handles = [Line2D([], [], marker="o", color=color, label=name)
+               for name, color in zip(devices, DEVICES)]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2)
     return caption(figure, "One thing varied at a time, each point a fresh model; whiskers from "
                            "the fastest to the slowest repeat. Both axes logarithmic.")
 

@@ -197,12 +197,13 @@ def plot_ablation(table: pd.DataFrame, *, teacher_label: str) -> Figure:
         table: a row per run: run, and the columns that `plot_tradeoff` takes.
     """
     figure, axes = new_figure(1, 2, height=0.8 + 0.38 * len(table), sharey=True)
-    y = np.arange(len(table))
+    y, is_cut = np.arange(len(table)), False
     for panel, measure, title in [(axes[0], "psnr_{}_db", "PSNR (dB)"),
                                   (axes[1], "clip_centred_{}", "mean-centered cosine")]:
         ends = table[[measure.format("train"), measure.format("held_out")]].to_numpy(float)
         edge = _lowest_shown(ends)
         far = (ends < edge).any(1)
+        is_cut = is_cut or far.any()
         for x, part, label in zip(ends.T, ("train", "held_out"), ("training frames", "held out")):
             panel.scatter(x[~far], y[~far], s=34, color=PALETTE[part], label=label, zorder=3)
         panel.hlines(y[~far], *ends[~far].T, color=GREY, linewidth=1)
@@ -217,8 +218,9 @@ def plot_ablation(table: pd.DataFrame, *, teacher_label: str) -> Figure:
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return caption(figure, "Held out: interpolated embeddings for hybrid runs, coordinates for the "
-                           "others; one run each. A score beyond the axis is written (training, "
-                           f"held out). Teacher: {teacher_label}.")
+                           "others; one run each. " + (
+        "A score beyond the axis is written (training, held out). " if is_cut else "")
+        + f"Teacher: {teacher_label}.")
 
 
 def plot_fidelity(runs: list[dict], reference: dict) -> Figure:

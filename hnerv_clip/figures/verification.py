@@ -221,7 +221,7 @@ def plot_positions(scores: pd.DataFrame, teacher_label: str, source: str = "") -
                       else None)
         panel.set_xticks(range(len(places)), places)
         panel.set(ylabel="mean-centered cosine", ylim=(min(0, means.min()) - 0.02, 1.02))
-    figure.legend(loc="outside upper right", ncols=3)
+    figure.legend(loc="outside upper left", ncols=3)
     return caption(figure, _words(
         "Left: mean-centered cosine at the supervised positions (circles) and half-way between. "
         "Right: the head asked at the position; its own answers at the supervised positions, "
@@ -294,7 +294,7 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
     Args:
         planted: `simulation.simulate_all`.
     """
-    figure, axes = new_figure(1, 2, height=3.0, sharey=False)
+    figure, axes = new_figure(1, 2, height=3.3)
     designs, questions = list(planted.design.unique()), list(planted.question.unique())
     for panel, kind, wanted, title in ((axes[0], "null", 0.05, "data without an effect"),
                                        (axes[1], "truth", 0.9, "data with an effect")):
@@ -311,9 +311,9 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
         panel.set_title(title)
     axes[0].set_ylabel("largest share of p ≤ 5%")
     axes[1].set_ylabel("smallest share answered yes")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return caption(figure, "The worst case of each question; "
-                           f"{planted.datasets.min()} or more simulated data sets each. Dashed: at "
+                           f"{planted.datasets.min():,} or more simulated data sets each. Dashed: at "
                            "most 5%, at least 90%.")
 
 
@@ -338,7 +338,7 @@ def _side(split, splits):
 
 def _split_legend(figure, splits):
     handles = [Patch(color=PALETTE[name], label=f"{SPLIT_NAMES[name]} frames") for name in splits]
-    figure.legend(handles=handles, loc="outside upper right", ncols=2)
+    figure.legend(handles=handles, loc="outside upper left", ncols=2)
 
 
 def _words(text, teacher_label, source=""):

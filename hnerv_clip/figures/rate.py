@@ -67,5 +67,6 @@ def plot_rate_quality(codecs: dict[str, Sequence[dict[str, Any]]], plain: Sequen
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return caption(figure, f"Left and up is better; logarithmic rate. {source} Filled: fine-tuned "
-                           "for the file, those of one training joined; hollow: as trained. Heads are fitted to the bundled "
-                           "teacher, not CLIP. Dashed: the slower preset.")
+                           "for the file, those of one training joined; hollow: as trained. Heads "
+                           "are fitted to the bundled teacher, not CLIP. Dashed: the slower "
+                           "preset.")

@@ -50,8 +50,8 @@ def plot_scaling(measured: dict[str, Any]) -> Figure:
                     linewidth=0.9, linestyle=":")
     quality.set(xlabel="training time (s)", ylabel="PSNR, training frames (dB)")
     figure.legend(*quality.get_legend_handles_labels(), loc="outside upper left", ncols=2)
-    text = ("Bars: 10th to 90th percentile over epochs. Percentages: efficiency. Dots: evaluations; "
-            f"thin and dotted: what one {word} reaches.")
+    text = ("Bars: 10th to 90th percentile over epochs. Percentages: efficiency. Dots: "
+            f"evaluations; thin and dotted: what one {word} reaches.")
     if compared:
         _plot_losses(rest[0], compared[-1], word)
         text += f" Right: the same global batches on one {word} and on all."

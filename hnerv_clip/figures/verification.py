@@ -27,7 +27,7 @@ OVER_TIME = ("learned", "between", "neighbour", "position", "mean")
 
 def short_name(condition: str) -> str:
     """A condition as an axis names it: "Learned (Your Model)" → "learned"."""
-    return name_of(condition).split(" (Your")[0].lower()
+    return condition if condition == "learned" else name_of(condition).lower()
 
 
 def plot_conditions(scores: pd.DataFrame, teacher_label: str, source: str = "") -> Figure:
@@ -313,8 +313,8 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
     axes[1].set_ylabel("smallest share answered yes")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return caption(figure, "The worst case of each question; "
-                           f"{planted.datasets.min():,} or more simulated data sets each. Dashed: at "
-                           "most 5%, at least 90%.")
+                           f"{planted.datasets.min():,} or more simulated data sets each. "
+                           "Dashed: at most 5%, at least 90%.")
 
 
 def _splits(table):

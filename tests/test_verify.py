@@ -162,6 +162,23 @@ def test_the_short_verdict_has_one_sentence_for_any_answers():
         in verify_report.short_verdict(dict.fromkeys(given, "cannot tell"), start)
 
 
+def test_evidence_gives_the_error_beside_the_baselines():
+    answer = verdict.Answer("constant", "yes", "mean", 0.61, 0.55, 0.67, 1e-5, 1e-5, False, 0.159,
+                            27, 20.0)
+    assert verify_report.answer_words(answer) == (
+        "its error is 0.16 times the baseline's; net wins 0.61 [0.55, 0.67], p < 0.0001")
+    score = dataclasses.replace(answer, test="when", error_ratio=np.nan)
+    assert verify_report.answer_words(score).startswith("correlation of changes 0.61 [")
+
+
+def test_every_question_is_claimed_and_denied():
+    for question in verdict.QUESTIONS:
+        assert verify_report.join_claims([question]).startswith(("beats ", "knows "))
+    assert verify_report.join_denials(["constant", "when", "decoded"]) == (
+        "does not know when things happen and is no better than a constant or the teacher on the "
+        "decoded frame")
+
+
 def test_random_is_near_zero_and_controls_fall_below_learned():
     teacher = slow_video(dim=512)
     result = study(teacher, teacher)

@@ -16,7 +16,7 @@ from hnerv_clip.bench.results import is_gpu, load_benches, part_rows
 from hnerv_clip.book import recipe
 from hnerv_clip.book.field import best_field, read_fields, read_original
 from hnerv_clip.book.judged import Judged, read_judged
-from hnerv_clip.book.markdown import Markup, escape, folded, table, three_digits
+from hnerv_clip.book.markdown import Markup, escape, folded, join_words, table, three_digits
 from hnerv_clip.book.results import mean_over_seeds, read_json, read_runs
 
 VIDEO = "bunny"
@@ -153,7 +153,7 @@ def claim_words(facts: Facts) -> tuple[str, str]:
     better, others = ([words for name, words in CLAIMED.items()
                        if (given.loc[name] == answer).all()] for answer in ("yes", "no"))
     decoded = fastest(facts.decode)["frames_per_s"]
-    said = [f"{word} than {_join(words, last)}" for word, words, last in (
+    said = [f"{word} than {join_words(words, last)}" for word, words, last in (
         ("better", better, "and"), ("no better", others, "or")) if words]
     return ("HNeRV-CLIP stores a video as one small neural network that can be played and "
             f"searched: {facts.stored_values / 1e6:.2f} million values, decoded at "
@@ -192,7 +192,3 @@ def _against(judged: Judged, means, condition: str) -> str:
 
 def _range(values: Sequence[float]) -> str:
     return "–".join(dict.fromkeys(f"{value:g}" for value in values))
-
-
-def _join(words: list[str], last: str) -> str:
-    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

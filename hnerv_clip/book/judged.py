@@ -16,7 +16,7 @@ import pandas as pd
 from hnerv_clip.book.markdown import Markup, escape, join_words
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.runs.provenance import commit_words
-from hnerv_clip.verify.report import CLAIMS, answer_words, join_denials, short_verdict
+from hnerv_clip.verify.report import answer_words, join_claims, join_denials, short_verdict
 from hnerv_clip.verify.simulation import DESIGNS, PLANTED, SERIES
 from hnerv_clip.verify.verdict import QUESTIONS, Answer, name_of
 
@@ -95,7 +95,7 @@ def answer_sentences(judged: Judged) -> Markup:
     short = short_verdict(
         {q: "yes" if q in yes else "no" if q in no else "open" for q in order},
         f"on held-out frames of {join_words([escape(v) for v in judged.videos])} the head")
-    text = f"It {join_words([CLAIMS[q] for q in yes])}" if yes else "It beats nothing"
+    text = f"It {join_claims(yes)}" if yes else "It beats nothing"
     text += f", but it {join_denials(no)}" if no else ""
     mixed = [f"{QUESTIONS[q][0]} On " + ", on ".join(
         f"{escape(v)} {UNDECIDED.get(given.loc[q, v], given.loc[q, v])}" for v in judged.videos)
@@ -237,19 +237,19 @@ def _range(values, shape) -> str:
 def coverage_rows(intervals: pd.DataFrame) -> list[Row]:
     """How often 95% intervals hold the truth, a row per series and design."""
     return [{"mean of": SERIES[series], "size": design, "frames": str(part.frames.iloc[0]), **{
-        f"autocorrelation {rho:g}": f"{part.covered[part.rho == rho].iloc[0]:.1%}"
+        # soft hyphens break the heading on a phone
+        f"auto\u00adcorre\u00adlation {rho:g}": f"{part.covered[part.rho == rho].iloc[0]:.1%}"
         if rho in set(part.rho) else None for rho in sorted(intervals.rho.unique())}}
         for (series, design), part in intervals.groupby(["series", "design"], sort=False)]
 
 
 def coverage_words(intervals: pd.DataFrame) -> str:
-    """How far 95% intervals are from holding the truth in 95%, and where they do so too seldom.
-    """
+    """How far 95% intervals are from holding the truth in 95%, and where they do so too seldom."""
     low, high = intervals.covered.min(), intervals.covered.max()
-    text = (f"Of {intervals.datasets.min()} simulated data sets each, 95% intervals hold the "
-            f"true mean in {low:.1%} to {high:.1%}: " + (
-                f"up to {95 - 100 * low:.1f} points too seldom and " if low < 0.95 else "")
-            + f"up to {max(0, 100 * high - 95):.1f} points too often.")
+    off = [f"up to {100 * abs(share - 0.95):.1f} points too {word}" for share, word, is_off in (
+        (low, "seldom", low < 0.95), (high, "often", high > 0.95)) if is_off]
+    text = (f"Of {intervals.datasets.min():,} simulated data sets each, 95% intervals hold the "
+            f"true mean in {low:.1%} to {high:.1%}: {join_words(off) or 'exactly as often'}.")
     few = intervals[intervals.covered < 0.93]
     if len(few) and "series" in few:
         text += " More than two points too seldom, for " + join_words([

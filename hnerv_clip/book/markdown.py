@@ -63,6 +63,11 @@ def table(rows: pd.DataFrame | Iterable[dict[str, Any]], *, fold: str = "") -> M
     return Markup(folded(fold, text) if fold and len(cells) > FOLD else text)
 
 
+def upright(rows: Iterable[dict[str, Any]], key: str) -> pd.DataFrame:
+    """Few wide rows as columns, headed by what they have at `key`: so they fit on a phone."""
+    return pd.DataFrame(list(rows)).set_index(key).T.reset_index(names="")
+
+
 def _cell(value: Any) -> Markup:
     missing = value is None or (isinstance(value, float) and np.isnan(value))
     return Markup("") if missing else escape(value)
@@ -73,9 +78,9 @@ def folded(summary: str, text: str) -> Markup:
     return Markup(f"<details>\n<summary>{html.escape(summary)}</summary>\n\n{text}\n\n</details>")
 
 
-def join_words(words: Sequence[str]) -> str:
+def join_words(words: Sequence[str], last: str = "and") -> str:
     """`a, b and c`."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def interval(mean: float, low: float = np.nan, high: float = np.nan, *, digits: int = 2,

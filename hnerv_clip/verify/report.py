@@ -17,19 +17,11 @@ if TYPE_CHECKING:
     from hnerv_clip.inference import Run
 
 WIDTH = 78
-CLAIMS = {"constant": "beats a constant", "when": "knows when things happen",
-          "where": "knows where", "neighbour": "beats the nearest training frame",
-          "between": "beats interpolating the teacher",
-          "side_file": "beats a side file of equal bytes",
-          "decoded": "beats the teacher on the decoded frame"}
-DENIALS = {"constant": "does not beat a constant", "when": "does not know when things happen",
-           "where": "does not know where",
-           "neighbour": "is no better than the nearest training frame",
-           "between": "is no better than interpolating the teacher",
-           "side_file": "is no better than a side file of equal bytes",
-           "decoded": "is no better than the teacher on the decoded frame"}
-NO_BETTER = "is no better than "
-
+# What a question is about: a baseline that is to be beaten, or what is to be known
+BASELINES = {"constant": "a constant", "neighbour": "the nearest training frame",
+             "between": "interpolating the teacher", "side_file": "a side file of equal bytes",
+             "decoded": "the teacher on the decoded frame"}
+KNOWLEDGE = {"when": "when things happen", "where": "where"}
 
 NO_VERDICT = ("No verdict: no frame was held out, and training frames only show what was "
               "memorised. Use data_split=\"4_5_5\".")
@@ -46,8 +38,7 @@ def short_verdict(given: Mapping[str, str], start: str) -> str:
     for question in ("decoded", "neighbour"):
         answer = given.get(question)
         if answer is not None:
-            asked[answer if answer in ("yes", "no") else "open"].append(
-                CLAIMS[question].removeprefix("beats "))
+            asked[answer if answer in ("yes", "no") else "open"].append(BASELINES[question])
     parts = [f"{words} {_join(asked[answer], last)}" for answer, words, last in (
         ("yes", "beats", "and"), ("no", "is no better than", "or"),
         ("open", "is not shown to beat", "or")) if asked[answer]]
@@ -68,23 +59,22 @@ def verdict_sentence(answers: list[Answer], source: str = "", predictor: str = "
         return NO_VERDICT
     parts = {kind: [answer.question for answer in answers if answer.answer == kind]
              for kind in ("yes", "no", "cannot tell")}
-    about = _about(source)
-    said = []
+    start, said = f"On {_frames(source)} {predictor}", []
     if parts["yes"]:
-        said.append(f"{about} {predictor} {_join([CLAIMS[x] for x in parts['yes']])}.")
+        said.append(f"{start} {join_claims(parts['yes'])}.")
     if parts["no"]:
-        start = "It" if said else f"{about} {predictor}"
+        start = "It" if said else start
         said.append(f"{start} {join_denials(parts['no'])}.")
     if parts["cannot tell"]:
         frames = min(answer.frames for answer in answers)
         said.append(f"{frames} frames cannot tell whether it "
-                    f"{_join([CLAIMS[x] for x in parts['cannot tell']], 'or')}.")
+                    f"{join_claims(parts['cannot tell'], 'or')}.")
     return " ".join(said)
 
 
-def _about(source):
-    return "On frames that it was shown but not trained on" if source == "encoder" \
-        else "On held-out frames"
+def _frames(source):
+    return "frames that it was shown but not trained on" if source == "encoder" \
+        else "held-out frames"
 
 
 def verdict_words(verification: Verification) -> str:
@@ -94,8 +84,7 @@ def verdict_words(verification: Verification) -> str:
     if not answers:
         return f"**{NO_VERDICT}**"
     given = {answer.question: answer.answer for answer in answers}
-    about = _about(source)
-    short = short_verdict(given, f"{about[0].lower()}{about[1:]} {predictor}")
+    short = short_verdict(given, f"on {_frames(source)} {predictor}")
     return f"**{short}** {verdict_sentence(answers, source, predictor)}"
 
 
@@ -111,13 +100,17 @@ def setting_words(run: Run) -> str:
         else f"Setting: {text}."
 
 
+def join_claims(questions: list[str], last: str = "and") -> str:
+    """What is claimed: "beats a constant and knows when things happen"."""
+    return _join([f"beats {BASELINES[x]}" if x in BASELINES else f"knows {KNOWLEDGE[x]}"
+                  for x in questions], last)
+
+
 def join_denials(questions: list[str]) -> str:
     """What is denied, with "is no better than" said once."""
-    better = [DENIALS[x] for x in questions if DENIALS[x].startswith(NO_BETTER)]
-    others = [DENIALS[x] for x in questions if not DENIALS[x].startswith(NO_BETTER)]
-    same = [NO_BETTER + _join([words.removeprefix(NO_BETTER) for words in better], "or")] \
-        if better else []
-    return _join([*others, *same])
+    said = [f"does not know {KNOWLEDGE[x]}" for x in questions if x in KNOWLEDGE]
+    beaten = [BASELINES[x] for x in questions if x in BASELINES]
+    return _join(said + ([f"is no better than {_join(beaten, 'or')}"] if beaten else []))
 
 
 def _join(words, last="and"):
@@ -125,13 +118,17 @@ def _join(words, last="and"):
 
 
 def answer_words(answer: Answer) -> str:
-    """The evidence of one answer: "net wins 0.61 [0.55, 0.67], p < 0.0001"."""
+    """The evidence of one answer: "net wins 0.61 [0.55, 0.67], p < 0.0001".
+
+    Before it, where a baseline has an error, how many times as large the error is here.
+    """
     what = "correlation of changes" if answer.test in KNOWS else "net wins"
     if answer.test == "where":
         what += " beyond other positions"
     interval = f" [{answer.low:.2f}, {answer.high:.2f}], {p_words(answer.p_holm)}" \
         if np.isfinite(answer.p) else ", too few frames for a test"
-    ratio = f"error {answer.error_ratio:.2f} of its, " if np.isfinite(answer.error_ratio) else ""
+    ratio = f"its error is {answer.error_ratio:.2f} times the baseline's; " \
+        if np.isfinite(answer.error_ratio) else ""
     same = "; equal within the margin" if answer.equivalent else ""
     return f"{ratio}{what} {answer.estimate:.2f}{interval}{same}"
 
@@ -177,7 +174,7 @@ def report_text(verification: Verification) -> str:
                 "✓ Significant" if row.significant else "✗ Not significant"
             if np.isfinite(row.p):
                 mark += f" ({p_words(row.p)}, worth {row.effective_size:.1f} independent frames)"
-            words = f"Improvement over {name_of(row.over).split()[0].lower()}:"
+            words = f"Improvement over {row.over}:"
             lines += [f"{words:<31}{row.clip_similarity:>8.4f}  {mark}"]
     return "\n".join(lines + ["", *_quality(verification), wide, ""])
 

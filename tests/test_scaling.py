@@ -126,7 +126,8 @@ def test_a_whole_run_becomes_a_page(outf, cache_dir, tmp_path):
     assert "checkpoints: 4 × " in machine_words(both)
     write_json(newer / "scaling.json", {**later, "settings": {**later["settings"], "epochs": 3}})
     collect_scaling(tmp_path, newer)  # of other settings: nothing older fits
-    assert list(read_scaling(tmp_path, "scaling.json", [])["parts"]) == ["checkpoint"]
+    alone = read_scaling(tmp_path, "scaling.json", [])
+    assert list(alone["parts"]) == ["checkpoint"] and alone["earlier"] == []
     assert not (tmp_path / "scaling_run").exists()
     with pytest.raises(ResultsError, match="scaling.json has no run, kill.*hnerv-clip scale"):
         read_scaling(tmp_path, "scaling.json", ["run", "kill"])

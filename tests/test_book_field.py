@@ -240,6 +240,26 @@ def decoded_file(digest, rate, field, teacher, *, held=0, psnr=35.0):
             for frames, n, less in parts for asked in (decoded.ANY, decoded.PATCHES)]
 
 
+def test_a_field_is_named_and_its_setting_told(folder):
+    content = json.loads((folder / book.FILE).read_text())
+    content["rows"][0] |= {"boxes_a_frame": 2048, "patches": 0.125, "round": 6}
+    content["rows"].append(content["rows"][0] | {"seed": 1})
+    (folder / book.FILE).write_text(json.dumps(content))
+    fields = book.read_fields(folder)["fields"]
+    names = [book.field_words(row, fields) for row in fields.itertuples()]
+    assert names[0] == "bunny, 2,048 boxes: rank 96, steps 8000, seed 0"
+    assert names[1] == "bunny, 320 boxes: relu output"
+    assert "which 2 of 5 fields had among their boxes" in book.setting_words(fields)
+
+
+def test_a_round_has_its_device_and_a_short_commit():
+    about = {"device": "new", "date": "2", "devices": {"1": "old"},
+             "commits": {"1": "a tree before d93002e617c2", "2": "f" * 40}}
+    assert book.round_rows(about) == [
+        {"device": "old", "round": "1", "date": "2", "commit": "a tree before d93002e617c2"},
+        {"device": "new", "round": "2", "date": "2", "commit": "f" * 12}]
+
+
 def test_a_files_field_stands_beside_the_teacher_on_its_frames(tmp_path):
     assert decoded.read_decoded(tmp_path)[0].empty
     rows = [*decoded_file("a", 0.05, 0.8, 0.85, held=2), *decoded_file("b", 0.03, 0.8, 0.7, held=2),

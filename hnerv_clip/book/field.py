@@ -17,7 +17,7 @@ from hnerv_clip.bench import rate_quality
 from hnerv_clip.book.markdown import join_words
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.study.fields import BOXES
+from hnerv_clip.study.fields import BOXES, TESTS
 from hnerv_clip.verify.paired import Paired, compare_paired
 
 FILE, SCOUT = "field_h100.json", "semantic_scout_h100.json"
@@ -38,11 +38,10 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     """The measurement: `about`; `fields` and `baselines` (tables); `runs` and `shifts` by video.
 
     `fields` has the columns of the file and `change` in words, `settings` (the names of those that
-    it sets), `is_rounded` (whether its bytes
-    are of the weights whose skill is given), `kb` (10³ bytes), `boxes_a_frame` that it was fitted
-    to, and `patches`, the share of draws that are the run's patches. `moved` has, by video and
-    pixels, the teacher's skill for a box that moves; `side_files` what bytes alone give, with the
-    columns any_held and eight_held of fields.
+    it sets), `is_rounded` (whether its bytes are of the weights whose skill is given), `kb` (10³
+    bytes), `boxes_a_frame` that it was fitted to, and `patches`, the share of draws that are the
+    run's patches. `moved` has, by video and pixels, the teacher's skill for a box that moves;
+    `side_files` what bytes alone give, with the columns any_held and eight_held of fields.
 
     Raises:
         ResultsError: the file is missing, or has no field.
@@ -127,7 +126,7 @@ def pair_answer(pairs: list[Pairs]) -> str:
     if any(one.skill.n < 2 for one in pairs):
         return "One pair of networks cannot tell"
     if not more and not less:
-        return "Not that could be measured: every 95% interval holds 0"
+        return "Not that could be measured: every 95% interval includes 0"
     return "; ".join(f"{word} on {join_words(videos)}"
                      for word, videos in (("Yes", more), ("No, less", less)) if videos)
 
@@ -418,7 +417,7 @@ def field_words(row: Any, fields: pd.DataFrame) -> str:
     """A field's name in a table: video, boxes, design, and its seed where there are several."""
     several = fields[(fields["round"] == row.round) & (fields["head"] == row.head)
                      & (fields.video == row.video)].seed.nunique() > 1
-    return (f"{row.video}, {row.boxes_a_frame} boxes: {row.change}"
+    return (f"{row.video}, {row.boxes_a_frame:,} boxes: {row.change}"
             + (f", seed {row.seed}" if several else ""))
 
 
@@ -426,6 +425,35 @@ def fit_words(row: Any) -> str:
     """Seconds of a fit, and how many shared them."""
     shared = f" ({row.at_once:.0f} at once)" if row.at_once > 1 else ""
     return f"{row.fit_s:.1f}{shared}"
+
+
+def round_rows(about: dict[str, Any]) -> list[dict[str, str]]:
+    """When, on what and at which commit each round was measured."""
+    return [{"device": about.get("devices", {}).get(number, about["device"]), "round": number,
+             "date": about.get("dates", {}).get(number, about["date"]),
+             # a hash, or words with a short one
+             "commit": commit if " " in commit else commit[:12]}
+            for number, commit in about["commits"].items()]
+
+
+def setting_words(fields: pd.DataFrame) -> str:
+    """What networks and fields were made with, and which boxes were asked, in sentences.
+
+    The published rounds 1 to 4 were measured by hand, later ones by `study.book_runs`.
+    """
+    asked, taught = TESTS["any"], fields[fields.patches > 0]
+    (small, large), (narrow, broad) = asked.size_range, asked.aspect_range
+    return ("The networks of bunny (640×1280) and bikes (256×640) learned the picture alone, for "
+            "300 epochs in bf16, with one frame in 5 held out; held-out frames come from "
+            "interpolated embeddings. Fields were fitted to these networks as they are. Asked were "
+            f"{asked.count} boxes that no field was fitted to, of a size (square root of the area) "
+            f"of {small:g} to {large:g} frame heights and {narrow:g} to {broad:g} times as wide as "
+            f"high, and the eight patches, which {len(taught)} of {len(fields)} fields had among "
+            "their boxes. In rounds 1 and 2 the boxes of a frame had 128 shapes; since round 3 "
+            "each has its own, but in one fit. In rounds 3 and 4 the teacher embedded them in half "
+            "precision (skill against full precision: 0.998 or more). In round 3 the GPU was "
+            "shared, so that fits took longer than they need to. Where several fits ran at once, "
+            "the seconds are those of all of them.")
 
 
 def _pixels(count: int) -> str:

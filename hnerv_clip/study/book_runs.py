@@ -122,8 +122,8 @@ def _do_field(folders: Folders, video: str, network: str, size: str, seed: str) 
 
     name = f"{video}_hybrid_{NETWORKS[network]}_s{seed}"
     run = load_run(_with_weights(folders, name), cache_dir=folders.cache_dir)
-    given = {name: folders.settings[f"field_{name}"] for name in ("steps", "boxes")
-             if f"field_{name}" in folders.settings}
+    given = {key: folders.settings[f"field_{key}"] for key in ("steps", "boxes")
+             if f"field_{key}" in folders.settings}
     row = measure_field(run, size, network=network, seed=int(seed), cache_dir=folders.cache_dir,
                         folder=folders.outf / "fields", **given)
     write_json(folders.field_row((video, network, size, seed)), row | _origin())

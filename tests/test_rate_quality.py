@@ -6,6 +6,7 @@ import math
 import pytest
 
 from hnerv_clip.bench import rate_quality as rate
+from hnerv_clip.figures import plot_rate_quality
 
 LINE = [{"rate_bpp": 0.01 * 4**i, "psnr_db": 30.0 + 4 * i} for i in range(3)]
 
@@ -35,6 +36,42 @@ def test_the_best_of_several_trainings_counts():
     assert rate.reached(points, 0.08) == pytest.approx(39) and rate.needed(points, 36) == 0.04
     assert math.isnan(rate.reached(points, 0.009)) and math.isnan(rate.needed(points, 42))
     assert len(rate.trainings(points)) == 2
+
+
+def field_run(epochs, best, optimizer="adan"):
+    found = measured()
+    for point in found["points"][1:]:
+        point["psnr_db"] += best
+        point["tune_s"] = 7.0
+    return {**found, "settings": found["settings"] | {
+        "head": "field", "epochs": epochs, "modelsize": 1.2, "optimizer": optimizer}}
+
+
+def test_trainings_with_a_field_are_compared_at_one_rate():
+    runs = [field_run(200, 0), field_run(600, 1), field_run(900, 2, "adam"), measured()]
+    assert rate.run_words(runs[0]) == "1.2 M, 200 epochs by Adan, with field"
+    rows = rate.tried_rows(runs)
+    assert [row["values, epochs"] for row in rows] == [
+        "1.2 M, 200 by Adan", "1.2 M, 600 by Adan", "1.2 M, 900 by Adam"]
+    assert rows[0]["first fine-tuning"] == "5 epochs, 7 s, learning rate 0.001"
+    assert (rows[0]["dB at 0.055"], rows[1]["dB at 0.055"]) == ("34.92", "35.92")
+    assert rate.length_words(runs) == (
+        "Of 1.2 M values by Adan, 600 epochs and a first fine-tuning of 5 give 35.92 dB and 200 "
+        "epochs and a first fine-tuning of 5 give 34.92 dB at 0.055 bits per pixel.")
+    assert rate.length_words(runs[:1]) == ""
+    runs[0]["points"] = [point for point in runs[0]["points"] if point["rate_bpp"] > 0.1]
+    assert rate.tried_rows(runs)[0]["dB at 0.055"] == "–" and rate.length_words(runs) == ""
+
+
+def test_lines_join_the_files_of_one_training():
+    points = [point | {"head": rate.FIELD, "modelsize": 1.2, "commit": name}
+              for name in "ab" for point in LINE]
+    figure = plot_rate_quality({}, [], rate.trainings(points), source="", hnerv=LINE[0],
+                               goal=LINE[1])
+    lines = figure.axes[0].get_lines()
+    assert [len(line.get_xdata()) for line in lines if line.get_linestyle() == "-"] == [3, 3]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "here, fine-tuned, 1.2 M, with field", "HNeRV (no file)", "goal"]
 
 
 def test_a_better_file_just_above_a_rate_is_named():
@@ -92,6 +129,7 @@ def test_goals_are_met_or_missed():
     assert "lowest" not in rate.fine_tuning_words(point | {"history": point["history"][1:2]})
     assert "goes on, from a larger" in rate.fine_tuning_words(point | {"goes_on": True})
     assert rate.writing_words(measured()["points"][1:]) == "-4.00 to +4.00 dB"
+    assert rate.writing_words(measured()["points"][1:2]) == "-4.00 dB"
 
 
 def test_films_are_kept_by_commit_and_device(tmp_path):

@@ -331,6 +331,57 @@ def head_of(point_or_run: dict[str, Any]) -> str:
     return ORIGINAL if settings["predict_clip"] else NO_HEAD
 
 
+def optimizer_of(run: dict[str, Any]) -> str:
+    """What a run was trained by, as its authors write it; files from before `optimizer`: Adam."""
+    return run["settings"].get("optimizer", "adam").title()
+
+
+def run_words(run: dict[str, Any]) -> str:
+    """A training's name: "1.2 M, 600 epochs by Adan, with field"."""
+    return (f"{run['settings']['modelsize']:g} M, {run['settings']['epochs']} epochs by "
+            f"{optimizer_of(run)}, {head_of(run)}")
+
+
+def tried_rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, str | None]]:
+    """Trainings with a field, in turn, and what their files reach at the goals' rates."""
+    rows = []
+    for run in (run for run in runs if head_of(run) == FIELD):
+        points = tuned_points([run])
+        tuned = _first_tuned(run)
+        rows.append({
+            "values, epochs": f"{run['settings']['modelsize']:g} M, {run['settings']['epochs']} by "
+                              f"{optimizer_of(run)}",
+            "before rounding (dB)": f"{run['trained_psnr_db']:.2f}",
+            "first fine-tuning": f"{tuned['epochs']} epochs, {tuned['tune_s']:.0f} s, learning "
+                                 f"rate {run['fine_tune_lr']:g}",
+            **{f"dB at {rate:g}": f"{there:.2f}" if math.isfinite(there) else "–"
+               for rate in (GOALS["rate_bpp"], GOALS["recipe_rate_bpp"])
+               for there in [reached(points, rate)]}})
+    return rows
+
+
+def length_words(runs: Sequence[dict[str, Any]]) -> str:
+    """What longer trainings with a field gave, of one size and optimizer, in sentences."""
+    alike: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: run["settings"]["epochs"]):
+        if head_of(run) == FIELD:
+            alike.setdefault((run["settings"]["modelsize"], optimizer_of(run)), []).append(run)
+    said = []
+    for (size, optimizer), part in alike.items():
+        ends = [(f"{run['settings']['epochs']} epochs and a first fine-tuning of "
+                 f"{_first_tuned(run)['epochs']}", reached(tuned_points([run]), GOALS["rate_bpp"]))
+                for run in (part[-1], part[0])]
+        if len(part) > 1 and all(math.isfinite(there) for _, there in ends):
+            said.append(f"Of {size:g} M values by {optimizer}, " + " and ".join(
+                f"{words} give {there:.2f} dB" for words, there in ends)
+                + f" at {GOALS['rate_bpp']:g} bits per pixel.")
+    return " ".join(said)
+
+
+def _first_tuned(run: dict[str, Any]) -> Point:
+    return next(point for point in run["points"] if point["kind"] == "tuned")
+
+
 def fine_tuning_words(point: Point) -> str:
     """How a fine-tuning went, from its history (over training, before the file)."""
     history = point["history"]
@@ -345,9 +396,10 @@ def fine_tuning_words(point: Point) -> str:
 
 
 def writing_words(points: Sequence[Point]) -> str:
-    """How far the files of a head lie from their last epochs, from the lowest to the highest."""
+    """How far files lie from their last epochs, from the lowest to the highest."""
     changes = sorted(point["psnr_db"] - point["history"][-1]["psnr_db"] for point in points)
-    return f"{changes[0]:+.2f} to {changes[-1]:+.2f} dB"
+    ends = dict.fromkeys(f"{change:+.2f}" for change in (changes[0], changes[-1]))
+    return f"{' to '.join(ends)} dB"
 
 
 def goals(measured: dict[str, Any]) -> list[dict[str, Any]]:

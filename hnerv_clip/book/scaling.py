@@ -165,9 +165,10 @@ def _lost_words(run: Row) -> str:
 def _cosine_words(row: Row, alone: Row) -> str:
     """The semantic head's score beside a change of PSNR, where both are known."""
     one, other = (run.get("cosine_centred") for run in (alone, row))
-    return "" if one is None or other is None else (
-        f", and the mean-centered cosine falls from {one:.2f} to {other:.2f}" if other < one else
-        f", and the mean-centered cosine rises from {one:.2f} to {other:.2f}")
+    if one is None or other is None:
+        return ""
+    word = "falls" if other < one else "rises"
+    return f", and the mean-centered cosine {word} from {one:.2f} to {other:.2f}"
 
 
 def _rate_words(row: Row, alone: Row) -> str:

@@ -182,8 +182,9 @@ def goals(benches: list[Bench]) -> pd.DataFrame:
     """What was aimed at on one GPU, and what was measured: what, goal, measured, met, device."""
     return pd.DataFrame([
         {"what": what, "goal": f"{sign}\u00a0{text.format(limit)}",
-         "measured": text.format(value), "device": bench["device"],
-         "met": "yes" if (value >= limit if sign == "≥" else value <= limit) else "no"}
+         "measured": text.format(value),
+         "met": "yes" if (value >= limit if sign == "≥" else value <= limit) else "no",
+         "device": bench["device"]}
         for bench in benches if is_gpu(bench)
         for what, sign, limit, find, text in GOALS if (value := find(bench)) is not None])
 

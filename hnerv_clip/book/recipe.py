@@ -14,7 +14,6 @@ from hnerv_clip.book.results import read_json
 GPU, CPU, SEARCH = "recipe_h100.json", "recipe_cpu.json", "recipe_search.json"
 FIX = "git checkout book/results"
 BLOCKS = "HNeRV's blocks"  # among the decoders
-CHANCE_DB = 0.3  # about two standard deviations over seeds at full size
 BASE, BEST = "lr 2e-3", "preset best"  # what a single change is to; the preset as it is
 HNERV, FOUND = "HNeRV's settings", "found by the search"
 LEAST_GAIN_DB = 2.0  # that was aimed at on other videos, on average

@@ -23,6 +23,9 @@ async function look(browser, name, width, theme) {
   if (mode !== theme) faults.push(`is shown ${mode}`);
   const wider = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
   if (wider > 0) faults.push(`${wider} pixels wider than its window`);
+  const silent = await page.evaluate(() => [...document.querySelectorAll(".bd-article table:not(.scrolled)")]
+    .filter((table) => table.scrollWidth > table.clientWidth + 1).length);
+  if (silent) faults.push(`${silent} tables scroll and do not say so`);
   await page.evaluate(axe);
   const { violations } = await page.evaluate(() => axe.run(document, { resultTypes: ["violations"], preload: false }));
   for (const { id, impact, help, nodes } of violations) {

@@ -1,7 +1,11 @@
 // What scrolls sideways can be reached with the keyboard.
 function reachable() {
   for (const part of document.querySelectorAll("pre, table, figure.wide, .cell_output, .math-block")) {
-    if (part.scrollWidth > part.clientWidth + 1) part.tabIndex = 0;
+    part.classList.remove("scrolled", "scrolled-far");  // they widen it
+    const beyond = part.scrollWidth - part.clientWidth;
+    if (beyond > 1) part.tabIndex = 0;
+    part.classList.toggle("scrolled", beyond > 1);
+    part.classList.toggle("scrolled-far", beyond > 60);
   }
 }
 // What can be read on the theme's buttons is their name.
@@ -15,6 +19,7 @@ function named() {
 }
 window.addEventListener("load", () => { reachable(); named(); });
 window.addEventListener("resize", reachable);
+document.addEventListener("toggle", reachable, true);  // a fold that opens
 
 // Figures have a second file on dark paper.
 function themed() {
@@ -42,8 +47,16 @@ function captioned() {
 }
 document.addEventListener("DOMContentLoaded", captioned);
 
-// Names in tables and beside the page break behind an underscore, not inside a word.
+// Names in tables and beside the page break behind an underscore, long words of a table's head in
+// their middle, and dates nowhere; long names of rows are marked.
 function broken() {
+  for (const head of document.querySelectorAll(".bd-article thead :is(th, p):not(:has(*))")) {
+    head.textContent = head.textContent.replace(/\b(auto|inde|inter|super)(?=[a-z]{5})/gi, "$1\u00ad");
+  }
+  for (const cell of document.querySelectorAll(".bd-article table td")) {
+    cell.classList.toggle("date", /^\d{4}-\d\d-\d\d$/.test(cell.textContent.trim()));
+    cell.classList.toggle("long-name", !cell.cellIndex && cell.textContent.length > 24);
+  }
   for (const name of document.querySelectorAll(":is(.bd-article table, .bd-sidebar-secondary) code .pre")) {
     if (name.textContent.includes("_")) {
       name.replaceChildren(...name.textContent.split(/(?<=_)/).flatMap((part) => [part, document.createElement("wbr")]));

@@ -15,6 +15,9 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
+/** With one decimal, and no sign where that is zero. */
+const rounded = (value) => value.toFixed(1).replace("-0.0", "0.0");
+
 /** Buttons of which one is pressed, bound to a trait. */
 function choice(model, trait, words, options, disabled) {
   const buttons = options.map(([value, label]) => {
@@ -266,7 +269,7 @@ function render({ model, el }) {
         hit.picture ? make("img", { src: hit.picture, alt: "" }) : make("div", { className: "blank" }),
         make("span", { textContent: `frame ${hit.frame} · ${hit.time_s.toFixed(2)} s` }),
         make("span", { textContent: hit.match === undefined ? `cosine ${hit.score.toFixed(2)}`
-          : `match ${hit.match.toFixed(1)}` }));
+          : `match ${rounded(hit.match)}` }));
       button.addEventListener("click", () => { stop(); go(hit.frame); });
       return button;
     }));

@@ -178,7 +178,7 @@ class Explorer(anywidget.AnyWidget):
         found["match"] = self.video.matches(vector, found)
         best = float(found.match.max())
         words = (f"“{text}”: best match {best:.1f}" if best >= TEXT_RANGE[0] else
-                 f"“{text}” has no match in this video: its best place has {best:.1f}, and only "
+                 f"“{text}” has no match in this video: its best place has {best:z.1f}, and only "
                  f"from {TEXT_RANGE[0]:g} on is a text distinguished from others")
         self._found(found, (vector, None), words, started, asked={})
         if told:

@@ -5,6 +5,7 @@ import pytest
 
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.figures import plot_ablation, plot_tradeoff
+from hnerv_clip.figures.style import name_lines
 from hnerv_clip.study.ablations import ablation_answer, ablation_configs, run_words
 
 
@@ -96,3 +97,9 @@ def test_long_names_of_rows_do_not_run_into_each_other():
     boxes = sorted((label.get_window_extent() for label in figure.axes[0].get_yticklabels()),
                    key=lambda box: box.y0)
     assert all(below.y1 <= above.y0 for below, above in zip(boxes, boxes[1:]))
+
+
+def test_a_last_number_stays_with_the_word_before_it():
+    assert name_lines("mean over a third, decoder stage 2") == [
+        "mean over a third, decoder", "stage 2"]
+    assert name_lines("λ = 1") == ["λ = 1"]

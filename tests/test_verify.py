@@ -415,6 +415,8 @@ def test_no_interval_where_frames_agree_or_are_few():
     assert list(table) == ["frames", "embeddings", "centred cosine", "R@1"]
     assert set(table.frames) == {"training frames", "held-out frames"}
     assert table["R@1"][0] == "1" and "[" in table["centred cosine"][3]
+    many = result.measures.assign(value=1049.6, low=999.7, high=12.34)
+    assert verify_report.measure_table(many, ["r1"])["R@1"][0] == "1050 [1000, 12.3]"
 
 
 def test_few_held_out_frames_give_no_p_and_say_so():

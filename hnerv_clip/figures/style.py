@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 import textwrap
 from typing import Any
 
@@ -139,15 +140,21 @@ def picture_axes(axes: Axes) -> Axes:
     return axes
 
 
+def name_lines(name: str) -> list[str]:
+    """A row's name in lines so short that the data beside it fit on a phone; a last number stays
+    with the word before it."""
+    joined = re.sub(r" (?=\d\S*$)", "\N{NO-BREAK SPACE}", name)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(joined, ROW_NAME)]
+
+
 def name_rows(panel: Axes, names: list[str]) -> None:
-    """Names of rows at 0, 1, …, in lines so short that the data beside them fit on a phone."""
-    panel.set_yticks(range(len(names)), [textwrap.fill(name, ROW_NAME) for name in names],
-                     fontsize=8)
+    """Names of rows at 0, 1, …"""
+    panel.set_yticks(range(len(names)), ["\n".join(name_lines(name)) for name in names], fontsize=8)
 
 
 def row_height(names: list[str], least: float) -> float:
     """Inches of a row, so that no name of `name_rows` runs into the next."""
-    return max(least, 0.15 * max(len(textwrap.wrap(name, ROW_NAME)) for name in names))
+    return max(least, 0.15 * max(len(name_lines(name)) for name in names))
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, height: float = 3.2, **options: Any

@@ -217,10 +217,16 @@ def measure_table(measures: pd.DataFrame, names: Any = tuple(MEASURES)) -> pd.Da
     names = [name for name in names if name in set(measures.measure)]
     chosen = measures[measures.measure.isin(names)]
     cells = chosen.assign(cell=[
-        "" if np.isnan(row.value) else f"{row.value:.3g}" if np.isnan(row.low) else
-        f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in chosen.itertuples()])
+        "" if np.isnan(row.value) else _short(row.value) if np.isnan(row.low) else
+        f"{_short(row.value)} [{_short(row.low)}, {_short(row.high)}]"
+        for row in chosen.itertuples()])
     cells = cells.assign(frames=cells.split.map(SPLIT_LABELS), embeddings=[
         name_of(condition) for condition in cells.condition])
     table = cells.pivot_table(index=["frames", "embeddings"], columns="measure", values="cell",
                               aggfunc="first", sort=False)[names]
     return table.rename(columns=MEASURES).rename_axis(columns=None).reset_index()
+
+
+def _short(value: float) -> str:
+    """Three digits, without a power of ten where there are more of them, as in a rank."""
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

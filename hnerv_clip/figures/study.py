@@ -91,15 +91,15 @@ def plot_pareto(rows: pd.DataFrame, *, pixels_only: dict[str, float], teacher_la
                        markersize=4)
             text = f"λ {row['clip_loss_weight']:g}" if row["is_base_warmup"] else \
                 f"warm-up {row['pixel_loss_warmup_epochs']:g}"
-            place = {"rotation": 40, "xytext": (2, 3)} if row["is_base_warmup"] else {
-                "xytext": (0, -6), "ha": "center", "va": "top"}
+            place = {"rotation": 90, "xytext": (0, 6), "va": "bottom"} if row[  # points are near
+                "is_base_warmup"] else {"xytext": (0, -6), "va": "top"}
             panel.annotate(text, (row[x], row[y]), textcoords="offset points", fontsize=8,
-                           **place)
+                           ha="center", **place)
         if np.isfinite(pixels_only.get(part, np.nan)):
             panel.axvline(pixels_only[part], color=PALETTE["pixel-only"], linestyle="--",
                           linewidth=1.2)
         panel.set(title=title, xlabel="PSNR (dB)")
-        panel.margins(x=0.1, y=0.12)
+        panel.margins(x=0.1, y=0.2)
         panel.xaxis.set_major_locator(MaxNLocator(5))
     axes[0].set_ylabel("mean-centered cosine")
     return caption(figure, "Up and right is better. Circles: λ at the base's warm-up; diamonds: "

@@ -83,6 +83,13 @@ def test_a_click_asks_for_what_is_like_the_nearest_patch(explorer, run_video):
     assert explorer.asked == {} and "hare" in explorer.answer
 
 
+def test_a_run_whose_file_has_the_field_names_the_file(pixel_copy, cache_dir):
+    (pixel_copy / "stored").mkdir()
+    (pixel_copy / "stored" / "field.pth").touch()
+    run = open_video(pixel_copy, cache_dir=cache_dir, device="cpu")
+    assert "use that file, or fit one, hnerv-clip fit-head" in run.silent
+
+
 def test_errors_are_told_with_their_fix(explorer, trained_run, pixel_run, cache_dir):
     explorer.text = "hair"
     assert "'hair' is not the name of an ImageNet class" in explorer.problem

@@ -110,6 +110,9 @@ def test_runs_are_put_beside_the_codecs(tmp_path):
     assert "clip_loss" not in kept["runs"][0]["points"][1]["history"][0]
     assert {row["anchor"] for row in rate.bd_rates(codecs, LINE + [
         {"rate_bpp": 0.32, "psnr_db": 40.0}])} == {"x264"}, "no PSNR is shared with the other"
+    barely = [{**point, "psnr_db": point["psnr_db"] - codecs[0]["psnr_db"] + 39.8}
+              for point in codecs[:6]]
+    assert not rate.bd_rates(barely, LINE + [{"rate_bpp": 0.32, "psnr_db": 40.0}])
 
 
 def test_goals_are_met_or_missed():

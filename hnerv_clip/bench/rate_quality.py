@@ -33,6 +33,7 @@ Point = dict[str, Any]
 GOALS = {"psnr_db": 35.5, "rate_bpp": 0.055, "recipe_psnr_db": 37.0, "recipe_rate_bpp": 0.060,
          "similarity_loss": 0.005, "film_frames_per_s": 500, "damaged_files": 10**6}
 NEAR = 0.03  # of a rate
+LEAST_RANGE_DB = 0.5  # of PSNR that two curves share, for a mean over it to mean something
 COUNTS = ("files", "refused", "read", "failed")  # of damaged files, and of processes the last
 ORIGINAL, FIELD, NO_HEAD = "with head", "with field", "no head"
 SETTINGS = ("epochs", "lr", "batch_size", "modelsize", "predict_clip", "clip_loss_weight",
@@ -201,13 +202,13 @@ def codec_curves(codecs: Sequence[Point]) -> dict[str, list[Point]]:
 
 def bd_rates(codecs: Sequence[Point], tuned: Sequence[Point]) -> list[dict[str, Any]]:
     """`bd_rate` of the fine-tuned points against each codec: anchor, bd_rate_percent, and the
-    range of PSNR that both reach, low_db and high_db; no row where there is none."""
+    range of PSNR that both reach, low_db and high_db; no row where it is below `LEAST_RANGE_DB`."""
     rows = []
     for name, points in codec_curves(codecs).items():
         value = bd_rate(points, tuned)
         low, high = (side(end(p["psnr_db"] for p in part) for part in (points, tuned))
                      for side, end in ((max, min), (min, max)))
-        if np.isfinite(value):
+        if np.isfinite(value) and high - low >= LEAST_RANGE_DB:
             rows.append({"anchor": name, "bd_rate_percent": value, "low_db": low, "high_db": high})
     return rows
 

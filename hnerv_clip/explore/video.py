@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hnerv_clip.config import ConfigError, VideoConfig
-from hnerv_clip.field.query import Field, has_field, load_field
+from hnerv_clip.field.query import Field, has_field, load_field, missing_field_fix
 from hnerv_clip.patches import PatchGrid
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import commit_words
@@ -271,7 +271,7 @@ def _from_run(path: str | Path, data_path: str, cache_dir: str | Path, device: s
         load_teacher=lambda: load_teacher(config.teacher, device),
         taught=None if dataset.embeddings is None else dataset.embeddings.numpy(), silent=(
             f"the run in {run.run_dir.path.name} has no head for embeddings, so it is not searched:"
-            f" fit one, hnerv-clip fit-head {path}, or train with predict_clip=True"))
+            f" {missing_field_fix(run.run_dir)}, or train with predict_clip=True"))
 
 
 def _about(run) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hnerv_clip.inference import Run
 
 FORMAT = 1
+STORED = "stored"  # a run's folder of the field that was fitted to the network of its file
 # Values of embeddings computed together: 2 MiB, which a CPU's cache holds, and 128 MiB on a GPU
 AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
 
@@ -170,6 +171,14 @@ def has_field(run_dir: str | Path | RunDir) -> bool:
     return (path / FIELD).is_file()
 
 
+def missing_field_fix(run_dir: RunDir) -> str:
+    """What to do about a run's folder without a field, for messages."""
+    fit = f"fit one, hnerv-clip fit-head {run_dir.path}"
+    if (run_dir.path / STORED / FIELD).is_file():
+        return f"{STORED} has that of the file which `encode` wrote: use that file, or {fit}"
+    return fit
+
+
 def load_field(run: Run, *, source: str | None = None) -> Field:
     """The field in a run's folder.
 
@@ -181,7 +190,7 @@ def load_field(run: Run, *, source: str | None = None) -> Field:
     path = run.run_dir.path / FIELD
     again = f"fit it: hnerv-clip fit-head {run.run_dir.path}"
     if not path.is_file():
-        raise RunError(f"{run.run_dir.path} has no field: {again}")
+        raise RunError(f"{run.run_dir.path} has no field: {missing_field_fix(run.run_dir)}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:

@@ -15,7 +15,7 @@ from hnerv_clip.codec.video import FIELD, bind_embeddings, decode_video, encode_
 from hnerv_clip.config import AUTO, BUNDLED, PRESETS, Config, ConfigError, TeacherConfig
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.field.fit_run import fit_head
-from hnerv_clip.field.query import Field, has_field, load_field
+from hnerv_clip.field.query import STORED, Field, has_field, load_field
 from hnerv_clip.inference import Run, embed_frames, load_run
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.stored.effort import choose_boxes, choose_settings, in_minutes
@@ -158,11 +158,11 @@ def store_run(run_dir: str | Path, out: str | Path, *, rate: float | None = None
 
 def fit_on_file(run: Run, path: str | Path, *, cache_dir: str | Path = "output/cache",
                 device: str = "auto", progress: bool = True) -> Field:
-    """A field of the network that a file holds; kept in the run's folder, in `stored`."""
+    """A field of the network that a file holds; kept in the run's folder, in `STORED`."""
     model, embeddings = decode_video(path)
     target = next(run.model.parameters()).device
     embeddings = None if embeddings is None else embeddings.to(target)
-    folder = RunDir(run.run_dir.path / "stored")
+    folder = RunDir(run.run_dir.path / STORED)
     folder.path.mkdir(exist_ok=True)
     stored = replace(run, run_dir=folder, model=bind_embeddings(model.to(target), embeddings))
     return fit_head(stored, cache_dir=cache_dir, device=device, progress=progress)

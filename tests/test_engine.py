@@ -19,6 +19,7 @@ pytest.importorskip("triton")  # made for Linux; without it training is plain
 
 from hopper_emulator import Launcher
 
+from hnerv_clip.bench import replay
 from hnerv_clip.config import ConfigError
 from hnerv_clip.engines import select
 from hnerv_clip.engines.compiled import CompiledEngine
@@ -414,3 +415,26 @@ def test_frames_are_worked_on_in_parts_when_memory_runs_out(small_config, small_
         warnings.simplefilter("error")
         got = parts.step(indices, **step)
     torch.testing.assert_close(got, whole.step(indices, **step), rtol=1e-4, atol=1e-6)
+
+
+def test_replayed_steps_are_the_same_and_a_changed_buffer_is_named(tiny, monkeypatch):
+    config, dataset = tiny
+    engine = build(FusedEngine, config.replace(predict_clip=False, optimizer="adam"), dataset)
+    batches = torch.tensor([[1, 7], [2, 3]]).unbind()
+    settings = dict(weight=0.0, seconds=0, check_steps=2)
+    found = replay.replay(engine, batches, **settings)
+    assert (found["steps"], found["differing"], found["events"]) == (2, 0, [])
+    assert found["buffers"] > 30
+
+    step, steps = FusedEngine.step, []
+
+    def faulty(self, indices, **given):
+        result = step(self, indices, **given)
+        steps.append(indices)
+        if len(steps) == 2 * 3 + 2:  # the second step after those that are compared with
+            self.networks[2].rgb_head.dout.view(-1)[5] += 1
+        return result
+
+    monkeypatch.setattr(FusedEngine, "step", faulty)
+    event, = replay.replay(engine, batches, **settings)["events"]
+    assert event == {"steps": 2, "wrong": {"dout": 1}}

@@ -419,22 +419,17 @@ def test_frames_are_worked_on_in_parts_when_memory_runs_out(small_config, small_
 
 def test_replayed_steps_are_the_same_and_a_changed_buffer_is_named(tiny, monkeypatch):
     config, dataset = tiny
-    engine = build(FusedEngine, config.replace(predict_clip=False, optimizer="adam"), dataset)
-    batches = torch.tensor([[1, 7], [2, 3]]).unbind()
-    settings = dict(weight=0.0, seconds=0, check_steps=2)
-    found = replay.replay(engine, batches, **settings)
-    assert (found["steps"], found["differing"], found["events"]) == (2, 0, [])
-    assert found["buffers"] > 30
-
-    step, steps = FusedEngine.step, []
+    config = config.replace(**VARIANTS["pe"], predict_clip=False, batch_size=1)
+    engine, steps, step = build(FusedEngine, config, dataset), [], FusedEngine.step
 
     def faulty(self, indices, **given):
         result = step(self, indices, **given)
         steps.append(indices)
-        if len(steps) == 2 * 3 + 2:  # the second step after those that are compared with
-            self.networks[2].rgb_head.dout.view(-1)[5] += 1
+        if len(steps) == 3 + 2:  # the second step after those that are compared with
+            self.networks[1].rgb_head.dout.view(-1)[5] += 1
         return result
 
     monkeypatch.setattr(FusedEngine, "step", faulty)
-    event, = replay.replay(engine, batches, **settings)["events"]
-    assert event == {"steps": 2, "wrong": {"dout": 1}}
+    found = replay.replay(engine, [torch.tensor([7])], weight=0.0, seconds=0, check_steps=2)
+    assert (found["steps"], found["differing"]) == (2, 1) and found["buffers"] > 15
+    assert found["events"] == [{"steps": 2, "wrong": {"dout": 1}}]

@@ -41,19 +41,28 @@ def test_the_first_epoch_that_differs_is_told(folders, tmp_path):
     assert repeats.compare_runs(folders / "first", tmp_path) == []
 
 
+def test_runs_of_other_settings_are_no_repetition(folders, tmp_path):
+    shutil.copytree(folders / "second", tmp_path / "other")
+    path = tmp_path / "other" / "run" / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"lr": 2 * settings["lr"]}))
+    assert repeats.compare_runs(folders / "first", tmp_path / "other") == []
+
+
 def test_a_page_says_how_many_differ(tmp_path):
     row = {"run": "a", "epochs": 3, "head": True, "compared": "figures", "same": True,
            "psnr_db": [30.0, 30.0], "first": {"commit": "f" * 40, "device": "NVIDIA H100"},
            "second": {"commit": "e" * 40, "device": "NVIDIA H200"}}
     other = {**row, "run": "b", "head": False, "same": False, "psnr_db": [30.0, 30.5]}
-    replays = [{"steps": 1500, "buffers": 9, "differing": 0}]
+    replays = [{"steps": 1500, "buffers": 9, "differing": 0, "device": "an H100",
+                "commit": "d" * 40}]
     (tmp_path / book.FILE).write_text(json.dumps({"rows": [row, other], "replays": replays}))
     measured = book.read_repeats(tmp_path)
     words = book.repeat_words(measured)
     assert words.startswith("1 of 2 runs ended alike, to the last digit; not b (30.00 and 30.50 "
                             "dB). Of the 1 pairs with a head none differ, of the 1 without one 1. ")
     assert words.endswith("1,500 further steps, beside other work on the same GPU, gave the same "
-                          "bits in every buffer (9 buffers)")
+                          "bits in every buffer (9 buffers; an H100, commit ddddddd)")
     assert [r["run"] for r in book.repeat_rows(measured)] == ["b", "a"]
     assert book.repeat_rows(measured)[0]["second"] == "H200, eeeeeee"
     assert book.repeat_words({**measured, "rows": measured["rows"][:1], "replays": []}) == \

@@ -31,12 +31,14 @@ def repeat_words(measured: dict[str, Any]) -> str:
         said += (f"; not {join_words(apart)}. Of the {rows['head'].sum()} pairs with a head "
                  f"{other['head'].sum() or 'none'} differ, of the {(~rows['head']).sum()} without "
                  f"one {(~other['head']).sum() or 'none'}")
+    if not replays:
+        return said
     steps, differing = (sum(row[name] for row in replays) for name in ("steps", "differing"))
-    return said + (
-        f". With fixed weights {steps:,} further steps, beside other work on the same GPU, gave "
-        + ("the same bits in every buffer" if not differing else
-           f"other bits in {differing} checks")
-        + f" ({max(row['buffers'] for row in replays)} buffers)" if replays else "")
+    where = dict.fromkeys(f"{row['device']}, commit {row['commit'][:7]}" for row in replays)
+    found = f"other bits in {differing} checks" if differing else "the same bits in every buffer"
+    return (f"{said}. With fixed weights {steps:,} further steps, beside other work on the same "
+            f"GPU, gave {found} ({max(row['buffers'] for row in replays)} buffers; "
+            f"{join_words(list(where))})")
 
 
 def repeat_rows(measured: dict[str, Any]) -> list[dict[str, str]]:

@@ -2,7 +2,8 @@
 
     python -m hnerv_clip.study.repeats FIRST SECOND --out book/results/repeats.json
 
-compares the runs of one name that two folders hold, epoch by epoch, and adds them to the file.
+compares the runs of one name and the same settings that two folders hold, epoch by epoch, and adds
+them to the file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ KEY = ("run", "epochs", "first", "second")
 
 
 def compare_runs(first: Path, second: Path) -> list[dict[str, Any]]:
-    """A row for each finished run that both folders hold.
+    """A row for each finished run that both folders hold, with the same settings.
 
     Returns:
         run, epochs, head (whether it has one), compared, same_epochs (those before the losses
@@ -33,7 +34,7 @@ def compare_runs(first: Path, second: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(second.glob("*/summary.json")):
         pair = [RunDir(first / path.parent.name), RunDir(path.parent)]
-        if not all(run.finished for run in pair):
+        if not all(run.finished for run in pair) or pair[0].config() != pair[1].config():
             continue
         losses = [run.metrics()[LOSSES] for run in pair]
         # NaN of a loss that is not there equals itself
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = compare_runs(args.first, args.second)
     add_rows(resolve_path(args.out), rows)
     print(pd.DataFrame(rows)[["run", "epochs", "same_epochs"]].to_string(index=False)
-          if rows else "no finished run is in both folders")
+          if rows else "no finished run is in both folders with the same settings")
 
 
 if __name__ == "__main__":

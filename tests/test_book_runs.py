@@ -12,11 +12,14 @@ from hnerv_clip import cli
 from hnerv_clip.bench import rate_gpu
 from hnerv_clip.book import field as book_field
 from hnerv_clip.book import judged
+from hnerv_clip.book import recipe as book_recipe
 from hnerv_clip.dataset import prepare_dataset
-from hnerv_clip.study import book_runs, collect, cross_fit, fields
+from hnerv_clip.runs.run_dir import RunDir
+from hnerv_clip.study import book_runs, collect, cross_fit, fields, recipe_parts
 from hnerv_clip.study.book_runs import Step
 from hnerv_clip.study.folders import make_folders
 from hnerv_clip.study.plan import study_base, study_configs
+from hnerv_clip.study.recipe_parts import part_folder
 from hnerv_clip.study.run import make_run
 from hnerv_clip.teachers import efficientnet
 from hnerv_clip.teachers.base import preprocess
@@ -24,12 +27,16 @@ from hnerv_clip.verify.verdict import QUESTIONS
 
 DONE = ("train bunny_hybrid_base_s0", "train bunny_hybrid_phase_1_s0",
         "train bunny_hybrid_pixels_only_s0", "field bunny frozen default 0",
-        "field bunny joint default 0", "teacher bunny", "fidelity 0", "rates head")
+        "field bunny joint default 0", "teacher bunny", "fidelity 0", "rates head",
+        "recipe preset preset best 0", "recipe held_out HNeRV's settings 0",
+        "recipe videos preset best: carphone 0")
+
+ALONE = "recipe preset"  # as if nothing else had shared the GPU
 
 
 @pytest.fixture(scope="module")
 def folders(small_config, tmp_path_factory):
-    """Eight steps done on a small video, whose teacher sees pictures of 64×64."""
+    """Eleven steps done on a small video, whose teacher sees pictures of 64×64."""
     folder = tmp_path_factory.mktemp("book")
     own = ("predict_clip", "embed", "seed", "clip_loss_weight", "split_phase", "data_split")
     settings = {name: value for name, value in small_config.params().items() if name not in own}
@@ -37,7 +44,7 @@ def folders(small_config, tmp_path_factory):
         **settings, "epochs": 1, "eval_freq": 1, "pixel_loss_warmup_epochs": 0,
         "field_steps": 12, "field_boxes": 8})
     shutil.copytree(collect.resolve_path(collect.PUBLISHED), folders.out)
-    steps = {step.name: step for step in book_runs.book_steps(1)}
+    steps = {step.name: step for step in book_runs.book_steps(1, folders.outf)}
     with pytest.MonkeyPatch.context() as patch:  # the teacher takes 12 ms a box of its usual size
         patch.setattr(efficientnet, "preprocess", lambda patches, size, **scale: preprocess(
             patches, (64, 64), **scale))
@@ -48,8 +55,8 @@ def folders(small_config, tmp_path_factory):
                                         for kind, sampling in fields.TESTS.items()})
         prepare_dataset(folders.configs[DONE[0].split()[1]], folders.cache_dir, progress=False)
         for name in DONE:
-            book_runs.do_step((name, steps[name].kind, steps[name].arguments),
-                              {"folders": folders})
+            book_runs.do_step((name, steps[name].kind, steps[name].arguments), {
+                "folders": dataclasses.replace(folders, alone=name.startswith(ALONE))})
     said = []
     collect.collect_results(folders, say=said.append)
     assert not said
@@ -57,19 +64,19 @@ def folders(small_config, tmp_path_factory):
 
 
 def test_what_is_done_is_known_and_what_is_missing_is_listed(folders):
-    steps = book_runs.book_steps(1)
+    steps = book_runs.book_steps(1, folders.outf)
     assert {step.name for step in steps if book_runs.step_done(step, folders)} == set(DONE)
     listed = book_runs.show_steps(steps, folders)
     assert listed.startswith("train bunny_hybrid_phase_2_s0") and f"{len(DONE)} done" in listed
-    assert "scale" in {step.name for step in book_runs.book_steps(2)}
+    assert "scale" in {step.name for step in book_runs.book_steps(2, folders.outf)}
 
 
-def test_every_step_stands_behind_what_it_needs():
+def test_every_step_stands_behind_what_it_needs(folders):
     seen = set()
-    for step in book_runs.book_steps(2):
+    for step in book_runs.book_steps(2, folders.outf):
         assert set(step.needs) <= seen
         seen.add(step.name)
-    assert all(step.kind in book_runs.DO for step in book_runs.book_steps(2))
+    assert all(step.kind in book_runs.DO for step in book_runs.book_steps(2, folders.outf))
 
 
 def test_steps_begin_in_order_when_they_can():
@@ -177,6 +184,42 @@ def test_study_and_fidelity_keep_what_is_published(folders):
     assert len(own) == 1 and fidelity["reference"]["paper"]
 
 
+def test_trainings_of_the_recipe_take_their_rows_places(folders):
+    before, after = (json.loads((folder / collect.RECIPE).read_text()) for folder in (
+        collect.resolve_path(collect.PUBLISHED), folders.out))
+    assert [len(after[name]["rows"]) for name in ("preset", "videos")] == [
+        len(before[name]["rows"]) for name in ("preset", "videos")]
+    best = after["preset"]["rows"][0]
+    summary = RunDir(part_folder(folders.outf, "preset", "preset best", "0")).summary()
+    assert best["psnr_db"] == round(summary["eval_psnr_all"], 3)
+    assert best["total_s"] > best["train_time_s"] > 0
+    held = next(row for row in after["preset"]["held_out"] if row["change"] == recipe_parts.HNERV)
+    assert held["psnr_held_interpolated_db"] and held["total_s"] is None
+    video, = (row for row in after["videos"]["rows"]
+              if (row["video"], row["recipe"]) == ("carphone", recipe_parts.BEST))
+    assert video["device"] == best["device"] == held["device"]
+    assert video["device"] in after["videos"]["about"]["device"]
+    assert before["added"] == after["added"]
+    assert book_recipe.read_recipe(folders.out)["preset"].psnr_db[0] == best["psnr_db"]
+
+
+def test_the_recipe_has_the_trainings_of_its_page(tmp_path):
+    """Each row of the published file is one of the plan's, with the settings that it says."""
+    published = json.loads((collect.resolve_path(collect.PUBLISHED) / collect.RECIPE).read_text())
+    planned = {part: recipe_parts.part_config(tmp_path, *part)
+               for part in recipe_parts.part_names(tmp_path) if part[0] != "videos"}
+    groups = {"rows": published["rows"], "added": published["added"]["rows"],
+              "preset": published["preset"]["rows"], "held_out": published["preset"]["held_out"]}
+    for group, rows in groups.items():
+        for row in rows:
+            train = planned[group, row["change"], str(row["seed"])].train
+            assert {key: getattr(train, key) for key in ("epochs", "batch_size", "lr")} == {
+                key: row[key] for key in ("epochs", "batch_size", "lr")}
+            assert train.optimizer == row.get("optimizer", "adam")
+    assert {config.model.modelsize for (group, *_), config in planned.items()
+            if group == "sizes"} == {row["modelsize"] for row in published["preset"]["sizes"]}
+
+
 def test_rates_are_measured_through_the_file_and_kept(folders, monkeypatch):
     monkeypatch.setattr(rate_gpu, "TARGETS", (0.5,))
     path = folders.outf / "rates" / "head" / "rate.json"
@@ -195,15 +238,15 @@ def test_another_machine_goes_on_from_the_state(folders, tmp_path):
     other = make_folders(tmp_path / "runs", tmp_path / "out", folders.cache_dir,
                                   folders.settings)
     book_runs.restore_state(other, tmp_path / "state.tar.xz")
-    steps = book_runs.book_steps(1)
+    steps = book_runs.book_steps(1, folders.outf)
     assert {step.name for step in steps if book_runs.step_done(step, other)} == set(DONE)
     assert not list(other.outf.rglob("*.pth"))
     assert book_runs._with_weights(other, "bunny_hybrid_pixels_only_s0").is_dir()
     assert (other.study / "bunny_hybrid_pixels_only_s0" / "model_best.pth").is_file()
 
 
-def test_only_what_is_begun_in_time_is_prepared():
-    steps = book_runs.book_steps(1)
+def test_only_what_is_begun_in_time_is_prepared(folders):
+    steps = book_runs.book_steps(1, folders.outf)
     first = book_runs.first_steps(steps, 3, {})
     assert 3 < sum(book_runs.minutes_of(step, {}) for step in first) < 5
     assert first == steps[:len(first)]

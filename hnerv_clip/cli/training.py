@@ -142,7 +142,7 @@ def _study_book(args: argparse.Namespace) -> None:
     if args.pack:
         book_runs.restore_state(folders, args.pack)
     if args.list:
-        steps = book_runs.book_steps(len(visible_gpus()))
+        steps = book_runs.book_steps(len(visible_gpus()), folders.outf)
         print(book_runs.show_steps(book_runs.chosen_steps(steps, tuple(args.only)), folders))
         return
     for folder in (folders.outf, folders.out):

@@ -14,7 +14,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from hnerv_clip.study.cross_fit import cross_fit_names
 from hnerv_clip.study.fields import NETWORKS, SIZES
 from hnerv_clip.study.folders import BUNDLED, Folders
 from hnerv_clip.study.plan import VIDEOS, study_base, study_configs
+from hnerv_clip.study.recipe_parts import WHOLE, part_config, part_folder, part_names
 from hnerv_clip.study.run import is_done, make_run, note_end, prepare_study
 from hnerv_clip.study.worker_pool import Ended, WorkerPool, end_on_sigterm
 
@@ -36,9 +37,10 @@ TIMES = "times.json"
 MINUTES = {"train bunny": 1.2, "train bikes": 1.3, "fidelity": 0.9, "field bunny": 0.8,
            "field bikes": 0.9, "teacher bunny": 0.4, "teacher bikes": 0.5, "rates": 7.5,
            "bench ceilings": 0.3, "bench train": 0.8, "bench profile": 0.4, "bench decode": 0.4,
-           "bench scaling": 1.5, "bench teacher": 0.3, "bench fit": 1.0, "scale": 7.0}
+           "bench scaling": 1.5, "bench teacher": 0.3, "bench fit": 1.0, "scale": 7.0,
+           "recipe": 1.2}
 STATE, STATE_BYTES = (".json", ".csv", ".done", ".txt"), 2**21
-GOES_ON = ("train", "fidelity", "rates", "scale")  # stopped, these lose little
+GOES_ON = ("train", "fidelity", "rates", "scale", "recipe")  # stopped, these lose little
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,12 @@ def _pairs(seed: int) -> list[Step]:
     return steps
 
 
-def book_steps(gpus: int) -> list[Step]:
-    """All steps, the most valuable first; those of several GPUs where there are any."""
+def book_steps(gpus: int, outf: Path) -> list[Step]:
+    """All steps, the most valuable first; those of several GPUs where there are any.
+
+    Args:
+        outf: folder of the runs, in which videos for the recipe may lie.
+    """
     steps = [Step("fidelity", ("0",))]
     steps += [_train(name) for video in VIDEOS for name in cross_fit_names(video, (0,))]
     steps += _pairs(0)
@@ -96,6 +102,7 @@ def book_steps(gpus: int) -> list[Step]:
     steps += [_field(video, "frozen", size, 0) for size in SIZES for video in VIDEOS]
     steps += [Step("rates", ("pixels",))]
     steps += [Step("bench", (part,)) for part in ("teacher", "scaling")]
+    steps += [Step("recipe", part) for part in part_names(outf)]
     steps += [_train(name) for name in study_configs(study_base("full", BUNDLED))]
     return list({step.name: step for step in steps}.values())
 
@@ -114,6 +121,17 @@ def _do_fidelity(folders: Folders, seed: str) -> None:
 
     train(folders.fidelity(seed), folders.outf / "fidelity" / f"seed{seed}",
           cache_dir=folders.cache_dir, progress=False)
+
+
+def _do_recipe(folders: Folders, *part: str) -> None:
+    from hnerv_clip.train import train
+
+    path, began = part_folder(folders.outf, *part), time.perf_counter()
+    resumed = path.exists()
+    train(part_config(folders.outf, *part).replace(**folders.settings), path,
+          cache_dir=folders.cache_dir, progress=False)
+    if folders.alone and not resumed:
+        write_json(path / WHOLE, {"seconds": time.perf_counter() - began})
 
 
 def _do_field(folders: Folders, video: str, network: str, size: str, seed: str) -> None:
@@ -187,8 +205,8 @@ def _origin() -> dict[str, Any]:
 
 
 DO: dict[str, Callable[..., None]] = {
-    "train": _do_train, "fidelity": _do_fidelity, "field": _do_field, "teacher": _do_teacher,
-    "rates": _do_rates, "bench": _do_bench, "scale": _do_scale}
+    "train": _do_train, "fidelity": _do_fidelity, "recipe": _do_recipe, "field": _do_field,
+    "teacher": _do_teacher, "rates": _do_rates, "bench": _do_bench, "scale": _do_scale}
 
 
 def step_done(step: Step, folders: Folders) -> bool:
@@ -198,6 +216,8 @@ def step_done(step: Step, folders: Folders) -> bool:
             return is_done(folders.study / name, folders.configs[name], True)
         case "fidelity", (seed,):
             return RunDir(folders.outf / "fidelity" / f"seed{seed}").finished
+        case "recipe", part:
+            return RunDir(part_folder(folders.outf, *part)).finished
         case "field", arguments:
             return folders.field_row(arguments).is_file()
         case "teacher", (video,):
@@ -265,7 +285,7 @@ def run_book(folders: Folders, *, minutes: float = float("inf"), only: tuple[str
     """
     deadline = time.monotonic() + 60 * minutes
     gpus = visible_gpus()
-    steps = chosen_steps(book_steps(len(gpus)), only)
+    steps = chosen_steps(book_steps(len(gpus), folders.outf), only)
     folders.outf.mkdir(parents=True, exist_ok=True)
     states = {step.name: "finished" if step_done(step, folders) else "waiting" for step in steps}
     recorded = _read_times(folders)
@@ -275,7 +295,8 @@ def run_book(folders: Folders, *, minutes: float = float("inf"), only: tuple[str
     count = workers or max(1, len(gpus))
     waiting = [step for step in steps if states[step.name] == "waiting"]
     _prepare(folders, first_steps(waiting, minutes * count, recorded), say)
-    options = {"folders": folders, "threads": max(1, usable_cores() // count)}
+    options = {"folders": replace(folders, alone=count <= max(1, len(gpus))),
+               "threads": max(1, usable_cores() // count)}
 
     def next_job() -> tuple[str, Any] | None:
         while step := next_step(steps, states, left=(deadline - time.monotonic()) / 60,

@@ -20,10 +20,12 @@ from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.study.cross_fit import cross_fit_results, merge_cross_fit
 from hnerv_clip.study.folders import Folders
+from hnerv_clip.study.recipe_parts import part_folder, part_names, part_row
 from hnerv_clip.study.table import StudyError, study_table
 
 PUBLISHED = "book/results"
 FIX = "git checkout book/results"
+RECIPE = "recipe_h100.json"
 # What differs in the rounds of fields that are made here
 NOTE = ("rounds by the command of the book's results: sizes of study.fields.SIZES, bytes as the "
         "field adds them to the stored file, or 8 bits a weight where not rounded")
@@ -212,6 +214,36 @@ def collect_scaling(folders: Folders) -> None:
         write_json(folders.out / "scaling_new.json", read_json(path, fix="remove it"))
 
 
+def collect_recipe(folders: Folders) -> None:
+    """`recipe_h100.json`: a row takes the place of the older one of the same training."""
+    found = {part: run for part in part_names(folders.outf)
+             if (run := RunDir(part_folder(folders.outf, *part))).finished}
+    if not found:
+        return
+    measured = read_published(folders, RECIPE) or {}
+    for (group, change, _), run in found.items():
+        put_recipe(measured, group, part_row(run, group, change))
+    write_json(folders.out / RECIPE, measured)
+
+
+def put_recipe(measured: dict[str, Any], group: str, row: dict[str, Any]) -> None:
+    """Put a row of `study.recipe_parts` into its group, and its commit and device into what is
+    said about the group."""
+    table = measured if group == "rows" else measured.setdefault(
+        "preset" if group in ("sizes", "held_out") else group, {"about": {}})
+    rows = table.setdefault(group if group in ("sizes", "held_out") else "rows", [])
+    keys = ("video", "recipe", "seed") if group == "videos" else ("modelsize", "seed") \
+        if group == "sizes" else ("change", "seed")
+    old = next((one for one in rows if all(one[key] == row[key] for key in keys)), None)
+    if old is None:
+        rows.append(row)
+    else:
+        old.update(row)
+    every = [one for name in ("rows", "sizes", "held_out") for one in table.get(name, [])]
+    table["about"] |= {key: ", ".join(dict.fromkeys(one[key] for one in every if key in one))
+                       for key in ("commit", "device")}
+
+
 def _write_csv(table: pd.DataFrame, path: Path) -> None:
     text = table.to_csv(index=False, float_format="%.6g")
     write_atomic(path, lambda file: file.write(text.encode()))
@@ -219,5 +251,6 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 COLLECT: dict[str, tuple[Callable[..., None], ...]] = {
     "train": (collect_study, collect_cross_fit), "fidelity": (collect_fidelity,),
+    "recipe": (collect_recipe,),
     "field": (collect_fields,), "teacher": (collect_fields,), "rates": (collect_rates,),
     "bench": (collect_bench,), "scale": (collect_scaling,)}

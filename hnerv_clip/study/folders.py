@@ -22,6 +22,7 @@ class Folders:
     out: Path  # results
     cache_dir: Path  # teacher embeddings
     settings: dict[str, Any]  # flat parameters that win over every run's; for a try on a CPU
+    alone: bool = False  # one run at a time on each GPU, so that its time counts
 
     @property
     def study(self) -> Path:

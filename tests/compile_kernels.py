@@ -23,6 +23,7 @@ from hnerv_clip.dataset import load_dataset
 from hnerv_clip.engines.fused import engine, workspace
 from hnerv_clip.engines.fused.decoding import Decoder
 from hnerv_clip.kernels import hopper, launch
+from hnerv_clip.kernels.async_fence import add_fences
 from hnerv_clip.kernels.compile_workers import NamedGPU
 from hnerv_clip.model import build_model
 
@@ -56,18 +57,22 @@ def main() -> None:
     knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append((src.name, cache_hit))
     with suppress(Exception):  # what failed is said below, all of it
         launch.build_all(jobs, cores=4)
-    failed = 0
+    failed, unfenced = 0, set()
     for kernel, grid, values, settings in jobs:
         try:
-            kernel.warmup(*values, grid=grid, **settings)
+            ptx = getattr(kernel.warmup(*values, grid=grid, **settings), "asm", {}).get("ptx", "")
+            if ptx != add_fences(ptx):
+                unfenced.add(kernel.__name__)
         except Exception as error:
             failed += 1
             print(kernel.__name__, settings, error, file=sys.stderr)
     missed = {name for name, hit in found if not hit}
     if missed:
         print("not compiled by the processes:", *missed, file=sys.stderr)
+    if unfenced:
+        print("need @with_async_fence:", *unfenced, file=sys.stderr)
     print(f"{len(jobs)} kernels, {failed} failed, {len(found)} found on disk")
-    sys.exit(failed > 0 or bool(missed) or not found)
+    sys.exit(failed > 0 or bool(missed) or bool(unfenced) or not found)
 
 
 def compile_for_hopper(kernel, *values, grid, **macros):

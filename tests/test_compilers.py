@@ -22,9 +22,10 @@ from hnerv_clip.kernels.launch import build_all
 
 def test_what_cannot_be_compiled_is_said_and_a_process_that_died_is_not_waited_for():
     compilers = Compilers()
-    assert "no_such_module" in compilers.compile('["no_such_module", "x", "{}", ["cuda", 90, 32]]')
+    assert "no_such_module" in compilers.compile(
+        '["no_such_module", "x", "{}", ["cuda", 90, 32], true]')
     assert "has no attribute 'x'" in compilers.compile(
-        '["hnerv_clip.kernels.tiles", "x", "{}", ["cuda", 90, 32]]')  # by the same process
+        '["hnerv_clip.kernels.tiles", "x", "{}", ["cuda", 90, 32], true]')  # by the same process
     process, = compilers._all
     process.kill()
     assert compilers.compile("[]") == compilers.compile("[]") == "the process is gone"

@@ -1,7 +1,8 @@
 """Our own kernels, one file for each operation, forward and backward; and how they are launched.
 
 In Triton; for large images on Hopper GPUs also in CUDA, see `hopper`. `launch` and
-`compile_workers` compile and run both, `tiles` cuts their work into programs.
+`compile_workers` compile and run both, `tiles` cuts their work into programs, `async_fence` adds to
+Triton's products a fence that its older versions leave out.
 
 Tensors lie channels-last: [B, H, W, C], written [N, C] where N = B·H·W. Activations are bfloat16
 (float32 in Triton's interpreter, which has no bfloat16 products), sums and weight gradients

@@ -21,6 +21,8 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from hnerv_clip.kernels import async_fence
+
 MOST = 16  # processes, a quarter of a gigabyte each
 
 
@@ -49,7 +51,8 @@ def describe(jobs: Iterable[tuple]) -> list[str | None]:
 
     def note(*, fn, compile, **_) -> bool:
         lines[-1] = json.dumps([fn.module, fn.name, compile["specialization_data"],
-                                [target.backend, target.arch, target.warp_size]])
+                                [target.backend, target.arch, target.warp_size],
+                                async_fence.enabled])
         return True  # compile nothing now
 
     knobs.runtime.jit_cache_hook = note
@@ -110,7 +113,7 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever is printed meanwhile is no answer
     for line in sys.stdin:
         try:
-            module, name, data, target = json.loads(line)
+            module, name, data, target, async_fence.enabled = json.loads(line)
             driver.set_active(NamedGPU(GPUTarget(*target)))
             build_launcher(getattr(importlib.import_module(module), name).preload(data))
             answer = ""

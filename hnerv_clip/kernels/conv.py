@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 
 from hnerv_clip.kernels.activations import activate
+from hnerv_clip.kernels.async_fence import with_async_fence
 from hnerv_clip.kernels.pixel_shuffle import blocked_offsets
 
 
+@with_async_fence
 @triton.jit
 def conv_forward(X, WEIGHT, BIAS, PRE, OUT, N, H: tl.constexpr, W: tl.constexpr,
                  CI: tl.constexpr, CO: tl.constexpr, K: tl.constexpr, SH: tl.constexpr,
@@ -82,6 +84,7 @@ def store_output(acc, co, pixel, BIAS, PRE, OUT, N, H: tl.constexpr, W: tl.const
                  mask=inner[:, None] & ((co < SH * SW * CG) & (c < CN))[None, :])
 
 
+@with_async_fence
 @triton.jit
 def conv_input_gradient(DY, WEIGHT, OUT, N, H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr,
                         CO: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
@@ -141,6 +144,7 @@ def store_input_gradient(acc, q, pixel, part, OUT, N, H: tl.constexpr, W: tl.con
              mask=inner & (q < GROUP * CI)[None, :])
 
 
+@with_async_fence
 @triton.jit
 def conv_weight_gradient(X, DY, OUT, N, W: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
                          K: tl.constexpr, S, BM: tl.constexpr, BN: tl.constexpr,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from hnerv_clip.kernels.activations import activate, activation_and_grad
+from hnerv_clip.kernels.async_fence import with_async_fence
 from hnerv_clip.kernels.depthwise_conv import jit_any_size
 
 
@@ -95,6 +96,7 @@ def layer_norm_backward(D, XHAT, SCALE, GAMMA, DX, PARTIAL, N, H, W, C: tl.const
     tl.store(row + 2 * C, tl.sum(dx, 0), mask=c < C)
 
 
+@with_async_fence
 @jit_any_size
 def block_forward(X, Y, GAMMA, BETA, EXPAND, EBIAS, CONTRACT, CBIAS, LAYER, OUT, XHAT, SCALE, N,
                   C: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr):
@@ -128,6 +130,7 @@ def block_forward(X, Y, GAMMA, BETA, EXPAND, EBIAS, CONTRACT, CBIAS, LAYER, OUT,
     tl.store(OUT + source, out.to(OUT.dtype.element_ty), mask=inside)
 
 
+@with_async_fence
 @jit_any_size
 def block_backward(DOUT, XHAT, SCALE, GAMMA, BETA, EXPAND, EBIAS, CONTRACT, CBIAS, LAYER, DY,
                    NORMED, HIDDEN, DHIDDEN, D2, PARTIAL, N, C: tl.constexpr,

@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 
 from hnerv_clip.kernels.activations import activation_and_grad
+from hnerv_clip.kernels.async_fence import with_async_fence
 from hnerv_clip.kernels.pixel_shuffle import offsets
 
 
+@with_async_fence
 @triton.jit
 def rgb_forward(X, WEIGHT, BIAS, VIDEO, INDEX, PRED, DOUT, ERROR, DBIAS, H: tl.constexpr,
                 W: tl.constexpr, CN: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr,
@@ -63,6 +65,7 @@ def rgb_forward(X, WEIGHT, BIAS, VIDEO, INDEX, PRED, DOUT, ERROR, DBIAS, H: tl.c
         tl.store(PRED + b * (3 * H * W) + at, tl.floor(level + 0.5).to(tl.uint8), mask=rgb)
 
 
+@with_async_fence
 @triton.jit
 def rgb_backward(DRGB, PRE, WEIGHT, EXTRA, DPRE, DBIAS, ROWS, H: tl.constexpr, W: tl.constexpr,
                  P: tl.constexpr, CO: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,

@@ -4,7 +4,8 @@
 
 sets the fused engine up for a run with these settings, repeats steps with a learning rate of 0, so
 that weights stay as they are, and compares every buffer with what it held after the first ones.
-Start several at once to see what sharing a GPU does.
+Start several at once to see what sharing a GPU does, and some `--without-fence` to see what
+`kernels.async_fence` does.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import prepare_dataset, resolve_config
 from hnerv_clip.engines.fused.engine import FusedEngine
 from hnerv_clip.files import write_json
+from hnerv_clip.kernels import async_fence
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import code_version, device_name
 from hnerv_clip.runs.run_dir import RunDir
@@ -102,9 +105,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     parser.add_argument("--cache_dir", default="output/cache")
+    parser.add_argument("--without-fence", action="store_true",
+                        help="leave the products of Triton's kernels as Triton before 3.8 has them")
     args = parser.parse_args(argv)
+    if args.without_fence:
+        if not async_fence.enabled:
+            raise ConfigError(f"--without-fence: Triton {triton.__version__} emits the fence "
+                              "itself; use Triton 3.7 or older, or leave the option out")
+        async_fence.enabled = False
     config = resolve_config(Config.from_params(**{
-        "precision": "bf16", "engine": "fused", **dict(args.p)}))
+        "precision": "bf16", "engine": "fast", **dict(args.p)}))
     if config.model.predict_clip and config.train.clip_jitter:
         raise ConfigError(f"clip_jitter={config.train.clip_jitter} moves the patches from step to "
                           "step; use 0")
@@ -121,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commit, dirty = code_version()
     write_json(resolve_path(args.out), {
         "commit": commit, "dirty": dirty, "device": device_name(trainer.device),
-        "settings": config.params(), **found})
+        "fence": not args.without_fence, "settings": config.params(), **found})
     print(f"{found['steps']:,} steps, {found['buffers']} buffers: {found['differing'] or 'none'} "
           "differing")
 

@@ -26,11 +26,11 @@ def main() -> None:
     found, hits = [], []
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
     values = (*torch.zeros(2, 4096, 64, dtype=torch.bfloat16), torch.zeros(4, 64, 64), 4096)
-    states = {async_fence.enabled, False}
+    states = {async_fence.lacking, False}
     for arch in (90, 80):
         compilers = Compilers()
         for enabled in states:
-            async_fence.enabled = enabled
+            async_fence.enable(enabled)
             driver.set_active(NamedGPU(GPUTarget("cuda", arch, 32)))
             conv_weight_gradient.device_caches.clear()
             line, = describe([(conv_weight_gradient, (1, 1, 4), values, SETTINGS)])

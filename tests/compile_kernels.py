@@ -22,8 +22,7 @@ from hnerv_clip.config import Config
 from hnerv_clip.dataset import load_dataset
 from hnerv_clip.engines.fused import engine, workspace
 from hnerv_clip.engines.fused.decoding import Decoder
-from hnerv_clip.kernels import hopper, launch
-from hnerv_clip.kernels.async_fence import add_fences
+from hnerv_clip.kernels import async_fence, hopper, launch
 from hnerv_clip.kernels.compile_workers import NamedGPU
 from hnerv_clip.model import build_model
 
@@ -35,6 +34,7 @@ CONFIGS = ({"resize_list": "80_160", "enc_strds": "5 4 2 2", "dec_strds": "5 4 2
 
 
 def main() -> None:
+    async_fence.enable()
     cache, jobs = tempfile.TemporaryDirectory(), []
     os.environ["TRITON_CACHE_DIR"] = cache.name
     workspace.working_dtype = lambda device: torch.bfloat16
@@ -61,7 +61,7 @@ def main() -> None:
     for kernel, grid, values, settings in jobs:
         try:
             ptx = getattr(kernel.warmup(*values, grid=grid, **settings), "asm", {}).get("ptx", "")
-            if ptx != add_fences(ptx):
+            if ptx != async_fence.add_fences(ptx):
                 unfenced.add(kernel.__name__)
         except Exception as error:
             failed += 1

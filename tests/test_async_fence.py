@@ -63,11 +63,11 @@ def test_kernels_are_compiled_with_it_and_found_by_whether_they_have_it(tmp_path
     assert all(row["by_process"] and row["cubin"] == b"\x7fELF".hex() for row in found)
     assert len({row["hash"] for row in found}) == len(found)
     ptx = {(row["arch"], row["enabled"]): row["ptx"] for row in found}
-    fenced, plain = ptx[90, async_fence.enabled], ptx[90, False]
+    fenced, plain = ptx[90, async_fence.lacking], ptx[90, False]
     assert "wgmma" in plain and "fence.proxy.async" in fenced
     assert fenced == async_fence.add_fences(fenced) == async_fence.add_fences(plain)
-    assert (fenced != plain) == async_fence.enabled
-    assert "cp.async" in ptx[80, False] and ptx[80, async_fence.enabled] == ptx[80, False]
+    assert (fenced != plain) == async_fence.lacking
+    assert "cp.async" in ptx[80, False] and ptx[80, async_fence.lacking] == ptx[80, False]
 
 
 def test_every_kernel_with_products_asks_for_it():
@@ -80,12 +80,13 @@ def test_every_kernel_with_products_asks_for_it():
     assert all(names[0] == "with_async_fence" for names in products.values()), products
 
 
-def test_a_replay_goes_without_it_only_where_triton_leaves_it_out(monkeypatch):
-    monkeypatch.setattr(async_fence, "enabled", False)
-    command = ["--without-fence", "--out", "x.json", "-p", "data_path", "no such video"]
+def test_a_replay_adds_it_only_where_triton_leaves_it_out(monkeypatch):
+    monkeypatch.setattr(async_fence, "lacking", False)
+    command = ["--fence", "--out", "x.json", "-p", "data_path", "no such video"]
     with pytest.raises(ConfigError, match="Triton 3.7 or older"):
         replay.main(command)
-    monkeypatch.setattr(async_fence, "enabled", True)
+    monkeypatch.setattr(async_fence, "lacking", True)
     with pytest.raises(ConfigError, match="no such video"):
         replay.main(command)
-    assert not async_fence.enabled
+    assert async_fence.enabled
+    async_fence.enable(False)

@@ -2,7 +2,8 @@
 
 Their wgmma reads through the async proxy what cp.async wrote to shared memory through the generic
 one. PTX's memory model asks for `fence.proxy.async` between the two; without it wgmma may read old
-values. Here it is added to the PTX of our own kernels.
+values. Here it is added to the PTX of our own kernels after `enable`; `bench.replay` compares both.
+It is off: compiled and checked as PTX and machine code, it has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Any
 
 import triton
 from triton import JITFunction
+from triton.backends.nvidia.compiler import CUDABackend
 
 FENCE = "\tfence.proxy.async.shared::cta;\n"
-# False where Triton emits the fence itself. Change it before anything is compiled
-enabled = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-_kernels: set[str] = set()
+lacking = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # later ones emit it
+enabled = False
+_kernels: dict[str, JITFunction] = {}
+_make_ptx = CUDABackend.make_ptx
 
 
 class FencedFunction(JITFunction):
@@ -24,15 +27,26 @@ class FencedFunction(JITFunction):
 
     @property
     def cache_key(self) -> str:
-        return super().cache_key + ("-fence" if enabled else "")
+        return super().cache_key + "-fence"
 
 
 def with_async_fence(kernel: Any) -> Any:
     """Decorates a Triton kernel that has products."""
     if isinstance(kernel, JITFunction):  # else of Triton's interpreter
-        kernel.__class__ = FencedFunction
-        _kernels.add(kernel.__name__)
+        _kernels[kernel.__name__] = kernel
+        kernel.__class__ = FencedFunction if enabled else JITFunction
     return kernel
+
+
+def enable(on: bool = True) -> None:
+    """Add the fence where Triton leaves it out, or no more; before anything is compiled."""
+    global enabled
+    enabled = on and lacking
+    # Not by `knobs.runtime.add_stages_inspection_hook`: Triton 3.5 has none, 3.6 leaves it out of
+    # the cache key, and 3.7 calls it at every launch and puts it into the key of all kernels
+    CUDABackend.make_ptx = _make_fenced_ptx if enabled else _make_ptx
+    for kernel in _kernels.values():
+        with_async_fence(kernel)
 
 
 def add_fences(ptx: str) -> str:
@@ -54,20 +68,7 @@ def add_fences(ptx: str) -> str:
     return "".join(lines)
 
 
-def _edit_ptx(make_ptx):
-    """`CUDABackend.make_ptx`, with fences in our kernels.
-
-    Not by `knobs.runtime.add_stages_inspection_hook`: Triton 3.5 has none, 3.6 leaves it out of the
-    cache key, and 3.7 calls it at every launch and puts it into the key of all kernels.
-    """
-    @functools.wraps(make_ptx)
-    def make_fenced_ptx(self, src, metadata, *settings):
-        ptx = make_ptx(self, src, metadata, *settings)
-        return add_fences(ptx) if enabled and metadata["name"] in _kernels else ptx
-    return make_fenced_ptx
-
-
-if enabled:
-    from triton.backends.nvidia.compiler import CUDABackend
-
-    CUDABackend.make_ptx = _edit_ptx(CUDABackend.make_ptx)
+@functools.wraps(_make_ptx)
+def _make_fenced_ptx(self, src, metadata, *settings):
+    ptx = _make_ptx(self, src, metadata, *settings)
+    return add_fences(ptx) if metadata["name"] in _kernels else ptx

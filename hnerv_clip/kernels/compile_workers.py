@@ -113,7 +113,9 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever is printed meanwhile is no answer
     for line in sys.stdin:
         try:
-            module, name, data, target, async_fence.enabled = json.loads(line)
+            module, name, data, target, fence = json.loads(line)
+            if fence != async_fence.enabled:
+                async_fence.enable(fence)
             driver.set_active(NamedGPU(GPUTarget(*target)))
             build_launcher(getattr(importlib.import_module(module), name).preload(data))
             answer = ""

@@ -38,6 +38,22 @@ def test_what_a_cpu_measures_joins_the_other_results(cache_dir, small_config, tm
     assert own["frames"] == rate_cpu.OWN_FRAMES <= kept["times"]["frames"]
 
 
+@pytest.mark.skipif(not available(), reason="this PyAV has none of the encoders")
+def test_points_that_are_missing_are_measured(small_config, tmp_path, monkeypatch):
+    path, setting = tmp_path / "rate.json", available()[0]._replace(crfs=(45, 20))
+    monkeypatch.setattr(rate_cpu, "available", lambda: [setting])
+    known = {"codec": setting.label, "crf": 45, "psnr_db": 1.0}
+    path.write_text(json.dumps({"note": "kept", "codecs": [known]}))
+    rate_cpu.measure_points(path, settings=small_config.params())
+    kept = json.loads(path.read_text())
+    assert kept["note"] == "kept" and kept["codecs"][0] == known
+    point, = kept["codecs"][1:]
+    assert (point["codec"], point["crf"]) == (setting.label, 20) and point["psnr_db"] > 30
+    path.unlink()
+    assert [point["crf"] for point in rate_cpu.measure_points(
+        path, settings=small_config.params())["codecs"]] == [45, 20]
+
+
 def test_one_codec_more_is_timed_alone(tmp_path, monkeypatch):
     path = tmp_path / "rate.json"
     old = {"codec": "x264", "crf": 30, "encode_cpu_s": 1.0}

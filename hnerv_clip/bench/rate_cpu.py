@@ -1,9 +1,9 @@
-"""What a CPU measures for the rate–quality results: side files, and times of all codecs.
+"""What a CPU measures for the rate–quality results: other codecs, side files, and times.
 
     python -m hnerv_clip.bench.rate_cpu book/results/rate_quality.json
 
-puts `side_files` and `times` into the file that holds the other codecs' points; with `--only` it
-times those codecs and leaves all else as it is.
+puts `side_files` and `times` into the file that holds the other codecs' points; `--points` measures
+these, where the file has none, and `--only` times some codecs; both leave all else as it is.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 
 import hnerv_clip
 from hnerv_clip.bench.rate_quality import GOALS
-from hnerv_clip.bench.video_codecs import time_codecs
+from hnerv_clip.bench.video_codecs import available, measure_codec, time_codecs
 from hnerv_clip.codec.video import encode_video
 from hnerv_clip.config import BUNDLED, BUNDLED_DIM, Config
 from hnerv_clip.dataset import Dataset, prepare_dataset, resolve_config
+from hnerv_clip.files import write_json
 from hnerv_clip.metrics import centred_cosine, cosine
 from hnerv_clip.model import build_model
 from hnerv_clip.runs.provenance import code_version, device_name
@@ -112,7 +113,22 @@ def measure_cpu(path: Path, *, cache_dir: str | Path = "output/cache",
     points = [point for point in kept["codecs"] if point["codec"] not in without]
     for row in time_codecs(frames, points, psnr_db=GOALS["psnr_db"], fps=dataset.video.fps):
         times["codecs"].append(row)
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        write_json(path, kept)
+    return kept
+
+
+def measure_points(path: Path, *, settings: dict[str, Any] = SETTINGS) -> dict[str, Any]:
+    """`measure_codec` at each quality of each codec that the file, if it is there, has no point of;
+    it is written after each."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    points = kept.setdefault("codecs", [])
+    video, done = load_video(Config.from_params(**settings).video), {
+        (point["codec"], point["crf"]) for point in points}
+    for setting in available():
+        for crf in setting.crfs:
+            if (setting.label, crf) not in done:
+                points.append(measure_codec(video.frames, setting, crf, fps=video.fps))
+                write_json(path, kept)
     return kept
 
 
@@ -133,7 +149,7 @@ def time_more(path: Path, names: Sequence[str]) -> dict[str, Any]:
     for row in time_codecs(video.frames, points, psnr_db=GOALS["psnr_db"], fps=video.fps):
         others = [old for old in kept["times"]["codecs"] if old["codec"] != row["codec"]]
         kept["times"]["codecs"] = [*others, row | made]
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        write_json(path, kept)
     return kept
 
 
@@ -144,8 +160,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache_dir", default="output/cache")
     parser.add_argument("--without", nargs="+", default=[], metavar="CODEC",
                         help="not timed, for example 'x265 veryslow'")
+    parser.add_argument("--points", action="store_true",
+                        help="measure the codecs' points that the file lacks, nothing else")
     parser.add_argument("--only", nargs="+", default=[], metavar="CODEC", help="time these alone")
     args = parser.parse_args(argv)
+    if args.points:
+        measure_points(args.path)
+        return
     if args.only:
         time_more(args.path, args.only)
         return

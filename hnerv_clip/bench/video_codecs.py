@@ -8,11 +8,9 @@ reported. Rates count packets, not the container.
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
@@ -100,24 +98,6 @@ def measure_codec(frames: Tensor, setting: Setting, crf: int, *, fps: float = 25
 def _clocks() -> np.ndarray:
     """[2]: seconds of the wall clock, and of the processor in all threads."""
     return np.array([time.perf_counter(), time.process_time()])
-
-
-def measure_codecs(frames: Tensor, out: str | Path, *, fps: float = 25.0,
-                   settings: Sequence[Setting] | None = None, threads: int = 0
-                   ) -> list[dict[str, Any]]:
-    """`measure_codec` for all settings and qualities, into a JSON list that grows.
-
-    Points that the file holds already are not measured again.
-    """
-    out = Path(out)
-    rows = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
-    done = {(row["codec"], row["crf"]) for row in rows}
-    for setting in available() if settings is None else settings:
-        for crf in setting.crfs:
-            if (setting.label, crf) not in done:
-                rows.append(measure_codec(frames, setting, crf, fps=fps, threads=threads))
-                out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return rows
 
 
 def time_codecs(frames: Tensor, points: Sequence[dict[str, Any]], *, psnr_db: float,

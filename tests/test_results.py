@@ -379,3 +379,9 @@ def test_papermill_makes_a_page_from_other_results(tmp_path, monkeypatch):
     text = made.read_text()
     assert EVIL not in text and "a GPU &lt;svg onload=alert(1)" in text
     assert str(root) not in text and "papermill" not in text
+
+
+def test_every_file_of_results_is_said_to_come_from_somewhere():
+    said = (ROOT / "book" / "reproduce.md").read_text(encoding="utf-8")
+    assert [path.name for path in sorted((ROOT / "book" / "results").iterdir())
+            if f"`{path.name}`" not in said] == []

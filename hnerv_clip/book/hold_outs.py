@@ -40,7 +40,9 @@ def read_hold_outs(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, dict
 
 
 def _name(row: dict[str, Any]) -> str:
-    changes = ", ".join(f"{name} {value}" for name, value in row["changes"].items())
+    words = {"lr": "learning rate {}", "optimizer": "by {}"}
+    changes = ", ".join(words.get(name, f"{name} {{}}").format(str(value).replace("adan", "Adan"))
+                        for name, value in row["changes"].items())
     return row["video"] + (f" ({changes})" if changes else "")
 
 

@@ -9,26 +9,26 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hnerv_clip.figures import heat, style
+from hnerv_clip.figures import heat, overlay, style
 from hnerv_clip.figures.search import plot_box_hits, plot_similar
 
 FRAME = np.full((8, 16, 3), 100, np.uint8)
 
 
 def test_noise_is_clear_and_a_match_is_bright_in_one_scale():
-    clear = heat.heat_image(np.full((2, 4), heat.TEXT_RANGE[0]), (8, 16))
-    full, more = (heat.heat_image(np.full((2, 4), value), (8, 16)) for value in (4.0, 9.0))
+    clear = overlay.heat_image(np.full((2, 4), overlay.TEXT_RANGE[0]), (8, 16))
+    full, more = (overlay.heat_image(np.full((2, 4), value), (8, 16)) for value in (4.0, 9.0))
     assert clear.shape == (8, 16, 4) and (clear[..., 3] == 0).all()
-    assert (full[..., 3] == round(255 * heat.STRENGTH)).all()
+    assert (full[..., 3] == round(255 * overlay.STRENGTH)).all()
     np.testing.assert_array_equal(full, more)
-    half = heat.heat_image(np.full((2, 4), 3.0), (8, 16))
+    half = overlay.heat_image(np.full((2, 4), 3.0), (8, 16))
     assert 0 < half[0, 0, 3] < full[0, 0, 3]
 
 
 def test_color_over_a_frame_means_heat_alone():
     colored = np.zeros((8, 16, 3), np.uint8)
     colored[..., 1] = 255  # a meadow
-    laid = heat.lay_heat(colored, np.array([[0.0, 9.0]]))
+    laid = overlay.lay_heat(colored, np.array([[0.0, 9.0]]))
     assert np.ptp(laid[0, 0].astype(int)) == 0  # gray where there is none
     assert np.ptp(laid[0, -1].astype(int)) > 50
 
@@ -36,11 +36,11 @@ def test_color_over_a_frame_means_heat_alone():
 def test_a_film_has_a_map_for_each_frame():
     frames, heats = np.full((2, 3, 8, 8), 100, np.uint8), np.zeros((2, 2, 2))
     heats[1, 0, 0] = 9
-    found = heat.blend_heat(frames, heats)
+    found = overlay.blend_heat(frames, heats)
     assert found.shape == frames.shape and found.dtype == np.uint8
     assert len(np.unique(found[0])) == 1 and (found[1] != found[0]).any()
     with pytest.raises(ValueError, match="1 heat maps for 2 frames"):
-        heat.blend_heat(frames, heats[:1])
+        overlay.blend_heat(frames, heats[:1])
 
 
 def test_a_picture_figure_is_transparent_webp_with_its_caption_as_text():

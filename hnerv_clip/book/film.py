@@ -17,7 +17,7 @@ from hnerv_clip.explore.film import film_panels, join_panels, write_frames
 from hnerv_clip.explore.page import find_texts, mean_psnr, rate
 from hnerv_clip.explore.video import ExploredVideo, open_video
 from hnerv_clip.field.query import Field
-from hnerv_clip.figures.heat import TEXT_RANGE
+from hnerv_clip.figures.overlay import TEXT_RANGE
 
 LIMIT_BYTES = 1_500_000  # of each film
 CRFS = (21, 24, 27, 30, 33, 36)  # x264's quality: the best that keeps within it

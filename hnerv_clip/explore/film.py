@@ -10,7 +10,7 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from hnerv_clip.explore.video import ExploredVideo
-from hnerv_clip.figures.heat import lay_heat
+from hnerv_clip.figures.overlay import lay_heat
 from hnerv_clip.video import write_video
 
 GAP = 4  # pixels between panels

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from hnerv_clip.explore.video import SIDE, ExploredVideo
-from hnerv_clip.figures.heat import TEXT_RANGE
+from hnerv_clip.figures.overlay import TEXT_RANGE
 from hnerv_clip.metrics import psnr
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from hnerv_clip.explore.page import picture_psnr
 from hnerv_clip.explore.video import SIDE, ExploredVideo, open_video
-from hnerv_clip.figures.heat import REGION_RANGE, TEXT_RANGE, heat_image
+from hnerv_clip.figures.overlay import REGION_RANGE, TEXT_RANGE, heat_image
 from hnerv_clip.search.boxes import SIDES
 
 GAIN = 5  # how much an error is enlarged

@@ -1,66 +1,34 @@
 """Every figure of the book: one style, `plot_x(table) -> Figure`. Nothing is computed here."""
 
-from hnerv_clip.figures.data import (
-    plot_frame_similarity,
-    plot_frames,
-    plot_patch_grid,
-    plot_patches,
-    plot_similarity_by_lag,
-    plot_split,
-)
-from hnerv_clip.figures.field import (
-    plot_decoded,
-    plot_field_boxes,
-    plot_field_limit,
-    plot_field_rate,
-    plot_hold_outs,
-)
-from hnerv_clip.figures.heat import blend_heat, heat_image, lay_heat, plot_heat_maps
-from hnerv_clip.figures.rate import plot_rate_quality
-from hnerv_clip.figures.recipe import plot_recipe
-from hnerv_clip.figures.scaling import plot_scaling
-from hnerv_clip.figures.search import (
-    plot_box_hits,
-    plot_embedding_map,
-    plot_index_hits,
-    plot_query_agreement,
-    plot_ranked_patches,
-    plot_similar,
-    plot_strips,
-)
-from hnerv_clip.figures.speed import plot_growth, plot_profile, plot_rates
-from hnerv_clip.figures.study import plot_differences, plot_learning, plot_pareto
-from hnerv_clip.figures.style import PALETTE, use_style
-from hnerv_clip.figures.training import (
-    plot_ablation,
-    plot_decoding_speed,
-    plot_fidelity,
-    plot_frame_quality,
-    plot_reconstructions,
-    plot_tradeoff,
-    plot_training,
-)
-from hnerv_clip.figures.verification import (
-    plot_answers,
-    plot_calibration,
-    plot_conditions,
-    plot_judged,
-    plot_positions,
-    plot_retrieval,
-    plot_side_files,
-    plot_similarity_over_time,
-    plot_study,
-)
+import importlib
+from typing import Any
 
-__all__ = ["PALETTE", "blend_heat", "heat_image", "lay_heat", "plot_ablation", "plot_answers",
-           "plot_box_hits", "plot_calibration", "plot_conditions", "plot_decoded",
-           "plot_decoding_speed", "plot_differences", "plot_embedding_map", "plot_fidelity",
-           "plot_field_boxes", "plot_field_limit", "plot_field_rate", "plot_frame_quality",
-           "plot_frame_similarity", "plot_frames", "plot_growth", "plot_heat_maps",
-           "plot_hold_outs", "plot_index_hits",
-           "plot_judged", "plot_learning", "plot_pareto", "plot_patch_grid", "plot_patches",
-           "plot_positions", "plot_profile", "plot_query_agreement", "plot_ranked_patches",
-           "plot_rate_quality", "plot_rates", "plot_recipe", "plot_reconstructions",
-           "plot_retrieval", "plot_scaling", "plot_side_files", "plot_similar",
-           "plot_similarity_by_lag", "plot_similarity_over_time", "plot_split", "plot_strips",
-           "plot_study", "plot_tradeoff", "plot_training", "use_style"]
+# Imported when they are asked for: Matplotlib takes most of a second, which the explorer's first
+# picture need not wait for
+_NAMES = {
+    "data": ("plot_frame_similarity plot_frames plot_patch_grid plot_patches "
+             "plot_similarity_by_lag plot_split"),
+    "field": "plot_decoded plot_field_boxes plot_field_limit plot_field_rate plot_hold_outs",
+    "heat": "plot_heat_maps",
+    "overlay": "blend_heat heat_image lay_heat",
+    "rate": "plot_rate_quality",
+    "recipe": "plot_recipe",
+    "scaling": "plot_scaling",
+    "search": ("plot_box_hits plot_embedding_map plot_index_hits plot_query_agreement "
+               "plot_ranked_patches plot_similar plot_strips"),
+    "speed": "plot_growth plot_profile plot_rates",
+    "study": "plot_differences plot_learning plot_pareto",
+    "style": "PALETTE use_style",
+    "training": ("plot_ablation plot_decoding_speed plot_fidelity plot_frame_quality "
+                 "plot_reconstructions plot_tradeoff plot_training"),
+    "verification": ("plot_answers plot_calibration plot_conditions plot_judged plot_positions "
+                     "plot_retrieval plot_side_files plot_similarity_over_time plot_study"),
+}
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

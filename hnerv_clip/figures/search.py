@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 
-from hnerv_clip.figures.heat import HEAT, TEXT_RANGE
+from hnerv_clip.figures.overlay import HEAT, TEXT_RANGE
 from hnerv_clip.figures.style import (
     PALETTE,
     WIDTH,

@@ -50,7 +50,6 @@ SHADES = [GREY, BLUE, BLACK]  # from few to many of the same thing; on dark page
 CYCLE = [BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, GREY]
 
 SEQUENTIAL = "viridis"  # values from low to high
-INFERNO = mpl.colormaps["inferno"]  # how far a query is answered, and nothing else
 DIVERGING = "RdBu_r"  # values around zero
 WIDTH = 8.0  # inches: the text width of a book page
 ROW_NAME = 26  # characters of a line of a row's name

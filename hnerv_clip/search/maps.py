@@ -6,8 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 from hnerv_clip.metrics import check_pair
 from hnerv_clip.model import HNeRV
@@ -30,6 +28,9 @@ def map_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, *, points: 
     Returns:
         kind (predicted, teacher), frame, patch, x, y.
     """
+    from sklearn.decomposition import PCA  # a second, with scipy, that a search need not wait for
+    from sklearn.manifold import TSNE
+
     predicted, teacher = check_pair(predicted, teacher)
     frames, patches, dim = teacher.shape
     kept = np.arange(0, frames, max(1, -(-frames * patches // points)))

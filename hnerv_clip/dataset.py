@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from hnerv_clip.teachers import (
 )
 from hnerv_clip.video import FrameSplit, Video, load_video, split_frames
 
+if TYPE_CHECKING:
+    import pandas as pd  # a quarter of a second: imported where a table is made
+
 
 @dataclass
 class Dataset:
@@ -38,6 +41,8 @@ class Dataset:
 
     def facts(self) -> pd.DataFrame:
         """A description of the data, as a table of values by name."""
+        import pandas as pd
+
         height, width = self.video.frame_hw
         rows = {
             "video": self.video.name,

@@ -35,12 +35,11 @@ from hnerv_clip.inference import (
 from hnerv_clip.losses import MS_SSIM_MIN_SIDE
 from hnerv_clip.metrics import psnr
 from hnerv_clip.model import HNeRV
-from hnerv_clip.runs.run_dir import BEST, RunDir
+from hnerv_clip.runs.run_dir import BEST, VIDEO, RunDir
 
 if TYPE_CHECKING:
     from hnerv_clip.engines.fused.engine import FusedEngine  # stands above this module
 
-VIDEO = "video.hnerv"  # the stored video in a run's folder
 
 
 @torch.inference_mode()

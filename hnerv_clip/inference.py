@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hnerv_clip.config import Config, ConfigError
-from hnerv_clip.dataset import Dataset, check_same_video, load_dataset
+from hnerv_clip.dataset import Dataset, check_same_video, inpainting_mask, load_dataset
 from hnerv_clip.devices import select_device, set_precision
 from hnerv_clip.metrics import bracket_frames
 from hnerv_clip.model import HNeRV, build_model, frame_times
+from hnerv_clip.patches import make_grid
 from hnerv_clip.runs.run_dir import BEST, RunDir, RunError, load_weights
-from hnerv_clip.video import has_source, load_video
+from hnerv_clip.video import FrameSplit, Video, has_source, load_video
 
 BATCH = 4  # frames decoded at once
 
@@ -151,12 +153,38 @@ def load_run(run_dir: str | Path, *, cache_dir: str | Path = "output/cache", dev
     video = dataset.video if dataset else load_video(config.video)
     check_same_video(run, video, config.video.data_path)
     dataset = dataset or load_dataset(config, cache_dir, video=video)
+    model = _load_network(run, config, state, frame_hw=dataset.video.frame_hw,
+                          frame_count=len(dataset.video.frames), device=device,
+                          checkpoint=checkpoint)
+    return Run(run, config, model, dataset, checkpoint)
+
+
+def _load_network(run: RunDir, config: Config, state: dict[str, Any], *,
+                  frame_hw: tuple[int, int], frame_count: int, device: str, checkpoint: str
+                  ) -> HNeRV:
     target = select_device(device)
     set_precision(config.train.precision, target)
-    model = build_model(config.model, frame_hw=dataset.video.frame_hw,
-                        frame_count=len(dataset.video.frames))
+    model = build_model(config.model, frame_hw=frame_hw, frame_count=frame_count)
     load_weights(model, state, run.path / checkpoint, fix=run.checkpoint_fix(checkpoint))
-    return Run(run, config, model.to(target).eval(), dataset, checkpoint)
+    return model.to(target).eval()
+
+
+def decode_first(run: RunDir, config: Config, video: Video, *, frame_count: int, device: str
+                 ) -> Tensor:
+    """The first frame of a run, decoded before the others are read: uint8 [3, H, W].
+
+    Args:
+        video: the first frame of the run's.
+        frame_count: T, of the run's whole video.
+    Raises:
+        RunError: a damaged or foreign checkpoint.
+    """
+    model = _load_network(run, config, run.load_checkpoint(), frame_hw=video.frame_hw,
+                          frame_count=frame_count, device=device, checkpoint=BEST)
+    alone = Dataset(video, FrameSplit(np.array([0]), np.array([], int), ["train"]),
+                    make_grid(config.teacher, video.frame_hw), None, "", "",
+                    inpainting_mask(video.frame_hw, config.train.inpaint_size))
+    return decode_frames(model, alone, [0])[0]
 
 
 def frame_batches(model: HNeRV, dataset: Dataset, chosen: np.ndarray | None = None

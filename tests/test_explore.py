@@ -33,7 +33,12 @@ def run_video(trained_run, cache_dir):
 
 @pytest.fixture
 def explorer(run_video):
-    return Explorer(run_video)
+    return ready(Explorer(run_video))
+
+
+def ready(explorer: Explorer) -> Explorer:
+    explorer.get_ready()
+    return explorer
 
 
 def test_frames_are_original_decoded_and_error(explorer, run_video):
@@ -99,7 +104,7 @@ def test_errors_are_told_with_their_fix(explorer, trained_run, pixel_run, cache_
     assert "try: hair slide" in explorer.problem  # until it is answered
     explorer.text = "hare"
     assert explorer.problem == ""
-    silent = Explorer(open_video(pixel_run, cache_dir=cache_dir, device="cpu"))
+    silent = ready(Explorer(open_video(pixel_run, cache_dir=cache_dir, device="cpu")))
     assert silent.decoded and "has no head" in silent.problem and "fit-head" in silent.problem
     silent.frame = 2
     silent.region = {"frame": 2, "x": 5.0, "y": 5.0}
@@ -110,12 +115,12 @@ def test_errors_are_told_with_their_fix(explorer, trained_run, pixel_run, cache_
 
 def test_a_file_alone_is_searched_and_says_what_its_error_needs(trained_run, tmp_path):
     path = shutil.copy(trained_run / "video.hnerv", tmp_path / "small.hnerv")
-    alone = explore(path, device="cpu", text="hare")
+    alone = ready(explore(path, device="cpu", text="hare"))
     assert alone.view == "decoded" and alone.hits and alone.decoded
     alone.view = "error"
     assert "no original" in alone.problem and 'original="VIDEO"' in alone.problem
     assert alone.view == "decoded"
-    beside = explore(path, original="bunny", device="cpu")
+    beside = ready(explore(path, original="bunny", device="cpu"))
     assert beside.view == "wipe" and beside.error and beside.quality
 
 
@@ -130,7 +135,7 @@ def test_the_original_of_a_file_has_its_shape_size_and_times(run_video):
 
 def test_a_field_is_asked_about_the_very_square(with_field):
     path, _ = with_field
-    explorer = Explorer(open_video(path, device="cpu"))
+    explorer = ready(Explorer(open_video(path, device="cpu")))
     assert explorer.facts["sides"]
     height, width = explorer.video.size
     explorer.side = 0.6
@@ -170,8 +175,8 @@ def test_a_film_shows_original_reconstruction_and_heat(run_video, tmp_path, tall
 
 def test_a_file_without_a_head_shows_its_frames(tmp_path):
     torch.manual_seed(0)
-    silent = Explorer(open_video(make_file(tmp_path / "v.hnerv", predict_clip=False),
-                                 device="cpu"))
+    silent = ready(Explorer(open_video(make_file(tmp_path / "v.hnerv", predict_clip=False),
+                                       device="cpu")))
     assert silent.decoded and "holds no head" in silent.problem
 
 
@@ -214,7 +219,8 @@ def test_the_film_tells_how_its_field_was_fitted(run_video):
 
     assert "field" not in made_words(run_video, "hare")  # the original head answers
     fitted = Field(None, None, None, about={"boxes": 32, "settings": {"steps": 2000}})
-    asked = dataclasses.replace(run_video, head=fitted)
+    asked = dataclasses.replace(
+        run_video, load=lambda: dataclasses.replace(run_video.loaded, head=fitted))
     assert "to 32 boxes in each training frame in 2,000 steps" in made_words(asked, "hare")
     assert "boxes" not in made_words(asked, "")
 

@@ -68,7 +68,7 @@ def make_film(book: Path, path: str | Path, *, text: str = "", original: str = "
             known; or there is no original.
     """
     video = open_video(path, original=original, cache_dir=cache_dir)
-    if video.originals is None:
+    if not video.has_original:
         raise ConfigError(f"the film shows the original beside {path}: give it, "
                           "--film_original VIDEO, a file or a name such as bunny")
     text, frame = _choose_text(video, text)
@@ -99,7 +99,7 @@ def make_film(book: Path, path: str | Path, *, text: str = "", original: str = "
 def _choose_text(video: ExploredVideo, text: str) -> tuple[str, int]:
     """The text of the heat map, "" for none, and the frame of its best hit."""
     given, text = text, text or TEXTS.get(video.name, "")
-    if not text or (video.head is None and not given):
+    if not text or (not video.has_head and not given):
         return "", len(video) // 3
     try:
         best = find_texts(video, [text]).iloc[0]
@@ -143,7 +143,7 @@ def caption(video: ExploredVideo, text: str) -> str:
              f"{TEXT_RANGE[0]:g} standard deviations or more above other texts)" if text else "")
     return _as_html(f"A video, the network's reconstruction of it ({mean_psnr(video):.1f} dB PSNR)"
                     f"{where}.",
-                    f"Teacher: {video.teacher_label}." if video.head is not None else "",
+                    f"Teacher: {video.teacher_label}." if video.has_head else "",
                     f"{video.credit}." if video.credit else "")
 
 

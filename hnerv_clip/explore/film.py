@@ -31,7 +31,7 @@ def film_panels(video: ExploredVideo, text: str) -> dict[str, np.ndarray]:
     """
     count = range(len(video))
     decoded = np.stack([video.decode(i) for i in count])
-    panels = {} if video.originals is None else {
+    panels = {} if not video.has_original else {
         "original": np.stack([video.original(i) for i in count])}
     panels["reconstruction"] = decoded
     if text:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 
-from hnerv_clip.explore.video import SIDE, ExploredVideo
+from hnerv_clip.explore import SIDE
+from hnerv_clip.explore.video import ExploredVideo, picture_psnr
 from hnerv_clip.figures.overlay import TEXT_RANGE
-from hnerv_clip.metrics import psnr
 
 
 def find_texts(video: ExploredVideo, texts: Sequence[str]) -> pd.DataFrame:
@@ -66,13 +65,6 @@ def mean_psnr(video: ExploredVideo) -> float:
     return float(np.mean([picture_psnr(decoded, original) for decoded, original in pairs]))
 
 
-def picture_psnr(decoded: np.ndarray, original: np.ndarray) -> float:
-    """PSNR of uint8 [H, W, 3], in dB."""
-    pair = (torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 255
-            for picture in (decoded, original))
-    return float(psnr(*pair)[0])
-
-
 def frame_rows(video: ExploredVideo, frames: Sequence[int]
                ) -> tuple[np.ndarray, dict[str, np.ndarray], list[int], list[str]]:
     """Frames, decoded ones, numbers and times, as `figures.plot_reconstructions` takes them.
@@ -80,7 +72,7 @@ def frame_rows(video: ExploredVideo, frames: Sequence[int]
     Where there is no original, the decoded frames stand in both places.
     """
     decoded = np.stack([video.decode(i) for i in frames]).transpose(0, 3, 1, 2)
-    originals = decoded if video.originals is None else np.asarray(video.originals)[list(frames)]
+    originals = decoded if not video.has_original else np.asarray(video.originals)[list(frames)]
     return originals, {"decoded": decoded}, list(frames), [f"{video.times_s[i]:.2f} s"
                                                            for i in frames]
 
@@ -95,11 +87,11 @@ def heat_rows(video: ExploredVideo, table: pd.DataFrame
     rows = {}
     for hit in table.itertuples():
         query, frame = video.encode(hit.text), hit.frame
-        shown = video.decode(frame) if video.originals is None else video.original(frame)
+        shown = video.decode(frame) if not video.has_original else video.original(frame)
         heats = {"predicted": video.heat(query, frame)}
         if video.taught is not None and not video.has_field:
             heats["teacher"] = video.heat(query, frame, by_teacher=True)
-        elif video.originals is not None:
+        elif video.has_original:
             heats["teacher"] = video.teacher_heat(query, frame)
         rows[hit.text] = (shown, heats)
     return rows
@@ -119,7 +111,7 @@ def similar_rows(video: ExploredVideo, frame: int, x: float, y: float, *, side: 
     box = video.region(x * width, y * height, side=side)
 
     def picture(number):
-        return video.decode(number) if video.originals is None else video.original(number)
+        return video.decode(number) if not video.has_original else video.original(number)
 
     hits = []
     for hit in video.similar(frame, box, top_k).itertuples():

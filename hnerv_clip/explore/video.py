@@ -6,73 +6,138 @@ width of the picture, T frames, P patches, D embedding size, N names that a text
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from hnerv_clip.config import ConfigError, VideoConfig
+from hnerv_clip.explore import SIDE
 from hnerv_clip.field.query import Field, has_field, load_field, missing_field_fix
-from hnerv_clip.patches import PatchGrid
+from hnerv_clip.metrics import psnr
+from hnerv_clip.patches import PatchGrid, make_grid
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import commit_words
+from hnerv_clip.runs.run_dir import VIDEO, RunDir
 from hnerv_clip.search.boxes import around_positions, search_boxes
 from hnerv_clip.search.maps import match_scores, spread_scores
 from hnerv_clip.search.rank import rank_patches, similar_patches
-from hnerv_clip.teachers.base import Teacher
+from hnerv_clip.teachers.base import Teacher, describe_teacher
 from hnerv_clip.teachers.text import encode_queries, reference_vectors
-from hnerv_clip.video import load_video
+from hnerv_clip.video import CREDITS, find_source, has_source, load_video
+
+if TYPE_CHECKING:
+    import pandas as pd  # imported where a table is made: it takes a quarter of a second
 
 STEP = 0.4  # between boxes that a field's search looks at, in their own side
-SIDE = 0.42  # of the square that a click asks a field about, in frame heights
 HEAT_SIDES = (0.42, 0.6, 0.85)  # of the squares that a text's heat map is the mean over
 CELLS, TEACHER_CELLS = 20, 5  # of a heat map, from top to bottom; the teacher sees each square
 
 
 @dataclass
-class ExploredVideo:
-    """A video with its network's answers.
+class Loaded:
+    """What takes a second or more: all frames, and what the network says of them.
 
     head: a fitted field, which answers for any box; or patch embeddings, float32 [T, P, D], of the
-    original head; None where there is neither, and `silent` then says what to do.
+    original head; None where there is neither.
+    """
+
+    decode: Callable[[int], np.ndarray]  # a frame's number to uint8 [H, W, 3]
+    originals: Tensor | None  # uint8 [T, 3, H, W]
+    head: Field | np.ndarray | None
+    taught: np.ndarray | None = None  # the teacher's own patch embeddings, [T, P, D]
+
+
+@dataclass
+class ExploredVideo:
+    """A video with its network's answers; what takes long is loaded when it is first asked for.
+
+    silent: what to do where there is no head. first: frame 0, original and decoded, uint8
+    [H, W, 3], before all is loaded; None where that needs all of it.
     """
 
     name: str
     size: tuple[int, int]  # (H, W)
     times_s: np.ndarray  # [T]
-    decode: Callable[[int], np.ndarray]  # a frame's number to uint8 [H, W, 3]
-    originals: Tensor | None  # uint8 [T, 3, H, W]
-    head: Field | np.ndarray | None
     grid: PatchGrid
     teacher_label: str  # for captions
+    load: Callable[[], Loaded]
     load_teacher: Callable[[], Teacher]
-    taught: np.ndarray | None = None  # the teacher's own patch embeddings, [T, P, D]
+    has_original: bool
+    has_head: bool
+    has_field: bool  # whether any box can be searched; otherwise only the patches can
+    has_taught: bool = False  # whether the teacher's own embeddings are here, as far as is known
     silent: str = ""
     credit: str = ""
     about: str = ""  # how it was fitted, for captions
+    first: Callable[[], tuple[np.ndarray | None, np.ndarray]] | None = None
+    # Two threads that ask at once load once
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.times_s)
 
     @property
-    def has_field(self) -> bool:
-        """Whether any box can be searched; otherwise only the patches can."""
-        return isinstance(self.head, Field)
+    def loaded(self) -> Loaded:
+        """All of it, loaded once."""
+        with self._lock:
+            return self._loaded
+
+    @cached_property
+    def _loaded(self) -> Loaded:
+        return self.load()
+
+    @property
+    def originals(self) -> Tensor | None:
+        """uint8 [T, 3, H, W], or None where there is no original."""
+        return self.loaded.originals
+
+    @property
+    def head(self) -> Field | np.ndarray | None:
+        """See `Loaded`."""
+        return self.loaded.head
+
+    @property
+    def taught(self) -> np.ndarray | None:
+        """The teacher's own patch embeddings, [T, P, D]."""
+        return self.loaded.taught
+
+    @cached_property
+    def _first(self) -> tuple[np.ndarray | None, np.ndarray]:
+        return self.first()
+
+    def _is_early(self, frame: int) -> bool:
+        return frame == 0 and self.first is not None and "_loaded" not in self.__dict__
+
+    def decode(self, frame: int) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        return self._first[1] if self._is_early(frame) else self.loaded.decode(frame)
 
     def original(self, frame: int) -> np.ndarray | None:
         """uint8 [H, W, 3], or None where there is no original."""
-        if self.originals is None:
+        if not self.has_original:
             return None
+        if self._is_early(frame):
+            return self._first[0]
         return self.originals[frame].permute(1, 2, 0).numpy()
 
-    @cached_property
+    @property
     def teacher(self) -> Teacher:
         """Loaded once, for texts."""
+        with self._lock:
+            return self._teacher
+
+    @cached_property
+    def _teacher(self) -> Teacher:
         return self.load_teacher()
 
     @cached_property
@@ -92,7 +157,7 @@ class ExploredVideo:
         Raises:
             ConfigError: there is none; the message says how to get one.
         """
-        if self.head is None:
+        if not self.has_head:
             raise ConfigError(self.silent)
         return self.head
 
@@ -215,7 +280,7 @@ class ExploredVideo:
 
 def open_video(path: str | Path, *, original: str = "", cache_dir: str | Path = "output/cache",
                device: str = "auto") -> ExploredVideo:
-    """A run's folder, or a stored video, to explore.
+    """A run's folder, or a stored video, to explore. Its frames and its head are loaded later.
 
     Args:
         path: folder of a run, or NAME.hnerv.
@@ -224,7 +289,8 @@ def open_video(path: str | Path, *, original: str = "", cache_dir: str | Path = 
         cache_dir: of a run, the teacher's embeddings.
     Raises:
         RunError: no run there. FileError: no such file, or a damaged one.
-        ConfigError: an original of other times than the file's.
+        ConfigError: no such original. Once it is loaded: an original of other times than the
+            file's, or of a run another video, or no embeddings of the teacher.
     """
     if resolve_path(path).suffix == ".hnerv":
         return _from_file(resolve_path(path), original, device)
@@ -234,54 +300,99 @@ def open_video(path: str | Path, *, original: str = "", cache_dir: str | Path = 
 def _from_file(path: Path, original: str, device: str) -> ExploredVideo:
     from hnerv_clip import open as open_stored
 
-    video, head = open_stored(path, device=device), None
-    if video.has_head:
-        head = video.field if video.has_field else video.patch_embeddings
-    label = video.header.meta["teacher"]["label"]
-    originals, credit = None, ""
-    if original:
-        originals, credit = load_original(original, video.size, video.times_s)
+    video = open_stored(path, device=device)
+    credit = CREDITS.get(find_source(original)[1], "") if original else ""
+
+    def load():
+        head = None
+        if video.has_head:
+            head = video.field if video.has_field else video.patch_embeddings
+        originals = load_original(original, video.size, video.times_s)[0] if original else None
+        return Loaded(video.__getitem__, originals, head)
+
+    def first():
+        frames = load_video(_like(original, video.size, frame_limit=1)).frames if original else None
+        return None if frames is None else frames[0].permute(1, 2, 0).numpy(), video[0]
+
     return ExploredVideo(
-        name=video.name, size=video.size, times_s=video.times_s, decode=video.__getitem__,
-        originals=originals, head=head, grid=video.grid, teacher_label=label,
-        load_teacher=video.teacher, credit=credit,
-        about=f"From a file of {video.header.size_bytes:,} bytes alone.", silent=(
+        name=video.name, size=video.size, times_s=video.times_s, grid=video.grid, load=load,
+        first=first if video.times_s[0] == 0 else None,  # else it is another of the original's
+        has_original=bool(original), has_head=video.has_head, has_field=video.has_field,
+        teacher_label=video.header.meta["teacher"]["label"], load_teacher=video.teacher,
+        credit=credit, about=f"From a file of {video.header.size_bytes:,} bytes alone.", silent=(
             f"{path.name} holds no head for embeddings, so it is not searched: encode the video "
             "again with predict_clip=True or head=field"))
 
 
 def _from_run(path: str | Path, data_path: str, cache_dir: str | Path, device: str
               ) -> ExploredVideo:
-    from hnerv_clip.inference import decode_frames, load_run, predict_embeddings
+    from hnerv_clip.inference import decode_first, decode_frames, load_run, predict_embeddings
     from hnerv_clip.search.cache import frame_times_s
     from hnerv_clip.teachers import load_teacher
 
-    run = load_run(path, cache_dir=cache_dir, device=device, data_path=data_path)
-    dataset, config = run.dataset, run.config
-    head = None
-    if has_field(run.run_dir):
-        head = load_field(run)
-    elif config.model.predict_clip:
-        head = predict_embeddings(run.model, dataset).numpy()
-    return ExploredVideo(
-        name=dataset.video.name, size=dataset.video.frame_hw, times_s=frame_times_s(dataset.video),
-        decode=lambda i: decode_frames(run.model, dataset, [i])[0].permute(1, 2, 0).numpy(),
-        originals=dataset.video.frames, head=head, grid=dataset.grid,
-        teacher_label=dataset.teacher_label, credit=dataset.video.credit, about=_about(run),
-        load_teacher=lambda: load_teacher(config.teacher, device),
-        taught=None if dataset.embeddings is None else dataset.embeddings.numpy(), silent=(
-            f"the run in {run.run_dir.path.name} has no head for embeddings, so it is not searched:"
-            f" {missing_field_fix(run.run_dir)}, or train with predict_clip=True"))
+    run_dir = RunDir(path)
+    config = run_dir.config()
+    config = config.replace(data_path=data_path) if data_path else config
+
+    @functools.cache
+    def load_whole():
+        return load_run(path, cache_dir=cache_dir, device=device, data_path=data_path)
+
+    def load():
+        run, head = load_whole(), None
+        if has_field(run_dir):
+            head = load_field(run)
+        elif config.model.predict_clip:
+            head = predict_embeddings(run.model, run.dataset).numpy()
+        video.times_s = frame_times_s(run.dataset.video)  # a file's are rounded
+        taught = run.dataset.embeddings
+        video.has_taught = taught is not None
+        return Loaded(
+            lambda i: decode_frames(run.model, run.dataset, [i])[0].permute(1, 2, 0).numpy(),
+            run.dataset.video.frames, head, None if taught is None else taught.numpy())
+
+    def first():
+        picture = decode_first(run_dir, config, frame, frame_count=len(times_s), device=device)
+        return frame.frames[0].permute(1, 2, 0).numpy(), picture.permute(1, 2, 0).numpy()
+
+    times_s = _stored_times(run_dir)
+    early = times_s is not None and has_source(config.video.data_path)
+    if early:
+        frame = load_video(dataclasses.replace(config.video, frame_limit=1))
+    else:  # an unfinished run; or one without its video, of which this says what to do
+        frame = load_whole().dataset.video
+        times_s = frame_times_s(frame)
+    video = ExploredVideo(
+        name=frame.name, size=frame.frame_hw, times_s=times_s, load=load,
+        first=first if early else None, grid=make_grid(config.teacher, frame.frame_hw),
+        has_original=True, has_head=config.model.predict_clip or has_field(run_dir),
+        has_field=has_field(run_dir), has_taught=config.model.predict_clip,
+        teacher_label=describe_teacher(config.teacher).label,
+        load_teacher=lambda: load_teacher(config.teacher, device), credit=frame.credit,
+        about=_about(run_dir), silent=(
+            f"the run in {run_dir.path.name} has no head for embeddings, so it is not searched:"
+            f" {missing_field_fix(run_dir)}, or train with predict_clip=True"))
+    return video
 
 
-def _about(run) -> str:
+def _stored_times(run_dir: RunDir) -> np.ndarray | None:
+    """When each frame of a run is shown, from the file that a finished one holds: [T]."""
+    from hnerv_clip.codec.container import FileError, read_header
+
+    with suppress(FileError, OSError):
+        return np.array(read_header(run_dir.path / VIDEO).times())
+    return None
+
+
+def _about(run: RunDir) -> str:
     """How a run was fitted: reduced or not, epochs, seed, device, commit."""
-    video, facts = run.config.video, run.run_dir.provenance()
+    config, facts = run.config(), run.provenance()
+    video = config.video
     less = [f"one frame in {video.frame_stride}"] * (video.frame_stride > 1)
     if video.resize_list:
         less.append("resized to {}×{}".format(*video.resize_list))
     reduced = f"Reduced setting: {', '.join(less)}. " if less else ""
-    return (f"{reduced}{run.config.train.epochs} epochs, seed {facts['seed']}, {facts['device']}, "
+    return (f"{reduced}{config.train.epochs} epochs, seed {facts['seed']}, {facts['device']}, "
             f"commit {commit_words(facts)}.")
 
 
@@ -300,17 +411,30 @@ def load_original(data_path: str, size: tuple[int, int], times_s: np.ndarray
     Raises:
         ConfigError: no such video, or one that ends long before the file does.
     """
-    height, width = load_video(VideoConfig(data_path=data_path, frame_limit=1)).frame_hw
-    scale = min(height / size[0], width / size[1])
-    crop = (round(size[0] * scale), round(size[1] * scale))
-    video = load_video(VideoConfig(data_path=data_path, resize_list=size if crop != size else None,
-                                   crop_list=crop if crop != (height, width) else None))
+    video = load_video(_like(data_path, size))
     known = np.asarray(video.times_s)
     nearest = np.abs(known[None] - np.asarray(times_s)[:, None]).argmin(axis=1)
     if len(times_s) > 1 and times_s[-1] - known[-1] > 2 * np.median(np.diff(times_s)):
         raise ConfigError(f"the original {data_path!r} ends at {known[-1]:.2f} s, the stored video "
                           f"at {times_s[-1]:.2f} s: give the video that it was made from")
     return video.frames[nearest], video.credit
+
+
+def picture_psnr(decoded: np.ndarray, original: np.ndarray) -> float:
+    """PSNR of uint8 [H, W, 3], in dB."""
+    pair = (torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 255
+            for picture in (decoded, original))
+    return float(psnr(*pair)[0])
+
+
+def _like(data_path: str, size: tuple[int, int], *, frame_limit: int = 0) -> VideoConfig:
+    """How a video is read that becomes of a size (H, W), cut about the center to its shape."""
+    height, width = load_video(VideoConfig(data_path=data_path, frame_limit=1)).frame_hw
+    scale = min(height / size[0], width / size[1])
+    crop = (round(size[0] * scale), round(size[1] * scale))
+    return VideoConfig(data_path=data_path, frame_limit=frame_limit,
+                       resize_list=size if crop != size else None,
+                       crop_list=crop if crop != (height, width) else None)
 
 
 def _top_left(box):

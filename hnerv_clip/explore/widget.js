@@ -19,7 +19,7 @@ function make(tag, attributes = {}, ...children) {
 const rounded = (value) => value.toFixed(1).replace("-0.0", "0.0");
 
 /** Buttons of which one is pressed, bound to a trait. */
-function choice(model, trait, words, options, disabled) {
+function choice(model, on, trait, words, options, disabled) {
   const buttons = options.map(([value, label]) => {
     const button = make("button", { type: "button", textContent: label, disabled: disabled(value) });
     button.addEventListener("click", () => { model.set(trait, value); model.save_changes(); });
@@ -27,13 +27,43 @@ function choice(model, trait, words, options, disabled) {
   });
   const update = () => options.forEach(([value], i) =>
     buttons[i].setAttribute("aria-pressed", String(model.get(trait) === value)));
-  model.on(`change:${trait}`, update);
+  on(`change:${trait}`, update);
   update();
   return make("div", { className: "group", role: "group", ariaLabel: words },
     make("span", { textContent: words }), ...buttons);
 }
 
+/** Draws what is known of the video, and anew when more is. */
 function render({ model, el }) {
+  let clean = () => {};
+  const update = () => {
+    const typed = el.querySelector("input[type=search]")?.value;
+    clean();
+    el.replaceChildren();
+    clean = (model.get("facts").frames ? draw : wait)({ model, el });
+    if (typed) el.querySelector("input[type=search]").value = typed;
+  };
+  update();
+  model.on("change:facts", update);
+  return () => { model.off("change:facts", update); clean(); };
+}
+
+/** Nothing is known of the video yet: says what is being done, or what went wrong. */
+function wait({ model, el }) {
+  const progress = make("p", { className: "answer", role: "status" });
+  const problem = make("p", { className: "problem", role: "alert" });
+  const update = () => {
+    progress.textContent = model.get("progress");
+    problem.textContent = model.get("problem");
+  };
+  const told = ["change:progress", "change:problem"];
+  told.forEach((name) => model.on(name, update));
+  update();
+  el.append(make("div", { className: "hnerv-explore" }, progress, problem));
+  return () => told.forEach((name) => model.off(name, update));
+}
+
+function draw({ model, el }) {
   const facts = model.get("facts");
   const root = make("div", { className: "hnerv-explore" });
   root.dataset.lmSuppressShortcuts = "true";  // else keys go to JupyterLab's notebook
@@ -58,8 +88,8 @@ function render({ model, el }) {
   });
   on("change:text", () => { if (model.get("text")) text.value = model.get("text"); });
   const bar = make("div", { className: "bar" }, form,
-    choice(model, "view", "Picture", VIEWS, (view) => view !== "decoded" && !facts.has_original),
-    choice(model, "heat_of", "Heat map", HEATS, (whose) =>
+    choice(model, on, "view", "Picture", VIEWS, (view) => view !== "decoded" && !facts.has_original),
+    choice(model, on, "heat_of", "Heat map", HEATS, (whose) =>
       !facts.has_head || (whose === "teacher" && !facts.has_teacher)));
   if (facts.sides.length) {
     const sides = make("select", { ariaLabel: "Side of a clicked square, in frame heights" },
@@ -281,13 +311,14 @@ function render({ model, el }) {
     drawBoxes();
   }
   const drawWords = () => {
-    answer.textContent = model.get("answer") || (facts.has_head
+    answer.textContent = model.get("progress") || model.get("answer") || (facts.has_head
       ? "Type a text, or click on the picture for what is like that place." : "");
     problem.textContent = model.get("problem");
   };
   on("change:hits", drawHits);
   on("change:asked", drawBoxes);
   on("change:answer", drawWords);
+  on("change:progress", drawWords);
   on("change:problem", drawWords);
 
   root.append(bar, stage, make("div", { className: "time" }, play, make("div", {}, slider, marks), where),

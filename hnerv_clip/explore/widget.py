@@ -1,35 +1,42 @@
 """The explorer: a widget for JupyterLab, whose state this holds; `widget.js` draws it.
 
-Everything is a trait: setting `frame`, `text` or `region` does what a hand does.
+Everything is a trait: setting `frame`, `text` or `region` does what a hand does. A thread opens the
+video and loads what searches need, so that the first frame is seen before the rest is there.
 """
 
 from __future__ import annotations
 
 import base64
+import gc
 import io
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anywidget
 import numpy as np
-import pandas as pd
 import traitlets as t
 from PIL import Image
 
-from hnerv_clip.explore.page import picture_psnr
-from hnerv_clip.explore.video import SIDE, ExploredVideo, open_video
-from hnerv_clip.figures.overlay import REGION_RANGE, TEXT_RANGE, heat_image
-from hnerv_clip.search.boxes import SIDES
+from hnerv_clip.explore import SIDE
+from hnerv_clip.explore.kept import PICTURES, KeptFrame
+
+if TYPE_CHECKING:  # these import torch: more than a second, which the thread waits for
+    import pandas as pd
+
+    from hnerv_clip.explore.video import ExploredVideo
 
 GAIN = 5  # how much an error is enlarged
 HITS = 6
 THUMBNAIL = 120  # pixels, the longer side of a hit's picture
 KEPT = 64  # decoded frames
 REFERENCES = 400  # patches of the video that a region is compared with
+STATE = ("facts", "shown", "quality", *PICTURES)  # with which the first frame is seen
 FOLDER = Path(__file__).parent
 
 
@@ -37,18 +44,24 @@ def explore(path: str | Path, *, original: str = "", text: str = "",
             cache_dir: str | Path = "output/cache", device: str = "auto") -> Explorer:
     """Explore a run or a stored video in JupyterLab.
 
+    The video is opened in the background; what goes wrong is shown in the explorer. In a cache
+    folder that is there already the first frame is kept: it is seen at once the next time.
+
     Args:
         path: folder of a run, or NAME.hnerv.
         original: the video that a stored one was made from, to see the error; a file or a name.
-        text: searched at once.
-    Raises:
-        as `explore.video.open_video`.
+        text: searched as soon as everything is loaded.
+        cache_dir: with the teacher's embeddings, of a run.
     """
-    explorer = Explorer(open_video(path, original=original, cache_dir=cache_dir, device=device))
-    explorer.get_ready()
-    if text:
-        explorer.text = text
-    return explorer
+    def open_it() -> ExploredVideo:
+        gc.disable()  # PyTorch's import makes a million objects and no garbage
+        try:
+            from hnerv_clip.explore.video import open_video
+        finally:
+            gc.enable()
+        return open_video(path, original=original, cache_dir=cache_dir, device=device)
+
+    return Explorer(open_it, text=text, kept=KeptFrame(path, cache_dir, original, device))
 
 
 class Explorer(anywidget.AnyWidget):
@@ -79,52 +92,115 @@ class Explorer(anywidget.AnyWidget):
     hits = t.List(t.Dict()).tag(sync=True)  # frame, time_s, x0, y0, x1, y1, score, match, picture
     asked = t.Dict().tag(sync=True)  # the box that was clicked: frame, x0, y0, x1, y1
     answer = t.Unicode("").tag(sync=True)  # what was found, in words
+    progress = t.Unicode("").tag(sync=True)  # what is being loaded; "" once everything is
     problem = t.Unicode("").tag(sync=True)
 
-    def __init__(self, video: ExploredVideo):
-        has_original = video.originals is not None
-        height, width = video.size
-        super().__init__(facts={
+    def __init__(self, video: ExploredVideo | Callable[[], ExploredVideo], *, text: str = "",
+                 kept: KeptFrame | None = None):
+        """
+        Args:
+            video: to explore, or what opens it.
+            text: searched as soon as everything is loaded.
+            kept: where the first frame is kept for the next time.
+        """
+        super().__init__()
+        self.video: ExploredVideo | None = None
+        self._query: tuple[np.ndarray, np.ndarray | None] | None = None  # vector, references
+        self._problems = {"search": "", "look": ""}
+        self._failed: Exception | None = None
+        self._moving = False  # to the frame of a hit
+        self._preparing = True  # what is asked meanwhile is answered at its end
+        self._lock = threading.RLock()  # of an answer: one at a time
+        self._thread = threading.Thread(target=self._prepare, name="explorer", args=(
+            video if callable(video) else lambda: video, kept))
+        for name, value in (kept.read() if kept else {}).items():
+            self._know(value) if name == "facts" else setattr(self, name, value)
+        self.text = text
+        self._thread.start()
+
+    def get_ready(self) -> ExploredVideo:
+        """Wait until everything is loaded, and what was asked meanwhile is answered.
+
+        Returns:
+            The video.
+        Raises:
+            as `explore.video.open_video`.
+        """
+        self._thread.join()
+        if self._failed is not None:
+            raise self._failed
+        return self.video
+
+    def _prepare(self, open_it: Callable[[], ExploredVideo], kept: KeptFrame | None) -> None:
+        """Open the video, show its first frame, load the rest, answer."""
+        try:
+            self.progress = "Opening the video …"
+            self.video = video = open_it()
+            self._decoded = lru_cache(KEPT)(video.decode)
+            self._know(self._facts())
+            self._problems["search"] = "" if video.has_head else _sentence(video.silent)
+            self._tell()
+            if video.first is not None and not self.frame:
+                with self.hold_sync():  # what was kept is replaced, not taken away first
+                    self._try(lambda: self.show(anew=True), "look")
+            self.progress = "Loading all frames and what the network says of them …"
+            _ = video.loaded
+            self._know(self._facts())
+            if kept is not None and self.shown == 0:
+                kept.write({name: getattr(self, name) for name in STATE})
+            if video.has_head:
+                self.progress = "Loading the teacher, which reads texts …"
+                import pandas  # noqa: F401, ICN001  what a search imports
+
+                from hnerv_clip.figures import overlay  # noqa: F401
+
+                with suppress(ValueError, RuntimeError, OSError, ImportError):
+                    _ = video.names  # else the search says why it cannot
+        except Exception as error:  # of a thread nobody sees a traceback
+            self._failed = error
+            self._problems["look"] = _sentence(str(error) or type(error).__name__)
+            self._tell()
+        with self._lock:
+            self._preparing = False
+            if self._failed is None:
+                self._try(self.show, "look")
+                self._on_region() if self.region else self._on_text()
+            self.progress = ""
+
+    def _know(self, facts: dict) -> None:
+        if not self.facts and facts["has_original"]:
+            self.view = "wipe"
+        self.facts = facts
+
+    def _facts(self) -> dict:
+        from hnerv_clip.search.boxes import SIDES
+
+        video, (height, width) = self.video, self.video.size
+        return {
             "name": video.name, "frames": len(video), "height": height, "width": width,
             "times": [round(float(s), 3) for s in video.times_s], "credit": video.credit,
-            "teacher": video.teacher_label, "has_original": has_original, "gain": GAIN,
-            "has_teacher": video.taught is not None, "has_head": video.head is not None,
-            "sides": list(SIDES) if video.has_field else []})
-        self.video = video
-        self._query: tuple[np.ndarray, np.ndarray | None] | None = None  # vector, references
-        self._decoded = lru_cache(KEPT)(video.decode)
-        self._ready = False
-        self._problems = {"search": "" if video.head is not None else _sentence(video.silent),
-                          "look": ""}
-        if has_original:
-            self.view = "wipe"
-        self._tell()
-        self.show()
-        self._ready = True
-
-    def get_ready(self) -> None:
-        """Load the teacher now, so that the first search need not wait; else the search says why
-        it cannot."""
-        if self.video.head is not None:
-            with suppress(ValueError, RuntimeError, OSError, ImportError):
-                _ = self.video.names
+            "teacher": video.teacher_label, "has_original": video.has_original, "gain": GAIN,
+            "has_teacher": video.has_taught, "has_head": video.has_head,
+            "sides": list(SIDES) if video.has_field else []}
 
     # Pictures
 
     @t.observe("frame", "view", "heat_of")
-    def _on_look(self, change) -> None:
-        if self._ready:
+    def _on_look(self, change=None) -> None:
+        if not self._moving:
             self._try(self.show, "look")
 
-    def show(self) -> None:
-        """Make the pictures of `frame` that `view` needs."""
+    def show(self, *, anew: bool = False) -> None:
+        """Make the pictures of `frame` that `view` needs, and are not there or wanted anew."""
+        from hnerv_clip.explore.video import picture_psnr
+
         frame = min(max(self.frame, 0), len(self.video) - 1)
         original = self.video.original(frame)
         if self.view != "decoded" and original is None:
             self.view = "decoded"
             raise ValueError("there is no original beside a stored video alone: open it with "
                              'explore(path, original="VIDEO"), the video that it was made from')
-        if self.shown != frame:
+        if anew or self.shown != frame:
             self.original = b"" if original is None else encode_jpeg(original)
             self.decoded = self.error = b""
             self.quality = ""
@@ -141,6 +217,8 @@ class Explorer(anywidget.AnyWidget):
         if self._query is None or self.heat_of == "off":
             self.heat = b""
             return
+        from hnerv_clip.figures.overlay import REGION_RANGE, TEXT_RANGE, heat_image
+
         vector, references = self._query
         heat = self.video.heat(vector, frame, references=references,
                                side=None if references is None else self.side,
@@ -154,22 +232,19 @@ class Explorer(anywidget.AnyWidget):
     # Searches
 
     @t.observe("text")
-    def _on_text(self, change) -> None:
+    def _on_text(self, change=None) -> None:
         if self.text.strip():
             self.region = {}
             self._try(self._search_text, "search")
 
-    @t.observe("region")
-    def _on_region(self, change) -> None:
-        if self.region:
-            self._try(self._search_region, "search")
-
-    @t.observe("side")
-    def _on_side(self, change) -> None:
+    @t.observe("region", "side")
+    def _on_region(self, change=None) -> None:
         if self.region:
             self._try(self._search_region, "search")
 
     def _search_text(self) -> None:
+        from hnerv_clip.figures.overlay import TEXT_RANGE
+
         text, started = self.text.strip(), time.perf_counter()
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -209,8 +284,11 @@ class Explorer(anywidget.AnyWidget):
             self.hits = rows
             self.answer = f"{words}. {len(rows)} hits in {time.perf_counter() - started:.2f} s."
         if rows and not asked:
-            self._ready, self.frame = False, rows[0]["frame"]
-            self._ready = True
+            self._moving = True
+            try:
+                self.frame = rows[0]["frame"]
+            finally:
+                self._moving = False
         self.show()
         self.hits = [row | {"picture": self._thumbnail(row)} for row in rows]
 
@@ -228,15 +306,22 @@ class Explorer(anywidget.AnyWidget):
 
         What was found before a search that failed goes, so that it is not read as its answer.
         """
-        self._problems[what] = ""
-        try:
-            act()
-        except (ValueError, RuntimeError, OSError, ImportError) as error:
-            self._problems[what] = _sentence(str(error))
-            if what == "search":
-                self._query, self.asked, self.hits, self.answer = None, {}, [], ""
-                self.heat = b""
-        self._tell()
+        with self._lock:
+            if self._preparing and threading.current_thread() is not self._thread:
+                return  # it answers what is asked now
+            self._problems[what] = ""
+            try:
+                act()
+            except (ValueError, RuntimeError, OSError, ImportError) as error:
+                self._problems[what] = _sentence(str(error))
+                if what == "search":
+                    self._query, self.asked, self.hits, self.answer = None, {}, [], ""
+                    self.heat = b""
+            except KeyboardInterrupt:
+                self._problems[what] = "Interrupted: ask again."
+                raise
+            finally:
+                self._tell()
 
     def _tell(self) -> None:
         self.problem = " ".join(filter(None, self._problems.values()))

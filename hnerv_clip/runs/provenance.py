@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from hnerv_clip.config import Config
 from hnerv_clip.paths import tell_apart
 from hnerv_clip.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
+    import pandas as pd  # a quarter of a second: imported where a table is made
     import torch  # seconds, which what only reads a run's tables need not wait for
 
 PACKAGES = ("hnerv-clip", "torch", "torchvision", "numpy", "open_clip_torch", "timm", "av",
@@ -98,6 +97,8 @@ def device_name(device: torch.device) -> str:
 
 def provenance_table(*run_dirs: str | Path) -> pd.DataFrame:
     """Provenance of runs, a column per run, for the end of a page."""
+    import pandas as pd
+
     columns = {}
     for path, name in zip(run_dirs, tell_apart(run_dirs)):
         run = RunDir(path)

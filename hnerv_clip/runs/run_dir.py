@@ -12,8 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.files import (
     RunError,
@@ -32,10 +30,12 @@ from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.locks import Held, hold
 
 if TYPE_CHECKING:
+    import pandas as pd  # a quarter of a second: imported where a table is made
     import torch  # seconds, which what only reads a run's tables need not wait for
 
 LATEST, BEST = "model_latest.pth", "model_best.pth"  # to resume from; of the highest PSNR
 FIELD = "field.pth"  # a semantic field, fitted afterwards
+VIDEO = "video.hnerv"  # the stored video of a finished run
 # Files of which a run that has begun has at least one
 STARTED = (LATEST, BEST, "metrics.csv", "summary.json", "job.json")
 # What a checkpoint must hold to go on from, beside its weights

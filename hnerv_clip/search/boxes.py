@@ -7,14 +7,17 @@ pixels; sides are in frame heights.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 
 from hnerv_clip.config import ConfigError
 from hnerv_clip.field.query import Field
+
+if TYPE_CHECKING:
+    import pandas as pd  # a quarter of a second: imported where a table is made
 
 SIDES = (0.3, 0.42, 0.6, 0.85)  # of square boxes that a search looks at
 STEP = 0.25  # between them, in their own side
@@ -72,6 +75,8 @@ def search_boxes(field: Field, query: npt.ArrayLike, top_k: int = 5, *,
     Raises:
         ConfigError: see `Field.scores` and `square_boxes`; top_k below 1.
     """
+    import pandas as pd
+
     if top_k < 1:
         raise ConfigError(f"top_k={top_k} must be at least 1")
     times = np.arange(field.frame_count) if times is None else np.asarray(times)
@@ -148,6 +153,8 @@ def track(field: Field, query: npt.ArrayLike, times: npt.ArrayLike = None, *,
     Returns:
         frame, top, left, height, width, score.
     """
+    import pandas as pd
+
     times = np.arange(field.frame_count) if times is None else np.asarray(times)
     boxes = square_boxes(field.head.config.frame_hw, sides, step=step).numpy()
     scores = field.scores(np.asarray(query)[None], times, boxes)[0].numpy()

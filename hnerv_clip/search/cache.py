@@ -64,8 +64,8 @@ def predict_patches(outf: str | Path, *, cache_dir: str | Path = "output/cache",
     run = RunDir(outf)
     config = run.config_with_head()
     path = run.path / "embeddings.npz"
-    key = _digest(FORMAT, run.checkpoint_digest(), _settings(config))
-    arrays, about = _read(path, key)
+    key = make_key(FORMAT, run.checkpoint_digest(), _settings(config))
+    arrays, about = read_arrays(path, key)
     with suppress(KeyError, TypeError, ValueError):
         return Predictions(check_embeddings(arrays["embeddings"]), arrays["boxes"],
                            arrays["times_s"], **about)
@@ -76,7 +76,7 @@ def predict_patches(outf: str | Path, *, cache_dir: str | Path = "output/cache",
     embeddings = np.asarray(predict_embeddings(loaded.model, dataset, source=source))
     boxes, times_s = np.asarray(dataset.grid.boxes), frame_times_s(dataset.video)
     about = {"source": source, "teacher_label": dataset.teacher_label}
-    _write(path, key, about, embeddings=embeddings, boxes=boxes, times_s=times_s)
+    write_arrays(path, key, about, embeddings=embeddings, boxes=boxes, times_s=times_s)
     return Predictions(embeddings, boxes, times_s, **about)
 
 
@@ -93,8 +93,8 @@ def encode_cached(queries: Sequence[str], config: TeacherConfig, folder: Path, *
     Raises:
         ValueError, ConfigError: as `teachers.encode_queries`.
     """
-    path, key = folder / "queries.npz", _digest(FORMAT, _teacher_key(config))
-    arrays, about = _read(path, key)
+    path, key = folder / "queries.npz", make_key(FORMAT, _teacher_key(config))
+    arrays, about = read_arrays(path, key)
     vectors, notes = {}, {}  # vectors and warnings, by text
     with suppress(KeyError, TypeError, ValueError):
         notes = about["warnings"]
@@ -109,8 +109,8 @@ def encode_cached(queries: Sequence[str], config: TeacherConfig, folder: Path, *
         vectors |= dict(zip(queries, fresh))
         notes |= {query: str(warning.message) for warning in caught for query in queries
                  if repr(query) in str(warning.message)}
-        _write(path, key, {"texts": list(vectors), "warnings": notes},
-               vectors=np.stack(list(vectors.values())))
+        write_arrays(path, key, {"texts": list(vectors), "warnings": notes},
+                     vectors=np.stack(list(vectors.values())))
     for query in queries:
         if query in notes:
             warnings.warn(notes[query], stacklevel=2)
@@ -136,11 +136,12 @@ def _teacher_key(config: TeacherConfig) -> list[Any]:
     return [config.clip_model, config.clip_pretrained, facts and [facts.st_size, facts.st_mtime_ns]]
 
 
-def _digest(*parts: Any) -> str:
+def make_key(*parts: Any) -> str:
+    """A digest of all that something cached was made from: plain values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_arrays(path: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of a file and what it says about them; nothing where it is not of this key.
 
     A damaged file is none: its archive's checksums are compared, and nothing in it is executed.
@@ -157,7 +158,8 @@ def _read(path: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return {}, {}
 
 
-def _write(path: Path, key: str, about: dict[str, Any], **arrays: np.ndarray) -> None:
+def write_arrays(path: Path, key: str, about: dict[str, Any], **arrays: np.ndarray) -> None:
+    """Write what `read_arrays` reads; a folder that is not there or can't be written stays so."""
     text = np.frombuffer(json.dumps({"key": key, **about}).encode(), np.uint8)
     with suppress(RunError):  # a read-only folder is searched all the same
         if os.access(path.parent, os.W_OK):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 
 from hnerv_clip.metrics import check_pair
 from hnerv_clip.model import HNeRV
 from hnerv_clip.patches import PatchGrid, linear_weights
 from hnerv_clip.search.rank import check_query
+
+if TYPE_CHECKING:
+    import pandas as pd  # a quarter of a second: imported where a table is made
 
 MAP_VALUES = 2 ** 26  # of a dense embedding map at once: 256 MiB
 
@@ -28,6 +32,7 @@ def map_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, *, points: 
     Returns:
         kind (predicted, teacher), frame, patch, x, y.
     """
+    import pandas as pd
     from sklearn.decomposition import PCA  # a second, with scipy, that a search need not wait for
     from sklearn.manifold import TSNE
 

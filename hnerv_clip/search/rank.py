@@ -7,14 +7,16 @@ predicted by a run or made by the teacher. Scores compare within one query, not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from hnerv_clip.metrics import check_embeddings, check_pair, rank_correlation
 from hnerv_clip.teachers.text import parse_queries
+
+if TYPE_CHECKING:
+    import pandas as pd  # a quarter of a second: imported where a table is made
 
 
 def rank_patches(query: npt.ArrayLike, embeddings: npt.ArrayLike, top_k: int | None = None, *,
@@ -32,6 +34,8 @@ def rank_patches(query: npt.ArrayLike, embeddings: npt.ArrayLike, top_k: int | N
     Raises:
         ValueError: no query, another size than the embeddings', not finite, zero, or top_k < 1.
     """
+    import pandas as pd
+
     scores = score_patches(query, embeddings)
     order = np.argsort(-scores, axis=None, kind="stable")
     order = _spread(order, scores.shape, apart, top_k)[:_check_top_k(top_k)]
@@ -123,6 +127,8 @@ def compare_relevancy(queries: Sequence[str], vectors: npt.ArrayLike, neutral: n
         agreement (share of patches on which they say the same), best_predicted and best_teacher
         (highest relevancy).
     """
+    import pandas as pd
+
     predicted, teacher = check_pair(predicted, teacher)
     queries, rows = parse_queries(queries), []
     for name, vector in zip(queries, vectors, strict=True):
@@ -172,6 +178,8 @@ def compare_rankings(queries: Sequence[str], vectors: npt.ArrayLike, predicted: 
         ValueError: as `rank_patches`; top_k of all patches or more; fewer than 3 patches; K names
             for another number of rows.
     """
+    import pandas as pd
+
     predicted, teacher = check_pair(predicted, teacher)
     queries, vectors = parse_queries(queries), np.asarray(vectors)
     if len(queries) != len(vectors):

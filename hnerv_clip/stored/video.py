@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 
 from hnerv_clip.codec.facts import header_facts
@@ -29,6 +28,8 @@ from hnerv_clip.patches import PatchGrid, make_grid
 from hnerv_clip.stored.half import HalfDecoder
 
 if TYPE_CHECKING:
+    import pandas as pd  # a quarter of a second: imported where a table is made
+
     from hnerv_clip.field.query import Field
     from hnerv_clip.teachers.base import Teacher
 
@@ -395,6 +396,8 @@ class StoredVideo(Sequence):
 
 
 def _found(found: pd.DataFrame, times_s: np.ndarray, corners) -> pd.DataFrame:
+    import pandas as pd
+
     frames = found.frame.astype(int)
     return pd.DataFrame({
         "rank": found["rank"], "frame": frames, "time_s": times_s[frames],

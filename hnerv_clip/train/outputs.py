@@ -25,7 +25,7 @@ from hnerv_clip.evaluate import (
     summarise,
 )
 from hnerv_clip.model import HNeRV
-from hnerv_clip.runs.run_dir import BEST, RunDir, load_weights
+from hnerv_clip.runs.run_dir import BEST, VIDEO, RunDir, load_weights
 
 WRITE_S = 5  # seconds between two times that metrics.csv is written
 
@@ -108,7 +108,7 @@ def final_figures(model: HNeRV, dataset: Dataset, run: RunDir, *, config: Config
     trained = gather_rows(evaluate_model(model, dataset, share=share))
     eval_time_s = time.perf_counter() - started
     started = time.perf_counter()
-    video = run.path / "video.hnerv"
+    video = run.path / VIDEO
     if rank == 0:
         store_video(model, dataset, video, config=config)
         bind_video(run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gc
 import io
+import os
 import threading
 import time
 import warnings
@@ -54,14 +55,30 @@ def explore(path: str | Path, *, original: str = "", text: str = "",
         cache_dir: with the teacher's embeddings, of a run.
     """
     def open_it() -> ExploredVideo:
-        gc.disable()  # PyTorch's import makes a million objects and no garbage
-        try:
-            from hnerv_clip.explore.video import open_video
-        finally:
-            gc.enable()
+        _import_torch()
+        from hnerv_clip.explore.video import open_video
+
         return open_video(path, original=original, cache_dir=cache_dir, device=device)
 
     return Explorer(open_it, text=text, kept=KeptFrame(path, cache_dir, original, device))
+
+
+def _import_torch() -> None:
+    """Import PyTorch for a process that somebody waits for, beside other jobs.
+
+    Without collecting garbage, of which its import makes none. Its threads then wait for each other
+    asleep, with the same results: spinning they take twice as long where another job runs.
+    """
+    collects, policy = gc.isenabled(), os.environ.get("OMP_WAIT_POLICY")
+    gc.disable()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        import torch  # noqa: F401
+    finally:
+        if collects:
+            gc.enable()
+        if policy is None:  # for this process alone, not for those that it starts
+            os.environ.pop("OMP_WAIT_POLICY", None)
 
 
 class Explorer(anywidget.AnyWidget):

@@ -2,9 +2,14 @@
 
 import dataclasses
 import io
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import time
 
 import av
 import numpy as np
@@ -15,6 +20,7 @@ from PIL import Image
 from test_player import make_file
 from test_player import with_field as with_field  # noqa: PLC0414  a fixture
 
+from hnerv_clip.codec import FileError
 from hnerv_clip.config import ConfigError
 from hnerv_clip.explore import film, page
 from hnerv_clip.explore.video import load_original, open_video
@@ -64,6 +70,180 @@ def test_a_text_brings_hits_their_boxes_and_a_heat_map(explorer, run_video):
     assert explorer.heat
     explorer.heat_of = "off"
     assert explorer.heat == b""
+
+
+def wait_until(condition, *, limit_s=120):
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def held(video, event, **changes):
+    """The video as if it had just been opened, which loads the rest after an event."""
+    def load():
+        assert event.wait(120)
+        return video.loaded
+
+    return dataclasses.replace(video, load=load, **changes)
+
+
+def test_the_first_frame_is_seen_before_the_rest_is_loaded(run_video):
+    event = threading.Event()
+    explorer = Explorer(held(run_video, event))
+    wait_until(lambda: explorer.shown == 0 and explorer.quality)
+    assert explorer.view == "wipe" and explorer.progress.startswith("Loading all frames")
+    explorer.text = "hare"  # answered later, without waiting here
+    assert explorer.original and explorer.decoded and explorer.error and not explorer.hits
+    event.set()
+    assert explorer.get_ready() is explorer.video and explorer.progress == ""
+    expected = run_video.search(run_video.encode("hare"), 6)
+    assert [hit["frame"] for hit in explorer.hits] == expected.frame.tolist()
+    assert explorer.shown == expected.frame[0] and explorer.heat
+    # a frame and a place that are asked for meanwhile
+    event.clear()
+    later = Explorer(held(run_video, event), text="hare")
+    later.frame = 7
+    later.region = {"frame": 3, "x": 5.0, "y": 4.0}
+    event.set()
+    later.get_ready()
+    assert later.asked["frame"] == 3 and later.shown == 7 and "region of frame 3" in later.answer
+
+
+def test_the_first_frame_has_the_bits_of_the_others(trained_run, cache_dir, run_video):
+    again = open_video(trained_run, cache_dir=cache_dir, device="cpu")
+    file = open_video(trained_run / "video.hnerv", original="bunny", device="cpu")
+    for video in (again, file):
+        original, decoded = video.original(0), video.decode(0)
+        assert "_loaded" not in video.__dict__
+        assert (original == video.originals[0].permute(1, 2, 0).numpy()).all()
+        assert (decoded == video.loaded.decode(0)).all()
+    np.testing.assert_allclose(again.times_s, run_video.times_s)
+
+
+def test_a_run_without_its_stored_video_is_loaded_whole(trained_copy, cache_dir, run_video):
+    (trained_copy / "video.hnerv").unlink()
+    explorer = ready(explore(trained_copy, cache_dir=cache_dir, device="cpu"))
+    assert explorer.video.first is None and explorer.shown == 0 and not explorer.problem
+    assert explorer.facts == ready(Explorer(run_video)).facts
+
+
+def test_two_threads_load_a_video_once(run_video):
+    calls, event = [], threading.Event()
+    video = held(run_video, event)
+    load = video.load
+    video.load = lambda: calls.append(1) or load()
+    threads = [threading.Thread(target=lambda: video.head) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    event.set()
+    for thread in threads:
+        thread.join()
+    assert calls == [1]
+
+
+def test_what_goes_wrong_in_the_background_is_shown(run_video, tmp_path):
+    lost = explore(tmp_path / "lost.hnerv")
+    with pytest.raises(FileError, match="lost.hnerv"):
+        lost.get_ready()
+    assert "lost.hnerv" in lost.problem and not lost.progress and not lost.facts
+    lost.text = "hare"  # nothing to search: says so still
+    assert "lost.hnerv" in lost.problem
+
+    def fail(error):
+        def load():
+            raise error
+        return load
+
+    for error, words in ((RunError("it shows other frames"), "It shows other frames"),
+                         (KeyError("odd"), "'odd'"), (AssertionError(), "AssertionError")):
+        broken = Explorer(dataclasses.replace(run_video, load=fail(error)), text="hare")
+        with pytest.raises(type(error)):
+            broken.get_ready()
+        assert broken.shown == 0 and broken.decoded and words in broken.problem
+        assert not broken.hits and not broken.progress
+
+
+def test_a_wrong_answer_of_the_thread_is_shown(run_video, monkeypatch):
+    def search(*args):
+        raise KeyError("odd")
+
+    video = held(run_video, threading.Event())
+    video.load = lambda: run_video.loaded
+    monkeypatch.setattr(video, "search", search, raising=False)
+    explorer = ready(Explorer(video, text="hare"))
+    assert "'odd'" in explorer.problem and not explorer.hits and not explorer.progress
+    with pytest.raises(KeyError):
+        explorer.text = "moped"  # here there is a traceback
+
+
+def test_an_interrupted_wait_loses_nothing(run_video):
+    event = threading.Event()
+    explorer = Explorer(held(run_video, event), text="hare")
+    timer = threading.Timer(0.5, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        explorer.get_ready()
+    timer.join()
+    assert explorer.progress and not explorer.hits
+    event.set()
+    assert ready(explorer).hits and not explorer.problem
+
+
+def test_an_interrupted_answer_is_told_and_asked_again(explorer, run_video, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    for name in ("search", "heat"):  # before and after the frame of the hits
+        explorer.text = ""
+        with monkeypatch.context() as patch:
+            patch.setattr(run_video, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                explorer.text = "hare"
+        assert "ask again" in explorer.problem
+        explorer.text = ""
+        explorer.text = "hare"
+        assert explorer.hits and explorer.heat and not explorer.problem
+        explorer.frame = 2
+        assert explorer.shown == 2
+
+
+def test_the_first_frame_is_kept_for_the_next_time(trained_run, tmp_path, monkeypatch):
+    path = tmp_path / "small.hnerv"
+    shutil.copy(trained_run / "video.hnerv", path)
+    options = {"original": "bunny", "device": "cpu", "cache_dir": tmp_path / "cache"}
+    ready(explore(path, **options))
+    assert not (tmp_path / "cache").exists()  # kept only where a cache is
+    (tmp_path / "cache").mkdir()
+    before = ready(explore(path, **options))
+    event, opened = threading.Event(), open_video
+    monkeypatch.setattr("hnerv_clip.explore.video.open_video",
+                        lambda *args, **named: event.wait(120) and opened(*args, **named))
+    again = explore(path, **options)
+    assert again.shown == 0 and again.view == "wipe" and again.facts == before.facts
+    assert (again.original, again.decoded, again.error, again.quality) == (
+        before.original, before.decoded, before.error, before.quality)
+    other = explore(path, device="cpu", cache_dir=tmp_path / "cache")  # without its original
+    assert other.shown == -1 and not other.facts
+    event.set()
+    ready(again), ready(other)
+    assert not again.problem and other.view == "decoded"
+    event.clear()
+    shutil.copy(trained_run / "video.hnerv", path)
+    os.utime(path, ns=(0, 0))  # written anew
+    assert explore(path, **options).shown == -1
+    event.set()
+
+
+def test_the_widget_and_a_search_import_little():
+    """Each takes a quarter of a second to two seconds, of which a first frame needs PyTorch's."""
+    heavy = {"pandas", "matplotlib", "sklearn", "scipy", "open_clip", "timm", "torchvision"}
+    for module, without in (("widget", {"torch", *heavy}), ("video", heavy)):
+        code = (f"import sys, hnerv_clip.explore.{module}\n"
+                "print(*{name.split('.')[0] for name in sys.modules})")
+        loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
+                                text=True).stdout.split()
+        assert not without & set(loaded)
 
 
 def test_a_text_without_a_match_says_so_and_has_no_bright_spot(explorer, monkeypatch):

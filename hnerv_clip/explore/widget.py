@@ -38,6 +38,7 @@ THUMBNAIL = 120  # pixels, the longer side of a hit's picture
 KEPT = 64  # decoded frames
 REFERENCES = 400  # patches of the video that a region is compared with
 STATE = ("facts", "shown", "quality", *PICTURES)  # with which the first frame is seen
+EXPECTED = (ValueError, RuntimeError, OSError, ImportError)  # errors whose words say what to do
 FOLDER = Path(__file__).parent
 
 
@@ -127,7 +128,7 @@ class Explorer(anywidget.AnyWidget):
         self._failed: Exception | None = None
         self._moving = False  # to the frame of a hit
         self._preparing = True  # what is asked meanwhile is answered at its end
-        self._lock = threading.RLock()  # of an answer: one at a time
+        self._lock, self._done = threading.RLock(), threading.Event()  # one answer at a time
         self._thread = threading.Thread(target=self._prepare, name="explorer", args=(
             video if callable(video) else lambda: video, kept))
         for name, value in (kept.read() if kept else {}).items():
@@ -143,46 +144,54 @@ class Explorer(anywidget.AnyWidget):
         Raises:
             as `explore.video.open_video`.
         """
-        self._thread.join()
+        self._done.wait()  # a thread that was joined once, and interrupted, is not joined again
         if self._failed is not None:
             raise self._failed
         return self.video
 
     def _prepare(self, open_it: Callable[[], ExploredVideo], kept: KeptFrame | None) -> None:
-        """Open the video, show its first frame, load the rest, answer."""
+        """Load everything, then answer what was asked meanwhile. Of a thread nobody sees a
+        traceback: errors are shown."""
         try:
-            self.progress = "Opening the video …"
-            self.video = video = open_it()
-            self._decoded = lru_cache(KEPT)(video.decode)
-            self._know(self._facts())
-            self._problems["search"] = "" if video.has_head else _sentence(video.silent)
-            self._tell()
-            if video.first is not None and not self.frame:
-                with self.hold_sync():  # what was kept is replaced, not taken away first
-                    self._try(lambda: self.show(anew=True), "look")
-            self.progress = "Loading all frames and what the network says of them …"
-            _ = video.loaded
-            self._know(self._facts())
-            if kept is not None and self.shown == 0:
-                kept.write({name: getattr(self, name) for name in STATE})
-            if video.has_head:
-                self.progress = "Loading the teacher, which reads texts …"
-                import pandas  # noqa: F401, ICN001  what a search imports
+            try:
+                self._load(open_it, kept)
+            except Exception as error:
+                self._failed = error
+                self._problems["look"] = _words(error)
+                self._tell()
+            with self._lock:
+                self._preparing = False
+                if self._failed is None:
+                    self._try(self.show, "look")
+                    self._on_region() if self.region else self._on_text()
+                self.progress = ""
+        finally:
+            self._done.set()
 
-                from hnerv_clip.figures import overlay  # noqa: F401
+    def _load(self, open_it: Callable[[], ExploredVideo], kept: KeptFrame | None) -> None:
+        """Open the video, show its first frame, load the rest."""
+        self.progress = "Opening the video …"
+        self.video = video = open_it()
+        self._decoded = lru_cache(KEPT)(video.decode)
+        self._know(self._facts())
+        self._problems["search"] = "" if video.has_head else _sentence(video.silent)
+        self._tell()
+        if video.first is not None and not self.frame:
+            with self.hold_sync():  # what was kept is replaced, not taken away first
+                self._try(lambda: self.show(anew=True), "look")
+        self.progress = "Loading all frames and what the network says of them …"
+        _ = video.loaded
+        self._know(self._facts())
+        if kept is not None and self.shown == 0:
+            kept.write({name: getattr(self, name) for name in STATE})
+        if video.has_head:
+            self.progress = "Loading the teacher, which reads texts …"
+            import pandas  # noqa: F401, ICN001  what a search imports
 
-                with suppress(ValueError, RuntimeError, OSError, ImportError):
-                    _ = video.names  # else the search says why it cannot
-        except Exception as error:  # of a thread nobody sees a traceback
-            self._failed = error
-            self._problems["look"] = _sentence(str(error) or type(error).__name__)
-            self._tell()
-        with self._lock:
-            self._preparing = False
-            if self._failed is None:
-                self._try(self.show, "look")
-                self._on_region() if self.region else self._on_text()
-            self.progress = ""
+            from hnerv_clip.figures import overlay  # noqa: F401
+
+            with suppress(*EXPECTED):
+                _ = video.names  # else the search says why it cannot
 
     def _know(self, facts: dict) -> None:
         if not self.facts and facts["has_original"]:
@@ -319,18 +328,21 @@ class Explorer(anywidget.AnyWidget):
         return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
     def _try(self, act: Callable[[], None], what: str) -> None:
-        """An error is shown, with its fix, in place of a traceback that nobody sees.
+        """An error is shown, with its fix, in place of a traceback that nobody sees: of the thread
+        any error, else those that are expected.
 
         What was found before a search that failed goes, so that it is not read as its answer.
         """
+        asked = threading.current_thread() is not self._thread
+        told = EXPECTED if asked else Exception
         with self._lock:
-            if self._preparing and threading.current_thread() is not self._thread:
-                return  # it answers what is asked now
+            if self.video is None or asked and self._preparing:
+                return  # the thread says why, or answers what is asked now
             self._problems[what] = ""
             try:
                 act()
-            except (ValueError, RuntimeError, OSError, ImportError) as error:
-                self._problems[what] = _sentence(str(error))
+            except told as error:
+                self._problems[what] = _words(error)
                 if what == "search":
                     self._query, self.asked, self.hits, self.answer = None, {}, [], ""
                     self.heat = b""
@@ -356,6 +368,10 @@ def enlarged_error(original: np.ndarray, decoded: np.ndarray) -> np.ndarray:
     """Mean absolute error over the colors, `GAIN` times as large: uint8 [H, W, 3], gray."""
     error = np.abs(original.astype(np.int16) - decoded).mean(axis=-1) * GAIN
     return np.repeat(error.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def _words(error: Exception) -> str:
+    return _sentence(str(error) or type(error).__name__)
 
 
 def _sentence(words: str) -> str:

@@ -80,8 +80,9 @@ class ExploredVideo:
     credit: str = ""
     about: str = ""  # how it was fitted, for captions
     first: Callable[[], tuple[np.ndarray | None, np.ndarray]] | None = None
-    # Two threads that ask at once load once
-    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+    # Threads that ask at once load once: all of it, and the teacher
+    _locks: tuple[threading.RLock, threading.RLock] = field(
+        default_factory=lambda: (threading.RLock(), threading.RLock()), init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.times_s)
@@ -89,7 +90,7 @@ class ExploredVideo:
     @property
     def loaded(self) -> Loaded:
         """All of it, loaded once."""
-        with self._lock:
+        with self._locks[0]:
             return self._loaded
 
     @cached_property
@@ -133,7 +134,7 @@ class ExploredVideo:
     @property
     def teacher(self) -> Teacher:
         """Loaded once, for texts."""
-        with self._lock:
+        with self._locks[1]:
             return self._teacher
 
     @cached_property

@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -179,19 +180,20 @@ class Explorer(anywidget.AnyWidget):
         if video.first is not None and not self.frame:
             with self.hold_sync():  # what was kept is replaced, not taken away first
                 self._try(lambda: self.show(anew=True), "look")
-        self.progress = "Loading all frames and what the network says of them …"
-        _ = video.loaded
+        self.progress = "Loading all frames, what the network says of them, and the teacher …"
+        with ThreadPoolExecutor(1) as pool:  # frames are read while modules are imported
+            rest = pool.submit(lambda: video.loaded)
+            if video.has_head:
+                import pandas  # noqa: F401, ICN001  what a search imports
+
+                from hnerv_clip.figures import overlay  # noqa: F401
+
+                with suppress(*EXPECTED):
+                    _ = video.names  # else the search says why it cannot
+            rest.result()
         self._know(self._facts())
         if kept is not None and self.shown == 0:
             kept.write({name: getattr(self, name) for name in STATE})
-        if video.has_head:
-            self.progress = "Loading the teacher, which reads texts …"
-            import pandas  # noqa: F401, ICN001  what a search imports
-
-            from hnerv_clip.figures import overlay  # noqa: F401
-
-            with suppress(*EXPECTED):
-                _ = video.names  # else the search says why it cannot
 
     def _know(self, facts: dict) -> None:
         if not self.facts and facts["has_original"]:

@@ -235,6 +235,15 @@ def test_the_first_frame_is_kept_for_the_next_time(trained_run, tmp_path, monkey
     event.set()
 
 
+def test_what_somebody_waits_for_is_timed(trained_run, tmp_path):
+    told = subprocess.run([sys.executable, "-m", "hnerv_clip.explore.timing",
+                           trained_run / "video.hnerv", "--original", "bunny", "--device", "cpu",
+                           "--cache_dir", tmp_path], check=True, capture_output=True, text=True)
+    times = re.findall(r"^(\w+ ?\w+) +([\d.]+) s$", told.stdout, re.MULTILINE)
+    assert [name for name, _ in times] == ["first frame", "first text", "click", "text", "frame"]
+    assert 0.2 < float(times[0][1]) < 120  # with the import of PyTorch
+
+
 def test_the_widget_and_a_search_import_little():
     """Each takes a quarter of a second to two seconds, of which a first frame needs PyTorch's."""
     heavy = {"pandas", "matplotlib", "sklearn", "scipy", "open_clip", "timm", "torchvision"}

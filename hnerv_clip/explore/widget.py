@@ -134,7 +134,7 @@ class Explorer(anywidget.AnyWidget):
             video if callable(video) else lambda: video, kept))
         for name, value in (kept.read() if kept else {}).items():
             self._know(value) if name == "facts" else setattr(self, name, value)
-        self.text = text
+        self.text, self.progress = text, "Opening the video …"
         self._thread.start()
 
     def get_ready(self) -> ExploredVideo:
@@ -171,7 +171,6 @@ class Explorer(anywidget.AnyWidget):
 
     def _load(self, open_it: Callable[[], ExploredVideo], kept: KeptFrame | None) -> None:
         """Open the video, show its first frame, load the rest."""
-        self.progress = "Opening the video …"
         self.video = video = open_it()
         self._decoded = lru_cache(KEPT)(video.decode)
         self._know(self._facts())

@@ -91,8 +91,8 @@ def held(video, event, **changes):
 def test_the_first_frame_is_seen_before_the_rest_is_loaded(run_video):
     event = threading.Event()
     explorer = Explorer(held(run_video, event))
-    wait_until(lambda: explorer.shown == 0 and explorer.quality)
-    assert explorer.view == "wipe" and explorer.progress.startswith("Loading all frames")
+    wait_until(lambda: explorer.progress.startswith("Loading all frames"))
+    assert explorer.view == "wipe" and explorer.shown == 0 and explorer.quality
     explorer.text = "hare"  # answered later, without waiting here
     assert explorer.original and explorer.decoded and explorer.error and not explorer.hits
     event.set()

@@ -69,7 +69,7 @@ def _import_torch() -> None:
     """Import PyTorch for a process that somebody waits for, beside other jobs.
 
     Without collecting garbage, of which its import makes none. Its threads then wait for each other
-    asleep, with the same results: spinning they take twice as long where another job runs.
+    asleep, with the same results: spinning they took up to twice as long beside another job.
     """
     collects, policy = gc.isenabled(), os.environ.get("OMP_WAIT_POLICY")
     gc.disable()
@@ -87,7 +87,8 @@ class Explorer(anywidget.AnyWidget):
     """Scrub, compare, search by text or by clicking.
 
     Set by hand or in Python: `frame`, `view`, `heat_of`, `side`, `text`, `region`. The rest
-    answers: `hits`, pictures as bytes, and `problem`, what went wrong with its fix, or "".
+    answers: `hits`, pictures as bytes, and `problem`, what went wrong with its fix, or "". While
+    `progress` says what is loaded, what is set is answered later; `get_ready` waits for it.
     """
 
     _esm = FOLDER / "widget.js"

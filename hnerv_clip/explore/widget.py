@@ -180,6 +180,8 @@ class Explorer(anywidget.AnyWidget):
         if video.first is not None and not self.frame:
             with self.hold_sync():  # what was kept is replaced, not taken away first
                 self._try(lambda: self.show(anew=True), "look")
+            if kept is not None and self.shown == 0:
+                kept.write({name: getattr(self, name) for name in STATE})
         self.progress = "Loading all frames, what the network says of them, and the teacher …"
         with ThreadPoolExecutor(1) as pool:  # frames are read while modules are imported
             rest = pool.submit(lambda: video.loaded)
@@ -192,8 +194,6 @@ class Explorer(anywidget.AnyWidget):
                     _ = video.names  # else the search says why it cannot
             rest.result()
         self._know(self._facts())
-        if kept is not None and self.shown == 0:
-            kept.write({name: getattr(self, name) for name in STATE})
 
     def _know(self, facts: dict) -> None:
         if not self.facts and facts["has_original"]:

@@ -23,9 +23,19 @@ from test_player import with_field as with_field  # noqa: PLC0414  a fixture
 from hnerv_clip.codec import FileError
 from hnerv_clip.config import ConfigError
 from hnerv_clip.explore import film, page
-from hnerv_clip.explore.video import load_original, open_video
+from hnerv_clip.explore.video import (
+    CELLS,
+    HEAT_SIDES,
+    TEACHER_CELLS,
+    load_original,
+    open_video,
+)
 from hnerv_clip.explore.widget import FOLDER, Explorer, enlarged_error, explore
 from hnerv_clip.runs.run_dir import RunError
+from hnerv_clip.search.boxes import around_positions
+from hnerv_clip.search.maps import match_scores
+from hnerv_clip.teachers import boxes as boxes_module
+from hnerv_clip.teachers.boxes import embed_boxes
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -424,3 +434,40 @@ def test_enter_searches_in_jupyterlab_too(tmp_path):
         module = tmp_path / "widget.mjs"
         module.write_text(code, encoding="utf-8")
         subprocess.run([node, "--check", module], check=True)
+
+
+class Colors:
+    """A teacher that sees the mean color of a patch."""
+
+    device, dim, name = torch.device("cpu"), 3, "colors"
+
+    def encode_patches(self, patches):
+        return torch.nn.functional.normalize(patches.float().mean((2, 3)), dim=1)
+
+
+def test_a_heat_map_asks_about_each_square_once(with_field, monkeypatch):
+    video = open_video(with_field[0], device="cpu")
+    height, width = video.size
+    video.originals = torch.randint(0, 256, (6, 3, height, width), dtype=torch.uint8,
+                                    generator=torch.Generator().manual_seed(0))
+    by_field = video.head.embed
+
+    def by_teacher(_, boxes):
+        whole = torch.from_numpy(boxes).round().long()[None]
+        return embed_boxes(Colors(), video.originals[2:3], whole)[0].float()
+
+    def check(heat, embed, names, cells):
+        (asked,) = (np.asarray(call[-1]).reshape(-1, 4) for call in calls)
+        boxes, hw = around_positions(video.size, HEAT_SIDES, stride=max(1, round(height / cells)))
+        assert len(np.unique(asked, axis=0)) == len(asked) < len(boxes)
+        scores = match_scores(names[0], names, embed(2, boxes).numpy())
+        np.testing.assert_allclose(heat, scores.reshape(-1, *hw).mean(axis=0), atol=1e-3)
+        calls.clear()
+
+    calls, names = [], video.names
+    monkeypatch.setattr(video.head, "embed", lambda *args: calls.append(args) or by_field(*args))
+    check(video.heat(names[0], 2), by_field, names, CELLS)
+    monkeypatch.setattr(boxes_module, "embed_boxes",
+                        lambda *args: calls.append(args) or embed_boxes(*args))
+    video.teacher, video.names = Colors(), np.eye(3, dtype=np.float32)
+    check(video.teacher_heat(video.names[0], 2), by_teacher, video.names, TEACHER_CELLS)

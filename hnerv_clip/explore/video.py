@@ -248,10 +248,9 @@ class ExploredVideo:
                                   "folder, with the cache_dir that it was trained with")
             scores = match_scores(query, references, known[frame])[None]
             return spread_scores(scores, self.grid, stride=stride)[0]
-        sides = HEAT_SIDES if side is None else [side]
-        boxes, hw = around_positions(self.size, sides, stride=stride)
-        scores = match_scores(query, references, self.head.embed(frame, boxes).numpy())
-        return scores.reshape(len(sides), *hw).mean(axis=0)
+        return self._mean_over_squares(
+            HEAT_SIDES if side is None else [side], stride, lambda boxes: match_scores(
+                query, references, self.head.embed(frame, boxes).numpy()))
 
     def teacher_heat(self, query: np.ndarray, frame: int) -> np.ndarray:
         """What the teacher gives at the squares of `heat`, run on the original frame: [h, w].
@@ -260,12 +259,21 @@ class ExploredVideo:
         """
         from hnerv_clip.teachers.boxes import embed_boxes
 
-        stride = max(1, round(self.size[0] / TEACHER_CELLS))
-        boxes, hw = around_positions(self.size, HEAT_SIDES, stride=stride)
-        whole = torch.from_numpy(boxes).round().long()[None]
-        seen = embed_boxes(self.teacher, self.originals[frame:frame + 1], whole)[0]
-        return match_scores(query, self.names, seen.float().cpu().numpy()).reshape(
-            -1, *hw).mean(axis=0)
+        def score(boxes: np.ndarray) -> np.ndarray:
+            whole = torch.from_numpy(boxes).round().long()[None]
+            seen = embed_boxes(self.teacher, self.originals[frame:frame + 1], whole)[0]
+            return match_scores(query, self.names, seen.float().cpu().numpy())
+
+        return self._mean_over_squares(HEAT_SIDES, max(1, round(self.size[0] / TEACHER_CELLS)),
+                                       score)
+
+    def _mean_over_squares(self, sides, stride, score):
+        """[h, w] means over the squares around each position, of the scores [P] of squares [P, 4].
+
+        Squares near the edge, which are shifted into the frame, coincide: each is asked once."""
+        boxes, hw = around_positions(self.size, sides, stride=stride)
+        distinct, places = np.unique(boxes, axis=0, return_inverse=True)
+        return score(distinct)[places].reshape(len(sides), *hw).mean(axis=0)
 
     def _nearest(self, x, y):
         centres = self.grid.centres

@@ -565,6 +565,21 @@ def test_the_clock_counts_training_only(small_config, small_dataset, cache_dir, 
     assert result.summary["checkpoints"] >= 10 and result.summary["checkpoint_time_s"] > 0
 
 
+def test_the_best_model_is_measured_once(small_config, small_dataset, cache_dir, tmp_path,
+                                         monkeypatch):
+    scores, columns = iter((3.0, 2.0, 1.0)), train_module.evaluation_columns
+    monkeypatch.setattr(train_module, "evaluation_columns",
+                        lambda table: columns(table) | {"eval_psnr_train": next(scores)})
+    monkeypatch.setattr(outputs, "evaluate_model", None)  # a second evaluation fails
+    train(small_config.replace(epochs=3, eval_freq=1, predict_clip=False), tmp_path / "run",
+          cache_dir=cache_dir, progress=False, dataset=small_dataset)
+    run = load_run(tmp_path / "run", cache_dir=cache_dir, device="cpu")
+    assert RunDir(tmp_path / "run").summary()["best_epoch"] == 1  # not the last
+    own = pd.read_csv(tmp_path / "run" / "evaluation.csv").query("variant == 'trained'")
+    again = evaluate_model(run.model, run.dataset)
+    assert own.psnr_db.tolist() == pytest.approx(again.psnr_db.tolist(), abs=1e-4)
+
+
 def test_a_wrong_setting_does_not_occupy_the_folder(small_config, cache_dir, tmp_path):
     with pytest.raises(ConfigError, match="modelsize"):
         train(small_config.replace(modelsize=1e-4), tmp_path / "run", cache_dir=cache_dir)

@@ -89,7 +89,8 @@ class Recorder:
 
 
 def final_figures(model: HNeRV, dataset: Dataset, run: RunDir, *, config: Config,
-                  device: torch.device) -> tuple[pd.DataFrame, dict[str, Any]]:
+                  device: torch.device, trained: pd.DataFrame | None = None
+                  ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Evaluate a run's best model as trained and as stored, by the plain model, which is loaded.
 
     Writes video.hnerv and, on rank 0, evaluation.csv.
@@ -97,6 +98,7 @@ def final_figures(model: HNeRV, dataset: Dataset, run: RunDir, *, config: Config
     Args:
         model: takes the weights of the best model.
         device: where the stored video is decoded.
+        trained: what `evaluate_model` gave for the best model, where that is known.
     Returns:
         The table of a row per frame, and on rank 0 what summary.json says of it.
     """
@@ -105,7 +107,8 @@ def final_figures(model: HNeRV, dataset: Dataset, run: RunDir, *, config: Config
     started = time.perf_counter()
     best = from_rank0(run.load_checkpoint(BEST) if rank == 0 else None)
     load_weights(model, best, run.path / BEST, fix=run.checkpoint_fix(BEST))
-    trained = gather_rows(evaluate_model(model, dataset, share=share))
+    if trained is None:
+        trained = gather_rows(evaluate_model(model, dataset, share=share))
     eval_time_s = time.perf_counter() - started
     started = time.perf_counter()
     video = run.path / VIDEO

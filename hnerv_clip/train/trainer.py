@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -80,6 +81,7 @@ class Trainer:
         self.losses = self._no_losses()
         self.recorder = Recorder(run, self.model, has_head=config.model.predict_clip)
         self.best_psnr_db = float("-inf")
+        self.best_table: pd.DataFrame | None = None  # of the best model, by this process
         self.recoveries: list[dict[str, Any]] = []  # from collapses
         self.baselines = measure_baselines(self.engine, dataset.split.train)
         self.train_time_s, self._clock = 0.0, None  # the clock stands still outside training steps
@@ -291,6 +293,8 @@ class Trainer:
         score = columns[f"eval_psnr{'' if self.dataset.mask is None else '_outside'}_train"]
         if score > self.best_psnr_db or self._head_joined and math.isfinite(score):
             self.best_psnr_db = score
+            # An engine that decodes does so in its own way, and other ranks have no such table
+            self.best_table = table if engine is None and self.world == 1 else None
             self.run.save_checkpoint(BEST, {
                 "config": self.config.params(), "model": self.model.state_dict(),
                 "epoch": self.epoch, **columns})
@@ -338,7 +342,7 @@ class Trainer:
         """Write the figures of the best model and the times of the run; that closes it."""
         self.recorder.write_metrics()
         table, figures = final_figures(self.model, self.dataset, self.run, config=self.config,
-                                       device=self.device)
+                                       device=self.device, trained=self.best_table)
         if self.rank:
             return
         self.recorder.write_similarity(table)

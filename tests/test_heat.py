@@ -3,6 +3,8 @@
 import base64
 import io
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -74,3 +76,10 @@ def test_hits_of_a_field_are_frames_with_boxes_drawn():
              for panel in figure.axes]
     assert drawn == [[(2, 1, 4, 4)] * 2, [(0, 0, 4, 4)] * 2, [(2, 1, 4, 4)] * 2, []]
     assert figure.axes[0].get_title("center") == "frame 1, 0.750" and "not CLIP" in figure.caption
+
+
+def test_figures_load_no_library_that_only_one_of_them_needs():
+    code = ("import sys, hnerv_clip.figures, hnerv_clip.search.maps; sys.exit(', '.join({"
+            "'seaborn', 'scipy.stats', 'sklearn', 'matplotlib.pyplot'} & set(sys.modules)) or 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

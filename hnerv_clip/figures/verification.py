@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -38,6 +37,8 @@ def plot_conditions(scores: pd.DataFrame, teacher_label: str, source: str = "") 
         teacher_label: the teacher in words, for the caption.
         source: a key of `verify.SOURCES`, for the caption.
     """
+    import seaborn as sns  # takes a second, and only this figure needs it
+
     order, splits = list(scores.condition.unique()), _splits(scores)
     figure, axes = new_figure(1, 2, height=0.5 * len(order) + 1.2, sharey=True)
     for panel, (measure, label) in zip(axes, MEASURES.items()):

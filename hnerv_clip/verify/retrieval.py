@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 
 def retrieval_ranks(predicted: np.ndarray, candidates: np.ndarray, frames: np.ndarray, *,
@@ -43,6 +42,8 @@ def _rank(scores, right):
 
 def retrieval_summary(ranks: pd.DataFrame) -> dict[str, float]:
     """R@1, R@5 and median rank, exact and near, each recall beside that of a random ranking."""
+    from scipy import stats  # takes half a second
+
     summary = {"median_rank": float(ranks["rank"].median()),
                "median_rank_near": float(ranks.rank_near.median()),
                "candidates": int(ranks.candidates.iloc[0]), "n": len(ranks)}

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
-from sklearn.metrics import cohen_kappa_score
 
 from hnerv_clip.metrics import check_pair, unit
 
@@ -50,7 +48,7 @@ def label_agreement(labels: Sequence[str], vectors: np.ndarray, predicted: np.nd
     table = pd.DataFrame({"label": labels, "teacher": shares[0], "predicted": shares[1],
                           "found": found})
     return {"agreement": agreement, "chance": chance, "n": len(own), "table": table,
-            "kappa": float(cohen_kappa_score(right, own)) if chance < 1 else np.nan}
+            "kappa": (agreement - chance) / (1 - chance) if chance < 1 else np.nan}
 
 
 class WordScores(NamedTuple):
@@ -95,6 +93,8 @@ def _unit_ranks(scores):
     [K, N, P] → [N + 1, K, N·P], 0 where left out, NaN where all scores are equal; the last is of
     all. The product of two is Spearman's correlation.
     """
+    from scipy import stats  # takes half a second
+
     texts, frames, _ = scores.shape
     found = np.zeros((frames + 1, texts, scores[0].size), np.float32)
     for out in range(frames + 1):

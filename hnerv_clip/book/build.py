@@ -196,6 +196,7 @@ def execute(notebook: Path, target: Path, *, parameters: dict[str, Any]) -> floa
             notebook, partial, parameters=parameters or None, kernel_name="python3",
             cwd=notebook.parent, progress_bar=False,
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it warns of its own transport
+            shutdown_kernel="immediate",  # all is written; an interpreter's own end takes a second
             # progress bars of the cells, live; a log would only be spammed
             stderr_file=sys.stderr if sys.stderr.isatty() else None)
     except PapermillExecutionError as error:

@@ -83,3 +83,9 @@ def test_figures_load_no_library_that_only_one_of_them_needs():
             "'seaborn', 'scipy.stats', 'sklearn', 'matplotlib.pyplot'} & set(sys.modules)) or 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_map_without_a_match_goes_up_to_zero_not_to_minus_zero():
+    figure = heat.plot_heat_maps({"tea": (FRAME, {"teacher": np.full((2, 4), -0.01, np.float32)})},
+                                 "A (not CLIP)")
+    assert [panel.get_title("left") for panel in figure.axes[:2]] == ["“tea”", "teacher\nup to 0.0"]

@@ -50,7 +50,7 @@ def plot_heat_maps(rows: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]], te
         for panel, title in zip(panels[1:], titles):
             if title in heats:
                 panel.imshow(lay_heat(frame, heats[title]))
-                panel.set_title(f"{title}\nup to {heats[title].max():.1f}", fontsize=9,
+                panel.set_title(f"{title}\nup to {heats[title].max():z.1f}", fontsize=9,
                                 color=text_color(title))
     _scale(figure, axes)
     box = " Box: the best hit." if boxes else ""

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -274,6 +275,19 @@ def test_a_kernel_that_dies_is_an_error(repo):
                             "import os\nos._exit(9)")
     with pytest.raises(BookError, match="03_third.*kernel died.*memory"):
         build.execute(source, repo / "out" / source.name, parameters={})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+def test_a_kernel_keeps_what_it_frees_and_ends_at_once(repo):
+    source = write_notebook(
+        repo / "notebooks" / "03_third.ipynb", "a = 1",
+        "import atexit\nfrom resource import RUSAGE_SELF, getrusage\n"
+        "atexit.register(open, 'ended', 'w')\nfor _ in range(3):\n"
+        "    before = getrusage(RUSAGE_SELF).ru_minflt\n    text = b'x' * 2**26\n    del text\n"
+        "    faults = getrusage(RUSAGE_SELF).ru_minflt - before",
+        "assert faults < 1000, faults  # of 16384 pages")
+    build.execute(source, repo / "out" / source.name, parameters={})
+    assert not (repo / "notebooks" / "ended").exists()
 
 
 def test_pages_are_cleaned():

@@ -418,8 +418,7 @@ def test_the_film_tells_how_its_field_was_fitted(run_video):
 
     assert "field" not in made_words(run_video, "hare")  # the original head answers
     fitted = Field(None, None, None, about={"boxes": 32, "settings": {"steps": 2000}})
-    asked = dataclasses.replace(
-        run_video, load=lambda: dataclasses.replace(run_video.loaded, head=fitted))
+    asked = dataclasses.replace(run_video, head=fitted)
     assert "to 32 boxes in each training frame in 2,000 steps" in made_words(asked, "hare")
     assert "boxes" not in made_words(asked, "")
 
@@ -448,8 +447,8 @@ class Colors:
 def test_a_heat_map_asks_about_each_square_once(with_field, monkeypatch):
     video = open_video(with_field[0], device="cpu")
     height, width = video.size
-    video.originals = torch.randint(0, 256, (6, 3, height, width), dtype=torch.uint8,
-                                    generator=torch.Generator().manual_seed(0))
+    video.loaded.originals = torch.randint(0, 256, (6, 3, height, width), dtype=torch.uint8,
+                                           generator=torch.Generator().manual_seed(0))
     by_field = video.head.embed
 
     def by_teacher(_, boxes):
@@ -469,5 +468,12 @@ def test_a_heat_map_asks_about_each_square_once(with_field, monkeypatch):
     check(video.heat(names[0], 2), by_field, names, CELLS)
     monkeypatch.setattr(boxes_module, "embed_boxes",
                         lambda *args: calls.append(args) or embed_boxes(*args))
-    video.teacher, video.names = Colors(), np.eye(3, dtype=np.float32)
+    vars(video).update(_teacher=Colors(), names=np.eye(3, dtype=np.float32))
     check(video.teacher_heat(video.names[0], 2), by_teacher, video.names, TEACHER_CELLS)
+
+
+def test_another_head_takes_the_place_of_the_loaded_one(run_video):
+    head = np.zeros_like(run_video.head)
+    other = dataclasses.replace(run_video, head=head)
+    assert other.head is head and run_video.head is not head
+    assert other.name == run_video.name and len(other.originals) == len(run_video.originals)

@@ -11,7 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,9 +80,15 @@ class ExploredVideo:
     credit: str = ""
     about: str = ""  # how it was fitted, for captions
     first: Callable[[], tuple[np.ndarray | None, np.ndarray]] | None = None
+    head: InitVar[Field | np.ndarray | None] = None  # in place of the one that `load` gives
     # Threads that ask at once load once: all of it, and the teacher
     _locks: tuple[threading.RLock, threading.RLock] = field(
         default_factory=lambda: (threading.RLock(), threading.RLock()), init=False, repr=False)
+
+    def __post_init__(self, head: Field | np.ndarray | property | None) -> None:
+        if not isinstance(head, property):  # that of the class, where none is given
+            load = self.load
+            self.load = lambda: replace(load(), head=head)
 
     def __len__(self) -> int:
         return len(self.times_s)
@@ -103,7 +109,7 @@ class ExploredVideo:
         return self.loaded.originals
 
     @property
-    def head(self) -> Field | np.ndarray | None:
+    def head(self) -> Field | np.ndarray | None:  # noqa: F811  the one in use
         """See `Loaded`."""
         return self.loaded.head
 

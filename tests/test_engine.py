@@ -101,7 +101,7 @@ def test_fused_gradients_are_the_plain_ones(tiny, variant, monkeypatch):
         assert error < 1e-3, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adan"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("adan", marks=pytest.mark.slow)])
 def test_fused_steps_are_the_plain_ones(tiny, optimizer):
     """Parameters after three steps, the last after both engines' optimizers went to the other."""
     config, dataset = tiny

@@ -30,8 +30,8 @@ def first_frames(dataset, count, split):
 
 
 @pytest.mark.parametrize("changes", [
-    VARIANTS["loss and boxes"], VARIANTS["xyt"], VARIANTS["pe"] | VARIANTS["pooled"],
-    pytest.param(VARIANTS["padded"], marks=pytest.mark.slow)],
+    pytest.param(VARIANTS["loss and boxes"], marks=pytest.mark.slow), VARIANTS["xyt"],
+    VARIANTS["pe"] | VARIANTS["pooled"], pytest.param(VARIANTS["padded"], marks=pytest.mark.slow)],
     ids=["hybrid with boxes", "xyt", "pe, pooled", "padded"])
 def test_an_evaluation_by_the_engine_is_the_plain_models(tiny, changes):  # noqa: F811
     """Every source, between steps, of more frames than a batch has."""

@@ -50,7 +50,7 @@ def train_as_rank(rank, world, port, config, dataset, path, failing_rank):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("failing_rank", [None, 1])
+@pytest.mark.parametrize("failing_rank", [pytest.param(None, marks=pytest.mark.slow), 1])
 def test_fused_ranks_train_as_one_plain_rank(tiny, tmp_path, failing_rank):  # noqa: F811
     """Also where one of them cannot go on: both then go on by the plain engine."""
     config, dataset = tiny

@@ -80,6 +80,7 @@ def test_a_run_can_be_set_up_entirely_from_its_notebook():
     assert [name for name in param_names() if name not in declared] == []
 
 
+@pytest.mark.slow
 def test_all_notebooks_make_a_book(tmp_path, monkeypatch, cache_dir):
     """Every notebook through papermill with tiny settings, then the book, warnings as errors."""
     monkeypatch.chdir(ROOT)

@@ -47,6 +47,7 @@ def scale(outf, cache_dir, *parts):
     return json.loads((outf / "scaling.json").read_text())
 
 
+@pytest.mark.slow
 def test_speed_a_killed_rank_and_checkpoints(outf, cache_dir, capsys):
     measured = scale(outf, cache_dir, "speed", "kill", "checkpoint")
     speed, kill, checkpoint = (measured["parts"][n] for n in ("speed", "kill", "checkpoint"))
@@ -193,6 +194,7 @@ def test_what_can_not_be_measured_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_figure_shows_every_run(outf):
     if not (outf / "scaling.json").exists():
         pytest.skip("needs the measurement of the first test")

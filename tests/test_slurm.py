@@ -123,7 +123,7 @@ def test_a_waiting_job_says_for_what_and_can_be_cancelled(slurm, tmp_path):
         first.result()
 
 
-@pytest.mark.parametrize("gpus_per_node", [1, 3])
+@pytest.mark.parametrize("gpus_per_node", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_on_the_signal_a_job_is_requeued_and_goes_on(slurm, tmp_path, gpus_per_node):
     [job] = launch_slurm(CONFIG, tmp_path / "main", rank0_of(counted(4)),
                          gpus_per_node=gpus_per_node)
@@ -226,7 +226,7 @@ def test_at_the_time_limit_training_is_requeued_and_ends_bit_for_bit_the_same(
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_rank_takes_the_job_down_within_a_minute(slurm, tmp_path, victim):
     [job] = launch_slurm(CONFIG, tmp_path / "main", ranked(wait_for_ever), gpus_per_node=3)
     files = [tmp_path / f"main/rank{rank}.pid" for rank in range(3)]

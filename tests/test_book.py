@@ -277,7 +277,13 @@ def test_a_kernel_that_dies_is_an_error(repo):
         build.execute(source, repo / "out" / source.name, parameters={})
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+def test_memory_is_kept_only_by_a_glibc_that_takes_both_settings():
+    assert build.keeps_memory("glibc", "2.35") and build.keeps_memory("glibc", "3.0")
+    assert not any(build.keeps_memory(*libc) for libc in (
+        ("glibc", "2.28"), ("glibc", "2.4"), ("musl", "1.2.5"), ("", "")))
+
+
+@pytest.mark.skipif(not build.keeps_memory(*platform.libc_ver()), reason="settings of glibc 2.35")
 def test_a_kernel_keeps_what_it_frees_and_ends_at_once(repo):
     source = write_notebook(
         repo / "notebooks" / "03_third.ipynb", "a = 1",

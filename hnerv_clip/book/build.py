@@ -11,6 +11,7 @@ import ast
 import difflib
 import json
 import os
+import platform
 import re
 import resource
 import shutil
@@ -43,10 +44,16 @@ PLACE_PARAMS = {"outf", "ablations_outf", "cache_dir", "device", "speeds", "clus
                 "gpus_per_node", "timeout_min", "slurm_partition", "slurm_account",
                 "slurm_array_parallelism"}
 # glibc maps each tensor over 32 MiB anew and gives it back: on a CPU a third of the teacher's time
-# went into clearing pages. So the kernels keep up to 256 MiB that they have freed.
+# went into clearing pages. So the kernels keep up to 256 MiB that they have freed. Not before glibc
+# 2.35: it ignores a first value over 32 MiB, and by the second alone maps all from 128 KiB on anew
 KERNEL_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**20),
                  "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20)}
 PAGE_LIMIT_BYTES = 5 * 2**20  # of a page that is committed
+
+
+def keeps_memory(libc: str, version: str) -> bool:
+    """Whether a C library, as `platform.libc_ver` names it, takes `KERNEL_MEMORY`."""
+    return libc == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
 
 
 class BookError(RuntimeError):
@@ -190,8 +197,9 @@ def execute(notebook: Path, target: Path, *, parameters: dict[str, Any]) -> floa
     from papermill.exceptions import PapermillExecutionError
 
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel
-    for name, value in KERNEL_MEMORY.items():
-        os.environ.setdefault(name, value)
+    if keeps_memory(*platform.libc_ver()):
+        for name, value in KERNEL_MEMORY.items():
+            os.environ.setdefault(name, value)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     partial = target.with_suffix(".failed.ipynb")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -243,6 +244,25 @@ def test_the_first_frame_is_kept_for_the_next_time(trained_run, tmp_path, monkey
     os.utime(path, ns=(0, 0))  # written anew
     assert explore(path, **options).shown == -1
     event.set()
+
+
+def test_a_first_frame_without_its_decoded_picture_is_not_kept(explorer, run_video):
+    for view, count in (("original", 0), ("wipe", 1)):
+        written, known = [], {"facts": explorer.facts, "view": view}
+        kept = SimpleNamespace(read=known.copy, write=written.append)
+        assert ready(Explorer(run_video, kept=kept)).shown == 0 and len(written) == count
+
+
+def test_a_click_is_answered_though_a_text_takes_it_away(explorer, monkeypatch):
+    answer = explorer._try
+
+    def wait(act, what):
+        explorer.region = {}  # as another thread does that answers a text
+        answer(act, what)
+
+    monkeypatch.setattr(explorer, "_try", wait)
+    explorer.region = {"frame": 3, "x": 5.0, "y": 4.0}
+    assert explorer.asked["frame"] == 3 and not explorer.problem
 
 
 def test_what_somebody_waits_for_is_timed(trained_run, tmp_path):

@@ -180,7 +180,7 @@ class Explorer(anywidget.AnyWidget):
         if video.first is not None and not self.frame:
             with self.hold_sync():  # what was kept is replaced, not taken away first
                 self._try(lambda: self.show(anew=True), "look")
-            if kept is not None and self.shown == 0:
+            if kept is not None and self.shown == 0 and self.decoded:  # not of a failed attempt
                 kept.write({name: getattr(self, name) for name in STATE})
         self.progress = "Loading all frames, what the network says of them, and the teacher …"
         with ThreadPoolExecutor(1) as pool:  # frames are read while modules are imported
@@ -267,8 +267,8 @@ class Explorer(anywidget.AnyWidget):
 
     @t.observe("region", "side")
     def _on_region(self, change=None) -> None:
-        if self.region:
-            self._try(self._search_region, "search")
+        if region := self.region:  # a text that is set meanwhile takes it away
+            self._try(lambda: self._search_region(region), "search")
 
     def _search_text(self) -> None:
         from hnerv_clip.figures.overlay import TEXT_RANGE
@@ -288,10 +288,10 @@ class Explorer(anywidget.AnyWidget):
             self._problems["search"] = _sentence(str(told[-1].message))
             self._tell()
 
-    def _search_region(self) -> None:
+    def _search_region(self, region: dict) -> None:
         started = time.perf_counter()
-        frame = int(self.region.get("frame", self.frame))
-        box = self.video.region(float(self.region["x"]), float(self.region["y"]), side=self.side)
+        frame = int(region.get("frame", self.frame))
+        box = self.video.region(float(region["x"]), float(region["y"]), side=self.side)
         vector = self.video.embed(frame, box)
         found = self.video.similar(frame, box, HITS)
         others = self.video.patches.reshape(-1, len(vector))

@@ -203,6 +203,30 @@ def test_trainings_of_the_recipe_take_their_rows_places(folders):
     assert book_recipe.read_recipe(folders.out)["preset"].psnr_db[0] == best["psnr_db"]
 
 
+def test_rows_that_keep_their_place_keep_their_commit(tmp_path):
+    measured = {"about": {"commit": "1fab3dd", "device": "a GPU"},
+                "rows": [{"change": change, "seed": 0} for change in ("batch 1", "Swish")]}
+    new = {"change": "Swish", "seed": 0, "commit": "353ddf2", "device": "another"}
+    collect.put_recipe(measured, "rows", new)
+    assert measured["rows"] == [{"change": "batch 1", "seed": 0, "commit": "1fab3dd",
+                                 "device": "a GPU"}, new]
+    assert measured["about"] == {"commit": "1fab3dd, 353ddf2", "device": "a GPU, another"}
+
+
+@pytest.mark.parametrize("dirty, words", [(True, " with changes"), (False, ""), (None, "")])
+def test_a_row_of_the_recipe_says_whether_its_code_had_changes(folders, monkeypatch, dirty, words):
+    run = RunDir(part_folder(folders.outf, "preset", "preset best", "0"))
+    origin = run.provenance() | {"commit": "353ddf2754f5", "dirty": dirty}
+    monkeypatch.setattr(RunDir, "provenance", lambda _: origin)
+    assert recipe_parts.part_row(run, "preset", "preset best")["commit"] == "353ddf2" + words
+
+
+def test_a_video_of_the_recipe_may_have_any_name(folders):
+    run = RunDir(part_folder(folders.outf, "videos", "preset best: carphone", "0"))
+    row = recipe_parts.part_row(run, "videos", "preset best: part 1: tea.mp4")
+    assert (row["recipe"], row["video"]) == (recipe_parts.BEST, "part 1: tea.mp4")
+
+
 def test_the_recipe_has_the_trainings_of_its_page(tmp_path):
     """Each row of the published file is one of the plan's, with the settings that it says."""
     published = json.loads((collect.resolve_path(collect.PUBLISHED) / collect.RECIPE).read_text())

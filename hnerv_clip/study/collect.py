@@ -234,6 +234,10 @@ def put_recipe(measured: dict[str, Any], group: str, row: dict[str, Any]) -> Non
     rows = table.setdefault(group if group in ("sizes", "held_out") else "rows", [])
     keys = ("video", "recipe", "seed") if group == "videos" else ("modelsize", "seed") \
         if group == "sizes" else ("change", "seed")
+    known = ("commit", "device")
+    for one in rows:  # what was said of all of them stays true of those that keep their place
+        one.update({key: table["about"][key] for key in known
+                    if key not in one and key in table["about"]})
     old = next((one for one in rows if all(one[key] == row[key] for key in keys)), None)
     if old is None:
         rows.append(row)
@@ -241,7 +245,7 @@ def put_recipe(measured: dict[str, Any], group: str, row: dict[str, Any]) -> Non
         old.update(row)
     every = [one for name in ("rows", "sizes", "held_out") for one in table.get(name, [])]
     table["about"] |= {key: ", ".join(dict.fromkeys(one[key] for one in every if key in one))
-                       for key in ("commit", "device")}
+                       for key in known}
 
 
 def _write_csv(table: pd.DataFrame, path: Path) -> None:

@@ -74,7 +74,7 @@ def part_config(outf: Path, group: str, change: str, seed: str) -> Config:
     if group != "videos":
         settings = PAPER | GROUPS[group][change][0]
     else:
-        recipe, video = change.split(": ")
+        recipe, video = change.split(": ", 1)
         settings = BASE | {"data_path": video if video in BUILT_IN else str(outf / FOLDER / video),
                            "frame_limit": FRAMES} | RECIPES[recipe]
         frames = load_video(Config.from_params(**settings).video).frames
@@ -97,7 +97,7 @@ def part_row(run: RunDir, group: str, change: str) -> dict[str, Any]:
         row["train_time_s"] = round(summary["train_time_s"], 1)
         row["total_s"] = round(read_json(whole, fix="remove it")["seconds"], 1)
     if group == "videos":
-        row["recipe"], row["video"] = row.pop("change").split(": ")
+        row["recipe"], row["video"] = row.pop("change").split(": ", 1)
     names = {"psnr_db": ("eval_psnr_all", 3), "ms_ssim": ("eval_ms_ssim_all", 5),
              "quantised_psnr_db": ("quantised_eval_psnr_all", 3), "rate_bpp": ("rate_bpp", 4)}
     if group == "held_out":
@@ -105,4 +105,5 @@ def part_row(run: RunDir, group: str, change: str) -> dict[str, Any]:
             ("train", "train"), ("held", "val"), ("held_interpolated", "val_interpolated"))}
     measured = {name: round(summary[key], digits) if key in summary else None
                 for name, (key, digits) in names.items()}
-    return row | measured | {"device": origin["device"], "commit": origin["commit"][:7]}
+    commit = origin["commit"][:7] + " with changes" * bool(origin["dirty"])
+    return row | measured | {"device": origin["device"], "commit": commit}

@@ -86,7 +86,9 @@ def test_a_replay_adds_it_only_where_triton_leaves_it_out(monkeypatch):
     with pytest.raises(ConfigError, match="Triton 3.7 or older"):
         replay.main(command)
     monkeypatch.setattr(async_fence, "lacking", True)
-    with pytest.raises(ConfigError, match="no such video"):
-        replay.main(command)
-    assert async_fence.enabled
-    async_fence.enable(False)
+    try:
+        with pytest.raises(ConfigError, match="no such video"):
+            replay.main(command)
+        assert async_fence.enabled
+    finally:
+        async_fence.enable(False)

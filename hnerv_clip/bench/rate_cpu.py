@@ -160,9 +160,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache_dir", default="output/cache")
     parser.add_argument("--without", nargs="+", default=[], metavar="CODEC",
                         help="not timed, for example 'x265 veryslow'")
-    parser.add_argument("--points", action="store_true",
-                        help="measure the codecs' points that the file lacks, nothing else")
-    parser.add_argument("--only", nargs="+", default=[], metavar="CODEC", help="time these alone")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--points", action="store_true",
+                       help="measure the codecs' points that the file lacks, nothing else")
+    alone.add_argument("--only", nargs="+", default=[], metavar="CODEC", help="time these alone")
     args = parser.parse_args(argv)
     if args.points:
         measure_points(args.path)

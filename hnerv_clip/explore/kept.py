@@ -33,7 +33,7 @@ class KeptFrame:
         name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
         self.path = resolve_path(cache_dir) / f"explored-{name}.npz"
         files = [path] if path.is_file() else [path / part for part in PARTS]
-        self.key = make_key(FORMAT, options, [
+        self.key = make_key(FORMAT, list(map(str, options)), [
             (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
             for file in files])
 

@@ -146,7 +146,10 @@ class Explorer(anywidget.AnyWidget):
         Raises:
             as `explore.video.open_video`.
         """
-        self._done.wait()  # a thread that was joined once, and interrupted, is not joined again
+        # Not by joining the thread: once interrupted, it is not joined again. Nor in one wait: an
+        # interrupt just before it would be seen at its end
+        while not self._done.wait(0.5):
+            pass
         if self._failed is not None:
             raise self._failed
         return self.video

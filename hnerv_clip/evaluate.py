@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from hnerv_clip.engines.fused.engine import FusedEngine  # stands above this module
 
 
-
 @torch.inference_mode()
 def evaluate_embeddings(model: HNeRV, dataset: Dataset, embeddings: Tensor,
                         chosen: np.ndarray | None = None, *, engine: FusedEngine | None = None

@@ -140,14 +140,18 @@ def test_a_run_without_its_stored_video_is_loaded_whole(trained_copy, cache_dir,
 
 
 def test_two_threads_load_a_video_once(run_video):
-    calls, event = [], threading.Event()
-    video = held(run_video, event)
-    load = video.load
-    video.load = lambda: calls.append(1) or load()
-    threads = [threading.Thread(target=lambda: video.head) for _ in range(2)]
+    calls, both = [], threading.Barrier(2)
+
+    def load():
+        calls.append(1)
+        time.sleep(0.3)  # in which the other one asks, too
+        return run_video.loaded
+
+    video = dataclasses.replace(run_video, load=load)
+    threads = [threading.Thread(target=lambda: both.wait() and None or video.head)
+               for _ in range(2)]
     for thread in threads:
         thread.start()
-    event.set()
     for thread in threads:
         thread.join()
     assert calls == [1]
@@ -438,7 +442,7 @@ def test_the_film_tells_how_its_field_was_fitted(run_video):
 
     assert "field" not in made_words(run_video, "hare")  # the original head answers
     fitted = Field(None, None, None, about={"boxes": 32, "settings": {"steps": 2000}})
-    asked = dataclasses.replace(run_video, head=fitted)
+    asked = run_video.with_head(fitted)
     assert "to 32 boxes in each training frame in 2,000 steps" in made_words(asked, "hare")
     assert "boxes" not in made_words(asked, "")
 
@@ -488,12 +492,12 @@ def test_a_heat_map_asks_about_each_square_once(with_field, monkeypatch):
     check(video.heat(names[0], 2), by_field, names, CELLS)
     monkeypatch.setattr(boxes_module, "embed_boxes",
                         lambda *args: calls.append(args) or embed_boxes(*args))
-    vars(video).update(_teacher=Colors(), names=np.eye(3, dtype=np.float32))
+    video.load_teacher, video.names = Colors, np.eye(3, dtype=np.float32)
     check(video.teacher_heat(video.names[0], 2), by_teacher, video.names, TEACHER_CELLS)
 
 
 def test_another_head_takes_the_place_of_the_loaded_one(run_video):
     head = np.zeros_like(run_video.head)
-    other = dataclasses.replace(run_video, head=head)
+    other = run_video.with_head(head)
     assert other.head is head and run_video.head is not head
     assert other.name == run_video.name and len(other.originals) == len(run_video.originals)

@@ -7,14 +7,13 @@ width of the picture, T frames, P patches, D embedding size, N names that a text
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,6 +40,19 @@ if TYPE_CHECKING:
 STEP = 0.4  # between boxes that a field's search looks at, in their own side
 HEAT_SIDES = (0.42, 0.6, 0.85)  # of the squares that a text's heat map is the mean over
 CELLS, TEACHER_CELLS = 20, 5  # of a heat map, from top to bottom; the teacher sees each square
+
+
+class Once:
+    """A function without arguments that is called once, also where threads ask at the same time."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make, self._lock, self.done = make, threading.RLock(), False
+
+    def __call__(self) -> Any:
+        with self._lock:
+            if not self.done:
+                self._value, self.done = self._make(), True
+            return self._value
 
 
 @dataclass
@@ -80,27 +92,22 @@ class ExploredVideo:
     credit: str = ""
     about: str = ""  # how it was fitted, for captions
     first: Callable[[], tuple[np.ndarray | None, np.ndarray]] | None = None
-    head: InitVar[Field | np.ndarray | None] = None  # in place of the one that `load` gives
-    # Threads that ask at once load once: all of it, and the teacher
-    _locks: tuple[threading.RLock, threading.RLock] = field(
-        default_factory=lambda: (threading.RLock(), threading.RLock()), init=False, repr=False)
 
-    def __post_init__(self, head: Field | np.ndarray | property | None) -> None:
-        if not isinstance(head, property):  # that of the class, where none is given
-            load = self.load
-            self.load = lambda: replace(load(), head=head)
+    def __post_init__(self) -> None:
+        self.load, self.load_teacher = Once(self.load), Once(self.load_teacher)
 
     def __len__(self) -> int:
         return len(self.times_s)
 
+    def with_head(self, head: Field | np.ndarray) -> ExploredVideo:
+        """The same video, of which another head answers; see `Loaded`."""
+        return dataclasses.replace(
+            self, load=lambda: dataclasses.replace(self.load(), head=head), has_head=True,
+            has_field=isinstance(head, Field))
+
     @property
     def loaded(self) -> Loaded:
-        """All of it, loaded once."""
-        with self._locks[0]:
-            return self._loaded
-
-    @cached_property
-    def _loaded(self) -> Loaded:
+        """All of it."""
         return self.load()
 
     @property
@@ -109,7 +116,7 @@ class ExploredVideo:
         return self.loaded.originals
 
     @property
-    def head(self) -> Field | np.ndarray | None:  # noqa: F811  the one in use
+    def head(self) -> Field | np.ndarray | None:
         """See `Loaded`."""
         return self.loaded.head
 
@@ -123,7 +130,7 @@ class ExploredVideo:
         return self.first()
 
     def _is_early(self, frame: int) -> bool:
-        return frame == 0 and self.first is not None and "_loaded" not in self.__dict__
+        return frame == 0 and self.first is not None and not self.load.done
 
     def decode(self, frame: int) -> np.ndarray:
         """uint8 [H, W, 3]."""
@@ -139,12 +146,7 @@ class ExploredVideo:
 
     @property
     def teacher(self) -> Teacher:
-        """Loaded once, for texts."""
-        with self._locks[1]:
-            return self._teacher
-
-    @cached_property
-    def _teacher(self) -> Teacher:
+        """For texts."""
         return self.load_teacher()
 
     @cached_property
@@ -349,9 +351,8 @@ def _from_run(path: str | Path, data_path: str, cache_dir: str | Path, device: s
     config = run_dir.config()
     config = config.replace(data_path=data_path) if data_path else config
 
-    @functools.cache
-    def load_whole():
-        return load_run(path, cache_dir=cache_dir, device=device, data_path=data_path)
+    load_whole = Once(lambda: load_run(path, cache_dir=cache_dir, device=device,
+                                       data_path=data_path))
 
     def load():
         run, head = load_whole(), None

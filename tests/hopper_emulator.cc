@@ -3,7 +3,8 @@
 //
 // It is unkind where the GPU may be: copies arrive late and in any order, products are made when
 // they are waited for and not before, threads take turns at random, and shared memory begins as
-// NaN. It does not know registers, memory fences or time. Given as macros besides the sources' own:
+// NaN. It does not know registers or time, and of memory fences only the one between loads from a
+// stage and the arrival that lets TMA overwrite it. Given as macros besides the sources' own:
 // COLUMNS of a wgmma, and B_K_MAJOR, see `hopper._wgmma_macros`.
 
 #include <ucontext.h>
@@ -53,7 +54,7 @@ struct Product {
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  bool done = false;
+  bool done = false, loaded = false;  // since its last fence
   std::vector<Product> started;
   std::deque<std::vector<Product>> groups;
 };
@@ -99,6 +100,12 @@ inline unsigned smem_address(const void* p) { return (const unsigned char*)p - m
 inline u64 make_smem_desc(unsigned address, int leading, int stride) {
   if (address % 16) fail("an operand that is not aligned", address);
   return (u64)(address >> 4) | (u64)leading << 16 | (u64)stride << 32;
+}
+inline unsigned load_bf16x2(const unsigned char* p) {
+  threads[threadIdx.x].loaded = true;
+  unsigned both;
+  memcpy(&both, p, 4);
+  return both;
 }
 inline float low(unsigned both) { return __uint_as_float(both << 16); }
 inline float high(unsigned both) { return __uint_as_float(both & 0xffff0000u); }
@@ -174,11 +181,12 @@ template <int COUNT>
 inline void warpgroup_reg_alloc() {}
 template <int COUNT>
 inline void warpgroup_reg_dealloc() {}
-inline void fence_proxy_async() {}
+inline void fence_proxy_async() { threads[threadIdx.x].loaded = false; }
 
 inline void ldmatrix_x4_trans(unsigned (&to)[4], unsigned row) {
   auto& values = exchanged[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
+  threads[threadIdx.x].loaded = true;
   values[lane][0] = row;
   __syncwarp();
   for (int m = 0; m < 4; m++) {
@@ -199,6 +207,9 @@ inline void complete_phase(Barrier& barrier) {
 }
 inline void mbarrier_init(unsigned at, int arrivals) { barriers[at] = {arrivals, arrivals, 0, 0}; }
 inline void mbarrier_arrive(unsigned at) {
+  const unsigned first = threadIdx.x / 32 * 32;
+  for (unsigned i = first; i < first + 32; i++)
+    if (threads[i].loaded) fail("a stage released before its loads were fenced, thread", i);
   Barrier& barrier = barriers.at(at);
   barrier.left--;
   complete_phase(barrier);

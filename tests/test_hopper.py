@@ -284,3 +284,19 @@ def test_the_emulated_gpu_shows_mistakes(emulated, old, new, complaint):
             error(old=old, new=new)
     else:
         assert not error(old=old, new=new) < 0.1  # or NaN
+
+
+@pytest.mark.parametrize("op, changes", [
+    ("weight_gradient", {}), ("rgb_backward", dict(act="relu", SH=1, SW=1, CG=8, EDGE=2))])
+def test_the_emulated_gpu_shows_a_stage_released_before_its_loads(emulated, op, changes):
+    """TMA may overwrite it then; wgmma's own reads need no fence."""
+    image, weight, padded, pixels, guard = _given(8, 8, 3, (30, 300), images=1)
+    macros = hopper.choose_macros(op, xc=8, yc=8, kernel=3, hw=padded, **changes)
+    image, low = to_blocked(image, 1, guard), to_blocked(image, 2, guard)
+    out = torch.zeros(low.numel())
+    values = (image, image, None, out, None) if op == "weight_gradient" else \
+        (image, to_kernel_rows(weight), low, out, torch.zeros(16 * 8))
+    emulated(macros)(1, *values, pixels)
+    with pytest.raises(RuntimeError, match="released before its loads were fenced"):
+        emulated(macros, old="pipeline.consumer_release_loads", new="pipeline.consumer_release")(
+            1, *values, pixels)

@@ -47,9 +47,15 @@ struct Pipeline {
   __device__ inline void consumer_wait(int i) {
     mbarrier_wait(full + 8 * (i % STAGES), i / STAGES);
   }
-  // By each warp that has read it
+  // By each warp whose wgmma has read it
   __device__ inline void consumer_release(int i) {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + 8 * (i % STAGES));
+  }
+  // By each warp whose lanes have loaded from it: their reads before the copy that overwrites it
+  __device__ inline void consumer_release_loads(int i) {
+    fence_proxy_async();
+    __syncwarp();
+    consumer_release(i);
   }
   __device__ inline void producer_acquire(int i, int bytes) {
     if (i >= STAGES) mbarrier_wait(empty + 8 * (i % STAGES), i / STAGES - 1);

@@ -54,7 +54,8 @@ __device__ inline void mbarrier_wait(unsigned barrier, int phase) {
       "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again; }"
       ::"r"(barrier), "r"(phase & 1) : "memory");
 }
-// Makes what threads wrote to shared memory visible to the async proxy: wgmma and TMA
+// What threads wrote to and read from shared memory comes before what the async proxy (wgmma, TMA)
+// does there later
 __device__ inline void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -64,6 +65,10 @@ __device__ inline void cp_async_bulk(unsigned to, const bf16* from, int bytes, u
                "[%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// Two values of shared memory
+__device__ inline unsigned load_bf16x2(const unsigned char* p) {
+  return *reinterpret_cast<const unsigned*>(p);
+}
 __device__ inline float low(unsigned both) { return __uint_as_float(both << 16); }
 __device__ inline float high(unsigned both) { return __uint_as_float(both & 0xffff0000u); }
 __device__ inline unsigned pack_bf16x2(float low, float high) {

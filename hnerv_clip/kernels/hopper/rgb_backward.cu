@@ -82,8 +82,7 @@ convolve(const bf16* drgb, const bf16* weight, const bf16* pre, bf16* dpre, floa
           for (int j = 0; j < Y8; j++) {
             const int c = 8 * j + lane % 4 * 2, co = first + c;
             if (c >= CG) continue;
-            const unsigned both = *reinterpret_cast<const unsigned*>(
-                memory + stage + (pixel / SW * CO + co) * 2);
+            const unsigned both = load_bf16x2(memory + stage + (pixel / SW * CO + co) * 2);
             const float a = sum[0][4 * j + 2 * half] * activation_grad(low(both));
             const float b = sum[0][4 * j + 2 * half + 1] * activation_grad(high(both));
             bias[line][2 * j] += a, bias[line][2 * j + 1] += b;
@@ -93,7 +92,7 @@ convolve(const bf16* drgb, const bf16* weight, const bf16* pre, bf16* dpre, floa
           }
         }
       }
-      pipeline.consumer_release(i);
+      pipeline.consumer_release_loads(i);
     }
   }
   if (warp >= CONSUMER_WARPS) return;

@@ -70,7 +70,7 @@ convolve(const bf16* x, const bf16* dy, const float*, float* out, void*, int pix
           WGMMA_REGISTERS(sum[m], rows[m], make_smem_desc(stage + 256 * k, 8, BM), true);
         wgmma_commit_group();
       }
-      if (i) pipeline.consumer_release(i - 1);
+      if (i) pipeline.consumer_release_loads(i - 1);
     }
     wgmma_wait_all(sum);
 #pragma unroll

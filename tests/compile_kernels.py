@@ -34,7 +34,6 @@ CONFIGS = ({"resize_list": "80_160", "enc_strds": "5 4 2 2", "dec_strds": "5 4 2
 
 
 def main() -> None:
-    async_fence.enable()
     cache, jobs = tempfile.TemporaryDirectory(), []
     os.environ["TRITON_CACHE_DIR"] = cache.name
     workspace.working_dtype = lambda device: torch.bfloat16

@@ -80,15 +80,17 @@ def test_every_kernel_with_products_asks_for_it():
     assert all(names[0] == "with_async_fence" for names in products.values()), products
 
 
-def test_a_replay_adds_it_only_where_triton_leaves_it_out(monkeypatch):
+def test_a_replay_leaves_it_out_only_where_triton_does(monkeypatch):
     monkeypatch.setattr(async_fence, "lacking", False)
-    command = ["--fence", "--out", "x.json", "-p", "data_path", "no such video"]
+    command = ["--no-fence", "--out", "x.json", "-p", "data_path", "no such video"]
     with pytest.raises(ConfigError, match="Triton 3.7 or older"):
         replay.main(command)
     monkeypatch.setattr(async_fence, "lacking", True)
     try:
-        with pytest.raises(ConfigError, match="no such video"):
-            replay.main(command)
-        assert async_fence.enabled
+        for arguments, fenced in ((command[1:], True), (command, False)):
+            with pytest.raises(ConfigError, match="no such video"):
+                replay.main(arguments)
+            assert async_fence.enabled == fenced
     finally:
-        async_fence.enable(False)
+        monkeypatch.undo()
+        async_fence.enable()

@@ -4,7 +4,7 @@
 
 sets the fused engine up for a run with these settings, repeats steps with a learning rate of 0, so
 that weights stay as they are, and compares every buffer with what it held after the first ones.
-Start several at once to see what sharing a GPU does, and some with `--fence` to see what
+Start several at once to see what sharing a GPU does, and some with `--no-fence` to see what
 `kernels.async_fence` does.
 """
 
@@ -105,13 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     parser.add_argument("--cache_dir", default="output/cache")
-    parser.add_argument("--fence", action="store_true", help="add to the products of Triton's "
-                        "kernels the fence that Triton before 3.8 leaves out")
+    parser.add_argument("--no-fence", action="store_true", help="leave out of the products of "
+                        "Triton's kernels the fence that Triton before 3.8 leaves out")
     args = parser.parse_args(argv)
-    if args.fence and not async_fence.lacking:
-        raise ConfigError(f"--fence: Triton {triton.__version__} emits the fence itself; use "
+    if args.no_fence and not async_fence.lacking:
+        raise ConfigError(f"--no-fence: Triton {triton.__version__} emits the fence itself; use "
                           "Triton 3.7 or older, or leave the option out")
-    async_fence.enable(args.fence)
+    async_fence.enable(not args.no_fence)
     config = resolve_config(Config.from_params(**{
         "precision": "bf16", "engine": "fast", **dict(args.p)}))
     if config.model.predict_clip and config.train.clip_jitter:
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commit, dirty = code_version()
     write_json(resolve_path(args.out), {
         "commit": commit, "dirty": dirty, "device": device_name(trainer.device),
-        "fence": args.fence or not async_fence.lacking, "settings": config.params(), **found})
+        "fence": not args.no_fence, "settings": config.params(), **found})
     print(f"{found['steps']:,} steps, {found['buffers']} buffers: {found['differing'] or 'none'} "
           "differing")
 

@@ -2,8 +2,8 @@
 
 Their wgmma reads through the async proxy what cp.async wrote to shared memory through the generic
 one. PTX's memory model asks for `fence.proxy.async` between the two; without it wgmma may read old
-values. Here it is added to the PTX of our own kernels after `enable`; `bench.replay` compares both.
-It is off: compiled and checked as PTX and machine code, it has not run on a GPU yet.
+values. Here it is added to the PTX of our own kernels, unless `enable(False)` says otherwise;
+`bench.replay` compares both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 FENCE = "\tfence.proxy.async.shared::cta;\n"
 lacking = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # later ones emit it
-enabled = False
+enabled = lacking
 _kernels: dict[str, JITFunction] = {}
 _make_ptx = CUDABackend.make_ptx
 
@@ -39,7 +39,7 @@ def with_async_fence(kernel: Any) -> Any:
 
 
 def enable(on: bool = True) -> None:
-    """Add the fence where Triton leaves it out, or no more; before anything is compiled."""
+    """Add the fence where Triton leaves it out, or leave it out too; before anything is compiled."""
     global enabled
     enabled = on and lacking
     # Not by `knobs.runtime.add_stages_inspection_hook`: Triton 3.5 has none, 3.6 leaves it out of
@@ -72,3 +72,6 @@ def add_fences(ptx: str) -> str:
 def _make_fenced_ptx(self, src, metadata, *settings):
     ptx = _make_ptx(self, src, metadata, *settings)
     return add_fences(ptx) if metadata["name"] in _kernels else ptx
+
+
+enable()

@@ -10,7 +10,8 @@ from hnerv_clip.book.results import ResultsError
 
 
 def row(change, psnr_db, *, lr=2e-3, epochs=300, total_s=50):
-    return {"change": change, "psnr_db": psnr_db, "lr": lr, "epochs": epochs, "total_s": total_s}
+    return {"change": change, "psnr_db": psnr_db, "lr": lr, "epochs": epochs, "total_s": total_s,
+            "lr_after_collapse": None}
 
 
 @pytest.fixture
@@ -19,15 +20,19 @@ def folder(tmp_path):
             row("batch 1", 36.5, total_s=70),
             row("batch 1, 600 epochs", 37.0, epochs=600, total_s=100)]
     preset = [{"change": change, "psnr_db": psnr_db, "total_s": total_s, "train_time_s": total_s,
-               "device": "GPU", "epochs": epochs}
+               "device": "GPU", "epochs": epochs, "stored": 1000, "commit": "abc"}
               for change, psnr_db, total_s, epochs in (
                   (book.BEST, 37.0, 110, 601), (book.BEST, 37.4, None, 601),
-                  ("Adam", 36.8, 90, 601), ("300 epochs", 36.2, None, 301))]
+                  ("Adam", 36.8, 90, 601), ("300 epochs", 36.2, None, 301),
+                  (book.FOUND, 37.5, None, 601))]
     held_out = [{"change": book.BEST, "psnr_held_interpolated_db": 32.5},
                 {"change": "HNeRV's settings", "psnr_held_interpolated_db": 31.0}]
-    videos = [{"video": video, "recipe": recipe, "psnr_db": psnr_db} for video, recipe, psnr_db in
-              (("a", "HNeRV's settings", 30), ("a", book.BEST, 33), ("b", "HNeRV's settings", 30),
-               ("b", book.BEST, 31.5))]
+    videos = [{"video": video, "recipe": recipe, "psnr_db": psnr_db, "epochs": 601,
+               "stored": 1100 if (video, recipe) == ("b", book.FOUND) else 1000,
+               "commit": "def" if recipe == book.FOUND else "abc", "device": "GPU"}
+              for video, *psnrs in (("a", 30, 33, 33.3), ("b", 30, 31.5, 31.4),
+                                    ("c", 28.75, 31, 31.1))
+              for recipe, psnr_db in zip((book.HNERV, book.BEST, book.FOUND), psnrs)]
     heads = [{"change": book.BEST, "any_held": 0.73}, {"change": "HNeRV's settings",
                                                        "any_held": 0.74}]
     goals = [{"modelsize": 1.5, "seconds": 180, "psnr_db": 37}, {"modelsize": 3, "seconds": 180,
@@ -61,20 +66,14 @@ def folder(tmp_path):
         "muon": {"about": about, "rows": muon}, "optimizers": {"about": about, "rows": []}}))
     preset, new = {"lr": 0.0035, "ks": "0_1_5"}, {"lr": 0.005, "ks": "0_1_5"}
     trials = [{"number": number, "state": state, "value": value, "params": params,
-               "psnr_db": {"a": value}} for number, state, value, params in (
+               "psnr_db": {"bunny": value}} for number, state, value, params in (
                    (0, "COMPLETE", 30.0, preset), (1, "PRUNED", None, new),
                    (2, "COMPLETE", 31.0, new), (3, "COMPLETE", 30.5, new | {"ks": "0_3_5"}),
                    (4, "STOPPED", None, new))]
-    compared = [{"video": video, "recipe": recipe, "psnr_db": psnr_db, "epochs": 600,
-                 "stored": 1100 if (video, recipe) == ("b", book.FOUND) else 1000,
-                 "commit": "abc" if recipe == book.BEST else "def", "device": "GPU"}
-                for video, recipe, psnr_db in (
-                    ("a", book.BEST, 37.0), ("a", book.BEST, 37.2), ("a", book.FOUND, 38.4),
-                    ("b", book.BEST, 30.0), ("b", book.FOUND, 29.9),
-                    ("c", book.BEST, 30.0), ("c", book.FOUND, 30.3))]
     (tmp_path / book.SEARCH).write_text(json.dumps({
-        "about": about | {"minutes": 8.0, "device": "GPU"}, "found": 2, "trials": trials,
-        "compared": compared}))
+        "about": about | {"minutes": 8.0, "device": "GPU"}, "found": 2, "trials": trials}))
+    (tmp_path / book.FIDELITY).write_text(json.dumps({"runs": [
+        {"engine": "fused", "psnr_db": 35.0}, {"engine": "plain", "psnr_db": 34.0}]}))
     rows = [{"group": group, "change": change, "psnr_db": psnr, "base": change == "none"}
             for group, change, psnr in (("a", "none", 20.0), ("a", "x", 21.0), ("b", "none", 25.0),
                                         ("b", "x", 24.0))]
@@ -87,6 +86,13 @@ def test_gains_are_over_the_base_at_equal_epochs(folder):
     assert dict(zip(changes.change, changes.gain_db)) == {
         "batch 1": 0.5, book.BASE: 0.0, "L1 loss": -0.5}
     assert book.read_ranking(folder)["rows"].gain_db.tolist() == [0, 1, 0, -1]
+
+
+def test_a_collapsed_training_says_the_learning_rate_that_it_began_again_with():
+    rows = pd.DataFrame([{"change": "lr 4e-3", "lr_after_collapse": 2e-3},
+                         {"change": "Swish", "lr_after_collapse": None}])
+    assert [book.setting(row) for row in rows.itertuples()] == [
+        "lr 4e-3 (collapsed, begun again at 0.002)", "Swish"]
 
 
 def test_what_is_reached_counts_the_whole_run(folder):
@@ -113,7 +119,7 @@ def test_sentences_name_the_best_of_each(folder):
 
 
 def test_parts_of_the_preset_are_means_over_seeds(folder):
-    best, adam, _ = book.parts(book.read_recipe(folder)["preset"]).itertuples()
+    best, adam, *_ = book.parts(book.read_recipe(folder)["preset"]).itertuples()
     assert (best.psnr_db, best.seeds, best.total_s) == (pytest.approx(37.2), 2, 110)
     assert best.sd_db == pytest.approx(0.2 * 2**0.5) and best.gain_db == 0
     assert (adam.change, adam.seeds) == ("Adam", 1) and adam.gain_db == pytest.approx(-0.4)
@@ -129,7 +135,7 @@ def test_goals_are_judged_by_what_was_measured(folder):
         goals[2]["what"]
     assert book.goals_in_words(goals) == "goals met: 2 of 4"
     gains = book.video_gains(book.read_recipe(folder)["videos"])
-    assert gains.video.tolist() == ["a", "b"] and gains.gain_db.tolist() == [3.0, 1.5]
+    assert gains.video.tolist() == ["a", "c", "b"] and gains.gain_db.tolist() == [3.0, 2.25, 1.5]
     worse = book.read_recipe(folder)
     worse["videos"].loc[worse["videos"].psnr_db == 31.5, "psnr_db"] = 29
     worse["videos"].loc[worse["videos"].psnr_db == 33, "psnr_db"] = 50
@@ -188,17 +194,18 @@ def test_the_search_is_judged_by_whole_trainings(folder):
     assert "5 trials began: 3 ended, 1 were given up (behind the median of those before, or no " \
         "network of these settings, or out of memory), 1 were stopped before their end" in words
     assert "The best, lr 0.005, is +1.00 dB" in words
-    assert "That holds in part in whole trainings of 2 videos that the search did not see: +0.10 " \
-        "dB on average, -0.10 to +0.30 dB. On a, some frames of which it has seen, +1.30 " \
+    assert "That holds in part in whole trainings of 3 videos that the search did not see: +0.10 " \
+        "dB on average, -0.10 to +0.30 dB. On bunny, some frames of which it has seen, +0.30 " \
         "dB." in words
-    assert "equal epochs (600), not of equal time, with one seed but on a; stored values differ " \
-        "by up to 10.0%" in words
-    assert f"{book.FOUND} at commit def on GPU; {book.BEST} at commit abc on GPU" in words
+    assert "equal epochs (601), not of equal time, with one seed but on bunny; stored values " \
+        "differ by up to 10.0%, and so do commits or cards (abc on GPU; def on GPU)." in words
     rows = book.compared_rows(search)
-    assert [(row["gain (dB)"], row["stored values"], row["seeds"]) for row in rows] == [
-        ("+1.30", "+0.0%", "2 and 1"), ("-0.10", "+10.0%", "1 and 1"),
-        ("+0.30", "+0.0%", "1 and 1")]
-    assert [row["video"] for row in rows] == ["a, seen in part by the search", "b", "c"]
+    assert [(row["video"], row["gain (dB)"], row["stored values"], row["seeds"]) for row in rows] \
+        == [("bunny, seen in part by the search", "+0.30", "+0.0%", "2 and 1"),
+            ("a", "+0.30", "+0.0%", "1 and 1"), ("b", "-0.10", "+10.0%", "1 and 1"),
+            ("c", "+0.10", "+0.0%", "1 and 1")]
+    search["compared"] = search["compared"].assign(commit="abc")
+    assert "commits" not in book.search_in_words(search)
     rows = book.trial_rows(search["trials"], count=1)
     assert [row["settings"] for row in rows] == ["lr 0.005", book.BEST]
     search["compared"] = search["compared"][:0]
@@ -208,6 +215,14 @@ def test_the_search_is_judged_by_whole_trainings(folder):
 
 def test_what_was_not_measured_is_not_told(folder):
     measured = book.read_recipe(folder)
+    preset = measured["preset"]
+    assert book.time_in_words(preset) == ("The preset takes 110 s of one GPU, set-up, compilation "
+                                          "and the stored file counted.")
+    assert book.time_in_words(preset, seconds=100).endswith(
+        "Within 100 s changes of it give up to 36.80 dB.")
+    untimed = preset.assign(total_s=float("nan"), train_time_s=float("nan"))
+    assert book.time_in_words(untimed) == ""
+    assert "preset" not in book.control_in_words(measured["control"], untimed)
     assert "33.00 dB in 150 s of steps, 25.0 epochs" in book.control_in_words(
         measured["control"], measured["preset"])
     rows = book.read_ranking(folder)["rows"]

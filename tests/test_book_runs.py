@@ -213,6 +213,14 @@ def test_rows_that_keep_their_place_keep_their_commit(tmp_path):
     assert measured["about"] == {"commit": "1fab3dd, 353ddf2", "device": "a GPU, another"}
 
 
+@pytest.mark.parametrize("commit, kept", [("353ddf2", 97.0), ("1c9a415", None)])
+def test_a_row_without_times_keeps_those_of_the_same_code(commit, kept):
+    row = {"change": "Swish", "seed": 0, "commit": "353ddf2", "device": "a GPU", "total_s": 97.0}
+    measured = {"about": {}, "rows": [row]}
+    collect.put_recipe(measured, "rows", row | {"total_s": None, "commit": commit})
+    assert measured["rows"][0]["total_s"] == kept and measured["rows"][0]["commit"] == commit
+
+
 @pytest.mark.parametrize("dirty, words", [(True, " with changes"), (False, ""), (None, "")])
 def test_a_row_of_the_recipe_says_whether_its_code_had_changes(folders, monkeypatch, dirty, words):
     run = RunDir(part_folder(folders.outf, "preset", "preset best", "0"))

@@ -10,12 +10,13 @@ import pandas as pd
 
 from hnerv_clip.book.markdown import join_words
 from hnerv_clip.book.results import read_json
+from hnerv_clip.study.recipe_parts import BEST, FOUND, HNERV
 
 GPU, CPU, SEARCH = "recipe_h100.json", "recipe_cpu.json", "recipe_search.json"
+FIDELITY = "fidelity.json"
 FIX = "git checkout book/results"
 BLOCKS = "HNeRV's blocks"  # among the decoders
-BASE, BEST = "lr 2e-3", "preset best"  # what a single change is to; the preset as it is
-HNERV, FOUND = "HNeRV's settings", "found by the search"
+BASE = "lr 2e-3"  # what a single change is to
 LEAST_GAIN_DB = 2.0  # that was aimed at on other videos, on average
 HELD_OUT = "held-out frames"  # how the name of their group of small runs begins
 EARLY = "early looks"  # how the names of groups begin that repeat them at small scale
@@ -24,11 +25,12 @@ ESTIMATED = "yes, with frames estimated by motion"  # not by the preset alone
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any]:
-    """What was measured on the GPU: the tables `rows`, `goals`, `published`, `preset` (`best` and
-    changes of it), `added` (its parts added to HNeRV's settings), `sizes` (of values), `held_out`,
-    `between` (trained on estimates of held-out frames too), `heads`, `videos`, `decoders`,
-    `longer` (other decoders, trained longer), `muon`, `optimizers`, `early` (changes seen after a
-    few epochs) and `control` (HiNeRV), and in `batches` where each group of runs comes from.
+    """What was measured on the GPU: the tables `rows`, `paper` (HNeRV's settings, all seeds),
+    `goals`, `published`, `preset` (`best` and changes of it), `added` (its parts added to HNeRV's
+    settings), `sizes` (of values), `held_out`, `between` (trained on estimates of held-out frames
+    too), `heads`, `videos`, `decoders`, `longer` (other decoders, trained longer), `muon`,
+    `optimizers`, `early` (changes seen after a few epochs) and `control` (HiNeRV), and in `batches`
+    where each group of runs comes from.
 
     Raises:
         ResultsError: the file is missing.
@@ -37,11 +39,14 @@ def read_recipe(folder: str | Path) -> dict[str, Any]:
     others = {name: measured[name] for name in (
         "preset", "added", "videos", "heads", "between", "decoders", "muon", "optimizers", "early",
         "control")}
+    runs = read_json(folder, FIDELITY, fix=FIX)["runs"]
+    paper = [{"change": HNERV, "psnr_db": run["psnr_db"], "total_s": math.nan} for run in runs
+             if run["engine"] == "fused"]
     batches = [measured["about"], *(other["about"] for other in others.values() if other["rows"])]
     return {"batches": batches, "settings": {b["runs"]: b["setting"] for b in batches}} | {
         name: pd.DataFrame(measured[name]) for name in ("rows", "goals", "published")} | {
         name: pd.DataFrame(other["rows"]) for name, other in others.items()} | {
-        "longer": pd.DataFrame(measured["decoders"]["longer"]),
+        "longer": pd.DataFrame(measured["decoders"]["longer"]), "paper": pd.DataFrame(paper),
         **{name: pd.DataFrame(measured["preset"][name]) for name in ("sizes", "held_out")}}
 
 
@@ -61,14 +66,17 @@ def read_ranking(folder: str | Path) -> dict[str, Any]:
 
 
 def read_search(folder: str | Path) -> dict[str, Any]:
-    """Optuna's search: `about`, the tables `trials` (the preset first) and `compared` (a row for
-    each whole run of a recipe on a video with a seed), and `settings`, what was found.
+    """Optuna's search: `about`, `found` (the number of the best trial) and the tables `trials` (the
+    preset first) and `compared` (whole runs of what it found and of the preset).
 
     Raises:
         ResultsError: the file is missing.
     """
-    measured = read_json(folder, SEARCH, fix=FIX)
-    return measured | {name: pd.DataFrame(measured[name]) for name in ("trials", "compared")}
+    search, runs = read_json(folder, SEARCH, fix=FIX), read_recipe(folder)
+    bunny = runs["preset"].assign(recipe=runs["preset"].change, video="bunny")
+    whole = pd.concat([bunny, runs["videos"]])
+    return search | {"trials": pd.DataFrame(search["trials"]),
+                     "compared": whole[whole.recipe.isin([BEST, FOUND])]}
 
 
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -91,6 +99,19 @@ def reached(rows: pd.DataFrame, *, seconds: float) -> float | None:
     return None if within.empty else float(within.max())
 
 
+def time_in_words(preset: pd.DataFrame, *, seconds: float = 60) -> str:
+    """How long the preset takes, and what it and its changes give within so many seconds; nothing
+    where no run was timed."""
+    best, quick = preset[preset.total_s.notna() & (preset.change == BEST)], reached(
+        preset, seconds=seconds)
+    said = [] if best.empty else [
+        f"The preset takes {best.total_s.iloc[-1]:.0f} s of one {best.device.iloc[-1]}, set-up, "
+        "compilation and the stored file counted."]
+    if quick is not None:
+        said.append(f"Within {seconds:g} s changes of it give up to {quick:.2f} dB.")
+    return " ".join(said)
+
+
 def parts(runs: pd.DataFrame, *, base: str = BEST) -> pd.DataFrame:
     """A recipe and each change of it: change, psnr_db (mean over seeds), sd_db, seeds, total_s
     and device (of the run that had a GPU alone, or NaN) and gain_db over the row `base`."""
@@ -103,18 +124,26 @@ def parts(runs: pd.DataFrame, *, base: str = BEST) -> pd.DataFrame:
 
 def added(measured: dict[str, Any]) -> pd.DataFrame:
     """`parts` of HNeRV's own settings, with each part of the preset added alone."""
-    paper = measured["rows"][measured["rows"].change == "paper"]
-    return parts(pd.concat([paper.assign(change=HNERV, total_s=math.nan), measured["added"]]),
-                 base=HNERV)
+    return parts(pd.concat([measured["paper"], measured["added"]]), base=HNERV)
 
 
 def part_rows(parts: pd.DataFrame, *, base: str = "the preset") -> list[dict[str, str]]:
     """`parts` as rows of a table."""
     return [{"change": row.change, "PSNR (dB)": f"{row.psnr_db:.2f}"
              + ("" if math.isnan(row.sd_db) else f" ± {row.sd_db:.2f}"), "seeds": str(row.seeds),
-             f"to {base} (dB)": f"{row.gain_db:+.2f}", "whole run": ""
-             if math.isnan(row.total_s) else f"{row.total_s:.0f} s, {row.device.split()[1]}"}
+             f"to {base} (dB)": f"{row.gain_db:+.2f}", "whole run": whole_run(row)}
             for row in parts.itertuples()]
+
+
+def whole_run(row: Any) -> str:
+    """Its time and GPU, or nothing where it shared the GPU or was resumed."""
+    return "" if math.isnan(row.total_s) else f"{row.total_s:.0f} s, {row.device.split()[1]}"
+
+
+def setting(row: Any) -> str:
+    """The change of a row, and the learning rate that a collapsed training began again with."""
+    again = row.lr_after_collapse
+    return row.change if math.isnan(again) else f"{row.change} (collapsed, begun again at {again:g})"
 
 
 def changed(params: dict[str, Any], preset: dict[str, Any]) -> str:
@@ -145,8 +174,8 @@ def trial_rows(trials: pd.DataFrame, *, count: int = 0) -> list[dict[str, str]]:
 
 def video_gains(videos: pd.DataFrame) -> pd.DataFrame:
     """The preset beside HNeRV's settings: a row per video with hnerv, best and gain_db."""
-    table = videos.assign(recipe=videos.recipe.where(videos.recipe == BEST, "hnerv")).pivot(
-        index="video", columns="recipe", values="psnr_db").rename(columns={BEST: "best"})
+    table = videos.pivot(index="video", columns="recipe", values="psnr_db").rename(
+        columns={BEST: "best", HNERV: "hnerv"})[["hnerv", "best"]]
     table["gain_db"] = table.best - table.hnerv
     return table.sort_values("gain_db", ascending=False).reset_index()
 
@@ -256,15 +285,15 @@ def search_in_words(search: dict[str, Any]) -> str:
         "That does not hold"
     known = "".join(f" On {row.video}, some frames of which it has seen, {row.gain_db:+.2f} dB."
                     for row in seen.itertuples())
-    made = [f"{recipe} at commit {join_words(sorted(own.commit.unique()))} on "
-            f"{join_words(sorted(own.device.unique()))}" for recipe, own in runs.groupby("recipe")]
+    made = runs.groupby(["commit", "device"]).size().index
     return (f"{words}\n\n{holds} in whole trainings of {len(gains)} videos that the search did not "
             f"see: {gains.mean():+.2f} dB on average, {gains.min():+.2f} to {gains.max():+.2f} "
             f"dB.{known} These are trainings of equal epochs "
             f"({join_words([str(count) for count in sorted(epochs)])}), not of equal time, with "
             "one seed" + (f" but on {join_words(several.video.tolist())}" if len(several) else "")
-            + f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f}%, and "
-            f"commits and cards too: {'; '.join(made)}."
+            + f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f}%"
+            + (f", and so do commits or cards ({'; '.join(' on '.join(one) for one in made)})"
+               if len(made) > 1 else "") + "."
             + (" The preset stays as it is." if videos.gain_db.min() < 0 else ""))
 
 
@@ -311,6 +340,8 @@ def control_in_words(control: pd.DataFrame, preset: pd.DataFrame) -> str:
     if control.empty:
         return ""
     last, own = control.iloc[-1], preset[preset.train_time_s.notna() & (preset.change == BEST)]
+    beside = "" if own.empty else (f"; the preset {own.psnr_db.iloc[0]:.2f} dB in "
+                                   f"{own.train_time_s.iloc[0]:.0f} s")
     before = join_words([f"{row.psnr_db:.2f} dB at {row.steps_s:.0f} s"
                          for row in control.iloc[:-1].itertuples()])
     return (f"HiNeRV's own network in its setting for Bunny (`bunny-hinerv-xs`, "
@@ -318,8 +349,7 @@ def control_in_words(control: pd.DataFrame, preset: pd.DataFrame) -> str:
             f"in a loop of ours, reaches {last.psnr_db:.2f} dB in {last.steps_s:.0f} s of steps, "
             f"{last.epochs:.1f} epochs of the 300 that its authors train"
             + (f" (on the way {before})" if before else "")
-            + f"; the preset {own.psnr_db.iloc[0]:.2f} dB in {own.train_time_s.iloc[0]:.0f} s. A "
-            f"step of it takes {last.step_ms:.0f} ms without compilation, so that 300 epochs would "
+            + f"{beside}. A step of it takes {last.step_ms:.0f} ms without compilation, so that 300 epochs would "
             f"take {last.steps_s * 300 / last.epochs / 60:.0f} minutes; they were not run.")
 
 

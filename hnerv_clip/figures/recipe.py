@@ -16,7 +16,7 @@ def plot_recipe(rows: pd.DataFrame, *, preset: pd.DataFrame, sizes: pd.DataFrame
     """PSNR over seconds of a whole run of 1.5 M values, and over millions of values.
 
     Args:
-        rows: change, psnr_db, total_s of runs here, those that collapsed left out.
+        rows: change, psnr_db, total_s of runs here.
         preset, sizes: modelsize, psnr_db, total_s (NaN where it was not measured) of the preset
             `best`, with 1.5 M values and others.
         published: method, modelsize, psnr_db, train_time_s (or NaN).
@@ -24,7 +24,7 @@ def plot_recipe(rows: pd.DataFrame, *, preset: pd.DataFrame, sizes: pd.DataFrame
     """
     figure, (by_time, by_size) = new_figure(1, 2, height=3.8, sharey=True)
     is_paper = rows.change == "paper"
-    for chosen, style, words in ((is_paper, "o", "HNeRV's settings here, nine seeds"),
+    for chosen, style, words in ((is_paper, "o", "HNeRV's settings here"),
                                  (~is_paper, "s", "other settings here, one seed")):
         by_time.plot(rows[chosen].total_s, rows[chosen].psnr_db, style, label=words,
                      color=PALETTE["learned"], markerfacecolor="none" if style == "s" else None)

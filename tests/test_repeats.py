@@ -65,5 +65,15 @@ def test_a_page_says_how_many_differ(tmp_path):
                           "bits in every buffer (9 buffers; an H100, commit ddddddd)")
     assert [r["run"] for r in book.repeat_rows(measured)] == ["b", "a"]
     assert book.repeat_rows(measured)[0]["second"] == "H200, eeeeeee"
+    assert "nor from which step on" in book.cause_words(measured)
+    parted = {**measured, "rows": measured["rows"].assign(same_epochs=[10, 7], fence=[
+        [False, True], None])}
+    words = book.cause_words(parted)
+    assert "only that they part after epoch 7 or later" in words
+    assert "1 of 1 pairs, one run without that fence and one with it, ended alike" in words
+    assert book.cause_words({**measured, "rows": measured["rows"][:1]}) == ""
+    measured["replays"].append(measured["replays"][0] | {"steps": 500, "fence": True})
+    assert "2,000 further steps, 500 of them with the fence below, beside" in \
+        book.repeat_words(measured)
     assert book.repeat_words({**measured, "rows": measured["rows"][:1], "replays": []}) == \
         "1 of 1 runs ended alike, to the last digit"

@@ -143,7 +143,7 @@ def whole_run(row: Any) -> str:
 def setting(row: Any) -> str:
     """The change of a row, and the learning rate that a collapsed training began again with."""
     again = row.lr_after_collapse
-    return row.change if math.isnan(again) else f"{row.change} (collapsed, begun again at {again:g})"
+    return row.change + ("" if math.isnan(again) else f" (collapsed, begun again at {again:g})")
 
 
 def changed(params: dict[str, Any], preset: dict[str, Any]) -> str:
@@ -349,8 +349,9 @@ def control_in_words(control: pd.DataFrame, preset: pd.DataFrame) -> str:
             f"in a loop of ours, reaches {last.psnr_db:.2f} dB in {last.steps_s:.0f} s of steps, "
             f"{last.epochs:.1f} epochs of the 300 that its authors train"
             + (f" (on the way {before})" if before else "")
-            + f"{beside}. A step of it takes {last.step_ms:.0f} ms without compilation, so that 300 epochs would "
-            f"take {last.steps_s * 300 / last.epochs / 60:.0f} minutes; they were not run.")
+            + f"{beside}. A step of it takes {last.step_ms:.0f} ms without compilation, so that "
+            f"300 epochs would take {last.steps_s * 300 / last.epochs / 60:.0f} minutes; they were "
+            "not run.")
 
 
 def reasons_in_words(measured: dict[str, Any]) -> str:

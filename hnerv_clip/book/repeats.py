@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from hnerv_clip.book.markdown import join_words
@@ -34,11 +35,35 @@ def repeat_words(measured: dict[str, Any]) -> str:
     if not replays:
         return said
     steps, differing = (sum(row[name] for row in replays) for name in ("steps", "differing"))
+    fenced = sum(row["steps"] for row in replays if row.get("fence"))
     where = dict.fromkeys(f"{row['device']}, commit {row['commit'][:7]}" for row in replays)
     found = f"other bits in {differing} checks" if differing else "the same bits in every buffer"
-    return (f"{said}. With fixed weights {steps:,} further steps, beside other work on the same "
-            f"GPU, gave {found} ({max(row['buffers'] for row in replays)} buffers; "
+    part = f", {fenced:,} of them with the fence below" if fenced else ""
+    return (f"{said}. With fixed weights {steps:,} further steps{part}, beside other work on the "
+            f"same GPU, gave {found} ({max(row['buffers'] for row in replays)} buffers; "
             f"{join_words(list(where))})")
+
+
+def cause_words(measured: dict[str, Any]) -> str:
+    """What is known of why pairs differ, and what was done about it; nothing where none does."""
+    rows = measured["rows"]
+    apart = rows[~rows.same]
+    if apart.empty:
+        return ""
+    known = apart.get("same_epochs", pd.Series(dtype=float)).min()
+    since = "nor from which step on: their folders were not kept" if np.isnan(known) else \
+        f"only that they part after epoch {known:.0f} or later"
+    tried = rows[rows.get("fence", pd.Series(None, rows.index)).notna()]  # without it, and with it
+    both = (f" {tried.same.sum()} of {len(tried)} pairs, one run without that fence and one with "
+            "it, ended alike, which is too few to tell whether it was the cause." if len(tried)
+            else "")
+    return (f"Why {len(apart)} differ is not known, {since}. One step that goes another way is "
+            "enough, as later ones carry it on, also in a run that is killed and resumed. A "
+            "candidate is Triton before 3.8, which compiled some of the kernels: in pipelined "
+            "matrix products it leaves out the fence between a copy to shared memory and the read "
+            "by the tensor cores ([pull request 9610]"
+            "(https://github.com/triton-lang/triton/pull/9610)). `hnerv_clip.kernels.async_fence` "
+            f"adds it since.{both}")
 
 
 def repeat_rows(measured: dict[str, Any]) -> list[dict[str, str]]:

@@ -52,7 +52,7 @@ def table(rows: pd.DataFrame | Iterable[dict[str, Any]], *, fold: str = "") -> M
 
     Args:
         rows: cells are shown as they are, None and NaN as nothing; numbers come as text.
-        fold: the summary under which a table of more than `FOLD` rows is folded away.
+        fold: the title; a table of more than `FOLD` rows is folded away under it.
     """
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
     cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
@@ -60,7 +60,9 @@ def table(rows: pd.DataFrame | Iterable[dict[str, Any]], *, fold: str = "") -> M
     lines = [[escape(frame.columns[i]) for i in kept], ["---"] * len(kept),
              *([row[i] for i in kept] for row in cells)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return Markup(folded(fold, text) if fold and len(cells) > FOLD else text)
+    if fold and len(cells) > FOLD:
+        return folded(fold, text)
+    return Markup(f"{escape(fold)}:\n\n{text}" if fold else text)
 
 
 def upright(rows: Iterable[dict[str, Any]], key: str) -> pd.DataFrame:

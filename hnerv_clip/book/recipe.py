@@ -285,15 +285,14 @@ def search_in_words(search: dict[str, Any]) -> str:
         "That does not hold"
     known = "".join(f" On {row.video}, some frames of which it has seen, {row.gain_db:+.2f} dB."
                     for row in seen.itertuples())
-    made = runs.groupby(["commit", "device"]).size().index
+    made = [" on ".join(one) for one in runs.groupby(["commit", "device"]).size().index]
     return (f"{words}\n\n{holds} in whole trainings of {len(gains)} videos that the search did not "
             f"see: {gains.mean():+.2f} dB on average, {gains.min():+.2f} to {gains.max():+.2f} "
             f"dB.{known} These are trainings of equal epochs "
             f"({join_words([str(count) for count in sorted(epochs)])}), not of equal time, with "
             "one seed" + (f" but on {join_words(several.video.tolist())}" if len(several) else "")
-            + f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f}%"
-            + (f", and so do commits or cards ({'; '.join(' on '.join(one) for one in made)})"
-               if len(made) > 1 else "") + "."
+            + f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f}%. Trained "
+            f"at {join_words(made)}."
             + (" The preset stays as it is." if videos.gain_db.min() < 0 else ""))
 
 

@@ -23,7 +23,7 @@ from test_player import with_field as with_field  # noqa: PLC0414  a fixture
 
 from hnerv_clip.codec import FileError
 from hnerv_clip.config import ConfigError
-from hnerv_clip.explore import film, page
+from hnerv_clip.explore import film, page, widget
 from hnerv_clip.explore.video import (
     CELLS,
     HEAT_SIDES,
@@ -155,6 +155,38 @@ def test_two_threads_load_a_video_once(run_video):
     for thread in threads:
         thread.join()
     assert calls == [1]
+
+
+def test_two_explorers_leave_the_garbage_collector_on(monkeypatch):
+    """The second one asks while the first has it off, and turns it off when the first is done."""
+    asked, done = threading.Event(), threading.Event()
+    second = threading.Thread(target=widget._import_torch)
+
+    class Collector:
+        on = True
+
+        def isenabled(self):
+            if threading.current_thread() is second:
+                asked.set()
+            return self.on
+
+        def disable(self):
+            if threading.current_thread() is second:
+                done.wait(60)
+            self.on = False
+            if threading.current_thread() is not second:
+                second.start()
+                asked.wait(0.3)
+
+        def enable(self):
+            self.on = True
+            done.set()
+
+    monkeypatch.setattr(widget, "gc", collector := Collector())
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    widget._import_torch()
+    second.join()
+    assert collector.on and "OMP_WAIT_POLICY" not in os.environ
 
 
 def test_what_goes_wrong_in_the_background_is_shown(run_video, tmp_path):

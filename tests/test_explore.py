@@ -139,6 +139,14 @@ def test_a_run_without_its_stored_video_is_loaded_whole(trained_copy, cache_dir,
     assert explorer.facts == ready(Explorer(run_video)).facts
 
 
+def test_another_videos_file_in_a_runs_folder_does_not_give_its_times(
+        trained_copy, cache_dir, pixel_run, run_video):
+    shutil.copy(pixel_run / "video.hnerv", trained_copy / "video.hnerv")
+    times = open_video(trained_copy, cache_dir=cache_dir, device="cpu")
+    assert times.first is None, "only the whole run tells its times"
+    assert times.times_s.tolist() == run_video.times_s.tolist()
+
+
 def test_two_threads_load_a_video_once(run_video):
     calls, both = [], threading.Barrier(2)
 

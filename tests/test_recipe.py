@@ -130,6 +130,8 @@ def test_comparison_gives_each_recipe_the_same_time_and_goes_on(tiny, tmp_path, 
     monkeypatch.setattr(recipe, "fit", None)  # all is there
     assert recipe.compare(tmp_path, recipes, minutes=0, **options) == rows
     assert json.loads((tmp_path / "comparison.json").read_text())["rows"] == rows
+    assert recipe.compare(tmp_path, {"best": recipes["best"]}, minutes=0, **options) == rows[1:]
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"] == rows, "both are kept"
 
 
 def test_videos_with_dots_and_seeds_have_plans_of_their_own(tiny, tmp_path, monkeypatch):

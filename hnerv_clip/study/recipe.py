@@ -283,7 +283,7 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
     beside the run's folder. Stopped at any moment, the next call resumes.
 
     Args:
-        folder: of the runs; the rows go to its comparison.json.
+        folder: of the runs; the rows go to its comparison.json, beside those of other calls.
         recipes: flat settings by name.
         videos: `data_path` of each.
         seconds: of training steps.
@@ -297,6 +297,9 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
     folder, deadline, rows = resolve_path(folder), time.monotonic() + 60 * minutes, []
     for path in sorted(folder.glob("*_seed*.json")):
         _check_plan(path, recipes)
+    known, keys = folder / "comparison.json", ("recipe", "video", "seed", "seconds")
+    before = read_json(known, keys={"rows": list}, fix="remove it")["rows"] \
+        if known.is_file() else []
     for seed, video, limit, (name, settings) in itertools.product(
             seeds, videos, seconds, recipes.items()):
         run = RunDir(folder / f"{label_video(video)}_{name}_{limit:g}s_seed{seed}")
@@ -317,7 +320,8 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
         rows.append({"recipe": name, "video": label_video(video), "seed": seed, "seconds": limit,
                      "epochs": plan["params"]["epochs"], "step_s": plan["step_s"],
                      "device": run.provenance()["device"], **result.summary})
-        write_json(folder / "comparison.json", {"rows": rows})
+        write_json(known, {"rows": list({tuple(row[key] for key in keys): row
+                                         for row in [*before, *rows]}.values())})
     return rows
 
 

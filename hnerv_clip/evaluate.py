@@ -23,7 +23,7 @@ from hnerv_clip.codec.about import describe_dataset
 from hnerv_clip.codec.video import decode_video, encode_video
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
-from hnerv_clip.files import RunError, file_digest, read_json, write_json
+from hnerv_clip.files import RunError
 from hnerv_clip.inference import (
     BATCH,
     Run,
@@ -35,7 +35,7 @@ from hnerv_clip.inference import (
 from hnerv_clip.losses import MS_SSIM_MIN_SIDE
 from hnerv_clip.metrics import psnr
 from hnerv_clip.model import HNeRV
-from hnerv_clip.runs.run_dir import BEST, VIDEO, RunDir
+from hnerv_clip.runs.run_dir import VIDEO
 
 if TYPE_CHECKING:
     from hnerv_clip.engines.fused.engine import FusedEngine  # stands above this module
@@ -151,23 +151,6 @@ def store_video(model: HNeRV, dataset: Dataset, path: Path, *, config: Config) -
                         about=describe_dataset(dataset, config))
 
 
-def bind_video(run: RunDir, checkpoint: str = BEST) -> None:
-    """Note in video.json which checkpoint the stored video was made from."""
-    write_json(run.path / "video.json", {"checkpoint": run.checkpoint_digest(checkpoint),
-                                         "video": file_digest(run.path / VIDEO)})
-
-
-def is_bound(run: RunDir, checkpoint: str = BEST) -> bool:
-    """Whether the stored video is there and was made from this checkpoint, as it is now."""
-    path = run.path / VIDEO
-    try:
-        about = read_json(run.path / "video.json", fix="")
-    except (FileNotFoundError, RunError):  # made before there was such a note, or damaged
-        return False
-    return path.is_file() and about == {"checkpoint": run.checkpoint_digest(checkpoint),
-                                        "video": file_digest(path)}
-
-
 def evaluate_stored(path: Path, dataset: Dataset, *, device: torch.device,
                     share: tuple[int, int] = (0, 1)) -> tuple[pd.DataFrame, float]:
     """Decode a stored video and measure what comes out.
@@ -210,12 +193,12 @@ def evaluate_run(run: Run) -> pd.DataFrame:
     path = run.run_dir.path / VIDEO
     device = next(run.model.parameters()).device
     try:
-        if not is_bound(run.run_dir, run.checkpoint):
+        if not run.run_dir.holds_video(run.checkpoint):
             raise RunError("not this checkpoint's")
         stored, _ = evaluate_stored(path, run.dataset, device=device)
     except RunError:
         store_video(run.model, run.dataset, path, config=run.config)
-        bind_video(run.run_dir, run.checkpoint)
+        run.run_dir.bind_video(run.checkpoint)
         stored, _ = evaluate_stored(path, run.dataset, device=device)
     return pd.concat([trained, stored], ignore_index=True)
 

@@ -188,6 +188,12 @@ def check_writable(folder: Path) -> None:
         raise RunError(f"cannot write to {folder}: {explain(error)}") from error
 
 
+def check_free(path: Path, *, force: bool = False) -> None:
+    """Raise RunError where a file stands that a command with `--force` would replace."""
+    if path.exists() and not force:
+        raise RunError(f"{path} exists; choose another name, or add --force to replace it")
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

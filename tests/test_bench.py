@@ -7,10 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hnerv_clip import cli
-from hnerv_clip.bench import context, flops, harness, measure
+from hnerv_clip.bench import context, decoding, flops, harness, measure, replay
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.model import build_model, plan_model
-from hnerv_clip.runs.run_dir import RunDir
+from hnerv_clip.runs.run_dir import RunDir, RunError
+from hnerv_clip.verify import simulation
 
 
 def work(config, frame_hw, frame_count=132, patch_count=8):
@@ -95,6 +96,45 @@ def test_parts_of_several_calls_meet_in_one_file(small_config, cache_dir, tmp_pa
     out.write_text(json.dumps({**again, "device": "a fast one"}))
     with pytest.raises(ConfigError, match="a fast one.*another --out"):
         harness.bench(small_config, parts=["ceilings"], out=out, cache_dir=cache_dir)
+
+
+def test_a_part_of_other_settings_is_not_replaced(small_config, cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(harness.MEASURES, "ceilings", lambda bench: iter([{"precision": ""}]))
+    monkeypatch.setitem(harness.MEASURES, "fit", lambda bench: iter([{"run": "fit"}]))
+    out, options = tmp_path / "bench.json", {"cache_dir": cache_dir, "say": lambda text: None}
+    harness.bench(small_config, parts=["ceilings", "fit"], out=out, **options)
+    before = out.read_text()
+    other = small_config.replace(epochs=small_config.train.epochs + 1)
+    with pytest.raises(ConfigError, match="part ceilings with other epochs, .*another --out"):
+        harness.bench(other, parts=["ceilings"], out=out, **options)
+    assert out.read_text() == before
+    harness.bench(other, parts=["fit"], out=out, outf=tmp_path / "longer", **options)
+    content = json.loads(before)
+    del content["made"]["ceilings"]["settings"]["checkpoint_s"]
+    del content["made"]["ceilings"]["settings"]["clip_jitter"]  # as of a file that is older
+    out.write_text(json.dumps(content))
+    harness.bench(small_config.replace(checkpoint_s=1.0), parts=["ceilings"], out=out, **options)
+
+
+@pytest.mark.parametrize("main, arguments", [
+    (replay.main, ["--out"]), (decoding.main, ["video.hnerv"]), (simulation.main, ["--out"])])
+def test_a_file_of_results_is_not_replaced_unasked(main, arguments, tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begin(*args, **named):
+        raise Begun
+    for name in ("bench.replay.resolve_config", "bench.decoding.select_device",
+                 "verify.simulation.calibrate"):
+        monkeypatch.setattr(f"hnerv_clip.{name}", begin)
+    out = tmp_path / "published.json"
+    with pytest.raises(Begun):
+        main([*arguments, str(out)])
+    out.write_text("{}")
+    with pytest.raises(RunError, match="published.json exists; .*--force"):
+        main([*arguments, str(out)])
+    with pytest.raises(Begun):
+        main([*arguments, str(out), "--force"])
 
 
 def test_shares_follow_the_ceilings_of_the_file():

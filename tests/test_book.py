@@ -399,6 +399,8 @@ def test_the_comparison_says_what_was_measured():
     rows = {row[""]: row for row in compare.comparison_rows(facts)}
     assert rows["PSNR, trained on pixels only (dB)"]["HNeRV"] == "35.57"
     assert rows["time of 300 epochs (s)"]["HNeRV"] == "658, no head"
+    assert compare.setting_words(facts).endswith("values, 300 epochs (preset best: 600)")
+    assert compare.setting_words(facts._replace(best_epochs=300)).endswith("values, 300 epochs")
     assert "better: 0.951 against 0.728" in rows[
         "embeddings against the teacher on the decoded frame"]["this project"]
     answers = facts.judged.answers.assign(answer="no")

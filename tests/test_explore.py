@@ -23,7 +23,7 @@ from test_player import with_field as with_field  # noqa: PLC0414  a fixture
 
 from hnerv_clip.codec import FileError
 from hnerv_clip.config import ConfigError
-from hnerv_clip.explore import film, page
+from hnerv_clip.explore import film, page, widget
 from hnerv_clip.explore.video import (
     CELLS,
     HEAT_SIDES,
@@ -139,6 +139,14 @@ def test_a_run_without_its_stored_video_is_loaded_whole(trained_copy, cache_dir,
     assert explorer.facts == ready(Explorer(run_video)).facts
 
 
+def test_another_videos_file_in_a_runs_folder_does_not_give_its_times(
+        trained_copy, cache_dir, pixel_run, run_video):
+    shutil.copy(pixel_run / "video.hnerv", trained_copy / "video.hnerv")
+    times = open_video(trained_copy, cache_dir=cache_dir, device="cpu")
+    assert times.first is None, "only the whole run tells its times"
+    assert times.times_s.tolist() == run_video.times_s.tolist()
+
+
 def test_two_threads_load_a_video_once(run_video):
     calls, both = [], threading.Barrier(2)
 
@@ -155,6 +163,38 @@ def test_two_threads_load_a_video_once(run_video):
     for thread in threads:
         thread.join()
     assert calls == [1]
+
+
+def test_two_explorers_leave_the_garbage_collector_on(monkeypatch):
+    """The second one asks while the first has it off, and turns it off when the first is done."""
+    asked, done = threading.Event(), threading.Event()
+    second = threading.Thread(target=widget._import_torch)
+
+    class Collector:
+        on = True
+
+        def isenabled(self):
+            if threading.current_thread() is second:
+                asked.set()
+            return self.on
+
+        def disable(self):
+            if threading.current_thread() is second:
+                done.wait(60)
+            self.on = False
+            if threading.current_thread() is not second:
+                second.start()
+                asked.wait(0.3)
+
+        def enable(self):
+            self.on = True
+            done.set()
+
+    monkeypatch.setattr(widget, "gc", collector := Collector())
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    widget._import_torch()
+    second.join()
+    assert collector.on and "OMP_WAIT_POLICY" not in os.environ
 
 
 def test_what_goes_wrong_in_the_background_is_shown(run_video, tmp_path):

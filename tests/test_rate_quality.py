@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -198,6 +199,32 @@ def test_counts_of_damaged_files_add_up_once():
         "files": 21, "refused": 15, "read": 6, "failed": 1, "processes": 5}
     with pytest.raises(ValueError, match="counted already"):
         rate.add_damaged(rows, counted, commit="a")
+
+
+def test_damaged_files_are_told_by_their_counts():
+    counted = {"files": 70, "refused": 50, "read": 20, "failed": 0, "seeds": [1, 2]}
+    said = rate.damaged_words(rate.add_damaged([], counted, commit="a"))
+    assert said.startswith("Of 70 damaged files, half of them with right checksums, 50 ended in")
+    assert said.endswith("in the 2 processes that are counted, each file under 2 GiB and 2 s.")
+    rows = rate.add_damaged([], counted | {"failed": 2}, commit="a" * 40)
+    goal = rate.goals({"runs": [measured()], "damaged": rows})[-1]
+    assert goal["measured"] == "70 files, 2 processes stopped" and goal["met"] == "no"
+    assert "At commit aaaaaaaaaaaa, 2 processes more stopped for an unknown reason; " in \
+        rate.damaged_words(rows)
+    rows[0] |= {"failed_why": "elsewhere"}
+    assert "2 processes more stopped elsewhere;" in rate.damaged_words(rows)
+    enough = [rows[0] | {"files": 10**6}]
+    assert rate.goals({"runs": [measured()], "damaged": enough})[-1]["met"] == "yes"
+    again = rate.add_damaged(rows, counted | {"seeds": [3]}, commit="a" * 40)
+    assert again[0]["failed_why"] == "elsewhere"
+    more = rate.add_damaged(rows, counted | {"seeds": [3], "failed": 1}, commit="a" * 40)
+    assert rate.unexplained(more) == 3, "the reason is that of the first two"
+
+
+def test_the_limits_of_damaged_files_are_those_of_the_fuzzer():
+    script = (Path(__file__).parent / "fuzz_file.py").read_text()
+    assert "\nMEMORY_BYTES, TIME_S = 2 * 2**30, 2\n" in script
+    assert (rate.FUZZ_MEMORY_BYTES, rate.FUZZ_TIME_S) == (2 * 2**30, 2)
 
 
 def test_a_side_file_makes_every_file_searchable():

@@ -130,6 +130,8 @@ def test_comparison_gives_each_recipe_the_same_time_and_goes_on(tiny, tmp_path, 
     monkeypatch.setattr(recipe, "fit", None)  # all is there
     assert recipe.compare(tmp_path, recipes, minutes=0, **options) == rows
     assert json.loads((tmp_path / "comparison.json").read_text())["rows"] == rows
+    assert recipe.compare(tmp_path, {"best": recipes["best"]}, minutes=0, **options) == rows[1:]
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"] == rows, "both are kept"
 
 
 def test_videos_with_dots_and_seeds_have_plans_of_their_own(tiny, tmp_path, monkeypatch):
@@ -144,13 +146,14 @@ def test_videos_with_dots_and_seeds_have_plans_of_their_own(tiny, tmp_path, monk
         split=SimpleNamespace(train=range(4))))
     monkeypatch.setattr(recipe, "fit", lambda *_, **__: recipe.Fit(30.0, 4, 0.01, 1))
     monkeypatch.setattr(recipe, "train", note)
-    for video in ("a/clip.1080p.mp4", "a/clip.720p.mp4"):
+    videos = ("a/clip.1080p.mp4", "a/clip.720p.mp4", "b/clip.720p.mp4", "a/clip.720p.mkv", "clip")
+    for video in videos:
         for seed in (0, 1):
             with pytest.raises(InterruptedError):
                 recipe.compare(tmp_path, {"best": {"lr": 2e-3}}, videos=[video], seeds=[seed],
                                seconds=[1], device="cpu")
-    assert trained == [(f"a/clip.{size}p.mp4", seed) for size in (1080, 720) for seed in (0, 1)]
-    assert (tmp_path / "clip.1080p_best_1s_seed0.json").exists()
+    assert trained == [(video, seed) for video in videos for seed in (0, 1)]
+    assert (tmp_path / "clip_best_1s_seed0.json").exists()
 
 
 def test_one_name_does_not_stand_for_two_recipes(tmp_path, monkeypatch):

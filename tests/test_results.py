@@ -184,12 +184,16 @@ def test_several_gpus_are_summed_up():
     assert quality.startswith("PSNR changes by +0.00 dB with the learning rate ×4. ")
     runs[0]["cosine_centred"], runs[-1]["cosine_centred"] = 0.9, 0.0
     why = "run ranks4 failed: rank 0 of 4: FileError: /tmp/a/video.hnerv: embeddings: not finite"
-    part = {"runs": runs, "failed": [{"ranks": 4, "learning_rate": "×4", "why": why}],
+    failed = {"run": "ranks4", "ranks": 4, "learning_rate": "×4", "why": why}
+    part = {"runs": runs, "failed": [failed],
             "gpus": 4, "device": "GPU", "commit": "abc", "dirty": False}
     quality = scaling.answer_words({"parts": {"speed": part}})[1]
     assert "and the mean-centered cosine falls from 0.90 to 0.00. The PSNR" in quality
-    assert quality.endswith("The run on 4 with the learning rate ×4 has no result (embeddings: "
-                            "not finite).")
+    assert quality.endswith("The run on 4 with the learning rate ×4 has no result (rank 0 of 4: "
+                            "FileError: video.hnerv: embeddings: not finite).")
+    other = {**failed, "why": "KeyError: 'run' / rank 1 of 2: 5 /s"}  # nothing of it is cut
+    assert "no result (KeyError: 'run' / rank 1 of 2: 5 /s)." in scaling.failed_words(
+        {**part, "failed": [other]})
     faulty = {**part, "commit": f"{scaling.FAULTY_WRITER}ffff"}
     assert scaling.failed_words(faulty).endswith("of the writer is repaired since.")
     assert scaling.failed_words({**faulty, "failed": []}) == ""

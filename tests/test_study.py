@@ -213,4 +213,17 @@ def test_the_command_lists_and_gathers(done, tmp_path, capsys):
                      "--minutes", "0", "--csv", str(tmp_path / "a.csv"),
                      "--pack", str(tmp_path / "a.tar.xz")]) == 0
     assert "1 finished" in capsys.readouterr().out
-    assert len(pd.read_csv(tmp_path / "a.csv")) == 2 and (tmp_path / "a.tar.xz").exists()
+    table = pd.read_csv(tmp_path / "a.csv")
+    assert len(table) == 2 and (tmp_path / "a.tar.xz").exists()
+    command = ["study", "--outf", str(folder), "--only", "bunny_hybrid_base_s0", *words,
+               "--minutes", "0", "--csv", str(tmp_path / "a.csv")]
+    assert cli.main(command) == 0, "it loses nothing"
+    for published, told in (
+            (pd.concat([table, table.head(1).assign(run="bikes_pe_base_s2")]),
+             "such as bikes_pe_base_s2, and would lose 1 of 3: give another --csv"),
+            (table.assign(epochs=300), "with another epochs: give another --csv")):
+        published.to_csv(tmp_path / "a.csv", index=False)
+        before = (tmp_path / "a.csv").read_text()
+        capsys.readouterr()
+        assert cli.main(command) == 1 and told in capsys.readouterr().err
+        assert (tmp_path / "a.csv").read_text() == before

@@ -29,7 +29,7 @@ from hnerv_clip.devices import (
     synchronise,
     usable_cores,
 )
-from hnerv_clip.files import write_json
+from hnerv_clip.files import check_free, write_json
 from hnerv_clip.inference import BATCH, embed_frames
 from hnerv_clip.model import HNeRV
 from hnerv_clip.runs.provenance import code_version, device_name
@@ -176,14 +176,20 @@ def compare_devices(path: Path, device: torch.device, *, frames: int = CPU_FRAME
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line above."""
+    """The command line above.
+
+    Raises:
+        RunError: OUT is there.
+    """
     parser = argparse.ArgumentParser(description="how fast a stored video plays")
     parser.add_argument("file", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new JSON file")
+    parser.add_argument("--force", action="store_true", help="replace OUT")
     parser.add_argument("--presets", nargs="+", default=FILMS, help="of x264")
     parser.add_argument("--frames", type=int, default=CPU_FRAMES, help="compared between devices")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
+    check_free(args.out, force=args.force)
     device = select_device(args.device)
     measured = {**dict(zip(("commit", "dirty"), code_version())), "device": device_name(device),
                 "file_bytes": args.file.stat().st_size,

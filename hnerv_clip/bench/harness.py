@@ -23,7 +23,7 @@ from hnerv_clip.bench.measure import (
     measure_teacher,
     measure_train,
 )
-from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.config import RUNTIME_PARAMS, Config, ConfigError
 from hnerv_clip.devices import select_device
 from hnerv_clip.files import read_json
 from hnerv_clip.paths import resolve_path
@@ -48,7 +48,8 @@ def bench(config: Config, *, parts: list[str] = DEFAULT_PARTS, out: str | Path,
     Returns:
         device, `made` (for each part: commit, dirty, versions, settings, time) and `parts` (rows).
     Raises:
-        ConfigError: the file holds another device's measurements, or an unknown part.
+        ConfigError: the file holds another device's measurements, or a part (not `fit`) with other
+            settings, or an unknown part.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
@@ -56,6 +57,9 @@ def bench(config: Config, *, parts: list[str] = DEFAULT_PARTS, out: str | Path,
     import_s = time.time() - process_start(os.getpid())
     device, path = select_device(config.train.device), resolve_path(out)
     results = _open_results(path, device_name(device))
+    for part in parts:
+        if part != "fit" and part in results["made"]:
+            _check_settings(path, part, results["made"][part]["settings"], config.params())
     gpu = device.type == "cuda"
     bench = Bench(config, device, repeats=7 if gpu else 2, repeat_s=0.3 if gpu else 0.0,
                   results=results, cache_dir=cache_dir, outf=outf, import_s=import_s)
@@ -94,6 +98,16 @@ def _open_results(path: Path, device: str) -> dict[str, Any]:
         raise ConfigError(f"{path} holds measurements of {results['device']}, and this is {device}:"
                           " give another --out")
     return results
+
+
+def _check_settings(path: Path, part: str, measured: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse to replace rows of other settings; a setting younger than the file has its default."""
+    measured = Config().params() | measured
+    differing = [name for name in own if name not in RUNTIME_PARAMS
+                 and own[name] != measured[name]]
+    if differing:
+        raise ConfigError(f"{path} holds the part {part} with other {', '.join(differing)}, and "
+                          "would lose it: give another --out")
 
 
 def _provenance(config: Config) -> dict[str, Any]:

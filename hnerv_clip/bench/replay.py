@@ -24,7 +24,7 @@ from torch import Tensor
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.dataset import prepare_dataset, resolve_config
 from hnerv_clip.engines.fused.engine import FusedEngine
-from hnerv_clip.files import write_json
+from hnerv_clip.files import check_free, write_json
 from hnerv_clip.kernels import async_fence
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import code_version, device_name
@@ -98,16 +98,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         ConfigError: the settings are refused, or this machine has no fused engine for them.
+        RunError: OUT is there.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="a setting, as of hnerv-clip train")
     parser.add_argument("--minutes", type=float, default=4)
-    parser.add_argument("--out", type=Path, required=True, help="a JSON file")
+    parser.add_argument("--out", type=Path, required=True, help="a new JSON file")
+    parser.add_argument("--force", action="store_true", help="replace OUT")
     parser.add_argument("--cache_dir", default="output/cache")
     parser.add_argument("--no-fence", action="store_true", help="leave out of the products of "
                         "Triton's kernels the fence that Triton before 3.8 leaves out")
     args = parser.parse_args(argv)
+    check_free(resolve_path(args.out), force=args.force)
     if args.no_fence and not async_fence.lacking:
         raise ConfigError(f"--no-fence: Triton {triton.__version__} emits the fence itself; use "
                           "Triton 3.7 or older, or leave the option out")

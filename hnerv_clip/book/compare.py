@@ -44,6 +44,7 @@ class Facts(NamedTuple):
     original: dict[str, float]
     stored_values: int
     best: Any
+    best_epochs: int
 
 
 def read_facts(results: Path) -> Facts:
@@ -61,6 +62,8 @@ def read_facts(results: Path) -> Facts:
                          "hnerv-clip bench --out book/results/bench_NAME.json")
     runs = read_runs(results, needs=["stored_values"])
     runs = runs[(runs.video == VIDEO) & (runs.kind == "hybrid") & (runs.variant == "base")]
+    preset = recipe.read_recipe(results)["preset"]
+    best = recipe.parts(preset).iloc[0]
     speed = read_json(results, "reference_speed.json", fix=FIX)["rows"]
     return Facts(
         fidelity=read_json(results, "fidelity.json", fix=FIX),
@@ -71,7 +74,7 @@ def read_facts(results: Path) -> Facts:
         fits=parts["fit"][0][1] if parts["fit"] else [], judged=read_judged(results),
         field=best_field(read_fields(results)["fields"], VIDEO),
         original=read_original(results)[VIDEO], stored_values=int(runs.stored_values.iloc[0]),
-        best=recipe.parts(recipe.read_recipe(results)["preset"]).iloc[0])
+        best=best, best_epochs=int(preset.epochs[preset.change == best.change].iloc[0]))
 
 
 def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
@@ -125,8 +128,8 @@ def comparison(results: Path) -> str:
         "Held-out frames are decoded from interpolated embeddings.",
         "The skill of the original script's head was measured on a head trained here; a field is "
         "fitted afterwards and leaves the picture as it is.",
-        f"This project: one {facts.device}; preset best: 600 epochs, {facts.best.seeds} seeds, "
-        f"timed on one {facts.best.device}.",
+        f"This project: one {facts.device}; preset best: {facts.best.seeds} seeds, timed "
+        f"on one {facts.best.device}.",
         f"HNeRV: {hnerv}; PSNR, {facts.fidelity['reference']['paper']['source']}.",
         f"Original script: {proposal}; its code's speed on the same H100."))
     return (f"{table(comparison_rows(facts))}\n\n*{caption}*\n\n"
@@ -134,11 +137,13 @@ def comparison(results: Path) -> str:
 
 
 def setting_words(facts: Facts) -> str:
-    """Video, size, budget and epochs of the runs that are compared."""
+    """Video, size, budget and epochs of the runs that are compared, the preset's where other."""
     config, answers = facts.fidelity["runs"][0]["config"], facts.judged.answers
     frames = answers.frames[answers.video == VIDEO].iloc[0]
+    longer = "" if facts.best_epochs == config["epochs"] else \
+        f" (preset best: {facts.best_epochs})"
     return (f"{VIDEO}, {frames} frames of {config['crop_list'].replace('_', '×')}, "
-            f"{config['modelsize']:g} million stored values, {config['epochs']} epochs")
+            f"{config['modelsize']:g} million stored values, {config['epochs']} epochs{longer}")
 
 
 def claim(results: Path) -> str:

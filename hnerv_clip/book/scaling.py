@@ -8,10 +8,9 @@ says when and on what it was measured.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
@@ -107,15 +106,17 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
 def failed_words(part: Row) -> str:
     """Which runs of the part `speed` failed, and with what error; or nothing."""
     said = [f"The run on {run['ranks']} with the learning rate {run['learning_rate']} has no "
-            f"result ({_reason(run['why'])})." for run in part.get("failed", [])]
+            f"result ({_reason(run)})." for run in part.get("failed", [])]
     if said and part["commit"].startswith(FAULTY_WRITER):
         said.append("Its file could not be read back; that fault of the writer is repaired since.")
     return " ".join(said)
 
 
-def _reason(why: str) -> str:
-    """An error without the names of runs and temporary files."""
-    return re.sub(r"^(run \S+ failed: )?(rank \d+ of \d+: )?(\w+Error: )?(/\S+: )?", "", why)
+def _reason(failed: Row) -> str:
+    """The error of a run, without the run's name, and with files by their names alone."""
+    words = failed["why"].removeprefix(f"run {failed['run']} failed: ").split(" ")
+    return " ".join(PurePosixPath(word).name if word.count("/") > 1 and word[0] == "/" else word
+                    for word in words)
 
 
 def earlier_words(measured: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from hnerv_clip.config import BUNDLED, ConfigError, TeacherConfig
-from hnerv_clip.files import check_writable
+from hnerv_clip.files import check_free, check_writable
 from hnerv_clip.paths import resolve_path
 
 LONG_MINUTES = 20  # of encoding, that a hint follows
@@ -308,7 +308,6 @@ def replace_when_done(out: Path, write: Callable[[Path], object]) -> None:
 
 
 def _check_free(out: Path, force: bool) -> None:
-    if out.exists() and not force:
-        raise FileCommandError(f"{out} exists; choose another name, or add --force to replace it")
+    check_free(out, force=force)
     if out.is_dir() and any(file.suffix != ".png" for file in out.iterdir()):
         raise FileCommandError(f"the folder {out} holds other files than PNG: choose another name")

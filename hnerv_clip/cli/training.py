@@ -32,7 +32,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
     bench = add("bench", _bench, "measure how fast it is on this machine; settings as for train")
     bench.add_argument("--parts", nargs="+", metavar="PART", help=
                        "any of ceilings train profile scaling decode teacher fit (all but fit)")
-    bench.add_argument("--out", default="output/bench.json", help="JSON file that collects parts")
+    bench.add_argument("--out", default="output/bench.json", help="JSON file that collects "
+                       "parts; a part of the same settings and device takes its rows' place")
     bench.add_argument("--outf", default="output/bench/fit", help="new run folder, for fit")
     study = add("study", _study, "train and measure the runs of the whole study; settings as for "
                 "train change the base of all of them")
@@ -51,7 +52,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
                        "stop after so many; the next call resumes; 0 only gathers existing results")
     study.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
                        help="also verify every run")
-    study.add_argument("--csv", help="write the table of results here")
+    study.add_argument("--csv", help="write the table of results here; one that is there is "
+                                     "replaced only if it loses no run")
     study.add_argument("--pack", help="write all but the checkpoints here, a .tar.xz; the book's "
                                       "plan resumes from it on another machine")
     study.add_argument("--out", default="book/results", help="folder of the book's results")
@@ -105,6 +107,8 @@ def _study(args: argparse.Namespace) -> None:
     if args.plan == "book":
         return _study_book(args)
     args.outf = args.outf or "output/study"
+    import pandas as pd
+
     from hnerv_clip.study import plan as study_plan
     from hnerv_clip.study import run as study_run
     from hnerv_clip.study import table as study_table
@@ -117,6 +121,9 @@ def _study(args: argparse.Namespace) -> None:
     for folder in (resolve_path(args.outf), *(resolve_path(path).parent for path in (
             args.csv, args.pack) if path)):
         check_writable(folder)
+    if args.csv:
+        study_table.check_replaced(args.csv, pd.DataFrame({"run": sorted({*configs, *(
+            path.parent.name for path in resolve_path(args.outf).glob("*/study.json"))})}))
     states = study_run.run_study(
         configs, args.outf, base=base, cache_dir=args.cache_dir, workers=args.workers,
         minutes=args.minutes, with_verify=args.verify)

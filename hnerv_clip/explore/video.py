@@ -392,11 +392,12 @@ def _from_run(path: str | Path, data_path: str, cache_dir: str | Path, device: s
 
 
 def _stored_times(run_dir: RunDir) -> np.ndarray | None:
-    """When each frame of a run is shown, from the file that a finished one holds: [T]."""
+    """When each frame of a run is shown, from its own stored video: [T]; None without one."""
     from hnerv_clip.codec.container import FileError, read_header
 
     with suppress(FileError, OSError):
-        return np.array(read_header(run_dir.path / VIDEO).times())
+        if run_dir.holds_video():  # another video's file would give another number of frames
+            return np.array(read_header(run_dir.path / VIDEO).times())
     return None
 
 

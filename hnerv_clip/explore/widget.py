@@ -41,6 +41,7 @@ REFERENCES = 400  # patches of the video that a region is compared with
 STATE = ("facts", "shown", "quality", *PICTURES)  # with which the first frame is seen
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)  # errors whose words say what to do
 FOLDER = Path(__file__).parent
+IMPORTING = threading.Lock()  # of the switches below, which are those of the whole process
 
 
 def explore(path: str | Path, *, original: str = "", text: str = "",
@@ -71,16 +72,17 @@ def _import_torch() -> None:
     Without collecting garbage, of which its import makes none. Its threads then wait for each other
     asleep, with the same results: spinning they took up to twice as long beside another job.
     """
-    collects, policy = gc.isenabled(), os.environ.get("OMP_WAIT_POLICY")
-    gc.disable()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        import torch  # noqa: F401
-    finally:
-        if collects:
-            gc.enable()
-        if policy is None:  # for this process alone, not for those that it starts
-            os.environ.pop("OMP_WAIT_POLICY", None)
+    with IMPORTING:  # else the second of two explorers takes the first one's switches for given
+        collects, policy = gc.isenabled(), os.environ.get("OMP_WAIT_POLICY")
+        gc.disable()
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        try:
+            import torch  # noqa: F401
+        finally:
+            if collects:
+                gc.enable()
+            if policy is None:  # for this process alone, not for those that it starts
+                os.environ.pop("OMP_WAIT_POLICY", None)
 
 
 class Explorer(anywidget.AnyWidget):

@@ -219,6 +219,22 @@ class RunDir:
         path = self.path / name
         return file_digest(path) if path.is_file() else ""
 
+    def bind_video(self, checkpoint: str = BEST) -> None:
+        """Note in video.json which checkpoint the stored video was made from."""
+        write_json(self.path / "video.json", self._video_digests(checkpoint))
+
+    def holds_video(self, checkpoint: str = BEST) -> bool:
+        """Whether the stored video is there and was made from this checkpoint, as it is now."""
+        try:
+            about = read_json(self.path / "video.json", fix="")
+        except (FileNotFoundError, RunError):  # made before there was such a note, or damaged
+            return False
+        return (self.path / VIDEO).is_file() and about == self._video_digests(checkpoint)
+
+    def _video_digests(self, checkpoint: str) -> dict[str, str]:
+        return {"checkpoint": self.checkpoint_digest(checkpoint),
+                "video": file_digest(self.path / VIDEO)}
+
     def metrics(self) -> pd.DataFrame:
         """A row per epoch; evaluation columns are empty between evaluations."""
         try:

@@ -283,7 +283,7 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
     beside the run's folder. Stopped at any moment, the next call resumes.
 
     Args:
-        folder: of the runs; the rows go to its comparison.json.
+        folder: of the runs; the rows go to its comparison.json, beside those of other calls.
         recipes: flat settings by name.
         videos: `data_path` of each.
         seconds: of training steps.
@@ -297,9 +297,12 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
     folder, deadline, rows = resolve_path(folder), time.monotonic() + 60 * minutes, []
     for path in sorted(folder.glob("*_seed*.json")):
         _check_plan(path, recipes)
+    known, keys = folder / "comparison.json", ("recipe", "video", "seed", "seconds")
+    before = read_json(known, keys={"rows": list}, fix="remove it")["rows"] \
+        if known.is_file() else []
     for seed, video, limit, (name, settings) in itertools.product(
             seeds, videos, seconds, recipes.items()):
-        run = RunDir(folder / f"{Path(video).stem}_{name}_{limit:g}s_seed{seed}")
+        run = RunDir(folder / f"{label_video(video)}_{name}_{limit:g}s_seed{seed}")
         planned = run.path.with_name(f"{run.path.name}.json")  # the run's folder is its own
         if not run.finished and time.monotonic() >= deadline:
             continue
@@ -314,11 +317,19 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
                                      epochs=epochs, eval_freq=epochs).params()})
         plan = read_json(planned, fix="delete it")
         result = train(Config.from_params(**plan["params"]), run.path, cache_dir=cache_dir)
-        rows.append({"recipe": name, "video": Path(video).stem, "seed": seed, "seconds": limit,
+        rows.append({"recipe": name, "video": label_video(video), "seed": seed, "seconds": limit,
                      "epochs": plan["params"]["epochs"], "step_s": plan["step_s"],
                      "device": run.provenance()["device"], **result.summary})
-        write_json(folder / "comparison.json", {"rows": rows})
+        write_json(known, {"rows": list({tuple(row[key] for key in keys): row
+                                         for row in [*before, *rows]}.values())})
     return rows
+
+
+def label_video(data_path: str) -> str:
+    """A name for files: another one for each video, also where two files have the same name."""
+    name = Path(data_path).stem
+    return name if name == data_path else \
+        f"{name}-{hashlib.sha256(data_path.encode()).hexdigest()[:8]}"
 
 
 def _check_plan(path: Path, recipes: dict[str, dict[str, Any]]) -> None:

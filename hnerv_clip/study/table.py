@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -202,12 +203,43 @@ def pack_study(folder: str | Path, path: str | Path) -> int:
     return size_bytes
 
 
+def check_replaced(path: str | Path, table: pd.DataFrame) -> None:
+    """Refuse to put a table of the study in place of one that says more.
+
+    Args:
+        table: with the column run, and any of those of `study_table`.
+    Raises:
+        StudyError: the file has a run that the table lacks, or has with other settings.
+    """
+    path = resolve_path(path)
+    if not path.exists():
+        return
+    new = pd.read_csv(io.StringIO(_as_csv(table)), dtype=str).fillna("").set_index("run")
+    old = read_table(path, ("run",), dtype=str, fix="remove it").fillna("").set_index("run")
+    fix = "give another --csv, or remove that file first"
+    if lost := [run for run in old.index if run not in new.index]:
+        raise StudyError(f"{path} holds runs that are not among these, such as {lost[0]}, and "
+                         f"would lose {len(lost)} of {len(old)}: {fix}")
+    for name in (*SETTINGS, "stored_values"):
+        if name in old and name in new and (old[name] != new[name].loc[old.index]).any():
+            raise StudyError(f"{path} holds these runs with another {name}: {fix}")
+
+
+def _as_csv(table: pd.DataFrame) -> str:
+    return table.to_csv(index=False, float_format="%.6g")
+
+
 def write_study(folder: str | Path, path: str | Path) -> pd.DataFrame:
-    """Write `study_table` as CSV, with six significant digits, and return it."""
+    """Write `study_table` as CSV, with six significant digits, and return it.
+
+    Raises:
+        StudyError: see `study_table` and `check_replaced`.
+    """
     table = study_table(folder)
+    check_replaced(path, table)
     path = resolve_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = table.to_csv(index=False, float_format="%.6g")
+    text = _as_csv(table)
     write_atomic(path, lambda file: file.write(text.encode()))
     return table
 

@@ -17,7 +17,6 @@ from hnerv_clip.config import Config
 from hnerv_clip.dataset import Dataset
 from hnerv_clip.distributed import from_rank0, gather_rows, ranks
 from hnerv_clip.evaluate import (
-    bind_video,
     evaluate_model,
     evaluate_stored,
     evaluation_columns,
@@ -114,7 +113,7 @@ def final_figures(model: HNeRV, dataset: Dataset, run: RunDir, *, config: Config
     video = run.path / VIDEO
     if rank == 0:
         store_video(model, dataset, video, config=config)
-        bind_video(run)
+        run.bind_video()
     content = from_rank0(video.read_bytes() if rank == 0 else None)
     with tempfile.TemporaryDirectory() as folder:  # a shared disk may show the file late
         copy = Path(folder) / video.name

@@ -4,7 +4,7 @@
 rolled in time, another video, ...) where a network's prediction would be, and counts how often each
 question is answered yes. `simulate_interval` counts how often an interval holds the truth.
 
-    python -m hnerv_clip.verify.simulation --out book/results/verification_calibration.json
+    python -m hnerv_clip.verify.simulation --force --out book/results/verification_calibration.json
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from scipy.signal import lfilter
 
 from hnerv_clip.config import Split
 from hnerv_clip.devices import usable_cores
+from hnerv_clip.files import check_free, write_atomic
 from hnerv_clip.metrics import cosine, unit
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import code_version
-from hnerv_clip.runs.run_dir import write_atomic
 from hnerv_clip.verify.baselines import interpolate_teacher, nearest_training_frame
 from hnerv_clip.verify.evidence import (
     KNOWS,
@@ -330,14 +330,20 @@ def _write_tables(path, parts):
     write_atomic(resolve_path(path), lambda file: file.write(f"{text}\n".encode()))
 
 
-def main() -> None:
-    """Write the tables as JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", required=True)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the tables as JSON.
+
+    Raises:
+        RunError: OUT is there.
+    """
+    parser = argparse.ArgumentParser(description=main.__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="a new JSON file")
+    parser.add_argument("--force", action="store_true", help="replace OUT")
     parser.add_argument("--datasets", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=usable_cores())
     parser.add_argument("--limit_s", type=float, default=np.inf)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    check_free(resolve_path(args.out), force=args.force)
     calibrate(args.out, datasets=args.datasets, processes=args.processes, limit_s=args.limit_s)
     print(args.out)
 

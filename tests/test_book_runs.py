@@ -233,6 +233,9 @@ def test_a_video_of_the_recipe_may_have_any_name(folders):
     run = RunDir(part_folder(folders.outf, "videos", "preset best: carphone", "0"))
     row = recipe_parts.part_row(run, "videos", "preset best: part 1: tea.mp4")
     assert (row["recipe"], row["video"]) == (recipe_parts.BEST, "part 1: tea.mp4")
+    names = ("a b.mp4", "a_b.mp4", "a%5Fb.mp4")
+    assert len({part_folder(folders.outf, "videos", f"preset best: {name}", "0")
+                for name in names}) == len(names)
 
 
 def test_the_recipe_has_the_trainings_of_its_page(tmp_path):

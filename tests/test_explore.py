@@ -36,6 +36,7 @@ from hnerv_clip.runs.run_dir import RunError
 from hnerv_clip.search.boxes import around_positions
 from hnerv_clip.search.maps import match_scores
 from hnerv_clip.teachers import boxes as boxes_module
+from hnerv_clip.teachers import sentences
 from hnerv_clip.teachers.boxes import embed_boxes
 
 
@@ -358,7 +359,8 @@ def test_a_run_whose_file_has_the_field_names_the_file(pixel_copy, cache_dir):
     assert "use that file, or fit one, hnerv-clip fit-head" in run.silent
 
 
-def test_errors_are_told_with_their_fix(explorer, trained_run, pixel_run, cache_dir):
+def test_errors_are_told_with_their_fix(explorer, trained_run, pixel_run, cache_dir, monkeypatch):
+    monkeypatch.setattr(sentences, "_folder", lambda: None)  # whether it is installed or not
     explorer.text = "hair"
     assert "'hair' is not the name of an ImageNet class" in explorer.problem
     assert "try: hair slide" in explorer.problem

@@ -170,6 +170,7 @@ def test_every_frame_once_an_epoch_whatever_the_batch():
     assert order.tolist() != epoch_order(frames, seed=1, epoch=3).tolist()
 
 
+@pytest.mark.usefixtures("small_dataset")  # its embeddings
 def test_nan_stops_and_keeps_the_last_good_checkpoint(small_config, cache_dir, tmp_path,
                                                       monkeypatch):
     frame_losses, calls = PlainEngine.frame_losses, 0

@@ -291,8 +291,8 @@ def search_in_words(search: dict[str, Any]) -> str:
             f"dB.{known} These are trainings of equal epochs "
             f"({join_words([str(count) for count in sorted(epochs)])}), not of equal time, with "
             "one seed" + (f" but on {join_words(several.video.tolist())}" if len(several) else "")
-            + f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f}%. Trained "
-            f"at {join_words(made)}."
+            + f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f}%. "
+            f"Trained at {join_words(made)}."
             + (" The preset stays as it is." if videos.gain_db.min() < 0 else ""))
 
 

@@ -70,8 +70,9 @@ def part_names(outf: Path) -> list[tuple[str, str, str]]:
 
 
 def part_folder(outf: Path, group: str, change: str, seed: str) -> Path:
-    """Of a training's run."""
-    return outf / "recipe" / group / f"{change}_s{seed}".replace(" ", "_")
+    """Of a training's run: spaces become underscores, which an underscore of a name does not."""
+    name = change.replace("%", "%25").replace("_", "%5F").replace(" ", "_")
+    return outf / "recipe" / group / f"{name}_s{seed}"
 
 
 def part_config(outf: Path, group: str, change: str, seed: str) -> Config:

@@ -238,6 +238,5 @@ def plot_fidelity(runs: list[dict], reference: dict) -> Figure:
                   markersize=4, label="here, each run" if i == 0 else None)
     axes.set(xlabel="epoch", ylabel="PSNR (dB)")
     axes.legend()
-    return caption(figure, "PSNR over all frames at each evaluation; of some runs only the last "
-                           "was kept. The authors' code is drawn from the figures that it gave on "
-                           "an H100.")
+    return caption(figure, "PSNR over all frames at each evaluation. The authors' code is drawn "
+                           "from the figures that it gave on an H100.")

@@ -53,12 +53,8 @@ def collect_scaling(results: Path, outf: Path) -> None:
     measured["parts"] = {name: {"gpus": found["gpus"], **part}
                          for found in (before, measured) if same or found is measured
                          for name, part in found["parts"].items() if part["complete"]}
-    earlier = [*before.get("earlier", []),
-               *filter(None, [before["parts"].get("speed")])] if same else []
     if same and "speed" not in own:  # that part's GPUs are the file's
         measured["gpus"] = before["gpus"]
-    measured["earlier"] = [part for part in earlier
-                           if part.get("gpus", before["gpus"]) != measured["gpus"]]
     figures = run_figures(outf / RUN) if on_gpu and (outf / RUN).exists() else None
     if on_gpu and not same:
         shutil.rmtree(folder, ignore_errors=True)
@@ -117,16 +113,6 @@ def _reason(failed: Row) -> str:
     words = failed["why"].removeprefix(f"run {failed['run']} failed: ").split(" ")
     return " ".join(PurePosixPath(word).name if word.count("/") > 1 and word[0] == "/" else word
                     for word in words)
-
-
-def earlier_words(measured: dict[str, Any]) -> str:
-    """How PSNR changed on other numbers of GPUs, measured before, with device and commit."""
-    said = []
-    for part in measured.get("earlier", []):
-        alone, *others = part["runs"]
-        said.append(f"Measured before, on {part['gpus']} × {part['device']} (commit "
-                    f"{commit_words(part)}): PSNR changed by {quality_words(alone, others)}.")
-    return " ".join(said)
 
 
 def _with_head(measured: dict[str, Any]) -> list[Row]:

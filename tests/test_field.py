@@ -15,6 +15,7 @@ from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.field import fit_run
 from hnerv_clip.field.fit import FitSettings, fit_field
 from hnerv_clip.field.query import FIELD, Field, field_config, has_field, load_field, make_field
+from hnerv_clip.files import read_json
 from hnerv_clip.heads.field import (
     FieldConfig,
     FieldHead,
@@ -390,6 +391,34 @@ def test_labels_are_asked_of_the_teacher_and_the_field(run, field):
     assert set(found["query"]) == {"hare"} and found.box_iou.between(0, 1).all()
     with pytest.raises(ConfigError, match="no label is of .*: labels are of bunny in 1_2"):
         labels.measure_labels(run, field, table.assign(video="bunny", crop="1_2"))
+
+
+def test_labels_of_a_run_are_published_with_what_was_asked(run, field, cache_dir, monkeypatch,
+                                                           tmp_path):
+    name, crop = run.dataset.video.name, "_".join(map(str, run.dataset.video.frames.shape[2:]))
+    row = {"video": name.split()[0], "crop": crop, "frame": int(run.dataset.split.val[0]),
+           "query": "hare", "text": "a hare", "top": 10, "left": 20, "height": 30, "width": 40}
+    table = pd.DataFrame([row])
+    monkeypatch.setattr(labels, "read_labels", lambda: table)
+    monkeypatch.setattr(labels, "has_sentences", lambda: False)
+    monkeypatch.setattr(labels, "resolve_path", lambda _: tmp_path)
+    folder = str(run.run_dir.path)
+    with pytest.raises(RunError, match="field_evaluation.csv does not exist: hnerv-clip fit-head"):
+        labels.main([folder, "--cache_dir", str(cache_dir)])
+    evaluated = fit_run.evaluate_field(run, field, cache_dir=cache_dir, device="cpu",
+                                       progress=False)
+    evaluated.to_csv(run.run_dir.path / "field_evaluation.csv", index=False)
+    labels.main([folder, "--cache_dir", str(cache_dir), "--publish"])
+    found = read_json(tmp_path / labels.RESULTS, fix="")
+    assert [r["who"] for r in found["rows"]] == ["teacher", "field"]
+    about, = found["about"]["fields"]
+    skill = fit_run.summarise_field(evaluated).query(
+        "source == 'interpolated' and where == 'any box' and split == 'held_out'").skill.item()
+    assert about["any_held"] == pytest.approx(skill, abs=1e-4) and about["boxes"] == 8
+    assert about["commit"] == run.run_dir.provenance()["commit"]
+    assert "not CLIP" in found["about"]["teacher"] and "words" not in found["about"]
+    with pytest.raises(ConfigError, match="was trained on frame .* --data_split 4_5_5"):
+        labels.describe_field(run, field, table.assign(frame=int(run.dataset.split.train[0])))
 
 
 def test_the_cache_of_boxes_spares_the_teacher(run, cache_dir, monkeypatch):

@@ -1,15 +1,22 @@
 """Do heat maps point at what is there? A field and its teacher against boxes drawn by hand.
 
+    python -m hnerv_clip.study.labels output/bunny output/bikes output/carphone --publish
+
 The boxes, `book/results/labels.csv`, are of held-out frames of the built-in videos, each with the
 name of an ImageNet class, which both teachers know, and a text in other words, which the bundled
 teacher reads as a mixture of classes (`teachers.sentences`). Of such a frame square boxes of
-several sides around evenly spaced positions are scored for the name.
+several sides around evenly spaced positions are scored for the name. The command asks the fields of
+runs (`hnerv-clip fit-head`) in held-out frames; `--publish` replaces
+`book/results/field_labels.json`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +24,18 @@ import pandas as pd
 import torch
 
 from hnerv_clip.config import ConfigError
-from hnerv_clip.field.query import Field
-from hnerv_clip.inference import Run
+from hnerv_clip.field.fit_run import summarise_field
+from hnerv_clip.field.query import Field, load_field
+from hnerv_clip.files import RunError, write_json
+from hnerv_clip.inference import Run, load_run, sources_of
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.runs.provenance import code_version, commit_words, device_name
 from hnerv_clip.search.boxes import SIDES, around_positions, overlap
 from hnerv_clip.teachers import load_teacher
 from hnerv_clip.teachers.boxes import embed_boxes
+from hnerv_clip.teachers.sentences import PACKAGE, has_sentences
 
-FILE = "labels.csv"
+FILE, RESULTS = "labels.csv", "field_labels.json"
 COLUMNS = ["video", "crop", "frame", "query", "text", "top", "left", "height", "width"]
 POSITIONS = 8  # of a heat map, in the height of a frame
 Scorer = Callable[[int, npt.NDArray, str], npt.NDArray]  # frame, boxes [P, 4], query → [P]
@@ -120,3 +131,60 @@ def score_labels(labels: pd.DataFrame, scorer: Scorer, *, frame_hw: tuple[int, i
 
 def _holds(box: npt.NDArray, point: npt.NDArray) -> bool:
     return bool(((point >= box[:2]) & (point < box[:2] + box[2:])).all())
+
+
+def describe_field(run: Run, field: Field, labels: pd.DataFrame) -> dict[str, Any]:
+    """What is asked: video, size, boxes (a frame that it was fitted to), any_held (skill at any
+    box of held-out frames, from `field_evaluation.csv`), device and commit of the training.
+
+    Raises:
+        RunError: the run has no evaluation of its field.
+        ConfigError: a frame with labels was trained on.
+    """
+    name, trained = run.dataset.video.name, run.dataset.split.train
+    own = labels.frame[labels.video == name.split()[0]]
+    if seen := sorted(set(own) & set(map(int, trained))):
+        raise ConfigError(f"{run.run_dir.path} was trained on frame {seen[0]} of {name}, which has "
+                          "labels: train with --data_split 4_5_5, which holds it out")
+    path = run.run_dir.path / "field_evaluation.csv"
+    if not path.is_file():
+        raise RunError(f"{path} does not exist: hnerv-clip fit-head {run.run_dir.path}")
+    table = summarise_field(pd.read_csv(path)).set_index(["where", "split", "source"])
+    height, width = run.model.frame_hw
+    facts = run.run_dir.provenance()
+    return {"video": name, "size": f"{height}×{width}", "boxes": field.about["boxes"],
+            "any_held": round(float(table.skill["any box", "held_out", sources_of(run.model)[-1]]),
+                              4), "device": facts["device"], "commit": facts["commit"]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command in this module's first lines; prints hits and overlaps."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", help="folders of runs with fields, one a video")
+    parser.add_argument("--cache_dir", default="output/cache")
+    parser.add_argument("--publish", action="store_true",
+                        help=f"put the rows into book/results/{RESULTS}, for those that are there")
+    args = parser.parse_args(argv)
+    labels, in_words, fields, rows = read_labels(), has_sentences(), [], []
+    about = {"made by": "hnerv_clip.study.labels.measure_labels",
+             "commit": commit_words(dict(zip(("commit", "dirty"), code_version())))}
+    for folder in args.runs:
+        run = load_run(folder, cache_dir=args.cache_dir)
+        field = load_field(run, source=sources_of(run.model)[-1])
+        fields.append(describe_field(run, field, labels))
+        rows.append(measure_labels(run, field, labels, in_words=in_words))
+        print(rows[-1].groupby("who", sort=False)[["hit", "box_iou", "map_iou"]].mean(), flush=True)
+        about |= {"teacher": run.dataset.teacher_label,
+                  "device": device_name(next(run.model.parameters()).device)}
+    if in_words:
+        about["words"] = f"{PACKAGE} {metadata.version(PACKAGE)} (sentence encoder)"
+    if args.publish:
+        table = pd.concat(rows).round(4)
+        write_json(resolve_path("book/results") / RESULTS, {
+            "about": {**about, "fields": fields},
+            "rows": table[["video", "who", *table.columns.drop(["video", "who"])]].to_dict(
+                "records")})
+
+
+if __name__ == "__main__":
+    main()

@@ -93,8 +93,9 @@ def test_training_together_is_paired_with_the_picture_alone(folder):
     assert book.read_together(folder).empty
     gains = [("frozen", None, -0.01), ("together", 0.0, 0.0), ("together", 0.005, 0.01),
              ("together", 0.02, 0.03), ("first", 0.005, -0.02)]
-    rows = [{"video": "bunny", "size": "40×80", "device": "a CPU", "network": network,
-             "weight": weight, "seed": seed, "any_held": 0.7 + seed / 100 + gain + gain * seed / 10,
+    rows = [{"video": "bunny", "frames": 9, "size": "40×80", "device": "a CPU",
+             "network": network, "weight": weight, "seed": seed,
+             "any_held": 0.7 + seed / 100 + gain + gain * seed / 10,
              "psnr_held_db": 31 - 10 * gain, "bytes": 50_000}
             for network, weight, gain in gains for seed in (0, 1)]
     (folder / book.TOGETHER).write_text(json.dumps({"about": {}, "rows": rows}))
@@ -107,7 +108,7 @@ def test_training_together_is_paired_with_the_picture_alone(folder):
     assert less[:2] == [None, None] and less[3].startswith("+0.032 [")
     assert less[4].startswith("-0.011 [")  # less the frozen one, which is trained as long
     best, first = book.best_together_rows(together)
-    assert best["measured on"] == "bunny 40×80, a CPU" and best["pairs"] == "2"
+    assert best["measured on"] == "bunny, 9 frames of 40×80, a CPU" and best["pairs"] == "2"
     assert best["learned together"] == "going on, λ = 0.02"
     assert best["skill at any box"].startswith("+0.032 [") and best["from, to"] == "+0.030, +0.033"
     assert best["held-out PSNR"].startswith("-0.300 dB")
@@ -196,9 +197,13 @@ def test_boxes_drawn_by_hand_are_counted_for_field_and_teacher(folder):
             for who, hits in (("teacher", (True, True)), ("field", (True, False)))
             for frame, hit in enumerate(hits)]
     rows.append({**rows[0], "video": "bikes"})  # no field was asked there
-    (folder / book.LABELLED).write_text(json.dumps({"about": {"device": "a CPU"}, "rows": rows}))
+    asked = {"fields": [{"video": video, "boxes": 320, "any_held": skill}
+                        for video, skill in (("bunny", 0.734), ("bikes", 0.7))]}
+    (folder / book.LABELLED).write_text(json.dumps({"about": asked, "rows": rows}))
     labelled, about = book.read_labelled(folder)
-    assert about["device"] == "a CPU"
+    assert about == asked
+    assert "were fitted to 320 boxes of each training frame" in book.asked_words(about)
+    assert book.asked_words(about).endswith("their skill is 0.73 on bunny and 0.70 on bikes.")
     assert [row["hits"] for row in book.labelled_rows(labelled)] == ["2 of 2", "1 of 2", "1 of 1"]
     words = book.labelled_words(labelled)
     assert words.startswith("of 2 boxes drawn by hand in held-out frames of bunny, ")
@@ -249,7 +254,9 @@ def test_a_field_is_named_and_its_setting_told(folder):
     names = [book.field_words(row, fields) for row in fields.itertuples()]
     assert names[0] == "bunny, 2,048 boxes: rank 96, steps 8000, seed 0"
     assert names[1] == "bunny, 320 boxes: relu output"
-    assert "which 2 of 5 fields had among their boxes" in book.setting_words(fields)
+    said = book.setting_words(fields, 0.9984)
+    assert "which 2 of 5 fields had among their boxes" in said
+    assert "half precision (skill against full precision: 0.998 or more). In" in said
 
 
 def test_a_round_has_its_device_and_a_short_commit():

@@ -35,13 +35,14 @@ SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "output": "ou
 
 
 def read_fields(folder: str | Path) -> dict[str, Any]:
-    """The measurement: `about`; `fields` and `baselines` (tables); `runs` and `shifts` by video.
+    """The measurement: `about`; `fields` and `baselines` (tables); `shifts` by video.
 
     `fields` has the columns of the file and `change` in words, `settings` (the names of those that
     it sets), `is_rounded` (whether its bytes are of the weights whose skill is given), `kb` (10³
     bytes), `boxes_a_frame` that it was fitted to, and `patches`, the share of draws that are the
     run's patches. `moved` has, by video and pixels, the teacher's skill for a box that moves;
-    `side_files` what bytes alone give, with the columns any_held and eight_held of fields.
+    `side_files` what bytes alone give, with the columns any_held and eight_held of fields;
+    `half_precision` the least skill of the teacher's embeddings in half precision against full.
 
     Raises:
         ResultsError: the file is missing, or has no field.
@@ -61,7 +62,8 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
         raise ResultsError(f"{FILE} has no field; take it back with {FIX}")
     return {"about": measured["about"], "fields": pd.DataFrame(found),
             "baselines": pd.DataFrame([row for row in rows if "baseline" in row]),
-            "runs": {row["run"].split("_")[0]: row for row in rows if "run" in row},
+            "half_precision": min((row["skill"] for row in rows
+                                   if "half precision" in row.get("what", "")), default=None),
             "moved": pd.DataFrame([row for row in rows if row.get("what") == "moved"],
                                   columns=["video", "pixels", "skill", "mean_of_4"]),
             "side_files": pd.DataFrame(
@@ -134,12 +136,13 @@ def pair_answer(pairs: list[Pairs]) -> str:
 def read_together(folder: str | Path) -> pd.DataFrame:
     """Rows of `study.together`: the same field on networks as they are and trained together.
 
-    Empty where none was measured. `where` says video, size and device.
+    Empty where none was measured. `where` says video, frames, their size, and device.
     """
     if not (resolve_path(folder) / TOGETHER).is_file():
         return pd.DataFrame()
     rows = pd.DataFrame(read_json(folder, TOGETHER, fix=FIX)["rows"])
-    rows["where"] = rows.video + " " + rows["size"] + ", " + rows.device
+    rows["where"] = (rows.video + ", " + rows.frames.astype(str) + " frames of " + rows["size"]
+                     + ", " + rows.device)
     return rows
 
 
@@ -245,6 +248,15 @@ def read_labelled(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         return pd.DataFrame(), {}
     found = read_json(folder, LABELLED, fix=FIX)
     return pd.DataFrame(found["rows"]), found["about"]
+
+
+def asked_words(about: dict[str, Any]) -> str:
+    """Which fields were asked for what the labels name, and how good they are, in a sentence."""
+    fields = about["fields"]
+    boxes = join_words([f"{count:,}" for count in sorted({one["boxes"] for one in fields})])
+    return (f"The fields were fitted to {boxes} boxes of each training frame of networks that "
+            "learned the picture alone; at any other box in held-out frames their skill is "
+            + join_words([f"{one['any_held']:.2f} on {one['video']}" for one in fields]) + ".")
 
 
 def labelled_rows(labelled: pd.DataFrame) -> list[dict[str, str]]:
@@ -436,7 +448,7 @@ def round_rows(about: dict[str, Any]) -> list[dict[str, str]]:
             for number, commit in about["commits"].items()]
 
 
-def setting_words(fields: pd.DataFrame) -> str:
+def setting_words(fields: pd.DataFrame, half_precision: float | None = None) -> str:
     """What networks and fields were made with, and which boxes were asked, in sentences.
 
     The published rounds 1 to 4 were measured by hand, later ones by `study.book_runs`.
@@ -451,9 +463,10 @@ def setting_words(fields: pd.DataFrame) -> str:
             f"high, and the eight patches, which {len(taught)} of {len(fields)} fields had among "
             "their boxes. In rounds 1 and 2 the boxes of a frame had 128 shapes; since round 3 "
             "each has its own, but in one fit. In rounds 3 and 4 the teacher embedded them in half "
-            "precision (skill against full precision: 0.998 or more). In round 3 the GPU was "
-            "shared, so that fits took longer than they need to. Where several fits ran at once, "
-            "the seconds are those of all of them.")
+            "precision" + (f" (skill against full precision: {half_precision:.3f} or more)"
+                           if half_precision else "")
+            + ". In round 3 the GPU was shared, so that fits took longer than they need to. Where "
+            "several fits ran at once, the seconds are those of all of them.")
 
 
 def _pixels(count: int) -> str:

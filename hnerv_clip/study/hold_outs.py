@@ -4,9 +4,9 @@
 
 Small networks of some videos, each trained for the picture alone on three parts of the frames, a
 field fitted to each on its frozen weights: one frame in 5 held out, one in 16, and blocks of two
-seconds. Made for a CPU: such networks show how a field generalizes in time, not how good it can
-be. `--publish` puts all rows of the folder into `book/results/hold_outs.json`; without videos it
-does nothing else.
+seconds. Such networks, small enough for a CPU, show how a field generalizes in time, not how good
+it can be. `--publish` puts all rows of the folder into `book/results/hold_outs.json`; without
+videos it does nothing else.
 """
 
 from __future__ import annotations

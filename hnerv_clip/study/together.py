@@ -6,7 +6,7 @@ Of one trained network, the same field is fitted afterwards on it as it is (`fro
 becomes of it when it goes on with a field at each λ (`train.together`). λ = 0 goes on with the
 picture alone, so that more epochs are not taken for what λ does. And on a network of the same seed
 that learned picture and field together from its first epoch, in as many epochs as the frozen one.
-The command does this with small networks, for a CPU.
+The command does this with networks that are small enough for a CPU.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def measure_together(run: Run, *, folder: Path, cache_dir: str | Path, seed: int
 
 def measure_small(data_path: str, folder: Path, *, cache_dir: str | Path, seed: int = 0,
                   **changes: Any) -> list[dict[str, Any]]:
-    """`measure_together` of a small network, which is trained first; for a CPU.
+    """`measure_together` of a small network, which is trained first.
 
     Args:
         changes: settings other than `SETTINGS`.

@@ -173,7 +173,7 @@ def plot_hold_outs(rows: pd.DataFrame, *, teacher_label: str) -> Figure:
     figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=8)
     return caption(figure, "The further orange lies left of blue, the more a field loses in frames "
                            "that neither it nor its network was fitted to; the vertical mark is "
-                           "what time alone allows. Small networks, trained on a CPU. "
+                           "what time alone allows. Small networks. "
                            f"Teacher: {teacher_label}.")
 
 

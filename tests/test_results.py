@@ -197,8 +197,6 @@ def test_several_gpus_are_summed_up():
     faulty = {**part, "commit": f"{scaling.FAULTY_WRITER}ffff"}
     assert scaling.failed_words(faulty).endswith("of the writer is repaired since.")
     assert scaling.failed_words({**faulty, "failed": []}) == ""
-    assert scaling.earlier_words({"earlier": [part]}).startswith(
-        "Measured before, on 4 × GPU (commit abc): PSNR changed by +0.00 dB with the learning rate")
     runs.append(row(4, "×4, as many steps", 360, 2.0, 160))
     assert ("after 8.0 s of steps is reached in 2.0 s with the learning rate ×4, as many steps (4 "
             "times the epochs); one GPU was not run with that rate."

@@ -34,7 +34,7 @@ from hnerv_clip.field.fit_run import (
 from hnerv_clip.files import write_json
 from hnerv_clip.inference import Run, load_run, sources_of
 from hnerv_clip.metrics import bracket_frames
-from hnerv_clip.paths import resolve_path
+from hnerv_clip.paths import label_video, resolve_path
 from hnerv_clip.runs.provenance import code_version, device_name
 from hnerv_clip.study.fields import box_skill, held_out_psnr
 from hnerv_clip.teachers import load_teacher
@@ -79,7 +79,7 @@ def measure_hold_outs(data_path: str, folder: Path, *, cache_dir: str | Path, se
     width = 24 * round(height * full.frame_hw[1] / full.frame_hw[0] / 24)
     rows = []
     for name, split in hold_out_splits(full.fps / stride).items():
-        label = f"{Path(data_path).stem}_{name.replace(' ', '_')}_s{seed}"
+        label = f"{label_video(data_path)}_{name.replace(' ', '_')}_s{seed}"
         path = folder / f"{label}.json"
         if path.is_file():
             rows += read_rows(path, cache_dir=cache_dir)

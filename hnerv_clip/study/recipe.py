@@ -38,7 +38,7 @@ from hnerv_clip.evaluate import evaluate_model
 from hnerv_clip.files import RunError, read_json, write_json
 from hnerv_clip.losses import learning_rate
 from hnerv_clip.model import build_model
-from hnerv_clip.paths import resolve_path
+from hnerv_clip.paths import label_video, resolve_path
 from hnerv_clip.runs.locks import hold
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.sizes import LEAST_SIZE, VALUES_PER_PIXEL, choose_strides
@@ -323,13 +323,6 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
         write_json(known, {"rows": list({tuple(row[key] for key in keys): row
                                          for row in [*before, *rows]}.values())})
     return rows
-
-
-def label_video(data_path: str) -> str:
-    """A name for files: another one for each video, also where two files have the same name."""
-    name = Path(data_path).stem
-    return name if name == data_path else \
-        f"{name}-{hashlib.sha256(data_path.encode()).hexdigest()[:8]}"
 
 
 def _check_plan(path: Path, recipes: dict[str, dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from hnerv_clip.config import BUNDLED, BUNDLED_DIM, Config, TeacherConfig
 from hnerv_clip.devices import synchronise
 from hnerv_clip.files import write_json
 from hnerv_clip.inference import Run, load_run
-from hnerv_clip.paths import resolve_path
+from hnerv_clip.paths import label_video, resolve_path
 from hnerv_clip.runs.provenance import code_version, device_name
 from hnerv_clip.study.fields import BOXES, held_out_psnr, measure_field
 from hnerv_clip.teachers.base import describe_teacher
@@ -110,7 +110,7 @@ def measure_small(data_path: str, folder: Path, *, cache_dir: str | Path, seed: 
     width = 24 * round(HEIGHT * width / height / 24)
     config = Config.from_params(**{**SETTINGS, "data_path": data_path, "seed": seed,
                                    "resize_list": f"{HEIGHT}_{width}", **changes})
-    label = f"{Path(data_path).stem}_s{seed}"
+    label = f"{label_video(data_path)}_s{seed}"
     train(config, folder / label, cache_dir=cache_dir, progress=False)
     return measure_together(
         load_run(folder / label, cache_dir=cache_dir), folder=folder, cache_dir=cache_dir,

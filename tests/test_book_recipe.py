@@ -81,6 +81,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_without_a_collapse_none_is_said(folder):
+    rows = book.read_recipe(folder)["rows"]  # of all, `lr_after_collapse` is null
+    assert rows.lr_after_collapse.isna().all()
+    for one in rows.itertuples():
+        assert one.lr_after_collapse != one.lr_after_collapse, "as page 20 asks"
+        assert book.setting(one) == one.change
+
+
 def test_gains_are_over_the_base_at_equal_epochs(folder):
     changes = book.changes(book.read_recipe(folder)["rows"])
     assert dict(zip(changes.change, changes.gain_db)) == {

@@ -208,7 +208,7 @@ def test_damaged_files_are_told_by_their_counts():
     assert said.endswith("in the 2 processes that are counted, each file under 2 GiB and 2 s.")
     rows = rate.add_damaged([], counted | {"failed": 2}, commit="a" * 40)
     goal = rate.goals({"runs": [measured()], "damaged": rows})[-1]
-    assert goal["measured"] == "70 files, 2 processes stopped" and goal["met"] == "no"
+    assert goal["measured"] == "70 files, stopped processes: 2" and goal["met"] == "no"
     assert "At commit aaaaaaaaaaaa, 2 processes more stopped for an unknown reason; " in \
         rate.damaged_words(rows)
     rows[0] |= {"failed_why": "elsewhere"}

@@ -456,7 +456,7 @@ def goals(measured: dict[str, Any]) -> list[dict[str, Any]]:
         (f"a film written at {GOALS['film_frames_per_s']} frames/s on an H100",
          f"{film:.0f} frames/s", film >= GOALS["film_frames_per_s"]),
         (f"{GOALS['damaged_files']:,} damaged files, no abort",
-         f"{files:,} files, {f'{stopped} processes stopped' if stopped else 'no abort'}",
+         f"{files:,} files, {f'stopped processes: {stopped}' if stopped else 'no abort'}",
          files >= GOALS["damaged_files"] and not stopped)]
     return [{"goal": goal, "measured": value, "met": "yes" if met else "no"}
             for goal, value, met in rows]

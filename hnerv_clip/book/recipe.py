@@ -43,8 +43,11 @@ def read_recipe(folder: str | Path) -> dict[str, Any]:
     paper = [{"change": HNERV, "psnr_db": run["psnr_db"], "total_s": math.nan} for run in runs
              if run["engine"] == "fused"]
     batches = [measured["about"], *(other["about"] for other in others.values() if other["rows"])]
+    rows = pd.DataFrame(measured["rows"])
+    missing_as_nan = {"total_s": float, "lr_after_collapse": float}  # also where all are None
     return {"batches": batches, "settings": {b["runs"]: b["setting"] for b in batches}} | {
-        name: pd.DataFrame(measured[name]) for name in ("rows", "goals", "published")} | {
+        "rows": rows.astype(missing_as_nan)} | {
+        name: pd.DataFrame(measured[name]) for name in ("goals", "published")} | {
         name: pd.DataFrame(other["rows"]) for name, other in others.items()} | {
         "longer": pd.DataFrame(measured["decoders"]["longer"]), "paper": pd.DataFrame(paper),
         **{name: pd.DataFrame(measured["preset"][name]) for name in ("sizes", "held_out")}}

@@ -19,7 +19,8 @@ from hnerv_clip.study import table as study_table
 from hnerv_clip.study.plan import study_base, study_configs
 from hnerv_clip.study.run import run_study
 from hnerv_clip.study.table import StudyError
-from hnerv_clip.teachers import encode_queries, load_teacher, parse_queries
+from hnerv_clip.teachers import efficientnet, encode_queries, load_teacher, parse_queries
+from hnerv_clip.teachers.base import preprocess
 from hnerv_clip.train import check_run
 from hnerv_clip.verify.run import read_verification
 from hnerv_clip.video import load_video
@@ -80,8 +81,14 @@ def test_positions_are_jittered_by_half_their_distance():
 
 
 @pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    """Of this file alone: embeddings of smaller pictures."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
 def done(small_config, cache_dir, tmp_path_factory):
-    """Two runs that end and one whose loss becomes NaN between them."""
+    """Two runs that end and one whose loss becomes NaN between them; the teacher sees 64×64."""
     folder = tmp_path_factory.mktemp("study")
     configs = study_configs(small_config, ["bunny_hybrid_base_s0", "bunny_xyt_stage_all_s1"])
     xyt = configs["bunny_xyt_stage_all_s1"].replace(modelsize=0.2, device="cpu:0")
@@ -89,7 +96,10 @@ def done(small_config, cache_dir, tmp_path_factory):
                "bunny_hybrid_lambda_1_s0": small_config.replace(lr=1e30),
                "bunny_xyt_stage_all_s1": xyt}
     said = []
-    states = run_study(configs, folder, base=small_config, cache_dir=cache_dir, say=said.append)
+    with pytest.MonkeyPatch.context() as patch:  # it takes 12 ms a patch of its usual size
+        patch.setattr(efficientnet, "preprocess", lambda patches, size, **scale: preprocess(
+            patches, (64, 64), **scale))
+        states = run_study(configs, folder, base=small_config, cache_dir=cache_dir, say=said.append)
     return folder, configs, states, said
 
 

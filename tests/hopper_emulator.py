@@ -1,6 +1,7 @@
 """Run the Hopper kernels' sources on the CPU, see `hopper_emulator.cc`."""
 
 import ctypes
+import functools
 import subprocess
 import tempfile
 from pathlib import Path
@@ -11,9 +12,20 @@ from torch import Tensor
 from hnerv_clip.kernels import hopper
 
 EMULATOR = Path(__file__).with_name("hopper_emulator.cc")
+COMPILE = ["g++", "-std=c++17", "-O1", "-fPIC", "-w"]
 # Which of a source's values are in bfloat16, in its order: those that it reads, and writes
 BF16_VALUES = {"conv.cu": ((0, 1), (3, 4)), "weight_gradient.cu": ((0, 1), ()),
                "rgb_forward.cu": ((0, 1), (6,)), "rgb_backward.cu": ((0, 1, 2), (3,))}
+
+
+@functools.cache
+def _headers() -> tempfile.TemporaryDirectory:
+    """The system's headers, compiled once: half a second for each kernel."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "headers.h"
+    path.write_text("".join(line for line in EMULATOR.open() if line.startswith("#include <")))
+    subprocess.run([*COMPILE, "-x", "c++-header", str(path)], check=True)
+    return folder
 
 
 class EmulatedKernel:
@@ -32,9 +44,11 @@ class EmulatedKernel:
         (folder / "sources.cu").write_text(text)
         given = macros | {"SHARED": hopper.shared_bytes(macros), "COLUMNS": columns,
                           "B_K_MAJOR": int(hopper.b_k_major(macros))}
-        subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{folder}",
-                        *(f"-D{name}={value}" for name, value in given.items()),
-                        str(EMULATOR), "-o", str(folder / "program.so")], check=True)
+        (folder / "program.cc").write_text("\n".join([  # a macro must not change the headers
+            '#include "headers.h"', *(f"#define {name} {value}" for name, value in given.items()),
+            f'#include "{EMULATOR}"']))
+        subprocess.run([*COMPILE, "-shared", f"-I{folder}", f"-I{_headers().name}",
+                        str(folder / "program.cc"), "-o", str(folder / "program.so")], check=True)
         self.run = ctypes.CDLL(str(folder / "program.so")).run
         self.run.restype = ctypes.c_char_p
 

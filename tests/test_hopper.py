@@ -116,11 +116,19 @@ def test_lines_of_the_source_fit_the_page():
 
 # The emulated GPU: sizes that make several tiles, and an odd number of channel blocks
 
-@pytest.fixture
-def emulated(tmp_path):
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler to emulate the GPU with")
-    return lambda macros, **changes: EmulatedKernel(macros, tmp_path, **changes)
+    folder, kernels = tmp_path_factory.mktemp("kernels"), {}
+
+    def build(macros, **changes):
+        key = repr((macros, changes))
+        if key not in kernels:
+            kernels[key] = EmulatedKernel(macros, folder, **changes)
+        return kernels[key]
+
+    return build
 
 
 def _given(xc, yc, kernel, hw, images=2):

@@ -61,14 +61,17 @@ def counted(seconds):
     return run
 
 
-def test_eight_tasks_on_a_node_of_eight_gpus(slurm, tmp_path):
-    [job] = launch_slurm(CONFIG, tmp_path / "main", ranked(sum_of_ranks), gpus_per_node=8)
+@pytest.mark.parametrize("gpus", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_task_for_each_gpu_of_a_node(slurm, tmp_path, gpus):
+    [job] = launch_slurm(CONFIG, tmp_path / "main", ranked(sum_of_ranks), gpus_per_node=gpus)
     wait_until(lambda: job.state == "running")
     shown = slurm.run("scontrol", "show", "job", job.record["job_id"])
-    for fact in ("NumTasks=8", "TresPerNode=gres:gpu:8", "Requeue=1", "NtasksPerN:B:S:C=8:"):
+    for fact in (f"NumTasks={gpus}", f"TresPerNode=gres:gpu:{gpus}", "Requeue=1",
+                 f"NtasksPerN:B:S:C={gpus}:"):
         assert fact in shown, shown
     assert follow([job], poll_s=0.5)["state"].tolist() == ["finished"], job.log()
-    assert json.loads((tmp_path / "main/summary.json").read_text()) == {"total": 36}
+    assert json.loads((tmp_path / "main/summary.json").read_text()) == {
+        "total": sum(range(1, gpus + 1))}
 
 
 def intervals(paths):

@@ -86,7 +86,7 @@ def test_pairs_of_networks_win_over_the_scouts_single_runs(folder):
     for row, less in zip(content["pairs"], (0.0, 0.05, 0.0, 0.0)):
         row["any_held"] -= less
     (folder / book.FILE).write_text(json.dumps(content))
-    assert book.pair_answer(book.compare_pairs(folder)).startswith("Not that could be measured")
+    assert book.pair_answer(book.compare_pairs(folder)).startswith("No gain in skill")
 
 
 def test_training_together_is_paired_with_the_picture_alone(folder):

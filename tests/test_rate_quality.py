@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hnerv_clip.bench import rate_quality as rate
+from hnerv_clip.bench.damaged_files import COUNTS
 from hnerv_clip.figures import plot_rate_quality
 
 LINE = [{"rate_bpp": 0.01 * 4**i, "psnr_db": 30.0 + 4 * i} for i in range(3)]
@@ -118,7 +119,7 @@ def test_runs_are_put_beside_the_codecs(tmp_path):
 
 def test_goals_are_met_or_missed():
     rows = rate.goals({"runs": [measured()], "damaged": [
-        dict.fromkeys(rate.COUNTS, 0) | {"files": 10**6, "seeds": [1]}]})
+        dict.fromkeys(COUNTS, 0) | {"files": 10**6, "seeds": [1]}]})
     assert [row["met"] for row in rows] == ["no", "no", "yes", "no", "yes"]
     assert rows[0]["measured"] == "34.92 dB there; 35.5 dB at 0.0673"
     plain = rate.goals({"runs": [measured(), measured("b" * 40, head=False, psnr=60.0)]})

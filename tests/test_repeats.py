@@ -73,7 +73,7 @@ def test_a_page_says_how_many_differ(tmp_path):
     assert "1 of 1 pairs, one run without that fence and one with it, ended alike" in words
     assert book.cause_words({**measured, "rows": measured["rows"][:1]}) == ""
     measured["replays"].append(measured["replays"][0] | {"steps": 500, "fence": True})
-    assert "2,000 further steps, 500 of them with the fence below, beside" in \
+    assert "2,000 further steps, 500 of them with the fence named below, beside" in \
         book.repeat_words(measured)
     assert book.repeat_words({**measured, "rows": measured["rows"][:1], "replays": []}) == \
         "1 of 1 runs ended alike, to the last digit"

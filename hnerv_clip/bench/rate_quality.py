@@ -15,16 +15,15 @@ commit once.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hnerv_clip.bench.damaged_files import add_damaged, all_damaged, count_damaged, unexplained
 from hnerv_clip.bench.decoding import FETCHED, NETWORK
 from hnerv_clip.bench.video_codecs import bd_rate
 
@@ -34,7 +33,6 @@ GOALS = {"psnr_db": 35.5, "rate_bpp": 0.055, "recipe_psnr_db": 37.0, "recipe_rat
          "similarity_loss": 0.005, "film_frames_per_s": 500, "damaged_files": 10**6}
 NEAR = 0.03  # of a rate
 LEAST_RANGE_DB = 0.5  # of PSNR that two curves share, for a mean over it to mean something
-COUNTS = ("files", "refused", "read", "failed")  # of damaged files, and of processes the last
 FUZZ_MEMORY_BYTES, FUZZ_TIME_S = 2 * 2**30, 2  # what tests/fuzz_file.py allows for each of them
 ORIGINAL, FIELD, NO_HEAD = "with head", "with field", "no head"
 SETTINGS = ("epochs", "lr", "batch_size", "modelsize", "predict_clip", "clip_loss_weight",
@@ -86,50 +84,6 @@ def split_words(splits: Sequence[dict[str, Any]]) -> str:
             f"{worst['epochs']} and {worst['tune_epochs']} at {worst['fine_tune_lr']:g}")
 
 
-def count_damaged(log: str) -> dict[str, Any]:
-    """How damaged files ended, from what `tests/fuzz_file.py` printed in several processes.
-
-    Returns:
-        files, refused (with the documented error), read (nothing was wrong with them), seeds of
-        the processes that came to their end, and failed, the number of those that did not.
-    """
-    found = {int(seed): (int(files), ast.literal_eval(counts)) for files, seed, counts in
-             re.findall(r"^(\d+) files of seed (\d+): (\{.*\})$", log, re.M)}
-    ends = re.search(r"(?:(?:^.*\n)?^rc \d+\n)+", log, re.M)  # each process once, one by one
-    return {"files": sum(files for files, _ in found.values()),
-            **{name: sum(counts.get(name, 0) for _, counts in found.values())
-               for name in ("refused", "read")}, "seeds": sorted(found),
-            "failed": len(re.findall(r"^rc [1-9]", ends[0], re.M)) if ends else 0}
-
-
-def add_damaged(kept: Sequence[dict[str, Any]], counted: dict[str, Any], *, commit: str
-                ) -> list[dict[str, Any]]:
-    """Counts as of `count_damaged`, a row for each commit, with one more.
-
-    A row's `failed_why`, written by hand, says where the processes that did not end well stopped,
-    if that was not in reading a file.
-
-    Raises:
-        ValueError: seeds of this commit that are counted already.
-    """
-    rows = {row["commit"]: row for row in kept}
-    old = rows.get(commit, dict.fromkeys(COUNTS, 0) | {"seeds": []})
-    if twice := set(old["seeds"]) & set(counted["seeds"]):
-        raise ValueError(f"seeds {sorted(twice)} of {commit} are counted already: give a log of "
-                         "others")
-    rows[commit] = {"commit": commit, **{name: old[name] + counted[name] for name in COUNTS},
-                    "seeds": [*old["seeds"], *counted["seeds"]]}
-    if "failed_why" in old and not counted["failed"]:  # else it says nothing of the new ones
-        rows[commit]["failed_why"] = old["failed_why"]
-    return list(rows.values())
-
-
-def all_damaged(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """The sums over all commits: files, refused, read, failed, and processes."""
-    return {name: sum(row[name] for row in rows) for name in COUNTS} | {
-        "processes": sum(len(row["seeds"]) for row in rows)}
-
-
 def damaged_words(rows: Sequence[dict[str, Any]]) -> str:
     """How damaged files ended, and which processes did not come to their end, in sentences."""
     counts = all_damaged(rows)
@@ -145,11 +99,6 @@ def damaged_words(rows: Sequence[dict[str, Any]]) -> str:
             said.append(f"At commit {row['commit'][:12]}, {words} more stopped {why}; the files "
                         "of such a process are not counted.")
     return " ".join(said)
-
-
-def unexplained(rows: Sequence[dict[str, Any]]) -> int:
-    """Processes that failed, and may have done so in reading a file."""
-    return sum(row["failed"] for row in rows if "failed_why" not in row)
 
 
 def tuned_points(runs: Sequence[dict[str, Any]]) -> list[Point]:

@@ -128,7 +128,7 @@ def pair_answer(pairs: list[Pairs]) -> str:
     if any(one.skill.n < 2 for one in pairs):
         return "One pair of networks cannot tell"
     if not more and not less:
-        return "Not that could be measured: every 95% interval includes 0"
+        return "No gain in skill could be measured: its 95% interval includes 0 on every video"
     return "; ".join(f"{word} on {join_words(videos)}"
                      for word, videos in (("Yes", more), ("No, less", less)) if videos)
 

@@ -38,7 +38,7 @@ def repeat_words(measured: dict[str, Any]) -> str:
     fenced = sum(row["steps"] for row in replays if row.get("fence"))
     where = dict.fromkeys(f"{row['device']}, commit {row['commit'][:7]}" for row in replays)
     found = f"other bits in {differing} checks" if differing else "the same bits in every buffer"
-    part = f", {fenced:,} of them with the fence below" if fenced else ""
+    part = f", {fenced:,} of them with the fence named below" if fenced else ""
     return (f"{said}. With fixed weights {steps:,} further steps{part}, beside other work on the "
             f"same GPU, gave {found} ({max(row['buffers'] for row in replays)} buffers; "
             f"{join_words(list(where))})")
@@ -50,9 +50,9 @@ def cause_words(measured: dict[str, Any]) -> str:
     apart = rows[~rows.same]
     if apart.empty:
         return ""
-    known = apart.get("same_epochs", pd.Series(dtype=float)).min()
-    since = "nor from which step on: their folders were not kept" if np.isnan(known) else \
-        f"only that they part after epoch {known:.0f} or later"
+    known = apart.get("same_epochs", pd.Series(np.nan, apart.index))
+    since = f"only that they part after epoch {known.min():.0f} or later" if known.notna().all() \
+        else "nor from which step on: not all of their folders were kept"
     tried = rows[rows.get("fence", pd.Series(None, rows.index)).notna()]  # without it, and with it
     both = (f" {tried.same.sum()} of {len(tried)} pairs, one run without that fence and one with "
             "it, ended alike, which is too few to tell whether it was the cause." if len(tried)
@@ -62,8 +62,9 @@ def cause_words(measured: dict[str, Any]) -> str:
             "candidate is Triton before 3.8, which compiled some of the kernels: in pipelined "
             "matrix products it leaves out the fence between a copy to shared memory and the read "
             "by the tensor cores ([pull request 9610]"
-            "(https://github.com/triton-lang/triton/pull/9610)). `hnerv_clip.kernels.async_fence` "
-            f"adds it since.{both}")
+            "(https://github.com/triton-lang/triton/pull/9610)). Commits "
+            "later than those of the table add it (`hnerv_clip.kernels.async_fence`)."
+            f"{both}")
 
 
 def repeat_rows(measured: dict[str, Any]) -> list[dict[str, str]]:

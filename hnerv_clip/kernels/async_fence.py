@@ -39,7 +39,7 @@ def with_async_fence(kernel: Any) -> Any:
 
 
 def enable(on: bool = True) -> None:
-    """Add the fence where Triton leaves it out, or do not; before anything is compiled."""
+    """Switch the fence on or off, where Triton leaves it out; before anything is compiled."""
     global enabled
     enabled = on and lacking
     # Not by `knobs.runtime.add_stages_inspection_hook`: Triton 3.5 has none, 3.6 leaves it out of

@@ -228,7 +228,7 @@ def collect_recipe(folders: Folders) -> None:
 
 def put_recipe(measured: dict[str, Any], group: str, row: dict[str, Any]) -> None:
     """Put a row of `study.recipe_parts` into its group, and its commit and device into what is
-    said about the group. One without times keeps those of the same commit and device."""
+    said about the group. One without times keeps those of the same commit, device and settings."""
     table = measured if group == "rows" else measured.setdefault(
         "preset" if group in ("sizes", "held_out") else group, {"about": {}})
     rows = table.setdefault(group if group in ("sizes", "held_out") else "rows", [])
@@ -243,7 +243,8 @@ def put_recipe(measured: dict[str, Any], group: str, row: dict[str, Any]) -> Non
         rows.append(row)
     else:
         timed = {name: old[name] for name in ("train_time_s", "total_s") if row.get(name) is None
-                 and all(old.get(key) == row.get(key) for key in known) and name in old}
+                 and all(old.get(key) == row.get(key) for key in (*known, "stored", "epochs", "lr"))
+                 and name in old}
         old.update(row | timed)
     every = [one for name in ("rows", "sizes", "held_out") for one in table.get(name, [])]
     table["about"] |= {key: ", ".join(dict.fromkeys(one[key] for one in every if key in one))

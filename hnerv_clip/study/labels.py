@@ -13,6 +13,7 @@ runs (`hnerv-clip fit-head`) in held-out frames; `--publish` replaces
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -179,8 +180,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if in_words:
         about["words"] = f"{PACKAGE} {metadata.version(PACKAGE)} (sentence encoder)"
     if args.publish:
-        table = pd.concat(rows).round(4)
-        write_json(resolve_path("book/results") / RESULTS, {
+        table, path = pd.concat(rows).round(4), resolve_path("book/results") / RESULTS
+        lost = {row["video"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+                } - set(table.video) if path.is_file() else set()
+        if lost:
+            raise ConfigError(f"{path} has rows of {', '.join(sorted(lost))}, of which no run is "
+                              "given: name a run of each, or remove the file")
+        write_json(path, {
             "about": {**about, "fields": fields},
             "rows": table[["video", "who", *table.columns.drop(["video", "who"])]].to_dict(
                 "records")})

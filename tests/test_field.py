@@ -15,7 +15,7 @@ from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.field import fit_run
 from hnerv_clip.field.fit import FitSettings, fit_field
 from hnerv_clip.field.query import FIELD, Field, field_config, has_field, load_field, make_field
-from hnerv_clip.files import read_json
+from hnerv_clip.files import read_json, write_json
 from hnerv_clip.heads.field import (
     FieldConfig,
     FieldHead,
@@ -417,6 +417,11 @@ def test_labels_of_a_run_are_published_with_what_was_asked(run, field, cache_dir
     assert about["any_held"] == pytest.approx(skill, abs=1e-4) and about["boxes"] == 8
     assert about["commit"] == run.run_dir.provenance()["commit"]
     assert "not CLIP" in found["about"]["teacher"] and "words" not in found["about"]
+    found["rows"].append(found["rows"][0] | {"video": "another"})
+    write_json(tmp_path / labels.RESULTS, found)
+    with pytest.raises(ConfigError, match="has rows of another, of which no run is given"):
+        labels.main([folder, "--cache_dir", str(cache_dir), "--publish"])
+    assert read_json(tmp_path / labels.RESULTS, fix="") == found
     with pytest.raises(ConfigError, match="was trained on frame .* --data_split 4_5_5"):
         labels.describe_field(run, field, table.assign(frame=int(run.dataset.split.train[0])))
 

@@ -81,13 +81,13 @@ def test_positions_are_jittered_by_half_their_distance():
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    """Of this file alone: embeddings of smaller pictures."""
+def done_cache(tmp_path_factory):
+    """Of `done` alone: embeddings of smaller pictures."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
-def done(small_config, cache_dir, tmp_path_factory):
+def done(small_config, done_cache, tmp_path_factory):
     """Two runs that end and one whose loss becomes NaN between them; the teacher sees 64×64."""
     folder = tmp_path_factory.mktemp("study")
     configs = study_configs(small_config, ["bunny_hybrid_base_s0", "bunny_xyt_stage_all_s1"])
@@ -99,11 +99,12 @@ def done(small_config, cache_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # it takes 12 ms a patch of its usual size
         patch.setattr(efficientnet, "preprocess", lambda patches, size, **scale: preprocess(
             patches, (64, 64), **scale))
-        states = run_study(configs, folder, base=small_config, cache_dir=cache_dir, say=said.append)
+        states = run_study(configs, folder, base=small_config, cache_dir=done_cache,
+                           say=said.append)
     return folder, configs, states, said
 
 
-def test_a_run_that_fails_is_reported_and_the_others_go_on(done, small_config, cache_dir):
+def test_a_run_that_fails_is_reported_and_the_others_go_on(done, small_config, done_cache):
     folder, configs, states, said = done
     assert states == {"bunny_hybrid_base_s0": "finished", "bunny_hybrid_lambda_1_s0": "failed",
                       "bunny_xyt_stage_all_s1": "finished"}
@@ -111,15 +112,15 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(done, small_config, c
     assert "TrainError" in (folder / "bunny_hybrid_lambda_1_s0.error.txt").read_text()
     verified = read_verification(folder / "bunny_hybrid_base_s0")
     assert verified["labels"] == study_plan.LABELS["bunny"].split("; ")
-    again = run_study(configs, folder, base=small_config, cache_dir=cache_dir, minutes=0)
+    again = run_study(configs, folder, base=small_config, cache_dir=done_cache, minutes=0)
     assert again == states | {"bunny_hybrid_lambda_1_s0": "waiting"}
 
 
-def test_a_run_of_another_process_is_left_alone(done, small_config, cache_dir):
+def test_a_run_of_another_process_is_left_alone(done, small_config, done_cache):
     folder, configs, *_ = done
     name = "bunny_hybrid_lambda_1_s0"
     with RunDir(folder / name).lock():
-        states = run_study({name: configs[name]}, folder, base=small_config, cache_dir=cache_dir)
+        states = run_study({name: configs[name]}, folder, base=small_config, cache_dir=done_cache)
     assert states == {name: "busy"}
 
 
@@ -161,7 +162,7 @@ def test_no_run_is_begun_that_would_not_end_in_time(tmp_path):
     assert study_run._next_run(["a"], {}, tmp_path, now - 1, []) is None
 
 
-def test_the_table_is_what_the_runs_gave(done, cache_dir, tmp_path):
+def test_the_table_is_what_the_runs_gave(done, done_cache, tmp_path):
     folder, configs, *_ = done
     table = study_table.write_study(folder, tmp_path / "study.csv").set_index("run")
     assert table.index.tolist() == ["bunny_hybrid_base_s0", "bunny_xyt_stage_all_s1"]
@@ -176,7 +177,7 @@ def test_the_table_is_what_the_runs_gave(done, cache_dir, tmp_path):
         for measure in ("clip_similarity", "clip_centred"):
             assert row[f"{measure}_{part}"] == pytest.approx(summary[f"eval_{measure}_{name}"],
                                                              abs=1e-5)
-    run = load_run(folder / "bunny_xyt_stage_all_s1", cache_dir=cache_dir, device="cpu")
+    run = load_run(folder / "bunny_xyt_stage_all_s1", cache_dir=done_cache, device="cpu")
     own = predict_embeddings(run.model, run.dataset).numpy()
     right, split = run.dataset.embeddings.numpy(), run.dataset.split
     mean = right[split.train].mean((0, 1))

@@ -225,7 +225,7 @@ def test_what_was_not_measured_is_not_told(folder):
     assert book.time_in_words(preset) == ("The preset takes 110 s of one GPU, set-up, compilation "
                                           "and the stored file counted.")
     assert book.time_in_words(preset, seconds=100).endswith(
-        "Within 100 s changes of it give up to 36.80 dB.")
+        "Within 100 s the best of its changes gives 36.80 dB.")
     untimed = preset.assign(total_s=float("nan"), train_time_s=float("nan"))
     assert book.time_in_words(untimed) == ""
     assert "preset" not in book.control_in_words(measured["control"], untimed)

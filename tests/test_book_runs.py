@@ -238,6 +238,17 @@ def test_a_video_of_the_recipe_may_have_any_name(folders):
                 for name in names}) == len(names)
 
 
+def test_what_the_search_found_is_trained_with_the_settings_of_its_best_trial():
+    published = collect.resolve_path(collect.PUBLISHED)
+    search = json.loads((published / "recipe_search.json").read_text())
+    trial, = (one["params"] for one in search["trials"] if one["number"] == search["found"])
+    searched = recipe_parts.SEARCHED
+    names = {name for name in trial if searched.get(name) is not None}
+    assert {name: searched[name] for name in names} == {name: trial[name] for name in names}
+    assert {"lr", "reduce", "batch_size"} <= names
+    assert searched["lr_type"] == f"cosine_{trial['warm_up']:g}_1_0.1"
+
+
 def test_the_recipe_has_the_trainings_of_its_page(tmp_path):
     """Each row of the published file is one of the plan's, with the settings that it says."""
     published = json.loads((collect.resolve_path(collect.PUBLISHED) / collect.RECIPE).read_text())

@@ -111,7 +111,7 @@ def time_in_words(preset: pd.DataFrame, *, seconds: float = 60) -> str:
         f"The preset takes {best.total_s.iloc[-1]:.0f} s of one {best.device.iloc[-1]}, set-up, "
         "compilation and the stored file counted."]
     if quick is not None:
-        said.append(f"Within {seconds:g} s changes of it give up to {quick:.2f} dB.")
+        said.append(f"Within {seconds:g} s the best of its changes gives {quick:.2f} dB.")
     return " ".join(said)
 
 

@@ -25,8 +25,6 @@ LABELLED = "field_labels.json"
 TOGETHER, RATES = "field_together.json", "rate_quality.json"
 NEAREST, INTERPOLATED = "nearest training frame", "interpolated teacher"
 FIX = "git checkout book/results"
-COST = ("A field is fitted to the frozen network, whose weights stay as they are: the picture costs 0 "
-        "dB by construction; the field's bytes are added to the file.")
 GOALS = {"any_held": {"bunny": 0.90, "bikes": 0.85}, "eight_held": {"bunny": 0.94, "bikes": 0.88}}
 SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "output": "output",
             "source_stage": "stage", "stage": "stage", "points": "points",
@@ -34,6 +32,8 @@ SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "output": "ou
             "frames per latent map", "convs": "convolutions", "residual": "residual",
             "between": "interpolated share",
             "steps": "steps", "lr": "lr", "rate_weight": "rate weight"}
+COST = ("A field is fitted to the frozen network, whose weights stay as they are: the picture costs "
+        "0 dB by construction; the field's bytes are added to the file.")
 
 
 def read_fields(folder: str | Path) -> dict[str, Any]:

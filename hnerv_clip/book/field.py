@@ -32,8 +32,8 @@ SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "output": "ou
             "frames per latent map", "convs": "convolutions", "residual": "residual",
             "between": "interpolated share",
             "steps": "steps", "lr": "lr", "rate_weight": "rate weight"}
-COST = ("A field is fitted to the frozen network, whose weights stay as they are: the picture costs "
-        "0 dB by construction; the field's bytes are added to the file.")
+COST = ("A field is fitted to the frozen network, whose weights stay as they are: the picture "
+        "costs 0 dB by construction; the field's bytes are added to the file.")
 
 
 def read_fields(folder: str | Path) -> dict[str, Any]:

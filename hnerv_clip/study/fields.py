@@ -40,6 +40,12 @@ Row = dict[str, Any]
 NETWORKS = {"frozen": "pixels_only", "joint": "base"}  # kind of network → the study's variant
 LARGE = {"hidden": 384, "layers": 3, "mid_channels": 96, "map_channels": 32, "rank": 256}
 LONG = {"rounding": 0.8, "steps": 8000}
+UNROUNDED = {"rounding": 0.0, "steps": 8000}
+LARGEST = {"hidden": 1024, "layers": 4, "mid_channels": 192, "map_channels": 48, "rank": 512,
+           "points": 5, "map_rows": 16}
+LARGEST_FIT = {"rounding": 0.0, "steps": 15000, "lr": 1.5e-3, "frames": 64, "boxes": 128,
+               "patches": 0.125, "bf16": True}
+BOXES, MANY = 320, 2048  # of each frame that a field is fitted to
 # Size → in what it differs from the default: of `heads.field.FieldConfig`, `map_rows`, `boxes` a
 # frame, and `fit`, of `field.fit.FitSettings`
 SIZES: dict[str, dict[str, Any]] = {
@@ -48,13 +54,17 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"rank": 48, "hidden": 96, "fit": {**LONG, "rate_weight": 5e-8}},
     "longer": {"fit": {**LONG, "rate_weight": 1e-7}},
     "middle": {"rank": 128, "hidden": 160, "fit": {**LONG, "rate_weight": 2e-8}},
-    "unrounded": {**LARGE, "fit": {"rounding": 0.0, "steps": 8000}},
-    "largest": {"hidden": 1024, "layers": 4, "mid_channels": 192, "map_channels": 48, "rank": 512,
-                "points": 5, "map_rows": 16, "boxes": 2048, "fit": {
-                    "rounding": 0.0, "steps": 15000, "lr": 1.5e-3, "frames": 64, "boxes": 128,
-                    "patches": 0.125, "bf16": True}},
+    "unrounded": {**LARGE, "fit": UNROUNDED},
+    "largest": {**LARGEST, "boxes": MANY, "fit": LARGEST_FIT},
+    "wide": {**LARGE, "hidden": 768, "rank": 512, "fit": {**UNROUNDED, "lr": 2e-3}},
+    "large_many": {**LARGE, "boxes": MANY, "fit": {**LONG, "rate_weight": 1e-8}},
+    "middle_many": {"rank": 128, "hidden": 160, "boxes": MANY,
+                    "fit": {**LONG, "rate_weight": 2e-8}},
+    "small_many": {"rank": 48, "hidden": 96, "boxes": MANY, "fit": {**LONG, "rate_weight": 5e-8}},
+    **{f"unrounded_{count}": {**LARGE, "boxes": count, "fit": UNROUNDED}
+       for count in (80, 1024, MANY)},
+    "largest_long": {**LARGEST, "boxes": 3 * MANY, "fit": {**LARGEST_FIT, "steps": 40000}},
 }
-BOXES = 320  # a frame that a field is fitted to
 TESTS = {"square": BoxSampling(48, 48, (0.35, 1.0), (1.0, 1.0), seed=1001),
          "any": BoxSampling(48, 48, seed=1002)}
 SPREAD = 0.03  # by which boxes move and grow for the smoothed teacher, of which `SMOOTHED` are made

@@ -13,19 +13,16 @@ from hnerv_clip.book.results import ResultsError
 
 def field_row(any_held, size, **change):
     fit = {key: change.pop(key) for key in ("rounding", "steps") if key in change}
-    return {"video": "bunny", "head": "a", "seed": 0, "any_held": any_held, "bytes": size,
-            "params": size, "own_boxes": any_held, "change": {**change, "fit": fit or None}}
+    return {"video": "bunny", "head": f"{size} {change}", "seed": 0, "any_held": any_held,
+            "eight_held": 0.6, "bytes": size, "params": size, "own_boxes": any_held, "patches": 0,
+            "boxes_a_frame": 320, "change": {**change, "fit": fit or None}}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    rows = [field_row(0.7, 50_000, rank=96, steps=8000), field_row(0.8, 400_000, output="relu"),
+    rows = [field_row(0.7, 50_000, rank=96, steps=8000), field_row(0.8, 400_000),
             field_row(0.9, 10_000, rounding=0.0), field_row(0.75, 60_000, points=5)]
     (tmp_path / book.FILE).write_text(json.dumps({"about": {}, "rows": rows}))
-    rows = [{"run": "bunny_px", "eval_psnr_val_interpolated": 31.5},
-            {"run": "bunny_user", "eval_psnr_val_interpolated": 30.0},
-            {"video": "bunny", "head": "user's head (8)", "skill": {"grid8": 0.9, "any": -0.4}}]
-    (tmp_path / book.SCOUT).write_text(json.dumps({"about": {}, "rows": rows}))
     return tmp_path
 
 
@@ -40,10 +37,10 @@ def test_bytes_count_of_rounded_fields_alone(folder):
 def test_the_same_field_of_more_and_more_boxes(folder):
     content = json.loads((folder / book.FILE).read_text())
     large = {"rounding": 0.0, "rank": 256}
-    content["rows"] += [{**field_row(skill, 900, **large, **change), "boxes_a_frame": boxes}
-                        for boxes, skill, change in (
-                            (320, 0.7, {}), (2000, 0.85, {}), (1000, 0.8, {}),
-                            (1000, 0.9, {"between": 0.5}))]
+    content["rows"] += [{**field_row(skill, 900, **large), "head": f"{boxes} {patches}",
+                         "boxes_a_frame": boxes, "patches": patches}
+                        for boxes, skill, patches in ((320, 0.7, 0), (2000, 0.85, 0),
+                                                      (1000, 0.8, 0), (1000, 0.9, 0.125))]
     content["rows"] += [{"video": "bunny", "what": "moved", "pixels": p, "skill": s, "mean_of_4": s}
                         for p, s in ((8, 0.83), (1, 0.97))]
     (folder / book.FILE).write_text(json.dumps(content))
@@ -57,18 +54,15 @@ def test_the_same_field_of_more_and_more_boxes(folder):
     assert "more than 8 pixels" in book.moved_words(measured["moved"], found.iloc[0])
 
 
-def test_a_change_is_said_in_words_and_other_designs_are_no_sizes(folder):
+def test_a_change_is_said_in_words_and_sizes_are_of_as_many_boxes(folder):
     fields = book.read_fields(folder)["fields"]
-    assert list(fields.change) == ["rank 96, steps 8000", "relu output", "default field",
+    assert list(fields.change) == ["rank 96, steps 8000", "default field", "default field",
                                    "points 5"]
+    fields.loc[3, "boxes_a_frame"] = 2048
     assert list(book.capacity(fields).params) == [10_000, 50_000, 400_000]
 
 
-def test_the_original_heads_cost_is_of_the_same_frames(folder):
-    assert book.read_original(folder) == {"bunny": {"eight": 0.9, "any": -0.4, "cost_db": 1.5}}
-
-
-def test_pairs_of_networks_win_over_the_scouts_single_runs(folder):
+def test_pairs_of_networks_tell_what_the_head_changes(folder):
     assert book.compare_pairs(folder) == []
     content = json.loads((folder / book.FILE).read_text())
     content["original"] = {"bunny": {"eight": 0.8, "any": -0.3, "cost_db": 1.0, "seeds": 2}}
@@ -219,21 +213,19 @@ def test_boxes_drawn_by_hand_are_counted_for_field_and_teacher(folder):
         "teacher", "teacher, in words", "field", "field, in words"]
 
 
-def test_fields_of_several_seeds_are_told_with_their_spread(folder):
+def test_a_design_of_several_seeds_counts_by_its_mean(folder):
     content = json.loads((folder / book.FILE).read_text())
-    content["rows"] = [row | {"eight_held": 0.6} for row in content["rows"]]
-    content["rows"].append(field_row(0.9, 9, rounding=0.0) | {
-        "head": "xl", "boxes_a_frame": 99, "eight_held": 0.6})
-    content["rows"] += [content["rows"][-1] | other for other in (  # better, but other designs
-        {"head": "best", "any_held": 0.99}, {"boxes_a_frame": 100, "any_held": 0.99})]
+    content["rows"] += [field_row(skill, 400_000 + 1000 * seed, rank=128) | {
+        "seed": seed, "head": "middle"} for seed, skill in enumerate((0.78, 0.86, 0.82))]
     (folder / book.FILE).write_text(json.dumps(content))
-    assert book.seed_words(book.read_fields(folder)["fields"]) == "One seed."
-    content["rows"] += [content["rows"][4] | {"seed": seed, "any_held": skill}
-                        for seed, skill in ((1, 0.92), (2, 0.88))]
-    (folder / book.FILE).write_text(json.dumps(content))
-    said = book.seed_words(book.read_fields(folder)["fields"])  # seed 0 of that design has 0.9
-    assert "the xl field, fitted to 99 boxes of each frame, has on bunny 0.900 ± 0.020 at any " \
-           "box and 0.600 ± 0.000 at the eight patches (3 seeds)" in said
+    fields = book.read_fields(folder)["fields"]
+    best = book.best_field(fields, "bunny")
+    assert (best.any_held, best.kb, best.seeds) == (pytest.approx(0.82), 401, 3)
+    assert book.seed_words([best]) == (
+        "Means over seeds of network and fit, of any box: bunny ± 0.040 (3 seeds).")
+    alone = book.best_field(fields, "bunny", max_kb=70)
+    assert alone.any_held == 0.75 and book.seed_words([alone]) == "One seed each."
+    assert book.smallest_field(fields, "bunny", any_held=0.84) is None  # one seed alone has it
 
 
 def decoded_file(digest, rate, field, teacher, *, held=0, psnr=35.0):
@@ -247,24 +239,14 @@ def decoded_file(digest, rate, field, teacher, *, held=0, psnr=35.0):
 
 def test_a_field_is_named_and_its_setting_told(folder):
     content = json.loads((folder / book.FILE).read_text())
-    content["rows"][0] |= {"boxes_a_frame": 2048, "patches": 0.125, "round": 6}
+    content["rows"][0] |= {"boxes_a_frame": 2048, "patches": 0.125}
     content["rows"].append(content["rows"][0] | {"seed": 1})
     (folder / book.FILE).write_text(json.dumps(content))
     fields = book.read_fields(folder)["fields"]
     names = [book.field_words(row, fields) for row in fields.itertuples()]
     assert names[0] == "bunny, 2,048 boxes: rank 96, steps 8000, seed 0"
-    assert names[1] == "bunny, 320 boxes: relu output"
-    said = book.setting_words(fields, 0.9984)
-    assert "which 2 of 5 fields had among their boxes" in said
-    assert "half precision (skill against full precision: 0.998 or more). In" in said
-
-
-def test_a_round_has_its_device_and_a_short_commit():
-    about = {"device": "new", "date": "2", "devices": {"1": "old"},
-             "commits": {"1": "a tree before d93002e617c2", "2": "f" * 40}}
-    assert book.round_rows(about) == [
-        {"device": "old", "round": "1", "date": "2", "commit": "a tree before d93002e617c2"},
-        {"device": "new", "round": "2", "date": "2", "commit": "f" * 12}]
+    assert names[1] == "bunny, 320 boxes: default field"
+    assert "which 2 of 5 fields had among their boxes" in book.setting_words(fields)
 
 
 def test_a_files_field_stands_beside_the_teacher_on_its_frames(tmp_path):

@@ -144,7 +144,7 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypa
 
     def figures(run_dir):
         speed = {"ranks1": 10.0, "ranks2": 18.0, "ranks4": 30.0}[run_dir.split("_")[0]]
-        return {"frames_per_s": speed, "curve": [[1, 1.0, 20.0]], "engine": "plain", "epochs": 4,
+        return {"frames_per_s": speed, "curve": [[1, 0.5, 22.0], [4, 1.0, 20.0]], "engine": "plain", "epochs": 4,
                 "frames_per_s_p10": speed, "frames_per_s_p90": speed, "psnr_db": 20.0,
                 "wall_s": None, "batch_size": 2, "train_time_s": 1.0}
 
@@ -155,6 +155,8 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypa
     assert [run["run"] for run in measured["parts"]["speed"]["runs"]] == [
         "ranks1", "ranks2", "ranks4"]
     assert [run["efficiency"] for run in measured["parts"]["speed"]["runs"]] == [1, 0.9, 0.75]
+    assert [run["time_to_quality_s"] for run in measured["parts"]["speed"]["runs"]] == [
+        1.0, 1.0, 1.0]  # not what the pixel phase alone reached
     rows = speed_rows(measured)
     assert rows[-1]["frames/s"] == "failed"
     assert rows[0]["whole run (s)"] == "resumed" and rows[0]["training (s)"] == "1.0"

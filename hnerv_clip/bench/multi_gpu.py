@@ -191,7 +191,10 @@ def _measure_speed(scaling: _Scaling) -> None:
             alone = (figures["runs"] or [row])[0]
             figures["quality_db"] = alone["curve"][-1][2]
             row["efficiency"] = row["frames_per_s"] / (ranks * alone["frames_per_s"])
-            row["time_to_quality_s"] = time_to_reach(row["curve"], figures["quality_db"])
+            pixel_epochs = config.model.predict_clip * config.train.pixel_loss_warmup_epochs
+            row["time_to_quality_s"] = time_to_reach(  # with both tasks
+                [point for point in row["curve"] if point[0] > pixel_epochs],
+                figures["quality_db"])
             figures["runs"].append(row)
             scaling.save("speed", figures, complete=False)
     scaling.save("speed", figures, complete=True)

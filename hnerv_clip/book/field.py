@@ -7,6 +7,7 @@ constant is 0. A field here is one fit of one seed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,14 @@ from hnerv_clip.paths import resolve_path
 from hnerv_clip.study.fields import BOXES, TESTS
 from hnerv_clip.verify.paired import Paired, compare_paired
 
-FILE, SCOUT = "field_h100.json", "semantic_scout_h100.json"
+FILE = "field_h100.json"
 LABELLED = "field_labels.json"
 TOGETHER, RATES = "field_together.json", "rate_quality.json"
 NEAREST, INTERPOLATED = "nearest training frame", "interpolated teacher"
 FIX = "git checkout book/results"
 GOALS = {"any_held": {"bunny": 0.90, "bikes": 0.85}, "eight_held": {"bunny": 0.94, "bikes": 0.88}}
-SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "output": "output",
-            "source_stage": "stage", "stage": "stage", "points": "points",
-            "frequencies": "frequencies", "map_channels": "map channels", "per_key":
-            "frames per latent map", "convs": "convolutions", "residual": "residual",
-            "between": "interpolated share",
-            "steps": "steps", "lr": "lr", "rate_weight": "rate weight"}
+SETTINGS = {"rank": "rank", "hidden": "width", "layers": "layers", "points": "points",
+            "map_channels": "map channels", "steps": "steps", "rate_weight": "rate weight"}
 COST = ("A field is fitted to the frozen network, whose weights stay as they are: the picture "
         "costs 0 dB by construction; the field's bytes are added to the file.")
 
@@ -39,33 +36,23 @@ COST = ("A field is fitted to the frozen network, whose weights stay as they are
 def read_fields(folder: str | Path) -> dict[str, Any]:
     """The measurement: `about`; `fields` and `baselines` (tables); `shifts` by video.
 
-    `fields` has the columns of the file and `change` in words, `settings` (the names of those that
-    it sets), `is_rounded` (whether its bytes are of the weights whose skill is given), `kb` (10³
-    bytes), `boxes_a_frame` that it was fitted to, and `patches`, the share of draws that are the
-    run's patches. `moved` has, by video and pixels, the teacher's skill for a box that moves;
-    `side_files` what bytes alone give, with the columns any_held and eight_held of fields;
-    `half_precision` the least skill of the teacher's embeddings in half precision against full.
+    `fields` has the columns of `study.fields.measure_field` and `change` in words, `is_rounded`
+    (whether its bytes are of the weights whose skill is given) and `kb` (10³ bytes). `moved` has,
+    by video and pixels, the teacher's skill for a box that moves; `side_files` what bytes alone
+    give, with the columns any_held and eight_held of fields.
 
     Raises:
         ResultsError: the file is missing, or has no field.
     """
     measured = read_json(folder, FILE, fix=FIX)
     rows = measured["rows"]
-    found = []
-    for row in (row for row in rows if "head" in row):
-        # `study.fields` begins from the library's field, which has this output by default
-        change = {**({"output": "relu"} if "network" in row else {}), **row["change"]}
-        found.append({
-            "round": 0, "boxes_a_frame": BOXES, "patches": 0, "shapes": "128", **row,
-            "change": _words(change), "settings": set(_settings(change)),
-            "kb": row["bytes"] / 1e3,
-            "is_rounded": (change["fit"] or {}).get("rounding", 1) > 0})
+    found = [{**row, "change": _words(row["change"]), "kb": row["bytes"] / 1e3,
+              "is_rounded": (row["change"]["fit"] or {}).get("rounding", 1) > 0}
+             for row in sorted(rows, key=lambda row: row["video"] != "bunny") if "head" in row]
     if not found:
         raise ResultsError(f"{FILE} has no field; take it back with {FIX}")
     return {"about": measured["about"], "fields": pd.DataFrame(found),
             "baselines": pd.DataFrame([row for row in rows if "baseline" in row]),
-            "half_precision": min((row["skill"] for row in rows
-                                   if "half precision" in row.get("what", "")), default=None),
             "moved": pd.DataFrame([row for row in rows if row.get("what") == "moved"],
                                   columns=["video", "pixels", "skill", "mean_of_4"]),
             "side_files": pd.DataFrame(
@@ -79,18 +66,12 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
 
 
 def read_original(folder: str | Path) -> dict[str, dict[str, float]]:
-    """The original head by video: skill at its `eight` positions, skill at `any` box, `cost_db`.
+    """The original head by video: skill at its `eight` positions and at `any` box; `cost_db`.
 
-    The cost is in PSNR, on held-out frames from interpolated embeddings, against no head. From the
-    pairs of networks without and with the head, where there are any (`study.fields`), with their
-    number, `seeds`; else from the scout's single runs.
+    The cost is in PSNR, on held-out frames from interpolated embeddings, against no head: means
+    over so many pairs of networks without and with the head, `seeds`.
     """
-    found = read_json(folder, FILE, fix=FIX).get("original", {})
-    rows = read_json(folder, SCOUT, fix=FIX)["rows"]
-    psnr = {row["run"]: row["eval_psnr_val_interpolated"] for row in rows if "run" in row}
-    return {row["video"]: {"eight": row["skill"]["grid8"], "any": row["skill"]["any"], "cost_db":
-                           psnr[f"{row['video']}_px"] - psnr[f"{row['video']}_user"]}
-            for row in rows if row.get("head", "").startswith("user's head")} | found
+    return read_json(folder, FILE, fix=FIX)["original"]
 
 
 @dataclass(frozen=True)
@@ -308,35 +289,44 @@ def in_words(labelled: pd.DataFrame) -> str:
                 [f"the {who} finds {words}" for who, words in found.items()]) + ".")
 
 
+def over_seeds(fields: pd.DataFrame) -> pd.DataFrame:
+    """A row per video and design: means over seeds, `seeds` and `sd`, the standard deviation of
+    any_held, NaN of one seed."""
+    groups = fields.groupby(["video", "head"], sort=False)
+    first = groups.first()
+    means = groups.mean(numeric_only=True).drop(columns="is_rounded")
+    return first.assign(**means, seeds=groups.seed.nunique(), sd=groups.any_held.std()
+                        ).reset_index()
+
+
 def best_field(fields: pd.DataFrame, video: str, *, column: str = "any_held",
                max_kb: float = float("inf"), rounded: bool = True) -> pd.Series:
-    """The field of a video with the highest value of a column, of at most so many kB.
+    """The design of a video with the highest value of a column, of at most so many kB.
 
     Args:
         rounded: of those alone whose bytes are known.
+    Returns:
+        Its row of `over_seeds`.
     """
-    own = fields[(fields.video == video) & (fields.is_rounded | (not rounded))
-                 & (fields.kb <= max_kb)]
+    means = over_seeds(fields)
+    own = means[(means.video == video) & (means.is_rounded | (not rounded)) & (means.kb <= max_kb)]
     return own.loc[own[column].idxmax()]
 
 
-def seed_words(fields: pd.DataFrame) -> str:
-    """Skill over seeds of the fields that have several, in a sentence; or that there is one."""
-    said: dict[str, list[str]] = {}
-    for (_, head, boxes, video), part in fields.groupby(
-            ["round", "head", "boxes_a_frame", "video"], sort=False):
-        if part.seed.nunique() > 1:
-            found = [f"{part[column].mean():.3f} ± {part[column].std():.3f} at {words}"
-                     for column, words in {"any_held": "any box",
-                                           "eight_held": "the eight patches"}.items()]
-            said.setdefault(f"the {head} field, fitted to {boxes:,} boxes of each frame,", []
-                            ).append(f"on {video} {join_words(found)} ({part.seed.nunique()} "
-                                     "seeds)")
-    if not said:
-        return "One seed."
-    means = "; ".join(f"{field} has {', '.join(words)}" for field, words in said.items())
-    return (f"Over seeds of network and fit {means}, as mean ± standard deviation; every other "
-            "field is one seed.")
+def smallest_field(fields: pd.DataFrame, video: str, *, any_held: float) -> pd.Series | None:
+    """The rounded design of a video with the fewest bytes for this skill, or None."""
+    means = over_seeds(fields)
+    own = means[(means.video == video) & means.is_rounded & (means.any_held >= any_held)]
+    return None if own.empty else own.loc[own.kb.idxmin()]
+
+
+def seed_words(fields: Iterable[pd.Series]) -> str:
+    """How many seeds rows of `over_seeds` are means of, and their spread, in a sentence."""
+    several = [row for row in fields if row.seeds > 1]
+    if not several:
+        return "One seed each."
+    return ("Means over seeds of network and fit, of any box: " + join_words([
+        f"{row.video} ± {row.sd:.3f} ({row.seeds} seeds)" for row in several]) + ".")
 
 
 def side_file_words(fields: pd.DataFrame, side_files: pd.DataFrame, video: str, *, kb: float = 60
@@ -382,20 +372,9 @@ def read_exchange(folder: str | Path) -> Exchange | None:
                     / math.log(last["size_bytes"] / first["size_bytes"]))
 
 
-def smallest_field(fields: pd.DataFrame, video: str, *, any_held: float) -> pd.Series | None:
-    """The rounded field of a video with the fewest bytes for this skill, or None."""
-    own = fields[(fields.video == video) & fields.is_rounded & (fields.any_held >= any_held)]
-    return None if own.empty else own.loc[own.kb.idxmin()]
-
-
 def capacity(fields: pd.DataFrame) -> pd.DataFrame:
-    """Fields that were also asked at their own boxes and differ in size alone, by parameters.
-
-    A finer map or more frequencies are other designs, and left out, as are other numbers of boxes.
-    """
-    asked = fields[fields.own_boxes.notna() & (fields.boxes_a_frame == BOXES)
-                   & ~_sets(fields, "points", "frequencies")]
-    return asked.sort_values("params")
+    """Fields that were fitted to the default number of boxes, by parameters."""
+    return fields[fields.boxes_a_frame == BOXES].sort_values("params")
 
 
 def by_boxes(fields: pd.DataFrame) -> pd.DataFrame:
@@ -404,8 +383,7 @@ def by_boxes(fields: pd.DataFrame) -> pd.DataFrame:
     Never rounded, without patches among its boxes, of one size; the last fit for each number. Rows
     are in order of video and `boxes_a_frame`; no row of a video without two numbers.
     """
-    tried = fields[~fields.is_rounded & (fields.patches == 0)
-                   & ~_sets(fields, "residual", "between", "convs")]
+    tried = fields[~fields.is_rounded & (fields.patches == 0)]
     counts = tried.groupby(["video", "params"]).boxes_a_frame.nunique()
     best = counts[counts > 1].groupby(level="video").idxmax()
     chosen = tried[[(row.video, row.params) in set(best) for row in tried.itertuples()]]
@@ -429,32 +407,13 @@ def moved_words(moved: pd.DataFrame, best: pd.Series) -> str:
 
 def field_words(row: Any, fields: pd.DataFrame) -> str:
     """A field's name in a table: video, boxes, design, and its seed where there are several."""
-    several = fields[(fields["round"] == row.round) & (fields["head"] == row.head)
-                     & (fields.video == row.video)].seed.nunique() > 1
+    several = fields[(fields["head"] == row.head) & (fields.video == row.video)].seed.nunique() > 1
     return (f"{row.video}, {row.boxes_a_frame:,} boxes: {row.change}"
             + (f", seed {row.seed}" if several else ""))
 
 
-def fit_words(row: Any) -> str:
-    """Seconds of a fit, and how many shared them."""
-    shared = f" ({row.at_once:.0f} at once)" if row.at_once > 1 else ""
-    return f"{row.fit_s:.1f}{shared}"
-
-
-def round_rows(about: dict[str, Any]) -> list[dict[str, str]]:
-    """When, on what and at which commit each round was measured."""
-    return [{"device": about.get("devices", {}).get(number, about["device"]), "round": number,
-             "date": about.get("dates", {}).get(number, about["date"]),
-             # a hash, or words with a short one
-             "commit": commit if " " in commit else commit[:12]}
-            for number, commit in about["commits"].items()]
-
-
-def setting_words(fields: pd.DataFrame, half_precision: float | None = None) -> str:
-    """What networks and fields were made with, and which boxes were asked, in sentences.
-
-    The published rounds 1 to 4 were measured by hand, later ones by `study.book_runs`.
-    """
+def setting_words(fields: pd.DataFrame) -> str:
+    """What networks and fields were made with, and which boxes were asked, in sentences."""
     asked, taught = TESTS["any"], fields[fields.patches > 0]
     (small, large), (narrow, broad) = asked.size_range, asked.aspect_range
     return ("The networks of bunny (640×1280) and bikes (256×640) learned the picture alone, for "
@@ -463,12 +422,7 @@ def setting_words(fields: pd.DataFrame, half_precision: float | None = None) -> 
             f"{asked.count} boxes that no field was fitted to, of a size (square root of the area) "
             f"of {small:g} to {large:g} frame heights and {narrow:g} to {broad:g} times as wide as "
             f"high, and the eight patches, which {len(taught)} of {len(fields)} fields had among "
-            "their boxes. In rounds 1 and 2 the boxes of a frame had 128 shapes; since round 3 "
-            "each has its own, but in one fit. In rounds 3 and 4 the teacher embedded them in half "
-            "precision" + (f" (skill against full precision: {half_precision:.3f} or more)"
-                           if half_precision else "")
-            + ". In round 3 the GPU was shared, so that fits took longer than they need to. Where "
-            "several fits ran at once, the seconds are those of all of them.")
+            "their boxes.")
 
 
 def _pixels(count: int) -> str:
@@ -480,20 +434,8 @@ def baseline(baselines: pd.DataFrame, video: str, name: str) -> pd.Series:
     return baselines[(baselines.video == video) & (baselines.baseline == name)].iloc[0]
 
 
-def _sets(fields: pd.DataFrame, *names: str) -> pd.Series:
-    """Whether a field's design sets one of these."""
-    return fields.settings.map(lambda settings: not settings.isdisjoint(names))
-
-
-def _settings(change: dict[str, Any]) -> dict[str, Any]:
-    """What differs from the first field, by name, of the design and of its fit."""
-    values = {**change, **(change.get("fit") or {})}
-    return {name: values[name] for name in SETTINGS if values.get(name, False) is not False}
-
-
 def _words(change: dict[str, Any]) -> str:
-    """What differs from the first field, in words: `rank 96, rate weight 1e-07`."""
-    said = [SETTINGS[name] if value is True else f"{SETTINGS[name]} {value:g}"
-            if isinstance(value, (int, float)) else f"{value} {SETTINGS[name]}"
-            for name, value in _settings(change).items()]
-    return ", ".join(said) or "default field"
+    """What differs from the default field, of the design and of its fit: `rank 96, steps 8000`."""
+    values = {**change, **(change["fit"] or {})}
+    return ", ".join(f"{words} {values[name]:g}" for name, words in SETTINGS.items()
+                     if name in values) or "default field"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from hnerv_clip.bench.multi_gpu import RUN, run_figures
+from hnerv_clip.bench.multi_gpu import RUN, run_figures, time_to_reach
 from hnerv_clip.book.markdown import join_words, three_digits
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.evaluate import summarise
@@ -26,9 +26,6 @@ from hnerv_clip.runs.run_dir import RunDir, RunError, write_json
 RUN_FILES = ("config.json", "provenance.json", "summary.json", "metrics.csv", "evaluation.csv")
 PARTS = {"speed": "speed", "correctness": "comparison with one rank", "checkpoint": "checkpoints",
          "kill": "killed rank", "sweep": "independent runs", "run": "complete run"}
-# Wrote files of a training that nearly diverged with bounds beyond float16; its part `speed` has
-# one such run. To be deleted with those results
-FAULTY_WRITER = "353ddf2754f5"
 Row = dict[str, Any]
 
 
@@ -75,7 +72,7 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
     Args:
         measured: with the part `speed`.
     """
-    part, runs = measured["parts"]["speed"], _with_head(measured)
+    part, runs = measured["parts"]["speed"], _joint_runs(measured)
     alone, *others = [run for run in runs if run["learning_rate"] == "kept"]
     most = others.pop()
     rates = "".join(f" ({run['frames_per_s'] / alone['frames_per_s']:.2f} times on {run['ranks']})"
@@ -101,11 +98,8 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
 
 def failed_words(part: Row) -> str:
     """Which runs of the part `speed` failed, and with what error; or nothing."""
-    said = [f"The run on {run['ranks']} with the learning rate {run['learning_rate']} has no "
-            f"result ({_reason(run)})." for run in part.get("failed", [])]
-    if said and part["commit"].startswith(FAULTY_WRITER):
-        said.append("Its file could not be read back; that fault of the writer is repaired since.")
-    return " ".join(said)
+    return " ".join(f"The run on {run['ranks']} with the learning rate {run['learning_rate']} has "
+                    f"no result ({_reason(run)})." for run in part.get("failed", []))
 
 
 def _reason(failed: Row) -> str:
@@ -115,27 +109,21 @@ def _reason(failed: Row) -> str:
                     for word in words)
 
 
-def _with_head(measured: dict[str, Any]) -> list[Row]:
-    """Runs of the part `speed`, none judged by its pixel phase.
+def _joint_runs(measured: dict[str, Any]) -> list[Row]:
+    """Runs of the part `speed`; in the pixel phase, where a network has one task, none counts.
 
-    Where the best evaluation is of that phase, the last one takes its place: the head was random
-    then, and the network had one task. Such a row gains `lost_db`, that PSNR and those after it.
-
-    Needed by rows of trainers before commit 85504d2, which since chooses the best model after the
-    pixel phase; to be deleted once the part `speed` of `scaling.json` is measured by a later one.
+    A run whose picture was best in that phase has `lost_db`: that PSNR, the next and the last one.
     """
     settings, part = measured.get("settings", {}), measured["parts"]["speed"]
+    share = settings.get("pixel_loss_warmup_epochs", 0) / settings.get("epochs", 1)
     rows = []
     for run in part["runs"]:
-        share = settings.get("pixel_loss_warmup_epochs", 0) / settings.get("epochs", 1)
         curve = run.get("curve", [])
         both = [point for point in curve if point[0] > share * run["epochs"]]
         best = max(curve, key=lambda point: point[2], default=None)
-        if best and both and best not in both:
-            reached = max(point[2] for point in both) >= part["quality_db"]
-            run = {**run, "psnr_db": curve[-1][2], "cosine_centred": None,
-                   "lost_db": (best[2], both[0][2], curve[-1][2]),
-                   **({} if reached else {"time_to_quality_s": None})}
+        if both and best not in both:
+            run = {**run, "lost_db": (best[2], both[0][2], both[-1][2]),
+                   "time_to_quality_s": time_to_reach(both, part["quality_db"])}
         rows.append(run)
     return rows
 
@@ -204,7 +192,7 @@ def speed_rows(measured: dict[str, Any]) -> list[Row]:
              reached: "never" if run["time_to_quality_s"] is None
              else f"{run['time_to_quality_s']:.1f}", "training (s)": f"{run['train_time_s']:.1f}",
              "whole run (s)": "resumed" if run["wall_s"] is None else f"{run['wall_s']:.0f}"}
-            for run in _with_head(measured)]
+            for run in _joint_runs(measured)]
     return rows + [{ranks: run["ranks"], "learning rate": run["learning_rate"],
                     "frames/s": "failed"} for run in part["failed"]]
 

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from hnerv_clip.bench.context import run_record
+from hnerv_clip.config import BUNDLED, TeacherConfig
 from hnerv_clip.files import read_json, write_atomic, write_json
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.run_dir import RunDir
@@ -22,13 +23,11 @@ from hnerv_clip.study.cross_fit import cross_fit_results, merge_cross_fit
 from hnerv_clip.study.folders import Folders
 from hnerv_clip.study.recipe_parts import part_folder, part_names, part_row
 from hnerv_clip.study.table import StudyError, study_table
+from hnerv_clip.teachers.base import describe_teacher
 
 PUBLISHED = "book/results"
 FIX = "git checkout book/results"
 RECIPE = "recipe_h100.json"
-# What differs in the rounds of fields that are made here
-NOTE = ("rounds by the command of the book's results: sizes of study.fields.SIZES, bytes as the "
-        "field adds them to the stored file, or 8 bits a weight where not rounded")
 TRADE_OFF = "base|pixels_only|lambda_.*|warmup_.*"
 
 
@@ -107,44 +106,31 @@ def put_fidelity(measured: dict[str, Any], runs: list[RunDir]) -> dict[str, Any]
 
 
 def collect_fields(folders: Folders) -> None:
-    """`field_h100.json`: rows of each commit are a round; pairs and the original head beside."""
+    """`field_h100.json`: what was measured takes the place of the same of an older commit; pairs
+    and the original head beside."""
     folder, name = folders.outf / "fields", "field_h100.json"
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not found:
         return
-    measured = read_published(folders, name) or {"about": {"commits": {}}, "rows": []}
-    about = measured["about"]
-    rounds = {commit: number for number, commit in about["commits"].items()}
-    for one in found:
-        rounds.setdefault(one["commit"], str(max([0, *map(int, rounds.values())]) + 1))
-    about["commits"] = {number: commit for commit, number in rounds.items()}
-    for key in ("device", "date"):
-        by_round = {number: about.get(key) for number in about["commits"]} | about.get(
-            f"{key}s", {}) | {rounds[one["commit"]]: one[key] for one in found}
-        about[f"{key}s"], about[key] = by_round, found[-1][key]
-    fields = [{"round": int(rounds[one["commit"]]), **one} for one in found if "head" in one]
-    teacher = [{"round": int(rounds[one["commit"]]), **row} for one in found if "rows" in one
-               for row in one["rows"]]
-    plain = [row for row in fields if row["network"] == "frozen"]
-    new = [*plain, *teacher]
-    about.setdefault("teacher", "EfficientNet-Lite0 on ImageNet (bundled teacher, not CLIP)")
-    if NOTE not in about.get("setting", ""):
-        about["setting"] = "; ".join(filter(None, [about.get("setting"), NOTE]))
+    measured = read_published(folders, name) or {"rows": []}
+    fields = [one for one in found if "head" in one]
+    teacher = [{**row, **{key: one[key] for key in ("commit", "device", "date")}}
+               for one in found if "rows" in one for row in one["rows"]]
+    new = [*(row for row in fields if row["network"] == "frozen"), *teacher]
     keys = {_field_key(row) for row in new}
-    kept = [row for row in measured["rows"] if _field_key(row) not in keys]  # older ones give way
-    pairs = [{key: value for key, value in row.items() if key != "parts"} for row in fields
-             if row["head"] == "default"]
+    kept = [row for row in measured["rows"] if _field_key(row) not in keys]
+    pairs = [row for row in fields if row["head"] == "default"]
     write_json(folders.out / name, {
-        "about": about, "rows": [*kept, *new],
-        "pairs": pairs or measured.get("pairs", []),
+        "about": {"teacher": describe_teacher(TeacherConfig(teacher=BUNDLED)).label,
+                  "made by": "hnerv_clip.study.fields: measure_field, measure_teacher"},
+        "rows": [*kept, *new], "pairs": pairs or measured.get("pairs", []),
         "original": original_heads(pairs) or measured.get("original", {})})
 
 
 def _field_key(row: dict[str, Any]) -> tuple:
-    """What a row is of; what is no field is measured anew in a later round."""
-    names = ("round", "video", "head", "seed") if "head" in row else (
-        "video", "run", "baseline", "what", "pixels", "where", "budget")
-    return tuple(map(row.get, names))
+    """What a row is of."""
+    return tuple(map(row.get, ("video", "head", "seed", "baseline", "what", "pixels", "where",
+                               "budget")))
 
 
 def original_heads(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -50,6 +50,10 @@ def test_the_same_field_of_more_and_more_boxes(folder):
         0.7, 0.8, 0.85]
     best = book.best_field(measured["fields"], "bunny", rounded=False)
     assert best.any_held == 0.9
+    largest = measured["fields"].assign(params=1)
+    assert book.largest_words(largest[largest.boxes_a_frame > 320]) == (
+        "Not so for the largest field, which goes on bunny from 0.80 with 1,000 boxes to 0.85 with "
+        "2,000 and more steps, where it has 0.85 at its own: it would use still more.")
     assert "already by 8 pixels" in book.moved_words(measured["moved"], best)
     assert "more than 8 pixels" in book.moved_words(measured["moved"], found.iloc[0])
 
@@ -114,12 +118,12 @@ def test_training_together_is_paired_with_the_picture_alone(folder):
     assert book.together_verdict(alone, first=False).endswith("2 of 2 pairs of networks gained "
                                                               "0.005 or more")
     assert book.together_verdict(alone, first=True) == (
-        "cannot tell for certain; none of 1 pair of networks gained 0.005 or more")
+        "not significantly; none of 1 pair of networks gained 0.005 or more")
     alike = together.copy()  # gains that do not differ between seeds
     alike["any_held"] = 0.7 + alike.weight.fillna(0) / 10 + 1e-6 * alike.seed
     assert book.together_verdict(alike, first=False) == "no"
     both = pd.concat([together, alike.assign(where="elsewhere")])
-    assert book.together_verdict(both, first=False).startswith("cannot tell")
+    assert book.together_verdict(both, first=False).startswith("not significantly")
 
 
 def test_hold_outs_are_averaged_over_videos_that_have_all_of_them(tmp_path):

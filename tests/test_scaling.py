@@ -144,7 +144,8 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypa
 
     def figures(run_dir):
         speed = {"ranks1": 10.0, "ranks2": 18.0, "ranks4": 30.0}[run_dir.split("_")[0]]
-        return {"frames_per_s": speed, "curve": [[1, 0.5, 22.0], [4, 1.0, 20.0]], "engine": "plain", "epochs": 4,
+        return {"frames_per_s": speed, "engine": "plain", "epochs": 4,
+                "curve": [[1, 0.5, 22.0], [4, 1.0, 20.0]],
                 "frames_per_s_p10": speed, "frames_per_s_p90": speed, "psnr_db": 20.0,
                 "wall_s": None, "batch_size": 2, "train_time_s": 1.0}
 

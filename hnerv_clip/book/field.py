@@ -48,7 +48,7 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     rows = measured["rows"]
     found = [{**row, "change": _words(row["change"]), "kb": row["bytes"] / 1e3,
               "is_rounded": (row["change"]["fit"] or {}).get("rounding", 1) > 0}
-             for row in sorted(rows, key=lambda row: row["video"] != "bunny") if "head" in row]
+             for row in sorted(rows, key=_bunny_first) if "head" in row]
     if not found:
         raise ResultsError(f"{FILE} has no field; take it back with {FIX}")
     return {"about": measured["about"], "fields": pd.DataFrame(found),
@@ -86,7 +86,8 @@ class Pairs:
 
 def compare_pairs(folder: str | Path) -> list[Pairs]:
     """Every video's pairs of seeds that both networks have; none where none was measured."""
-    pairs, found = pd.DataFrame(read_json(folder, FILE, fix=FIX).get("pairs", [])), []
+    rows = read_json(folder, FILE, fix=FIX).get("pairs", [])
+    pairs, found = pd.DataFrame(sorted(rows, key=_bunny_first)), []
     for video, part in pairs.groupby("video", sort=False) if len(pairs) else ():
         joint, frozen = (part[part.network == name].set_index("seed")
                          for name in ("joint", "frozen"))
@@ -218,7 +219,7 @@ def together_verdict(together: pd.DataFrame, *, first: bool, worth: float = 0.00
         return "no"
     values = [value for one in pairs for value in one.skill.values]
     more = sum(value >= worth for value in values)
-    return (f"cannot tell for certain; {more or 'none'} of {len(values)} "
+    return (f"not significantly; {more or 'none'} of {len(values)} "
             f"pair{'' if len(values) == 1 else 's'} of networks gained {worth:g} or more")
 
 
@@ -392,6 +393,18 @@ def by_boxes(fields: pd.DataFrame) -> pd.DataFrame:
             {video: place for place, video in enumerate(fields.video.unique())}).fillna(column))
 
 
+def largest_words(fields: pd.DataFrame) -> str:
+    """What more boxes and steps give the largest design, and how far its own boxes are ahead."""
+    own = fields[fields.params == fields.params.max()].sort_values("boxes_a_frame")
+    said = []
+    for video, part in own.groupby("video", sort=False):
+        few, many = part.iloc[0], part.iloc[-1]
+        said.append(f"on {video} from {few.any_held:.2f} with {few.boxes_a_frame:,} boxes to "
+                    f"{many.any_held:.2f} with {many.boxes_a_frame:,} and more steps, where it has "
+                    f"{many.own_boxes:.2f} at its own")
+    return f"Not so for the largest field, which goes {join_words(said)}: it would use still more."
+
+
 def moved_words(moved: pd.DataFrame, best: pd.Series) -> str:
     """How far a test box moves before the teacher knows it less well than the best field does."""
     own = moved[moved.video == best.video].sort_values("pixels")
@@ -432,6 +445,10 @@ def _pixels(count: int) -> str:
 def baseline(baselines: pd.DataFrame, video: str, name: str) -> pd.Series:
     """One baseline's row."""
     return baselines[(baselines.video == video) & (baselines.baseline == name)].iloc[0]
+
+
+def _bunny_first(row: dict[str, Any]) -> bool:
+    return row["video"] != "bunny"
 
 
 def _words(change: dict[str, Any]) -> str:

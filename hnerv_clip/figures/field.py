@@ -136,7 +136,7 @@ def plot_field_boxes(rows: pd.DataFrame, *, largest: pd.DataFrame, moved: pd.Dat
         panel.set_title(video, parse_math=False)
         panel.set(xscale="log", xlabel="boxes of each frame")
         ticks = own.boxes_a_frame.unique()
-        _plain_ticks(panel, ticks[::max(1, round(len(ticks) / 4))])
+        _plain_ticks(panel, [*ticks[::max(1, round(len(ticks) / 4))], *best.boxes_a_frame])
     axes[0][0].set_ylabel("skill")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8)

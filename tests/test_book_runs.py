@@ -99,6 +99,8 @@ def test_steps_begin_in_order_when_they_can():
     assert following(left=0.6) == "teacher bikes"
     assert following(left=0.1) is None
     assert book_runs.minutes_of(steps[3], {"teacher bikes": 3.0}) == 3.0
+    small, large = (Step("field", ("bunny", "frozen", size, "0")) for size in ("small", "largest"))
+    assert book_runs.minutes_of(small, {}) < book_runs.minutes_of(large, {})
     with pytest.raises(ValueError, match="--list"):
         book_runs.chosen_steps(steps, ("flights",))
     assert [s.name for s in book_runs.chosen_steps(steps, ("field",))] == \

@@ -33,12 +33,13 @@ from hnerv_clip.study.run import is_done, make_run, note_end, prepare_study
 from hnerv_clip.study.worker_pool import Ended, WorkerPool, end_on_sigterm
 
 TIMES = "times.json"
-# Minutes of a step on one H100, by kind; of training and fields by video. Recorded ones win.
+# Minutes of a step on one H100, by the longest beginning of its name. Recorded ones win.
 MINUTES = {"train bunny": 1.2, "train bikes": 1.3, "fidelity": 0.9, "field bunny": 0.8,
            "field bikes": 0.9, "teacher bunny": 0.4, "teacher bikes": 0.5, "rates": 7.5,
            "bench ceilings": 0.3, "bench train": 0.8, "bench profile": 0.4, "bench decode": 0.4,
            "bench scaling": 1.5, "bench teacher": 0.3, "bench fit": 1.0, "scale": 7.0,
-           "recipe": 1.2}
+           "recipe": 1.2, **{f"field {video} frozen {size}": minutes for video in VIDEOS
+                             for size, minutes in {"largest": 2.8, "largest_long": 4.8}.items()}}
 STATE, STATE_BYTES = (".json", ".csv", ".done", ".txt"), 2**21
 GOES_ON = ("train", "fidelity", "rates", "scale", "recipe")  # stopped, these lose little
 
@@ -89,6 +90,8 @@ def book_steps(gpus: int, outf: Path) -> list[Step]:
               for video in VIDEOS]
     steps += [_field(video, "frozen", size, 0) for size in ("large", "small") for video in VIDEOS]
     steps += [*_pairs(1), *_pairs(2)]
+    steps += [_field(video, "frozen", size, seed) for size in ("large_many", "small_many")
+              for seed in range(3) for video in VIDEOS]
     steps += [Step("rates", ("head",))]
     steps += [Step("bench", (part,)) for part in ("ceilings", "train", "profile", "decode", "fit")]
     if gpus > 1:
@@ -245,12 +248,9 @@ def minutes_of(step: Step, recorded: dict[str, float]) -> float:
     """How long a step takes: as recorded on this machine, else on an H100."""
     if step.name in recorded:
         return recorded[step.name]
-    video = step.arguments[0].split("_")[0] if step.arguments else ""
-    for key in (f"{step.kind} {video}", step.kind):
-        if key in MINUTES:
-            like = [value for name, value in recorded.items() if name.startswith(key)]
-            return sorted(like)[len(like) // 2] if like else MINUTES[key]
-    return 1.0
+    key = max((key for key in MINUTES if step.name.startswith(key)), key=len, default="")
+    like = sorted(value for name, value in recorded.items() if key and name.startswith(key))
+    return like[len(like) // 2] if like else MINUTES.get(key, 1.0)
 
 
 def show_steps(steps: list[Step], folders: Folders) -> str:

@@ -398,9 +398,10 @@ def test_the_comparison_says_what_was_measured():
     facts = compare.read_facts(ROOT / "book" / "results")
     rows = {row[""]: row for row in compare.comparison_rows(facts)}
     assert rows["PSNR, trained on pixels only (dB)"]["HNeRV"] == "35.57"
-    assert rows["time of 300 epochs (s)"]["HNeRV"] == "658, no head"
-    assert compare.setting_words(facts).endswith("values, 300 epochs (preset best: 600)")
-    assert compare.setting_words(facts._replace(best_epochs=300)).endswith("values, 300 epochs")
+    assert rows["300 epochs, whole run (s)"]["HNeRV"] == "658, no head"
+    assert compare.setting_words(facts).endswith(
+        "values (1.58 with the head), 300 epochs (preset best: 600)")
+    assert compare.setting_words(facts._replace(best_epochs=300)).endswith("head), 300 epochs")
     assert "better: 0.951 against 0.728" in rows[
         "embeddings against the teacher on the decoded frame"]["this project"]
     answers = facts.judged.answers.assign(answer="no")
@@ -408,6 +409,23 @@ def test_the_comparison_says_what_was_measured():
     _, said = compare.claim_words(none)
     assert "no better than that model run on the decoded frame" in said
     assert "but" not in said
+
+
+def test_the_comparison_shows_a_measurement_once_and_none_of_another_video_beside_its_own():
+    """The original script's head is this project's, and its PSNR is of a video of its own."""
+    facts = compare.read_facts(ROOT / "book" / "results")
+    rows = {row[""]: row for row in compare.comparison_rows(facts)}
+    shared = rows["skill at the supervised positions"]
+    number = f"{facts.original['eight']:.2f}"
+    assert number in shared[compare.PROPOSAL] and number not in shared["this project"]
+    assert rows["PSNR with the head, held-out frames (dB)"][compare.PROPOSAL] is None
+    assert "another video" in rows["GPU memory in training, with head"][compare.PROPOSAL]
+
+
+def test_the_comparison_defines_its_terms_before_it_uses_them():
+    text = compare.comparison(ROOT / "book" / "results")
+    terms = text.partition("\n|")[0]
+    assert all(f"**{term}**" in terms for term in ("head", "field")) and "**Skill**" in terms
 
 
 def test_the_page_to_explore_is_made_of_the_run_that_is_named(repo):

@@ -84,9 +84,7 @@ def folder(tmp_path):
 def test_without_a_collapse_none_is_said(folder):
     rows = book.read_recipe(folder)["rows"]  # of all, `lr_after_collapse` is null
     assert rows.lr_after_collapse.isna().all()
-    for one in rows.itertuples():
-        assert one.lr_after_collapse != one.lr_after_collapse, "as page 20 asks"
-        assert book.setting(one) == one.change
+    assert book.collapsed_in_words(rows) == ""
 
 
 def test_gains_are_over_the_base_at_equal_epochs(folder):
@@ -96,11 +94,14 @@ def test_gains_are_over_the_base_at_equal_epochs(folder):
     assert book.read_ranking(folder)["rows"].gain_db.tolist() == [0, 1, 0, -1]
 
 
-def test_a_collapsed_training_says_the_learning_rate_that_it_began_again_with():
-    rows = pd.DataFrame([{"change": "lr 4e-3", "lr_after_collapse": 2e-3},
-                         {"change": "Swish", "lr_after_collapse": None}])
-    assert [book.setting(row) for row in rows.itertuples()] == [
-        "lr 4e-3 (collapsed, begun again at 0.002)", "Swish"]
+def test_a_collapsed_training_is_said_and_has_no_row(folder):
+    """It is a training of the learning rate that it was begun again with."""
+    rows = book.read_recipe(folder)["rows"]
+    rows.loc[len(rows)] = row("lr 4e-3", 36.0, lr=4e-3) | {"lr_after_collapse": 2e-3}
+    assert "lr 4e-3" not in book.changes(rows).change.tolist()
+    assert book.collapsed_in_words(rows).startswith(
+        "With lr 4e-3 the training collapsed, and the trainer began it again at a learning rate of "
+        "0.002: ")
 
 
 def test_what_is_reached_counts_the_whole_run(folder):
@@ -117,13 +118,13 @@ def test_missing_results_are_named(tmp_path):
 
 def test_sentences_name_the_best_of_each(folder):
     measured = book.read_recipe(folder)
-    assert "35.00 dB, the best of 2 other trainings 34.00 dB (other; Muon)" in \
+    assert "35.00 dB, the best of 2 trainings of other decoders 34.00 dB (other; Muon)" in \
         book.decoders_in_words(measured["decoders"], measured["longer"])
-    assert "170 s of steps, 195 epochs, give 35.20 dB" in \
+    assert "In 170 s of steps, 195 epochs, one of them reaches 35.20 dB." in \
         book.decoders_in_words(measured["decoders"], measured["longer"])
     words = book.muon_in_words(measured["muon"])
     assert words.startswith("Muon gives 36.00 dB after 600 epochs, Adam 37.00 dB after 700.")
-    assert "34.00 dB with steps 2 times Adam's and 33.00 dB with steps 4 times" in words
+    assert "34.00 dB with steps of 2 times Adam's size and 33.00 dB with steps of 4" in words
 
 
 def test_parts_of_the_preset_are_means_over_seeds(folder):
@@ -139,9 +140,10 @@ def test_goals_are_judged_by_what_was_measured(folder):
         ("37.00 dB", "yes"), ("39.70 dB", "no"),
         ("33.00 dB; 32.50 dB without estimates", "no"),
         ("2.25 dB, +1.5 to +3.0", "yes")]
-    assert "mean of 2 seeds; the mean of the two neighbors, without a network, is at 34.40 dB" in \
+    assert "mean of 2 seeds; the mean of the two neighbors, without a network, has 34.40 dB" in \
         goals[2]["what"]
-    assert book.goals_in_words(goals) == "goals met: 2 of 4"
+    assert book.goals_in_words(goals) == \
+        "of the 4 goals that this project set itself beforehand, 2 are met"
     gains = book.video_gains(book.read_recipe(folder)["videos"])
     assert gains.video.tolist() == ["a", "c", "b"] and gains.gain_db.tolist() == [3.0, 2.25, 1.5]
     worse = book.read_recipe(folder)
@@ -156,8 +158,8 @@ def test_a_goal_met_with_estimated_frames_is_not_counted_silently(folder):
     goals = book.goal_rows(measured)
     assert (goals[2]["measured"], goals[2]["met"]) == (
         "34.10 dB; 32.50 dB without estimates", book.ESTIMATED)
-    assert book.goals_in_words(goals) == \
-        "goals met: 3 of 4, 1 of them with frames estimated by motion"
+    assert book.goals_in_words(goals).endswith(
+        "3 are met, 1 of these only by training on frames estimated by motion")
     measured["between"].interpolated_db -= 0.15
     assert book.goal_rows(measured)[2]["met"] == "no", "one of two seeds is above"
     measured["between"] = measured["between"][:0]
@@ -172,12 +174,12 @@ def test_reasons_name_the_epochs_that_were_trained(folder):
     measured["published"] = pd.DataFrame([{"method": "HNeRV-Boost", "train_time_s": 600,
                                            "epochs": 300, "psnr_db": 38}])
     words = book.reasons_in_words(measured)
-    assert "601 epochs in place of 301 give 1.00 dB, and 600 in place of 300, by Adam" in words
+    assert "601 epochs instead of 301 add 1.00 dB to the preset's PSNR, and 600 instead of" in words
 
 
 def test_the_head_is_compared_by_recipe(folder):
     words = book.head_in_words(book.read_recipe(folder)["heads"])
-    assert "0.730" in words and "HNeRV's settings 0.740" in words
+    assert "0.730 on the preset's network and on one of HNeRV's settings 0.740 (one seed)" in words
 
 
 def test_small_trainings_are_compared_at_the_best_step_of_each():
@@ -187,7 +189,7 @@ def test_small_trainings_are_compared_at_the_best_step_of_each():
                         + [{"group": "a", "change": "two blocks, Muon", "psnr_db": 34.2}])
     words = book.small_in_words(rows)
     assert "+1.50 dB (a; sizes of steps tried: 2 by Muon, 2 by Adam)" in words
-    assert "1 of 1 other changes with Muon stay behind" in words
+    assert "Of 1 other networks and settings trained by Muon there, 1 stay below" in words
 
 
 def test_parts_are_added_to_the_settings_of_hnerv(folder):
@@ -199,21 +201,21 @@ def test_parts_are_added_to_the_settings_of_hnerv(folder):
 def test_the_search_is_judged_by_whole_trainings(folder):
     search = book.read_search(folder)
     words = book.search_in_words(search)
-    assert "5 trials began: 3 ended, 1 were given up (behind the median of those before, or no " \
-        "network of these settings, or out of memory), 1 were stopped before their end" in words
-    assert "The best, lr 0.005, is +1.00 dB" in words
-    assert "That holds in part in whole trainings of 3 videos that the search did not see: +0.10 " \
-        "dB on average, -0.10 to +0.30 dB. On bunny, some frames of which it has seen, +0.30 " \
-        "dB." in words
-    assert "equal epochs (601), not of equal time, with one seed but on bunny; stored values " \
-        "differ by up to 10.0%. Trained at abc on GPU and def on GPU." in words
+    assert "5 trials began: 3 ended, 1 were given up (behind the median of those before, no " \
+        "network can have these settings, or out of memory), 1 were stopped before" in words
+    assert "The best (learning rate 0.005) changes PSNR by +1.00 dB against the preset" in words
+    assert "This gain holds in part in whole trainings of 3 videos that the search did not see: " \
+        "+0.10 dB on average, -0.10 to +0.30 dB. On videos of which it saw the first frames: " \
+        "+0.30 dB on bunny." in words
+    assert "epochs (601), but not equal time, and one seed, except on bunny; stored values " \
+        "differ by up to 10.0%. Commits and GPUs: abc on GPU and def on GPU." in words
     rows = book.compared_rows(search)
     assert [(row["video"], row["gain (dB)"], row["stored values"], row["seeds"]) for row in rows] \
         == [("bunny, seen in part by the search", "+0.30", "+0.0%", "2 and 1"),
             ("a", "+0.30", "+0.0%", "1 and 1"), ("b", "-0.10", "+10.0%", "1 and 1"),
             ("c", "+0.10", "+0.0%", "1 and 1")]
     rows = book.trial_rows(search["trials"], count=1)
-    assert [row["settings"] for row in rows] == ["lr 0.005", book.BEST]
+    assert [row["settings"] for row in rows] == ["learning rate 0.005", book.BEST]
     search["compared"] = search["compared"][:0]
     assert book.compared_rows(search) == [] and "holds" not in \
         book.search_in_words(search)
@@ -222,21 +224,21 @@ def test_the_search_is_judged_by_whole_trainings(folder):
 def test_what_was_not_measured_is_not_told(folder):
     measured = book.read_recipe(folder)
     preset = measured["preset"]
-    assert book.time_in_words(preset) == ("The preset takes 110 s of one GPU, set-up, compilation "
-                                          "and the stored file counted.")
+    assert book.time_in_words(preset) == ("The preset's whole run takes 110 s on one GPU, "
+                                          "with set-up, compilation and the stored file.")
     assert book.time_in_words(preset, seconds=100).endswith(
-        "Within 100 s the best of its changes gives 36.80 dB.")
+        "Of its variants whose whole run ends within 100 s the best gives 36.80 dB.")
     untimed = preset.assign(total_s=float("nan"), train_time_s=float("nan"))
     assert book.time_in_words(untimed) == ""
     assert "preset" not in book.control_in_words(measured["control"], untimed)
-    assert "33.00 dB in 150 s of steps, 25.0 epochs" in book.control_in_words(
+    assert "33.00 dB in 150 s of training steps, 25.0 of the 300 epochs" in book.control_in_words(
         measured["control"], measured["preset"])
     rows = book.read_ranking(folder)["rows"]
-    assert "Adan gives 31.50 dB; +0.25 dB by a shift (the worst frame -0.50 dB). They" in \
+    assert "it is 31.50 dB; a shift changes that by +0.25 dB (the worst frame by -0.50 dB)." in \
         book.early_in_words(measured["early"], rows)
     rows["group"] = [f"{book.EARLY}: two", f"{book.EARLY}: two", "another", "another"]
-    assert f"small scale the same give {rows.gain_db[1]:+.2f} dB (two)." in book.early_in_words(
-        measured["early"], rows)
+    assert f"In small trainings the same changes give {rows.gain_db[1]:+.2f} dB (two)." in \
+        book.early_in_words(measured["early"], rows)
     assert "33.00 dB from interpolated" in book.between_in_words(measured["between"])
     rows = book.read_ranking(folder)["rows"]
     assert book.held_out_in_words(rows) == ""
@@ -244,8 +246,8 @@ def test_what_was_not_measured_is_not_told(folder):
     rows["change"], rows["train_db"] = ["none", "an estimate", "none", "noise"], [25, 24, 0, 25.5]
     rows.loc[2, "group"] = "another"
     words = book.held_out_in_words(rows)
-    assert "adds 1.00 to 1.00 dB on held-out frames. 1 other changes" in words
-    assert "gain most, +0.50 dB, by noise, which gives -1.00 dB on held-out ones" in words
+    assert "adds 1.00 to 1.00 dB on held-out frames, and 1 other changes" in words
+    assert "best, noise, gives +0.50 dB on them but -1.00 dB on held-out frames" in words
     assert book.control_in_words(pd.DataFrame(), measured["preset"]) == book.between_in_words(
         pd.DataFrame()) == book.early_in_words(
             pd.DataFrame(), rows) == ""

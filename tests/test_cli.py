@@ -1,14 +1,17 @@
 """The command line, as typed."""
 
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
 from hnerv_clip import cli
+from hnerv_clip.cli.settings import SHORT
 from hnerv_clip.config import Config, ConfigError, param_names, settings_table
 from hnerv_clip.teachers import efficientnet, sentences
 from hnerv_clip.teachers.imagenet import imagenet_classes
@@ -131,3 +134,29 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
         assert told.count("taken as") == 1
     assert cli.main(["train", "--outf", outf, *cache, *settings, "--epochs", "9"]) == 1
     assert "epochs: 4 there, 9 asked" in capsys.readouterr().err
+
+
+def documented():
+    """(page, command, option) of every `hnerv-clip` in code of the README and the book."""
+    root = Path(__file__).resolve().parent.parent
+    for page in [root / "README.md", *sorted((root / "book").glob("*.md"))]:
+        for block in re.findall(r"```.*?```|`[^`]+`", page.read_text(encoding="utf-8"), re.S):
+            text = block.replace("\\\n", " ")
+            lines = text.splitlines() if text.startswith("```") else [" ".join(text.split())]
+            for name, words in re.findall(r"\bhnerv-clip ([a-z][a-z-]*)([^\n`|&#]*)",
+                                          "\n".join(lines)):
+                yield from ((page.name, name, option) for option in (
+                    "", *re.findall(r"\s(--?[A-Za-z]\w*)", re.sub(r'"[^"]*"', "", words))))
+
+
+def test_every_documented_command_has_its_options():
+    commands, = (action.choices for action in cli._parser()._actions if action.choices)
+    settings = {f"--{name}" for name in param_names()} | {f"-{name}" for name in SHORT}
+    unknown = []
+    for page, name, option in documented():
+        parser = commands.get(name)
+        if parser is None or option and option not in parser._option_string_actions and not (
+                parser.get_default("takes_settings") and option in settings):
+            unknown.append((page, name, option))
+    assert unknown == []
+    assert {name for _, name, _ in documented()} >= {"book", "pages", "study", "encode", "scale"}

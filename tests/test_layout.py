@@ -11,7 +11,7 @@ LIBRARY = ROOT / "hnerv_clip"
 def readme_lines() -> list[list[str]]:
     """The rooms on each line of the README's map of `hnerv_clip/`, in order."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("hnerv_clip/        the library\n")[1].split("\nbook/  ")[0]
+    block = re.search(r"\nhnerv_clip/ .*\n([\s\S]*?)\nbook/ ", text)[1]
     named = [re.match(r"  (\S.*?)(?:\s{2,}|$)", line) for line in block.splitlines()]
     return [match[1].replace("/", "").split() for match in named if match]
 

@@ -87,17 +87,21 @@ def test_the_best_heads_are_named_with_the_interval_of_their_cost():
         {"change": "b", "skill": paired(0.9, -0.9, 0.9), "anywhere": paired(0.5, 0.6, 0.7),
          "psnr": paired(1.0, -2.0, 0.0)}])
     assert results.best_heads(rows).startswith(
-        "**At the supervised positions it is “a” (PSNR +1.10 dB [+0.85, +1.35]), anywhere in the "
-        "frame “b” (PSNR -0.33 dB [-4.13, +3.46]).** Against the default head, at the supervised "
-        "positions “a” changes skill by +0.110 [")
+        "**At the supervised positions it is “a” (PSNR +1.10 dB [+0.85, +1.35] against "
+        "the default head), anywhere in the frame “b” (PSNR -0.33 dB [-4.13, +3.46]).** Against "
+        "the default head, at the supervised positions “a” changes skill by +0.110 [")
     assert "frame the default head, which none beats significantly.**" in \
         results.best_heads(rows.head(1))
+    only_second = rows.assign(skill=[paired(-0.1, 0.1, 0.0)] * 2)
+    assert "“b” (PSNR -0.33 dB [-4.13, +3.46] against the default head).**" in \
+        results.best_heads(only_second), "the baseline is named with the first gain that is given"
 
 
 def test_every_change_has_words():
     words = [results.change_words(kind, variant) for kind in ENCODINGS
              for variant in ["base", *REMEDIES, *ENCODINGS[kind]]]
     assert "65 patches a frame, mean over 0.35 of the height" in words and all(words)
+    assert "read at decoder stage 2" in words
 
 
 def test_missing_and_wrong_results_are_said(tmp_path, runs):

@@ -27,6 +27,12 @@ AGAINST = {"decoded": "the teacher on the decoded frame", "neighbour": "the near
 CLAIMED = AGAINST | {"decoded": "that model run on the decoded frame",
                      "neighbour": "a copy of its embeddings of the nearest training frame"}
 PROPOSAL = "original script"
+TERMS = """The **head** is the part of the network that predicts embeddings. It is trained \
+together with the picture, at the centers of a few patches of each frame: the *supervised \
+positions*. A **field** is a head that is fitted to the trained network afterwards: the picture \
+stays as it is, and any box of the frame can be asked about. **Skill** says how close predicted \
+embeddings are to the teacher's, on frames that were not trained on: 0 is as close as the best \
+constant, 1 is equal to the teacher, below 0 is worse than a constant."""
 
 
 class Facts(NamedTuple):
@@ -92,22 +98,25 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
          f"{facts.fidelity['reference']['paper']['psnr_db']:.2f}", None, own.text(2)),
         ("PSNR, our preset `best` (dB)", None, None,
          f"{facts.best.psnr_db:.2f} ± {facts.best.sd_db:.2f} in {facts.best.total_s:.0f} s"),
-        ("PSNR with the head, held-out frames (dB)", None,
-         f"{proposal['psnr_held_out_db']:.2f} (its run)", f"{held_out.mean:.2f}"),
-        ("training speed (frames/s)", f"{_range(facts.speed['hnerv']['frames_per_s'])}, no head",
-         _range(facts.speed["proposal"]["frames_per_s"]),
+        ("PSNR with the head, held-out frames (dB)", None, None, f"{held_out.mean:.2f}"),
+        ("training steps alone (frames/s)",
+         f"{_range(facts.speed['hnerv']['frames_per_s'])}, no head",
+         f"{_range(facts.speed['proposal']['frames_per_s'])} with head",
          f"{three_digits(step['frames_per_s'])} with head"),
-        (f"time of {hnerv['epochs']} epochs (s)", f"{hnerv['train_s']}, no head", None,
+        (f"{hnerv['epochs']} epochs, whole run (s)", f"{hnerv['train_s']}, no head", None,
          _fit_words(facts.fits)),
-        ("GPU memory in training", None, f"{_range(proposal['memory_gb'])} GB (its page)",
+        ("GPU memory in training, with head", None,
+         f"{_range(proposal['memory_gb'])} GB (its page, another video)",
          f"{_peak_bytes(facts, step) / 2**30:.1f} GiB"),
         ("decoding speed (frames/s)", _range(facts.speed["hnerv"]["decode_frames_per_s"]),
          f"{_range(facts.speed['proposal']['decode_frames_per_s'])}, no embeddings",
          f"{three_digits(shown['frames_per_s'])} with embeddings"),
-        ("skill at the supervised positions", "none", f"{facts.original['eight']:.2f}",
-         f"{facts.original['eight']:.2f}; {field} {facts.field.eight_held:.2f}"),
-        ("skill anywhere in the frame", "none", f"{facts.original['any']:.2f}",
-         f"{field} {facts.field.any_held:.2f}"),
+        ("skill at the supervised positions", "no embeddings",
+         f"{facts.original['eight']:.2f} (its head, trained here)",
+         f"same head; {field} {facts.field.eight_held:.2f}"),
+        ("skill anywhere in the frame", "no embeddings",
+         f"{facts.original['any']:.2f} (its head, trained here)",
+         f"same head; {field} {facts.field.any_held:.2f}"),
         *((f"embeddings against {words}", None, None, _against(facts.judged, means, condition))
           for condition, words in AGAINST.items())]
     return [{"": Markup(name), "HNeRV": first, PROPOSAL: second, "this project": Markup(
@@ -115,24 +124,26 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def comparison(results: Path) -> str:
-    """`comparison_rows` as Markdown, with a caption that says where each figure comes from."""
+    """`comparison_rows` as Markdown: the terms, the table, a caption, and where each figure comes
+    from."""
     facts = read_facts(results)
     hnerv, proposal = facts.runs["hnerv"]["source"], facts.runs["proposal"]["source"]
     caption = escape(
-        f"{setting_words(facts)}; teacher: {facts.judged.teacher_label}. Original script: the code "
-        "of the proposal that this project began with. Skill: how close predicted embeddings are "
-        "to the teacher's, 0 for the best constant and 1 for the teacher itself. Embeddings "
-        "against: mean-centered cosine to the teacher's embeddings, of the head here and of the "
-        "alternative.")
+        f"{setting_words(facts)}; teacher: {facts.judged.teacher_label}. Brackets: 95% confidence "
+        "interval over seeds; ±: standard deviation over seeds. Original script: the code of the "
+        "proposal that this project began with; its head is this project's default "
+        "head in training, so one measurement stands for both. Preset best: the settings that gave "
+        "the best picture here. Whole run: this project's includes "
+        "loading, compilation, evaluations, the stored file and, with head, the teacher's "
+        "embeddings. Embeddings against: mean-centered cosine to the teacher's embeddings on "
+        "held-out frames, of the head here and of the alternative.")
     sources = " ".join(escape(words) for words in (
         "Held-out frames are decoded from interpolated embeddings.",
-        "The skill of the original script's head was measured on a head trained here; a field is "
-        "fitted afterwards and leaves the picture as it is.",
         f"This project: one {facts.device}; preset best: {facts.best.seeds} seeds, timed "
         f"on one {facts.best.device}.",
         f"HNeRV: {hnerv}; PSNR, {facts.fidelity['reference']['paper']['source']}.",
         f"Original script: {proposal}; its code's speed on the same H100."))
-    return (f"{table(comparison_rows(facts))}\n\n*{caption}*\n\n"
+    return (f"{TERMS}\n\n{table(comparison_rows(facts))}\n\n*{caption}*\n\n"
             f"{folded('Where the figures come from', sources)}\n")
 
 
@@ -143,7 +154,8 @@ def setting_words(facts: Facts) -> str:
     longer = "" if facts.best_epochs == config["epochs"] else \
         f" (preset best: {facts.best_epochs})"
     return (f"{VIDEO}, {frames} frames of {config['crop_list'].replace('_', '×')}, "
-            f"{config['modelsize']:g} million stored values, {config['epochs']} epochs{longer}")
+            f"{config['modelsize']:g} million stored values ({facts.stored_values / 1e6:.2f} with "
+            f"the head), {config['epochs']} epochs{longer}")
 
 
 def claim(results: Path) -> str:

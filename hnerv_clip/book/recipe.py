@@ -83,8 +83,9 @@ def read_search(folder: str | Path) -> dict[str, Any]:
 
 
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every single change at 300 epochs with `gain_db` over `BASE`, the best first."""
-    tried = rows[(rows.lr > 1e-3) & (rows.epochs == 300)].copy()
+    """Every single change at 300 epochs with `gain_db` over `BASE`, the best first; without those
+    that collapsed, which are of another learning rate than they name."""
+    tried = rows[(rows.lr > 1e-3) & (rows.epochs == 300) & rows.lr_after_collapse.isna()].copy()
     base, = tried[tried.change == BASE].psnr_db
     tried["gain_db"] = tried.psnr_db - base
     return tried.sort_values("psnr_db", ascending=False)
@@ -108,10 +109,11 @@ def time_in_words(preset: pd.DataFrame, *, seconds: float = 60) -> str:
     best, quick = preset[preset.total_s.notna() & (preset.change == BEST)], reached(
         preset, seconds=seconds)
     said = [] if best.empty else [
-        f"The preset takes {best.total_s.iloc[-1]:.0f} s of one {best.device.iloc[-1]}, set-up, "
-        "compilation and the stored file counted."]
+        f"The preset's whole run takes {best.total_s.iloc[-1]:.0f} s on one "
+        f"{best.device.iloc[-1]}, with set-up, compilation and the stored file."]
     if quick is not None:
-        said.append(f"Within {seconds:g} s the best of its changes gives {quick:.2f} dB.")
+        said.append(f"Of its variants whose whole run ends within {seconds:g} s the best gives "
+                    f"{quick:.2f} dB.")
     return " ".join(said)
 
 
@@ -143,16 +145,19 @@ def whole_run(row: Any) -> str:
     return "" if math.isnan(row.total_s) else f"{row.total_s:.0f} s, {row.device.split()[1]}"
 
 
-def setting(row: Any) -> str:
-    """The change of a row, and the learning rate that a collapsed training began again with."""
-    again = row.lr_after_collapse
-    return row.change + ("" if math.isnan(again) else f" (collapsed, begun again at {again:g})")
+def collapsed_in_words(rows: pd.DataFrame) -> str:
+    """Which trainings collapsed, and what was trained in their place; nothing where none did."""
+    return " ".join(
+        f"With {row.change} the training collapsed, and the trainer began it again at a learning "
+        f"rate of {row.lr_after_collapse:g}: what it then gives is no result of {row.change}, so "
+        "it has no row."
+        for row in rows[rows.lr_after_collapse.notna()].itertuples())
 
 
 def changed(params: dict[str, Any], preset: dict[str, Any]) -> str:
     """What a trial's settings change of the preset's, in words."""
-    words = {"warm_up": "warm-up", "reduce": "width divisor", "act": "activation",
-             "ks": "kernels", "num_blks": "blocks", "cells": "embedding cells"}
+    words = {"lr": "learning rate", "warm_up": "warm-up", "reduce": "width divisor",
+             "act": "activation", "ks": "kernels", "num_blks": "blocks", "cells": "embedding cells"}
     names = [f"{words.get(name, name.replace('_', ' '))} "
              + (f"{value:.3g}" if isinstance(value, float) else f"{value}")
              for name, value in params.items() if value != preset[name]]
@@ -200,9 +205,9 @@ def goal_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
     between = measured["between"]
     if len(between) and between.interpolated_db.mean() > alone:
         held, unit = between.interpolated_db.mean(), f"dB; {alone:.2f} dB without estimates"
-        what += (", trained on estimates of the held-out frames too (optical-flow interpolation of "
-                 f"their neighbors; {seeds_in_words(len(between))}; the mean of the two neighbors, "
-                 f"without a network, is at {between.two_mean_db.mean():.2f} dB)")
+        what += (", trained also on estimates of the held-out frames (their neighbors, moved "
+                 f"along the optical flow; {seeds_in_words(len(between))}; the mean of the two "
+                 f"neighbors, without a network, has {between.two_mean_db.mean():.2f} dB)")
     gains = video_gains(measured["videos"]).gain_db
     met = held >= HELD_OUT_DB and (ESTIMATED if alone < HELD_OUT_DB else "yes")
     rows += [(what, f"{HELD_OUT_DB:g} dB", held, unit, met),
@@ -215,15 +220,17 @@ def goal_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def goals_in_words(rows: list[dict[str, str]]) -> str:
-    """How many goals are met, and how many of those by training on estimated frames.
+    """How many goals are met, whose they are, and how many of those by training on estimated
+    frames.
 
     Args:
         rows: see `goal_rows`.
     """
     met = [row["met"] for row in rows if row["met"] != "no"]
-    return f"goals met: {len(met)} of {len(rows)}" + (
-        f", {met.count(ESTIMATED)} of them with frames estimated by motion"
-        if ESTIMATED in met else "")
+    estimated = (f", {met.count(ESTIMATED)} of these only by training on frames estimated by motion"
+                 if ESTIMATED in met else "")
+    return (f"of the {len(rows)} goals that this project set itself beforehand, {len(met)} are met"
+            f"{estimated}")
 
 
 def seeds_in_words(count: int) -> str:
@@ -274,29 +281,31 @@ def search_in_words(search: dict[str, Any]) -> str:
     found, = trials[trials.number == search["found"]].itertuples()
     words = (f"In {search['about']['minutes']:.0f} minutes on one {search['about']['device']} "
              f"{len(trials)} trials began: {count['COMPLETE']} ended, {count.get('PRUNED', 0)} "
-             f"were given up (behind the median of those before, or no network of these settings, "
-             f"or out of memory), {count.drop(['COMPLETE', 'PRUNED'], errors='ignore').sum()} were "
-             f"stopped before their end. The best, {changed(found.params, preset.params)}, is "
-             f"{found.value - preset.value:+.2f} dB from the preset on average over its three "
-             f"segments, each trained for a few seconds.")
+             f"were given up (behind the median of those before, no network can have these "
+             f"settings, or out of memory), "
+             f"{count.drop(['COMPLETE', 'PRUNED'], errors='ignore').sum()} were stopped "
+             f"before their end. The best ({changed(found.params, preset.params)}) changes "
+             f"PSNR by {found.value - preset.value:+.2f} dB against the preset, on average "
+             f"over three segments of videos, each trained for a few seconds.")
     runs, videos = search["compared"], compared(search)
     if videos.empty or videos.seen.all():
         return words
     new, seen, epochs = videos[~videos.seen], videos[videos.seen], runs.epochs.unique()
     gains, several = new.gain_db, videos[(videos.best_seeds > 1) | (videos.found_seeds > 1)]
-    holds = "That holds" if gains.min() > 0 else "That holds in part" if gains.mean() > 0 else \
-        "That does not hold"
-    known = "".join(f" On {row.video}, some frames of which it has seen, {row.gain_db:+.2f} dB."
-                    for row in seen.itertuples())
+    holds = "This gain holds" if gains.min() > 0 else "This gain holds in part" if \
+        gains.mean() > 0 else "This gain does not hold"
+    known = "" if seen.empty else " On videos of which it saw the first frames: " + join_words(
+        [f"{row.gain_db:+.2f} dB on {row.video}" for row in seen.itertuples()]) + "."
     made = [" on ".join(one) for one in runs.groupby(["commit", "device"]).size().index]
-    return (f"{words}\n\n{holds} in whole trainings of {len(gains)} videos that the search did not "
-            f"see: {gains.mean():+.2f} dB on average, {gains.min():+.2f} to {gains.max():+.2f} "
-            f"dB.{known} These are trainings of equal epochs "
-            f"({join_words([str(count) for count in sorted(epochs)])}), not of equal time, with "
-            "one seed" + (f" but on {join_words(several.video.tolist())}" if len(several) else "")
-            + f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f}%. "
-            f"Trained at {join_words(made)}."
-            + (" The preset stays as it is." if videos.gain_db.min() < 0 else ""))
+    return (f"{words}\n\n{holds} in whole trainings of {len(gains)} videos that the search did "
+            f"not see: {gains.mean():+.2f} dB on average, {gains.min():+.2f} to {gains.max():+.2f} "
+            f"dB.{known} The trainings compared have equally many epochs "
+            f"({join_words([str(count) for count in sorted(epochs)])}), but not equal time, and "
+            f"one seed{f', except on {join_words(several.video.tolist())}' if len(several) else ''}"
+            f"; stored values differ by up to {100 * (videos.stored - 1).abs().max():.1f}%. "
+            f"Commits and GPUs: {join_words(made)}."
+            + (" The preset stays as it is, because some videos lose by the change."
+               if videos.gain_db.min() < 0 else ""))
 
 
 def between_in_words(between: pd.DataFrame) -> str:
@@ -304,12 +313,12 @@ def between_in_words(between: pd.DataFrame) -> str:
     if between.empty:
         return ""
     mean = between.mean(numeric_only=True)
-    return (f"The mean of the two given frames beside a held-out one, without any network, is at "
+    return (f"Without any network, the mean of the two frames beside a held-out one has "
             f"{mean.two_mean_db:.2f} dB, and an estimate that moves both along the motion "
-            f"between them at {mean.estimate_db:.2f} dB. A network trained on these estimates too "
-            f"gives {mean.interpolated_db:.2f} dB from interpolated embeddings and "
-            f"{mean.estimated_embedding_db:.2f} dB from the estimates' own "
-            f"({seeds_in_words(len(between))}).")
+            f"between them {mean.estimate_db:.2f} dB. A network trained on the estimates as well "
+            f"decodes held-out frames with {mean.interpolated_db:.2f} dB from interpolated "
+            f"embeddings, and {mean.estimated_embedding_db:.2f} dB from the embeddings that the "
+            f"encoder computes of the estimates ({seeds_in_words(len(between))}).")
 
 
 def held_out_in_words(rows: pd.DataFrame) -> str:
@@ -326,11 +335,12 @@ def held_out_in_words(rows: pd.DataFrame) -> str:
     gains, others = tried.gain_db[estimated], tried.gain_db[~estimated]
     base, = rows[rows.group.isin(tried.group) & rows.base].train_db
     fitted = tried.loc[tried.train_db.idxmax()]
-    return (f"At small scale, on a CPU, training on estimates by motion adds {gains.min():.2f} to "
-            f"{gains.max():.2f} dB on held-out frames. {len(others)} other changes, such as noise "
-            f"on embeddings and weight decay, give {others.min():+.2f} to {others.max():+.2f} dB. "
-            f"Given frames gain most, {fitted.train_db - base:+.2f} dB, by {fitted.change}, which "
-            f"gives {fitted.gain_db:+.2f} dB on held-out ones.")
+    return (f"In small trainings on a CPU, training on estimates by motion adds {gains.min():.2f} "
+            f"to {gains.max():.2f} dB on held-out frames, and {len(others)} other changes, such as "
+            f"noise on embeddings and weight decay, change it by {others.min():+.2f} to "
+            f"{others.max():+.2f} dB. The change that fits the training frames best, "
+            f"{fitted.change}, gives {fitted.train_db - base:+.2f} dB on them but "
+            f"{fitted.gain_db:+.2f} dB on held-out frames.")
 
 
 def control_in_words(control: pd.DataFrame, preset: pd.DataFrame) -> str:
@@ -342,18 +352,19 @@ def control_in_words(control: pd.DataFrame, preset: pd.DataFrame) -> str:
     if control.empty:
         return ""
     last, own = control.iloc[-1], preset[preset.train_time_s.notna() & (preset.change == BEST)]
-    beside = "" if own.empty else (f"; the preset {own.psnr_db.iloc[0]:.2f} dB in "
+    beside = "" if own.empty else (f"; the preset reaches "
+                                   f"{own.psnr_db.iloc[0]:.2f} dB in "
                                    f"{own.train_time_s.iloc[0]:.0f} s")
     before = join_words([f"{row.psnr_db:.2f} dB at {row.steps_s:.0f} s"
                          for row in control.iloc[:-1].itertuples()])
-    return (f"HiNeRV's own network in its setting for Bunny (`bunny-hinerv-xs`, "
-            f"{last['values'] / 1e6:.2f} M values), its authors' network, losses and learning rate "
-            f"in a loop of ours, reaches {last.psnr_db:.2f} dB in {last.steps_s:.0f} s of steps, "
-            f"{last.epochs:.1f} epochs of the 300 that its authors train"
+    return (f"HiNeRV's own network in its authors' setting for this video (`bunny-hinerv-xs`, "
+            f"{last['values'] / 1e6:.2f} M values), with their losses and learning rate in a "
+            f"training loop of ours, reaches {last.psnr_db:.2f} dB in {last.steps_s:.0f} s of "
+            f"training steps, {last.epochs:.1f} of the 300 epochs that its authors train"
             + (f" (on the way {before})" if before else "")
-            + f"{beside}. A step of it takes {last.step_ms:.0f} ms without compilation, so that "
-            f"300 epochs would take {last.steps_s * 300 / last.epochs / 60:.0f} minutes; they were "
-            "not run.")
+            + f"{beside}. A step of HiNeRV takes {last.step_ms:.0f} ms without compilation, so "
+            f"that 300 epochs would take {last.steps_s * 300 / last.epochs / 60:.0f} minutes; they "
+            "were not run.")
 
 
 def reasons_in_words(measured: dict[str, Any]) -> str:
@@ -363,23 +374,25 @@ def reasons_in_words(measured: dict[str, Any]) -> str:
     longest = measured["rows"].sort_values("epochs").iloc[[-2, -1]]
     boost = measured["published"]
     boost = boost[boost.method.str.endswith("Boost") & boost.train_time_s.notna()].iloc[0]
-    return (f"The goals for the picture are missed because this decoder ends near "
-            f"{preset.psnr_db.max():.1f} dB: {epochs[BEST]} epochs in place of "
-            f"{epochs['300 epochs']} give {-preset.gain_db['300 epochs']:.2f} dB, and "
-            f"{longest.epochs.iloc[1]} in place of {longest.epochs.iloc[0]}, by Adam, "
-            f"{longest.psnr_db.iloc[1] - longest.psnr_db.iloc[0]:+.2f} dB. The best picture "
-            f"published at this size for {boost.epochs:.0f} epochs, {boost.psnr_db:.2f} dB by "
-            f"{boost.method}, took {boost.train_time_s / 60:.0f} minutes on its authors' GPU. "
-            "Other decoders that were tried here need more time than they gain, see below.")
+    more_db = longest.psnr_db.iloc[1] - longest.psnr_db.iloc[0]
+    return (f"The goals for the picture are missed because training this decoder of 1.5 M values "
+            f"for longer ends near {preset.psnr_db.max():.1f} dB: {epochs[BEST]} epochs instead of "
+            f"{epochs['300 epochs']} add {-preset.gain_db['300 epochs']:.2f} dB to the preset's "
+            f"PSNR, and {longest.epochs.iloc[1]} instead of {longest.epochs.iloc[0]} change that "
+            f"of a training by Adam by {more_db:+.2f} dB. The best picture published at this size "
+            f"for {boost.epochs:.0f} epochs, {boost.psnr_db:.2f} dB by {boost.method}, took "
+            f"{boost.train_time_s / 60:.0f} minutes on its authors' GPU. Other decoders that were "
+            "tried here need more time than they gain, see below.")
 
 
 def head_in_words(heads: pd.DataFrame) -> str:
     """What the recipe does to a field fitted on its network."""
     own = heads.set_index("change")
     best, hnerv = own.loc[BEST], own.drop(BEST).iloc[0]
-    return (f"A field fitted on the preset's network has a skill of {best.any_held:.3f} for any "
-            f"box of held-out frames, one fitted on a network of HNeRV's settings "
-            f"{hnerv.any_held:.3f} (one seed).")
+    return (f"A [field](19_ask_any_region.ipynb), which predicts the teacher's embedding of any "
+            f"box, is fitted to a trained network. Its skill at any box of held-out frames (0: the "
+            f"best constant, 1: the teacher itself) is {best.any_held:.3f} on the preset's network "
+            f"and on one of HNeRV's settings {hnerv.any_held:.3f} (one seed).")
 
 
 def decoders_in_words(decoders: pd.DataFrame, longer: pd.DataFrame) -> str:
@@ -388,13 +401,13 @@ def decoders_in_words(decoders: pd.DataFrame, longer: pd.DataFrame) -> str:
     first, (own,) = others.loc[others.psnr_db.idxmax()], decoders[
         decoders.decoder == BLOCKS].itertuples()
     by_adam = others[others.optimizer == "Adam"].psnr_db.max()
-    return (f"In {own.seconds:.0f} s of steps HNeRV's blocks give {own.psnr_db:.2f} dB, the best "
-            f"of {len(others)} other trainings {first.psnr_db:.2f} dB ({first.decoder}; "
-            f"{first.optimizer}). A step of that takes {first.step_ms:.1f} ms in place of "
-            f"{own.step_ms:.1f}, so it sees {first.epochs:.0f} epochs in place of "
-            f"{own.epochs:.0f}. By Adam such a decoder reaches {by_adam:.2f} dB. " + " ".join(
-                f"More time does not help it: {row.seconds:.0f} s of steps, {row.epochs:.0f} "
-                f"epochs, give {row.psnr_db:.2f} dB." for row in longer.itertuples()))
+    return (f"In {own.seconds:.0f} s of training steps HNeRV's blocks give {own.psnr_db:.2f} dB, "
+            f"the best of {len(others)} trainings of other decoders {first.psnr_db:.2f} dB "
+            f"({first.decoder}; {first.optimizer}). A step of that one takes {first.step_ms:.1f} "
+            f"ms instead of {own.step_ms:.1f}, so that it has {first.epochs:.0f} epochs instead of "
+            f"{own.epochs:.0f}. Trained by Adam, such a decoder reaches at most {by_adam:.2f} dB. "
+            + " ".join(f"In {row.seconds:.0f} s of steps, {row.epochs:.0f} epochs, one of them "
+                       f"reaches {row.psnr_db:.2f} dB." for row in longer.itertuples()))
 
 
 def early_in_words(early: pd.DataFrame, small: pd.DataFrame) -> str:
@@ -408,16 +421,16 @@ def early_in_words(early: pd.DataFrame, small: pd.DataFrame) -> str:
     if early.empty:
         return ""
     base, others = early[early.change == BLOCKS].iloc[0], early[early.change != BLOCKS]
-    said = join_words([f"{row.psnr_db - base.psnr_db:+.2f} dB by a {row.change} (the worst frame "
-                       f"{row.worst_frame_db - base.worst_frame_db:+.2f} dB)"
+    said = join_words([f"a {row.change} changes that by {row.psnr_db - base.psnr_db:+.2f} dB (the "
+                       f"worst frame by {row.worst_frame_db - base.worst_frame_db:+.2f} dB)"
                        for row in others.itertuples()])
     again = join_words([
         join_words([f"{row.psnr_db - rows[rows.base].psnr_db.iloc[0]:+.2f} dB"
                     for row in rows[~rows.base].itertuples()]) + f" ({group.partition(': ')[2]})"
         for group, rows in small[small.group.str.startswith(EARLY)].groupby("group", sort=False)])
-    return (f"At full size after {base.epochs} epochs, one seed, Adan gives {base.psnr_db:.2f} dB; "
-            f"{said}." + (f" At small scale the same give {again}." if again else "")
-            + " They were not trained to their end at full size.")
+    return (f"Changes of HNeRV's blocks and of the loss were tried at full size for only "
+            f"{base.epochs} epochs, by Adan, one seed: without them it is {base.psnr_db:.2f} dB; "
+            f"{said}." + (f" In small trainings the same changes give {again}." if again else ""))
 
 
 def muon_in_words(muon: pd.DataFrame) -> str:
@@ -426,11 +439,11 @@ def muon_in_words(muon: pd.DataFrame) -> str:
                muon.groupby("optimizer")}
     shortest = muon[muon.optimizer == "Muon"].groupby("epochs")
     epochs, compared = max(((n, own) for n, own in shortest), key=lambda item: len(item[1]))
-    sizes = join_words([f"{row.psnr_db:.2f} dB with steps {row.share:g} times Adam's"
+    sizes = join_words([f"{row.psnr_db:.2f} dB with steps of {row.share:g} times Adam's size"
                         for row in compared.sort_values("share").itertuples()])
     return (f"Muon gives {longest['Muon'].psnr_db:.2f} dB after {longest['Muon'].epochs} epochs, "
             f"Adam {longest['Adam'].psnr_db:.2f} dB after {longest['Adam'].epochs}. The size of "
-            f"its steps matters little: after {epochs} epochs it has {sizes}.")
+            f"its steps matters little: after {epochs} epochs Muon has {sizes}.")
 
 
 def small_in_words(rows: pd.DataFrame) -> str:
@@ -449,6 +462,7 @@ def small_in_words(rows: pd.DataFrame) -> str:
     muon = rows[rows.change.str.contains("Muon")]
     others = muon[~muon.change.str.startswith(BLOCKS)]
     behind = (others.psnr_db < others.group.map(best["Muon"]["max"])).sum()
-    return ("At small scale, on a CPU and at equal epochs, Muon differs from Adam, each with "
-            f"its best step, by {join_words(said)}. {behind} of {len(others)} other changes with "
-            "Muon stay behind HNeRV's blocks with it.")
+    return ("In small trainings on a CPU with equal epochs, Muon differs from Adam, each with the "
+            f"best size of step that was tried, by {join_words(said)}. Of {len(others)} other "
+            f"networks and settings trained by Muon there, {behind} stay below HNeRV's blocks "
+            "trained by Muon.")

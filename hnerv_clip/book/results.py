@@ -26,6 +26,7 @@ from hnerv_clip.study.plan import ENCODINGS, REMEDIES
 from hnerv_clip.study.table import read_study
 from hnerv_clip.verify.paired import Paired, compare_paired
 
+# Kind of network → what its decoder is given for a frame
 KINDS = {"hybrid": "hybrid", "xyt": "position and time", "pe": "time only"}
 SUPERVISED, BETWEEN, ANYWHERE = "held_out", "between_held_out", "anywhere_held_out"
 
@@ -134,7 +135,8 @@ def change_words(kind: str, variant: str) -> str:
     words: dict[str, Callable[[Any], str]] = {
         "patch_grid": lambda v: f"{math.prod(map(int, v.split('_')))} patches a frame",
         "clip_pool": lambda v: f"mean over {v:g} of the height",
-        "clip_stage": lambda v: "all decoder stages" if v == "all" else f"decoder stage {v}",
+        "clip_stage": lambda v: "read at " + (
+            "all decoder stages" if v == "all" else f"decoder stage {v}"),
         "clip_loss_type": lambda v: f"{v} loss",
         "clip_jitter": lambda v: "positions moved by half their distance",
         "embed": lambda v: f"{v.rpartition('_')[2]} levels of frequencies"}
@@ -210,7 +212,7 @@ def best_heads(rows: pd.DataFrame) -> Markup:
         rows: of `comparisons`, of several seeds, with skill (at the supervised positions),
             anywhere and psnr. Only a gain whose interval excludes 0 counts.
     """
-    short, details = [], []
+    short, details, base = [], [], " against the default head"
     for name, where, verb in (("skill", "at the supervised positions", " it is"),
                               ("anywhere", "anywhere in the frame", "")):
         gains = {i: found.difference for i, found in rows[name].items()
@@ -219,11 +221,13 @@ def best_heads(rows: pd.DataFrame) -> Markup:
             short.append(f"{where}{verb} the default head, which none beats significantly")
             continue
         best = rows.loc[max(gains, key=gains.__getitem__)]
-        short.append(f"{where}{verb} “{best.change}” (PSNR {best.psnr.interval('dB')})")
+        short.append(f"{where}{verb} “{best.change}” (PSNR {best.psnr.interval('dB')}{base})")
+        base = ""  # said once
         details.append(f"{where} “{best.change}” changes skill by {paired_text(best[name], 3)}")
     text = ", ".join(short)
     return Markup(f"**{text[0].upper()}{text[1:]}.**" + (
-        f" Against the default head, {', and '.join(details)}." if details else ""))
+        f" Against the default head, {', and '.join(details)}. A head is named by what it changes "
+        "of the default one, see below." if details else ""))
 
 
 def trade_off(runs: pd.DataFrame, video: str) -> pd.DataFrame:

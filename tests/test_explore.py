@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from types import SimpleNamespace
 
 import av
@@ -236,14 +237,38 @@ def test_a_wrong_answer_of_the_thread_is_shown(run_video, monkeypatch):
 def test_an_interrupted_wait_loses_nothing(run_video):
     event = threading.Event()
     explorer = Explorer(held(run_video, event), text="hare")
-    timer = threading.Timer(0.5, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
-    timer.start()
+    main = threading.get_ident()
+
+    def interrupt():  # once it waits, however long that takes to begin
+        wait_until(lambda: any(frame.f_code is Explorer.get_ready.__code__ for frame, _ in
+                               traceback.walk_stack(sys._current_frames()[main])))
+        signal.pthread_kill(main, signal.SIGINT)
+
     with pytest.raises(KeyboardInterrupt):
+        threading.Thread(target=interrupt).start()
         explorer.get_ready()
-    timer.join()
     assert explorer.progress and not explorer.hits
     event.set()
     assert ready(explorer).hits and not explorer.problem
+
+
+def test_an_interrupt_at_any_moment_of_a_wait_leaves_nothing_locked():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for trial in range(400):
+            waiting = SimpleNamespace(_done=threading.Event(), _failed=None, video=None)
+            with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + trial % 100))
+                Explorer.get_ready(waiting)
+            end = threading.Thread(target=waiting._done.set, daemon=True)
+            end.start()
+            end.join(30)
+            assert not end.is_alive(), f"locked by the interrupt of trial {trial}"
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_an_interrupted_answer_is_told_and_asked_again(explorer, run_video, monkeypatch):

@@ -148,10 +148,10 @@ class Explorer(anywidget.AnyWidget):
         Raises:
             as `explore.video.open_video`.
         """
-        # Not by joining the thread: once interrupted, it is not joined again. Nor in one wait: an
-        # interrupt just before it would be seen at its end
-        while not self._done.wait(0.5):
-            pass
+        # Not in Event.wait or Thread.join, whose locks an interrupt can leave taken for ever; and an
+        # interrupt just before a sleep is seen at its end
+        while not self._done.is_set():
+            time.sleep(0.05)
         if self._failed is not None:
             raise self._failed
         return self.video

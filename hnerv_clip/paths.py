@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,13 +54,6 @@ def tell_apart(paths: Iterable[str | Path]) -> list[str]:
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):
             return names
-
-
-def label_video(data_path: str) -> str:
-    """A name for files: another one for each video, also where two files have the same name."""
-    name = Path(data_path).stem
-    return name if name == data_path else \
-        f"{name}-{hashlib.sha256(data_path.encode()).hexdigest()[:8]}"
 
 
 def match_paths(data_paths: Iterable[str], count: int) -> list[str]:

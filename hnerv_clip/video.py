@@ -7,6 +7,7 @@ are kept are converted, cropped and resized, one at a time.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import metadata
@@ -132,6 +133,19 @@ def find_source(data_path: str) -> tuple[Path, str]:
 def has_source(data_path: str) -> bool:
     """Whether there is a named video, a file or a folder at `data_path`."""
     return data_path in NAMED_VIDEOS or resolve_path(data_path).exists()
+
+
+def label_video(data_path: str) -> str:
+    """A name for files: one for each video, however its path is written.
+
+    Returns:
+        The name itself for one in `NAMED_VIDEOS`; else the file's name without its ending, and a
+        digest of its absolute path.
+    """
+    if data_path in NAMED_VIDEOS:
+        return data_path
+    path = resolve_path(data_path).resolve()
+    return f"{path.stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def _packaged_file(package: str, ending: str) -> Path:

@@ -146,14 +146,18 @@ def test_videos_with_dots_and_seeds_have_plans_of_their_own(tiny, tmp_path, monk
         split=SimpleNamespace(train=range(4))))
     monkeypatch.setattr(recipe, "fit", lambda *_, **__: recipe.Fit(30.0, 4, 0.01, 1))
     monkeypatch.setattr(recipe, "train", note)
-    videos = ("a/clip.1080p.mp4", "a/clip.720p.mp4", "b/clip.720p.mp4", "a/clip.720p.mkv", "clip")
+    videos = ("a/clip.1080p.mp4", "a/clip.720p.mp4", "b/clip.720p.mp4", "a/clip.720p.mkv", "clip",
+              "bunny")
     for video in videos:
         for seed in (0, 1):
             with pytest.raises(InterruptedError):
                 recipe.compare(tmp_path, {"best": {"lr": 2e-3}}, videos=[video], seeds=[seed],
                                seconds=[1], device="cpu")
     assert trained == [(video, seed) for video in videos for seed in (0, 1)]
-    assert (tmp_path / "clip_best_1s_seed0.json").exists()
+    assert (tmp_path / "bunny_best_1s_seed0.json").exists()
+    with pytest.raises(InterruptedError):  # it has its plan
+        recipe.compare(tmp_path, {"best": {"lr": 2e-3}}, videos=["./clip"], seeds=[0], seconds=[1])
+    assert trained[-1] == ("clip", 0)
 
 
 def test_one_name_does_not_stand_for_two_recipes(tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ from hnerv_clip.field.fit_run import fit_head
 from hnerv_clip.field.query import has_field, load_field, network_digest
 from hnerv_clip.files import RunError, read_json, write_json
 from hnerv_clip.inference import Run, load_run
-from hnerv_clip.paths import label_video
 from hnerv_clip.train import together, train
 from hnerv_clip.train.together import TogetherSettings, fit_together
 
@@ -164,9 +163,3 @@ def test_the_command_line_fits_together(run, joined, cache_dir, tmp_path, capsys
                      "--no-measure", *rest]) == 0
     asked = read_json(tmp_path / "a" / together.SETTINGS, fix="")
     assert asked["anew"] and asked["lr_share"] == 1 and asked["epochs"] == run.config.train.epochs
-
-
-def test_videos_of_one_name_have_names_of_their_own():
-    assert label_video("bunny") == "bunny"
-    assert label_video("a/clip.mp4").startswith("clip-")
-    assert label_video("a/clip.mp4") != label_video("b/clip.mp4")

@@ -13,6 +13,7 @@ from hnerv_clip.video import (
     NAMED_VIDEOS,
     find_source,
     frames_digest,
+    label_video,
     load_video,
     resize,
     split_frames,
@@ -200,6 +201,20 @@ def error(config):
     with pytest.raises(ConfigError) as caught:
         load_video(config)
     return str(caught.value)
+
+
+def test_a_label_is_that_of_the_file_however_its_path_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.mp4").symlink_to("clip.mp4")
+    label = label_video("clip.mp4")
+    assert label.startswith("clip-") and len(label) == len("clip-") + 8
+    for path in ("./clip.mp4", "a/../clip.mp4", str(tmp_path / "clip.mp4"), "link.mp4"):
+        assert label_video(path) == label
+    others = ["a/clip.mp4", "b/clip.mp4", "clip.mkv", "clip", "a/clip", "./bunny"]
+    assert len({label, *map(label_video, others)}) == 1 + len(others)
+    assert label_video("./clip") == label_video("clip")
+    assert [label_video(name) for name in NAMED_VIDEOS] == list(NAMED_VIDEOS)
+    assert label_video("./bunny") != "bunny"  # a file or folder of that name
 
 
 def test_missing_video():

@@ -34,14 +34,14 @@ from hnerv_clip.field.fit_run import (
 from hnerv_clip.files import write_json
 from hnerv_clip.inference import Run, load_run, sources_of
 from hnerv_clip.metrics import bracket_frames
-from hnerv_clip.paths import label_video, resolve_path
+from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import code_version, device_name
 from hnerv_clip.study.fields import box_skill, held_out_psnr
 from hnerv_clip.teachers import load_teacher
 from hnerv_clip.teachers.base import describe_teacher
 from hnerv_clip.teachers.boxes import BoxSampling, box_targets, embed_boxes
 from hnerv_clip.train import train
-from hnerv_clip.video import load_video
+from hnerv_clip.video import label_video, load_video
 
 FILE = "hold_outs.json"
 FRAMES, RATE = 40, 8.0  # of each video, at about so many a second

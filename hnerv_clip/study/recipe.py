@@ -38,11 +38,12 @@ from hnerv_clip.evaluate import evaluate_model
 from hnerv_clip.files import RunError, read_json, write_json
 from hnerv_clip.losses import learning_rate
 from hnerv_clip.model import build_model
-from hnerv_clip.paths import label_video, resolve_path
+from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.locks import hold
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.sizes import LEAST_SIZE, VALUES_PER_PIXEL, choose_strides
 from hnerv_clip.train import epoch_order, train
+from hnerv_clip.video import label_video
 
 # What the search sees: the first frames of three videos. The rest of these, and any other file, is
 # left for the comparison

@@ -21,13 +21,13 @@ from hnerv_clip.config import BUNDLED, BUNDLED_DIM, Config, TeacherConfig
 from hnerv_clip.devices import synchronise
 from hnerv_clip.files import write_json
 from hnerv_clip.inference import Run, load_run
-from hnerv_clip.paths import label_video, resolve_path
+from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import code_version, device_name
 from hnerv_clip.study.fields import BOXES, held_out_psnr, measure_field
 from hnerv_clip.teachers.base import describe_teacher
 from hnerv_clip.train import train
 from hnerv_clip.train.together import TogetherSettings, fit_together
-from hnerv_clip.video import load_video
+from hnerv_clip.video import label_video, load_video
 
 FILE = "field_together.json"
 WEIGHTS = (0.0, 0.002, 0.005, 0.02)

@@ -148,8 +148,8 @@ class Explorer(anywidget.AnyWidget):
         Raises:
             as `explore.video.open_video`.
         """
-        # Not in Event.wait or Thread.join, whose locks an interrupt can leave taken for ever; and an
-        # interrupt just before a sleep is seen at its end
+        # Not in Event.wait or Thread.join, whose locks an interrupt can leave taken; and in short
+        # sleeps, as an interrupt just before one is seen at its end
         while not self._done.is_set():
             time.sleep(0.05)
         if self._failed is not None:

@@ -134,6 +134,23 @@ def test_comparison_gives_each_recipe_the_same_time_and_goes_on(tiny, tmp_path, 
     assert json.loads((tmp_path / "comparison.json").read_text())["rows"] == rows, "both are kept"
 
 
+@pytest.mark.parametrize("row, told", [
+    ({"recipe": "best", "video": "bunny", "seconds": 60}, "lacks seed"),
+    ({"recipe": "best", "video": "bunny", "seed": "0", "seconds": 60}, "its seed is '0'"),
+    ({"recipe": [], "video": "bunny", "seed": 0, "seconds": 60}, r"its recipe is '\[\]'"),
+    ("best", "a row is 'best'")])
+def test_a_strange_comparison_is_an_error_with_its_fix(tmp_path, row, told):
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": [row]}))
+    with pytest.raises(RunError, match=f"comparison.json is damaged: .*{told}; remove it, or move"):
+        recipe.compare(tmp_path, {}, videos=[], seeds=[], seconds=[])
+
+
+def test_a_strange_plan_is_an_error_with_its_fix(tmp_path):
+    (tmp_path / "bunny_best_60s_seed0.json").write_text('{"recipe": "best", "settings": {}}')
+    with pytest.raises(RunError, match="seed0.json is damaged: it lacks params; remove it"):
+        recipe.compare(tmp_path, {"best": {}}, videos=["bunny"], seeds=[0], seconds=[60])
+
+
 def test_videos_with_dots_and_seeds_have_plans_of_their_own(tiny, tmp_path, monkeypatch):
     trained = []
 

@@ -35,7 +35,7 @@ from hnerv_clip.dataset import load_dataset, resolve_config
 from hnerv_clip.devices import select_device, set_precision, synchronise, visible_gpus
 from hnerv_clip.engines.select import make_engine, settle
 from hnerv_clip.evaluate import evaluate_model
-from hnerv_clip.files import RunError, read_json, write_json
+from hnerv_clip.files import RunError, check_keys, read_json, write_json
 from hnerv_clip.losses import learning_rate
 from hnerv_clip.model import build_model
 from hnerv_clip.paths import resolve_path
@@ -55,6 +55,7 @@ SEGMENTS: dict[str, dict[str, Any]] = {
 FAITHFUL = {"batch_size": 2, "lr": 1e-3}  # the paper's
 BASE = {"predict_clip": False, "data_split": "1_1_1"}
 SEARCH_SEED = 1000  # the comparison's are 0, 1, 2, …
+ROW_KEYS = {"recipe": str, "video": str, "seed": int, "seconds": (int, float)}
 PROBE_S = 3.0  # of steps, that tell how long one takes
 WARM_UP = 8  # steps before the clock starts: they compile and capture
 REPORTS = 4  # of a fit, at which it may be pruned
@@ -293,14 +294,14 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
         A row for each finished run: recipe, video, seed, seconds, epochs, step_s, and the figures
         of its summary.json.
     Raises:
-        RunError: runs of the folder have the name of a recipe, and other settings.
+        RunError: runs of the folder have the name of a recipe, and other settings; or a plan or
+            the comparison.json that is there lacks what it needs.
     """
     folder, deadline, rows = resolve_path(folder), time.monotonic() + 60 * minutes, []
     for path in sorted(folder.glob("*_seed*.json")):
         _check_plan(path, recipes)
-    known, keys = folder / "comparison.json", ("recipe", "video", "seed", "seconds")
-    before = read_json(known, keys={"rows": list}, fix="remove it")["rows"] \
-        if known.is_file() else []
+    known = folder / "comparison.json"
+    before = _read_rows(known) if known.is_file() else []
     for seed, video, limit, (name, settings) in itertools.product(
             seeds, videos, seconds, recipes.items()):
         run = RunDir(folder / f"{label_video(video)}_{name}_{limit:g}s_seed{seed}")
@@ -316,13 +317,24 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
             write_json(planned, {"recipe": name, "settings": settings, "step_s": step_s,
                                  "params": config.replace(
                                      epochs=epochs, eval_freq=epochs).params()})
-        plan = read_json(planned, fix="delete it")
+        plan = read_json(planned, keys={"params": dict, "step_s": (int, float)}, fix="remove it")
         result = train(Config.from_params(**plan["params"]), run.path, cache_dir=cache_dir)
         rows.append({"recipe": name, "video": label_video(video), "seed": seed, "seconds": limit,
                      "epochs": plan["params"]["epochs"], "step_s": plan["step_s"],
                      "device": run.provenance()["device"], **result.summary})
-        write_json(known, {"rows": list({tuple(row[key] for key in keys): row
+        write_json(known, {"rows": list({tuple(row[key] for key in ROW_KEYS): row
                                          for row in [*before, *rows]}.values())})
+    return rows
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a comparison.json, each with what tells it from others."""
+    fix = "remove it, or move it away: the rows of finished runs are written again"
+    rows = read_json(path, keys={"rows": list}, fix=fix)["rows"]
+    for row in rows:
+        if not isinstance(row, dict):
+            raise RunError(f"{path} is damaged: a row is {str(row)[:40]!r}; {fix}")
+        check_keys(row, ROW_KEYS, path, fix=fix)
     return rows
 
 

@@ -85,7 +85,12 @@ def split_words(splits: Sequence[dict[str, Any]]) -> str:
 
 
 def damaged_words(rows: Sequence[dict[str, Any]]) -> str:
-    """How damaged files ended, and which processes did not come to their end, in sentences."""
+    """How damaged files ended, and which processes did not come to their end, in sentences.
+
+    Args:
+        rows: of the damaged files, one for each commit, see `bench.damaged_files`: commit, seeds,
+            files, refused, read, failed and, where it is known, failed_why.
+    """
     counts = all_damaged(rows)
     said = [f"Of {counts['files']:,} damaged files, half of them with right checksums, "
             f"{counts['refused']:,} ended in the one documented error and {counts['read']:,} could "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import lzma
 import os
 import platform
 import re
@@ -12,8 +13,9 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -189,7 +191,14 @@ def check_writable(folder: Path) -> None:
 
 
 def check_free(path: Path, *, force: bool = False) -> None:
-    """Raise RunError where a file stands that a command with `--force` would replace."""
+    """Refuse to replace what is there.
+
+    Args:
+        path: of a file or folder that is going to be written.
+        force: replace it all the same, as the command was told by --force.
+    Raises:
+        RunError: it exists, and `force` is not set.
+    """
     if path.exists() and not force:
         raise RunError(f"{path} exists; choose another name, or add --force to replace it")
 
@@ -200,14 +209,29 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def open_archive(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar archive to read, compressed or not.
+
+    Raises:
+        RunError: it is none, or is damaged, which may show only while it is read.
+    """
+    try:
+        with tarfile.open(path) as archive:
+            yield archive
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise RunError(f"{path} is no tar archive that can be read ({error}); choose another "
+                       "file, or remove it") from error
+
+
 def unpack(path: Path, folder: Path) -> None:
     """Unpack a tar archive of plain files and folders.
 
     Raises:
-        RunError: it has a link or a device, or a name that leads out of the folder.
+        RunError: it is none, or has a link or a device, or a name that leads out of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path) as archive:
+    with open_archive(path) as archive:
         for member in archive:
             inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
             if not inside or not (member.isfile() or member.isdir()):

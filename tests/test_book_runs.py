@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip import cli
+from hnerv_clip import cli, files
 from hnerv_clip.bench import rate_gpu
 from hnerv_clip.book import field as book_field
 from hnerv_clip.book import judged
@@ -288,6 +288,42 @@ def test_another_machine_goes_on_from_the_state(folders, tmp_path):
     assert not list(other.outf.rglob("*.pth"))
     assert book_runs._with_weights(other, "bunny_hybrid_pixels_only_s0").is_dir()
     assert (other.study / "bunny_hybrid_pixels_only_s0" / "model_best.pth").is_file()
+
+
+def test_the_command_resumes_from_a_pack_and_replaces_none_that_holds_more(
+        tmp_path, monkeypatch, capsys):
+    def run_book(folders, **_):
+        times = folders.outf / book_runs.TIMES
+        done = json.loads(times.read_text()) if times.is_file() else {}
+        folders.outf.mkdir(exist_ok=True)
+        (folders.outf / f"step {len(done)}.json").write_text("{}")
+        times.write_text(json.dumps({**done, f"step {len(done)}": 1.0}))
+        return {}
+
+    def resume(name, *more):
+        capsys.readouterr()
+        return cli.main(["study", "--plan", "book", "--outf", str(tmp_path / name), "--out",
+                         str(tmp_path / "out"), "--pack", str(pack), *more])
+
+    def packed():
+        with files.open_archive(pack) as archive:
+            return sorted(archive.getnames())
+
+    monkeypatch.setattr(book_runs, "run_book", run_book)
+    pack = tmp_path / "packs" / "state.tar.xz"
+    assert resume("first") == resume("first") == 0
+    assert packed() == ["step 0.json", "step 1.json", "times.json"]
+    assert resume("second") == 0, "another machine, or an empty folder"
+    assert packed() == ["step 0.json", "step 1.json", "step 2.json", "times.json"]
+    assert resume("first") == 1, "it would lose the step of the second"
+    assert "such as step 2.json, and would lose 1 of 4: choose another --pack, or add --force" in \
+        capsys.readouterr().err
+    assert not (tmp_path / "first" / "step 2.json").exists(), "refused before anything runs"
+    assert resume("third", "--force") == 0 and packed() == ["step 0.json", "times.json"]
+    pack.write_text("notes")
+    for name in ("fourth", "third"):  # to read it, and to replace it
+        assert resume(name) == 1 and "state.tar.xz" in (told := capsys.readouterr().err)
+        assert "choose another" in told and pack.read_text() == "notes"
 
 
 def test_only_what_is_begun_in_time_is_prepared(folders):

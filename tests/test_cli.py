@@ -104,11 +104,18 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     assert cli.main(["verify", outf, *cache]) == 0
     told = capsys.readouterr().out
     assert "Temporal Shuffle" in told and "Teacher on Decoded Frame" in told
-    again, table = (tmp_path / "main/verification.json").stat(), str(tmp_path / "study.csv")
+    again, table = (tmp_path / "main/verification.json").stat(), str(tmp_path / "tables/study.csv")
     assert cli.main(["verify", outf, *cache, "--table", table]) == 0
     assert (tmp_path / "main/verification.json").stat().st_mtime_ns == again.st_mtime_ns
     assert "Is it better than the nearest training frame?" in capsys.readouterr().out
     assert pd.read_csv(table).when.tolist() == ["cannot tell"]  # of 2 held-out frames
+    Path(table).write_text("of another")
+    assert cli.main(["verify", outf, *cache, "--table", table]) == 1
+    assert f"{table} exists; " in (told := capsys.readouterr().err) and "--force" in told
+    assert Path(table).read_text() == "of another"
+    assert cli.main(["verify", outf, *cache, "--table", table, "--force"]) == 0
+    assert pd.read_csv(table).when.tolist() == ["cannot tell"]
+    capsys.readouterr()
     assert cli.main(["search", outf, "hare", "wood rabbit", "--top_k", "2", *cache]) == 0
     found = capsys.readouterr().out
     assert found.count("not CLIP); embeddings: interpolated") == 2 and "wood rabbit" in found

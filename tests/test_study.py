@@ -1,7 +1,9 @@
 """The study's list of runs, its runner on a few small ones, and the table of what they gave."""
 
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -242,3 +244,53 @@ def test_the_command_lists_and_gathers(done, tmp_path, capsys):
         capsys.readouterr()
         assert cli.main(command) == 1 and told in capsys.readouterr().err
         assert (tmp_path / "a.csv").read_text() == before
+    assert cli.main([*command, "--force"]) == 0
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "a.csv"), table)
+
+
+def test_a_pack_is_replaced_only_where_it_loses_nothing(done, tmp_path, capsys):
+    folder, configs, *_ = done
+    settings = [w for n, v in configs["bunny_hybrid_base_s0"].params().items() if v != ""
+                for w in (f"--{n}", str(v))]
+    pack = tmp_path / "a.tar.xz"
+    command = ["study", "--only", "bunny_hybrid_base_s0", *settings, "--minutes", "0",
+               "--pack", str(pack), "--outf"]
+    assert cli.main([*command, str(folder)]) == 0
+    assert cli.main([*command, str(folder)]) == 0, "of the same runs"
+    capsys.readouterr()
+    packed = pack.read_bytes()
+    names = sorted(path.parent.name for path in folder.glob("*/summary.json"))
+    assert len(names) == 2
+    other = tmp_path / "other"
+    shutil.copytree(folder / names[0], other / names[0])
+    assert cli.main([*command, str(other)]) == 1
+    told = capsys.readouterr().err
+    assert f"such as {names[1]}, and would lose 1 of 2: choose another --pack, or add --force" \
+        in told and pack.read_bytes() == packed
+    assert cli.main([*command, str(other), "--force"]) == 0
+    study_table.check_pack(other, pack)
+    for content in (b"notes", packed[:len(packed) // 2]):
+        pack.write_bytes(content)
+        assert cli.main([*command, str(other)]) == 1
+        assert "is no pack: choose another --pack" in capsys.readouterr().err
+        assert pack.read_bytes() == content
+
+
+def test_a_pack_may_be_replaced_while_a_run_of_it_is_trained_again(tmp_path):
+    run = tmp_path / "runs" / "study" / "bunny_hybrid_base_s0"
+    run.mkdir(parents=True)
+    rows = tmp_path / "runs" / "fields" / "row.json"
+    rows.parent.mkdir()
+    told = tmp_path / "runs" / "bikes.error.txt"
+    files = [run / "config.json", run / "summary.json", rows, told]
+    for file in files:
+        file.write_text("{}")
+    with tarfile.open(tmp_path / "a.tar.xz", "w:xz") as archive:
+        for file in files:
+            archive.add(file, str(file.relative_to(tmp_path / "runs")))
+    (run / "summary.json").unlink()
+    told.unlink()
+    study_table.check_pack(tmp_path / "runs", tmp_path / "a.tar.xz")
+    rows.unlink()
+    with pytest.raises(StudyError, match="such as fields/row.json, and would lose 1 of 2"):
+        study_table.check_pack(tmp_path / "runs", tmp_path / "a.tar.xz")

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hnerv_clip.cli.stored import reading, search_file
 from hnerv_clip.config import ConfigError
-from hnerv_clip.files import check_writable, write_atomic
+from hnerv_clip.files import check_free, check_writable, write_atomic
 from hnerv_clip.paths import match_paths, resolve_path
 
 if TYPE_CHECKING:
@@ -82,9 +81,11 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
                                                           "such as \"hare; barn\"")
             sub.add_argument("--all_sources", action="store_true", help="also what a hybrid model "
                              "answers when its encoder sees the held-out frame")
-            sub.add_argument("--force", action="store_true", help="also where it is done already")
+            sub.add_argument("--force", action="store_true", help=
+                             "also where it is done already; and replace the file of --table")
             sub.add_argument("--table", nargs="?", const="-", metavar="CSV",
-                             help="join the runs, phases and seeds pooled: measures and answers")
+                             help="join the runs, phases and seeds pooled: measures and answers; "
+                                  "written to this file, which must not exist yet, if one is named")
             sub.add_argument("--by", nargs="+", default=[], metavar="NAME",
                              help="parameters that tell settings apart in the table")
 
@@ -113,8 +114,10 @@ def _verify(args: argparse.Namespace) -> None:
     from hnerv_clip.verify.pool import join_runs, study_words
     from hnerv_clip.verify.run import verify_folders
 
-    if args.table not in (None, "-"):
-        check_writable(Path(args.table).absolute().parent)
+    path = resolve_path(args.table) if args.table not in (None, "-") else None
+    if path:
+        check_free(path, force=args.force)
+        check_writable(path.parent)
     verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
                               seed=args.seed, near=args.near, labels=args.labels,
                               all_sources=args.all_sources, force=args.force,
@@ -126,9 +129,9 @@ def _verify(args: argparse.Namespace) -> None:
         study = join_runs(verified, by=tuple(args.by))
         print(f"\n{study.teacher_label}")
         print(study_words(study).T.to_string(header=False))
-        if args.table != "-":
-            write_atomic(Path(args.table),
-                         lambda file: file.write(study.table.to_csv(index=False).encode()))
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, lambda file: file.write(study.table.to_csv(index=False).encode()))
             print(args.table)
 
 

@@ -54,8 +54,11 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
                        help="also verify every run")
     study.add_argument("--csv", help="write the table of results here; one that is there is "
                                      "replaced only if it loses no run")
-    study.add_argument("--pack", help="write all but the checkpoints here, a .tar.xz; the book's "
-                                      "plan resumes from it on another machine")
+    study.add_argument("--pack", help="write all but the checkpoints here, a .tar.xz; one that is "
+                                      "there is replaced only if it loses no run. The book's plan "
+                                      "resumes from it on another machine")
+    study.add_argument("--force", action="store_true", help="replace the files of --csv and "
+                       "--pack whatever they hold, without resuming from the pack")
     study.add_argument("--out", default="book/results", help="folder of the book's results")
     scale = add("scale", _scale, "measure what several GPUs give on this machine; settings as for "
                 "train, by default the paper's network with the bundled teacher, 40 epochs")
@@ -121,7 +124,9 @@ def _study(args: argparse.Namespace) -> None:
     for folder in (resolve_path(args.outf), *(resolve_path(path).parent for path in (
             args.csv, args.pack) if path)):
         check_writable(folder)
-    if args.csv:
+    if args.pack and not args.force:
+        study_table.check_pack(args.outf, args.pack)
+    if args.csv and not args.force:
         study_table.check_replaced(args.csv, pd.DataFrame({"run": sorted({*configs, *(
             path.parent.name for path in resolve_path(args.outf).glob("*/study.json"))})}))
     states = study_run.run_study(
@@ -129,7 +134,7 @@ def _study(args: argparse.Namespace) -> None:
         minutes=args.minutes, with_verify=args.verify)
     print(study_run.count_states(states))
     if args.csv:
-        print(study_table.write_study(args.outf, args.csv).reindex(
+        print(study_table.write_study(args.outf, args.csv, force=args.force).reindex(
             columns=["run", *study_table.SHOWN]).dropna(axis=1, how="all").to_string(
             index=False, na_rep="", float_format="{:.3f}".format))
     if args.pack:
@@ -144,16 +149,20 @@ def _study_book(args: argparse.Namespace) -> None:
     from hnerv_clip.study import book_runs
     from hnerv_clip.study.folders import make_folders
     from hnerv_clip.study.run import count_states
+    from hnerv_clip.study.table import check_pack
 
     folders = make_folders(args.outf or "output/book_runs", args.out, args.cache_dir, args.settings)
-    if args.pack:
+    if args.pack and not args.force:
         book_runs.restore_state(folders, args.pack)
     if args.list:
         steps = book_runs.book_steps(len(visible_gpus()), folders.outf)
         print(book_runs.show_steps(book_runs.chosen_steps(steps, tuple(args.only)), folders))
         return
-    for folder in (folders.outf, folders.out):
+    for folder in (folders.outf, folders.out, *(
+            [resolve_path(args.pack).parent] if args.pack else [])):
         check_writable(folder)
+    if args.pack and not args.force:
+        check_pack(folders.outf, args.pack)
     try:
         states = book_runs.run_book(folders, minutes=args.minutes, only=tuple(args.only),
                                     workers=args.workers)

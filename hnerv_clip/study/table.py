@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from hnerv_clip.config import RUNTIME_PARAMS
-from hnerv_clip.files import read_table, write_atomic
+from hnerv_clip.files import RunError, open_archive, read_table, write_atomic
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.rows import MEASURES as FIGURES
 from hnerv_clip.runs.rows import run_row
@@ -203,6 +203,34 @@ def pack_study(folder: str | Path, path: str | Path) -> int:
     return size_bytes
 
 
+def check_pack(folder: str | Path, path: str | Path) -> None:
+    """Refuse to put a pack of a folder in place of a file that holds more than the folder.
+
+    Args:
+        folder: of the runs.
+        path: of the pack that is going to be written, by `pack_study` or `book_runs.pack_state`.
+    Raises:
+        RunError: the file is no pack.
+        StudyError: it has a run or another file that the folder has not.
+    """
+    folder, path = resolve_path(folder), resolve_path(path)
+    if not path.exists():
+        return
+    fix = "choose another --pack, or add --force to replace it"
+    try:
+        with open_archive(path) as archive:
+            names = [PurePosixPath(member.name) for member in archive if member.isfile()]
+    except (OSError, RunError) as error:
+        raise RunError(f"{path} exists and is no pack: {fix}") from error
+    runs = {name.parent for name in names if name.name == "config.json"}
+    # A run that is trained again lacks files meanwhile, and an error goes once its run succeeds
+    held = {name.parent if name.parent in runs else name for name in names
+            if not name.name.endswith(".error.txt")}
+    if lost := sorted(name for name in held if not (folder / name).exists()):
+        raise StudyError(f"{path} holds what {folder} has not, such as {lost[0]}, and would lose "
+                         f"{len(lost)} of {len(held)}: {fix}")
+
+
 def check_replaced(path: str | Path, table: pd.DataFrame) -> None:
     """Refuse to put a table of the study in place of one that says more.
 
@@ -216,7 +244,7 @@ def check_replaced(path: str | Path, table: pd.DataFrame) -> None:
         return
     new = pd.read_csv(io.StringIO(_as_csv(table)), dtype=str).fillna("").set_index("run")
     old = read_table(path, ("run",), dtype=str, fix="remove it").fillna("").set_index("run")
-    fix = "give another --csv, or remove that file first"
+    fix = "give another --csv, or add --force to replace it"
     if lost := [run for run in old.index if run not in new.index]:
         raise StudyError(f"{path} holds runs that are not among these, such as {lost[0]}, and "
                          f"would lose {len(lost)} of {len(old)}: {fix}")
@@ -229,14 +257,17 @@ def _as_csv(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, float_format="%.6g")
 
 
-def write_study(folder: str | Path, path: str | Path) -> pd.DataFrame:
+def write_study(folder: str | Path, path: str | Path, *, force: bool = False) -> pd.DataFrame:
     """Write `study_table` as CSV, with six significant digits, and return it.
 
+    Args:
+        force: replace a file that says more.
     Raises:
         StudyError: see `study_table` and `check_replaced`.
     """
     table = study_table(folder)
-    check_replaced(path, table)
+    if not force:
+        check_replaced(path, table)
     path = resolve_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = _as_csv(table)

@@ -30,9 +30,6 @@ def add_damaged(kept: Sequence[dict[str, Any]], counted: dict[str, Any], *, comm
                 ) -> list[dict[str, Any]]:
     """Counts as of `count_damaged`, a row for each commit, with one more.
 
-    A row's `failed_why`, written by hand, says where the processes that did not end well stopped,
-    if that was not in reading a file.
-
     Raises:
         ValueError: seeds of this commit that are counted already.
     """
@@ -43,8 +40,6 @@ def add_damaged(kept: Sequence[dict[str, Any]], counted: dict[str, Any], *, comm
                          "others")
     rows[commit] = {"commit": commit, **{name: old[name] + counted[name] for name in COUNTS},
                     "seeds": [*old["seeds"], *counted["seeds"]]}
-    if "failed_why" in old and not counted["failed"]:  # else it says nothing of the new ones
-        rows[commit]["failed_why"] = old["failed_why"]
     return list(rows.values())
 
 
@@ -52,8 +47,3 @@ def all_damaged(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     """The sums over all commits: files, refused, read, failed, and processes."""
     return {name: sum(row[name] for row in rows) for name in COUNTS} | {
         "processes": sum(len(row["seeds"]) for row in rows)}
-
-
-def unexplained(rows: Sequence[dict[str, Any]]) -> int:
-    """Processes that failed, and may have done so in reading a file."""
-    return sum(row["failed"] for row in rows if "failed_why" not in row)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from hnerv_clip.bench.damaged_files import add_damaged, all_damaged, count_damaged, unexplained
+from hnerv_clip.bench.damaged_files import add_damaged, all_damaged, count_damaged
 from hnerv_clip.bench.decoding import FETCHED, NETWORK
 from hnerv_clip.bench.video_codecs import bd_rate
 
@@ -89,7 +89,7 @@ def damaged_words(rows: Sequence[dict[str, Any]]) -> str:
 
     Args:
         rows: of the damaged files, one for each commit, see `bench.damaged_files`: commit, seeds,
-            files, refused, read, failed and, where it is known, failed_why.
+            files, refused, read, failed.
     """
     counts = all_damaged(rows)
     said = [f"Of {counts['files']:,} damaged files, half of them with right checksums, "
@@ -100,9 +100,8 @@ def damaged_words(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         if row["failed"]:
             words = "1 process" if row["failed"] == 1 else f"{row['failed']} processes"
-            why = row.get("failed_why", "for an unknown reason")
-            said.append(f"At commit {row['commit'][:12]}, {words} more stopped {why}; the files "
-                        "of such a process are not counted.")
+            said.append(f"At commit {row['commit'][:12]}, {words} more did not come to the end; "
+                        "their files are not counted.")
     return " ".join(said)
 
 
@@ -397,7 +396,7 @@ def goals(measured: dict[str, Any]) -> list[dict[str, Any]]:
     film = max((rate for row in films_of(measured) for rate in film_rates(row).values()),
                default=np.nan)
     damaged = measured.get("damaged", [])
-    files, stopped = all_damaged(damaged)["files"], unexplained(damaged)
+    files, stopped = (all_damaged(damaged)[name] for name in ("files", "failed"))
     near = next_above(tuned, GOALS["rate_bpp"])
     rows = [
         (f"{GOALS['psnr_db']} dB at {GOALS['rate_bpp']} bits per pixel, head included",

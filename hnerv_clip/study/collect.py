@@ -213,8 +213,14 @@ def collect_recipe(folders: Folders) -> None:
 
 
 def put_recipe(measured: dict[str, Any], group: str, row: dict[str, Any]) -> None:
-    """Put a row of `study.recipe_parts` into its group, and its commit and device into what is
-    said about the group. One without times keeps those of the same commit, device and settings."""
+    """Put a row into its group of the recipe's results, and what made it into the group's `about`.
+
+    Args:
+        measured: what `recipe_h100.json` holds; changed in place.
+        group: rows, sizes, held_out, or another group of `recipe_parts.GROUPS`.
+        row: of `recipe_parts.part_row`; one without times keeps those of the same commit, device
+            and settings.
+    """
     table = measured if group == "rows" else measured.setdefault(
         "preset" if group in ("sizes", "held_out") else group, {"about": {}})
     rows = table.setdefault(group if group in ("sizes", "held_out") else "rows", [])

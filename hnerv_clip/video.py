@@ -140,7 +140,7 @@ def label_video(data_path: str) -> str:
 
     Returns:
         The name itself for one in `NAMED_VIDEOS`; else the file's name without its ending, and a
-        digest of its absolute path.
+        digest of its absolute path: a file that was moved has another one.
     """
     if data_path in NAMED_VIDEOS:
         return data_path

@@ -50,10 +50,11 @@ def test_the_same_field_of_more_and_more_boxes(folder):
         0.7, 0.8, 0.85]
     best = book.best_field(measured["fields"], "bunny", rounded=False)
     assert best.any_held == 0.9
-    largest = measured["fields"].assign(params=1)
-    assert book.largest_words(largest[largest.boxes_a_frame > 320]) == (
-        "Not so for the largest field, which goes on bunny from 0.80 with 1,000 boxes to 0.85 with "
-        "2,000 and more steps, where it has 0.85 at its own: it would use still more.")
+    largest = measured["fields"].query("boxes_a_frame > 320 and patches == 0")
+    assert book.largest_words(largest) == (
+        "The largest field, from 1,000 to 2,000 boxes and more steps, goes at other boxes from "
+        "0.80 to 0.85 on bunny, where it has 0.85 at its own boxes: there boxes are the limit still.")
+    assert book.largest_words(largest.head(1)) == ""
     assert "already by 8 pixels" in book.moved_words(measured["moved"], best)
     assert "more than 8 pixels" in book.moved_words(measured["moved"], found.iloc[0])
 
@@ -225,10 +226,11 @@ def test_a_design_of_several_seeds_counts_by_its_mean(folder):
     fields = book.read_fields(folder)["fields"]
     best = book.best_field(fields, "bunny")
     assert (best.any_held, best.kb, best.seeds) == (pytest.approx(0.82), 401, 3)
-    assert book.seed_words([best]) == (
-        "Means over seeds of network and fit, of any box: bunny ± 0.040 (3 seeds).")
     alone = book.best_field(fields, "bunny", max_kb=70)
-    assert alone.any_held == 0.75 and book.seed_words([alone]) == "One seed each."
+    assert alone.any_held == 0.75
+    assert book.seed_words([best, alone]) == "bunny ± 0.040 (3 seeds) and bunny one seed"
+    with pytest.raises(ResultsError, match="no field of bunny of at most 1 kB; take it back"):
+        book.best_field(fields, "bunny", max_kb=1)
     assert book.smallest_field(fields, "bunny", any_held=0.84) is None  # one seed alone has it
 
 

@@ -143,7 +143,7 @@ def test_goals_are_judged_by_what_was_measured(folder):
     assert "mean of 2 seeds; the mean of the two neighbors, without a network, has 34.40 dB" in \
         goals[2]["what"]
     assert book.goals_in_words(goals) == \
-        "of the 4 goals that this project set itself beforehand, 2 are met"
+        "of the 4 goals that this project set itself, 2 are met"
     gains = book.video_gains(book.read_recipe(folder)["videos"])
     assert gains.video.tolist() == ["a", "c", "b"] and gains.gain_db.tolist() == [3.0, 2.25, 1.5]
     worse = book.read_recipe(folder)

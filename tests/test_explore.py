@@ -240,9 +240,11 @@ def test_an_interrupted_wait_loses_nothing(run_video):
     main = threading.get_ident()
 
     def interrupt():  # once it waits, however long that takes to begin
-        wait_until(lambda: any(frame.f_code is Explorer.get_ready.__code__ for frame, _ in
-                               traceback.walk_stack(sys._current_frames()[main])))
-        signal.pthread_kill(main, signal.SIGINT)
+        try:
+            wait_until(lambda: any(frame.f_code is Explorer.get_ready.__code__ for frame, _ in
+                                   traceback.walk_stack(sys._current_frames()[main])))
+        finally:
+            signal.pthread_kill(main, signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         threading.Thread(target=interrupt).start()

@@ -184,7 +184,7 @@ def test_several_gpus_are_summed_up():
             row(4, "×4", 350, None)]
     said, quality = scaling.answer_words({"parts": {"speed": {"runs": runs}}})
     assert said.startswith("On 4 GPUs training runs 3.60 times as fast as on one (1.90 times on 2)")
-    assert quality.endswith("is not reached in as many epochs.") and said.endswith("by +0.00 dB.")
+    assert quality.endswith("is reached by none of these.") and said.endswith("by +0.00 dB.")
     assert quality.startswith("PSNR changes by +0.00 dB with the learning rate ×4. ")
     runs[0]["cosine_centred"], runs[-1]["cosine_centred"] = 0.9, 0.0
     why = "run ranks4 failed: rank 0 of 4: FileError: /tmp/a/video.hnerv: embeddings: not finite"
@@ -206,12 +206,15 @@ def test_several_gpus_are_summed_up():
     runs[-1]["curve"] = [[8, 1.0, 25.0], [56, 1.5, 13.0], [64, 2.0, 19.0]]
     runs[-1]["psnr_db"] = 19.0
     measured = {"parts": {"speed": {**part, "quality_db": 25.0, "complete": True}}, "gpus": 4,
-                "settings": {"pixel_loss_warmup_epochs": 10, "epochs": 40}, "backend": "nccl"}
+                "settings": {"predict_clip": True, "pixel_loss_warmup_epochs": 10, "epochs": 40},
+                "backend": "nccl"}
     quality = scaling.answer_words(measured)[1]
     assert ("-6.00 dB with the learning rate ×4, as many steps (4 times the epochs): it fell from "
             "25.00 dB in the pixel phase to 13.00 dB when the cosine term joined, and ended at "
             "19.00 dB.") in quality
-    assert "is not reached in as many epochs." in quality
+    assert "is reached by none of these." in quality
+    plain = {**measured, "settings": {**measured["settings"], "predict_clip": False}}
+    assert "pixel phase" not in scaling.answer_words(plain)[1], "without a head there is one task"
     figure = plot_scaling({"backend": "nccl", "parts": {"speed": {"quality_db": 25.0, "runs": [
         {**run, "curve": [[1, 1.0, 20.0]], "frames_per_s_p10": 1, "frames_per_s_p90": 999,
          "efficiency": 0.9} for run in runs]}}})

@@ -291,6 +291,19 @@ def test_a_pack_may_be_replaced_while_a_run_of_it_is_trained_again(tmp_path):
     (run / "summary.json").unlink()
     told.unlink()
     study_table.check_pack(tmp_path / "runs", tmp_path / "a.tar.xz")
+    study_table.write_pack(tmp_path / "a.tar.xz", tmp_path / "runs", [rows])
+    with tarfile.open(tmp_path / "a.tar.xz") as archive:  # as it was until it is finished again
+        assert sorted(archive.getnames()) == ["fields/row.json", *(
+            f"study/{run.name}/{name}.json" for name in ("config", "summary"))]
+    (tmp_path / "runs" / "study" / run.name / "summary.json").write_text("new")
+    study_table.write_pack(tmp_path / "a.tar.xz", tmp_path / "runs", [*files[:2]])
+    with tarfile.open(tmp_path / "a.tar.xz") as archive:
+        assert archive.extractfile(f"study/{run.name}/summary.json").read() == b"new"
+        assert len(archive.getnames()) == 3
+    study_table.write_pack(tmp_path / "a.tar.xz", tmp_path / "runs", [*files[:2]], force=True)
+    with tarfile.open(tmp_path / "a.tar.xz") as archive:
+        assert len(archive.getnames()) == 2
+    study_table.write_pack(tmp_path / "a.tar.xz", tmp_path / "runs", [*files[:3]])
     rows.unlink()
     with pytest.raises(StudyError, match="such as fields/row.json, and would lose 1 of 2"):
         study_table.check_pack(tmp_path / "runs", tmp_path / "a.tar.xz")

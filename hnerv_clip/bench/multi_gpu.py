@@ -191,10 +191,8 @@ def _measure_speed(scaling: _Scaling) -> None:
             alone = (figures["runs"] or [row])[0]
             figures["quality_db"] = alone["curve"][-1][2]
             row["efficiency"] = row["frames_per_s"] / (ranks * alone["frames_per_s"])
-            pixel_epochs = config.model.predict_clip * config.train.pixel_loss_warmup_epochs
-            row["time_to_quality_s"] = time_to_reach(  # with both tasks
-                [point for point in row["curve"] if point[0] > pixel_epochs],
-                figures["quality_db"])
+            row["time_to_quality_s"] = time_to_reach(
+                joint_curve(row, scaling.config.params()), figures["quality_db"])
             figures["runs"].append(row)
             scaling.save("speed", figures, complete=False)
     scaling.save("speed", figures, complete=True)
@@ -381,6 +379,18 @@ def run_figures(run_dir: Path) -> dict[str, Any]:
         "cosine_centred": run.summary().get("eval_clip_centred_train"),
         "curve": [[int(epoch), float(time_s), float(psnr_db)] for epoch, time_s, psnr_db in zip(
             measured.epoch, measured.train_time_s, measured.eval_psnr_train)]}
+
+
+def joint_curve(run: dict[str, Any], settings: dict[str, Any]) -> list[Sequence[float]]:
+    """Evaluations after a run's pixel phase, in which a network with a head has one task.
+
+    Args:
+        run: curve and epochs, to which the phase is in proportion.
+        settings: of the measurement, flat.
+    """
+    phase = settings["predict_clip"] * settings["pixel_loss_warmup_epochs"]
+    return [point for point in run["curve"]
+            if point[0] * settings["epochs"] > phase * run["epochs"]]
 
 
 def time_to_reach(curve: Sequence[Sequence[float]], psnr_db: float) -> float | None:

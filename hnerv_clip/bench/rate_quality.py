@@ -101,7 +101,7 @@ def damaged_words(rows: Sequence[dict[str, Any]]) -> str:
         if row["failed"]:
             words = "1 process" if row["failed"] == 1 else f"{row['failed']} processes"
             said.append(f"At commit {row['commit'][:12]}, {words} more did not come to the end; "
-                        "their files are not counted.")
+                        "files of such a process are not counted.")
     return " ".join(said)
 
 

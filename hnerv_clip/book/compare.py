@@ -140,7 +140,8 @@ def comparison(results: Path) -> str:
     sources = " ".join(escape(words) for words in (
         "Held-out frames are decoded from interpolated embeddings.",
         f"This project: one {facts.device}; preset best: {facts.best.seeds} seeds, timed "
-        f"on one {facts.best.device}.",
+        f"on one {facts.best.device}; skill of the field: mean of {facts.field.seeds} seeds, of "
+        f"the original head: of {facts.original['seeds']}.",
         f"HNeRV: {hnerv}; PSNR, {facts.fidelity['reference']['paper']['source']}.",
         f"Original script: {proposal}; its code's speed on the same H100."))
     return (f"{TERMS}\n\n{table(comparison_rows(facts))}\n\n*{caption}*\n\n"

@@ -1,7 +1,7 @@
 """What fields gave on frozen networks, as tables of `book/results/field_h100.json`.
 
 Skill is (s − s_const) / (1 − s_const) of the mean cosine s to the teacher; that of the best
-constant is 0. A field here is one fit of one seed.
+constant is 0. A row of `fields` is one fit of one seed; a design is the mean over its seeds.
 """
 
 from __future__ import annotations
@@ -294,10 +294,11 @@ def over_seeds(fields: pd.DataFrame) -> pd.DataFrame:
     """A row per video and design: means over seeds, `seeds` and `sd`, the standard deviation of
     any_held, NaN of one seed."""
     groups = fields.groupby(["video", "head"], sort=False)
-    first = groups.first()
-    means = groups.mean(numeric_only=True).drop(columns="is_rounded")
-    return first.assign(**means, seeds=groups.seed.nunique(), sd=groups.any_held.std()
-                        ).reset_index()
+    rows = groups.first()
+    means = groups.mean(numeric_only=True).drop(columns=["seed", "params", "boxes_a_frame",
+                                                         "patches", "is_rounded"])
+    return rows.assign(**means, seeds=groups.seed.nunique(), sd=groups.any_held.std()
+                       ).reset_index()
 
 
 def best_field(fields: pd.DataFrame, video: str, *, column: str = "any_held",
@@ -308,9 +309,14 @@ def best_field(fields: pd.DataFrame, video: str, *, column: str = "any_held",
         rounded: of those alone whose bytes are known.
     Returns:
         Its row of `over_seeds`.
+    Raises:
+        ResultsError: there is none.
     """
     means = over_seeds(fields)
     own = means[(means.video == video) & (means.is_rounded | (not rounded)) & (means.kb <= max_kb)]
+    if own[column].isna().all():
+        raise ResultsError(f"{FILE} has no field of {video} of at most {max_kb:g} kB; take it back "
+                           f"with {FIX}")
     return own.loc[own[column].idxmax()]
 
 
@@ -322,12 +328,9 @@ def smallest_field(fields: pd.DataFrame, video: str, *, any_held: float) -> pd.S
 
 
 def seed_words(fields: Iterable[pd.Series]) -> str:
-    """How many seeds rows of `over_seeds` are means of, and their spread, in a sentence."""
-    several = [row for row in fields if row.seeds > 1]
-    if not several:
-        return "One seed each."
-    return ("Means over seeds of network and fit, of any box: " + join_words([
-        f"{row.video} ± {row.sd:.3f} ({row.seeds} seeds)" for row in several]) + ".")
+    """How many seeds rows of `over_seeds` are means of, and their spread at any box, in words."""
+    return join_words([f"{row.video} ± {row.sd:.3f} ({row.seeds} seeds)" if row.seeds > 1
+                       else f"{row.video} one seed" for row in fields])
 
 
 def side_file_words(fields: pd.DataFrame, side_files: pd.DataFrame, video: str, *, kb: float = 60
@@ -336,10 +339,11 @@ def side_file_words(fields: pd.DataFrame, side_files: pd.DataFrame, video: str, 
     own = side_files[(side_files.video == video) & side_files.any_held.notna()]
     within, most = own[own.kb <= kb].iloc[-1], own.iloc[-1]
     field = best_field(fields, video, max_kb=kb)
+    needed = smallest_field(fields, video, any_held=most.any_held)
     return (f"on {video} {within.any_held:.2f} in {within.kb:.0f} kB, where a field has "
             f"{field.any_held:.2f} in {field.kb:.0f} kB, and {most.any_held:.2f} in "
             f"{most.kb:.0f} kB, for which a field needs "
-            f"{smallest_field(fields, video, any_held=most.any_held).kb:.0f} kB")
+            + ("more than was tried" if needed is None else f"{needed.kb:.0f} kB"))
 
 
 @dataclass(frozen=True)
@@ -394,15 +398,18 @@ def by_boxes(fields: pd.DataFrame) -> pd.DataFrame:
 
 
 def largest_words(fields: pd.DataFrame) -> str:
-    """What more boxes and steps give the largest design, and how far its own boxes are ahead."""
-    own = fields[fields.params == fields.params.max()].sort_values("boxes_a_frame")
+    """What more boxes and steps give the largest design of each video, and how far its own boxes
+    are ahead; or nothing."""
     said = []
-    for video, part in own.groupby("video", sort=False):
-        few, many = part.iloc[0], part.iloc[-1]
-        said.append(f"on {video} from {few.any_held:.2f} with {few.boxes_a_frame:,} boxes to "
-                    f"{many.any_held:.2f} with {many.boxes_a_frame:,} and more steps, where it has "
-                    f"{many.own_boxes:.2f} at its own")
-    return f"Not so for the largest field, which goes {join_words(said)}: it would use still more."
+    for video, part in over_seeds(fields).groupby("video", sort=False):
+        own = part[part.params == part.params.max()].sort_values("boxes_a_frame")
+        few, many = own.iloc[0], own.iloc[-1]
+        if few.boxes_a_frame < many.boxes_a_frame:
+            said.append(f"from {few.any_held:.2f} to {many.any_held:.2f} on {video}, where it has "
+                        f"{many.own_boxes:.2f} at its own boxes")
+            counts = f"from {few.boxes_a_frame:,} to {many.boxes_a_frame:,} boxes and more steps"
+    return "" if not said else (f"The largest field, {counts}, goes at other boxes "
+                                f"{'; '.join(said)}: there boxes are the limit still.")
 
 
 def moved_words(moved: pd.DataFrame, best: pd.Series) -> str:

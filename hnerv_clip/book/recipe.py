@@ -229,7 +229,7 @@ def goals_in_words(rows: list[dict[str, str]]) -> str:
     met = [row["met"] for row in rows if row["met"] != "no"]
     estimated = (f", {met.count(ESTIMATED)} of these only by training on frames estimated by motion"
                  if ESTIMATED in met else "")
-    return (f"of the {len(rows)} goals that this project set itself beforehand, {len(met)} are met"
+    return (f"of the {len(rows)} goals that this project set itself, {len(met)} are met"
             f"{estimated}")
 
 
@@ -429,7 +429,7 @@ def early_in_words(early: pd.DataFrame, small: pd.DataFrame) -> str:
                     for row in rows[~rows.base].itertuples()]) + f" ({group.partition(': ')[2]})"
         for group, rows in small[small.group.str.startswith(EARLY)].groupby("group", sort=False)])
     return (f"Changes of HNeRV's blocks and of the loss were tried at full size for only "
-            f"{base.epochs} epochs, by Adan, one seed: without them it is {base.psnr_db:.2f} dB; "
+            f"{base.epochs} epochs, by Adan, one seed: without them PSNR is {base.psnr_db:.2f} dB; "
             f"{said}." + (f" In small trainings the same changes give {again}." if again else ""))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from hnerv_clip.bench.multi_gpu import RUN, run_figures, time_to_reach
+from hnerv_clip.bench.multi_gpu import RUN, joint_curve, run_figures, time_to_reach
 from hnerv_clip.book.markdown import join_words, three_digits
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.evaluate import summarise
@@ -72,14 +72,14 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
     Args:
         measured: with the part `speed`.
     """
-    part, runs = measured["parts"]["speed"], _joint_runs(measured)
+    part, runs = measured["parts"]["speed"], _read_runs(measured)
     alone, *others = [run for run in runs if run["learning_rate"] == "kept"]
     most = others.pop()
     rates = "".join(f" ({run['frames_per_s'] / alone['frames_per_s']:.2f} times on {run['ranks']})"
                     for run in others)
     widest = [run for run in runs if run["ranks"] == most["ranks"]]
     reached = [run for run in widest if run["time_to_quality_s"] is not None]
-    quality = "is not reached in as many epochs"
+    quality = "is reached by none of these"
     if reached:
         best = min(reached, key=lambda run: run["time_to_quality_s"])
         quality = f"is reached in {best['time_to_quality_s']:.1f} s with {_rate_words(best, alone)}"
@@ -109,21 +109,19 @@ def _reason(failed: Row) -> str:
                     for word in words)
 
 
-def _joint_runs(measured: dict[str, Any]) -> list[Row]:
-    """Runs of the part `speed`; in the pixel phase, where a network has one task, none counts.
+def _read_runs(measured: dict[str, Any]) -> list[Row]:
+    """Runs of the part `speed`; no evaluation of the pixel phase counts, see `joint_curve`.
 
     A run whose picture was best in that phase has `lost_db`: that PSNR, the next and the last one.
     """
-    settings, part = measured.get("settings", {}), measured["parts"]["speed"]
-    share = settings.get("pixel_loss_warmup_epochs", 0) / settings.get("epochs", 1)
-    rows = []
+    part, rows = measured["parts"]["speed"], []
     for run in part["runs"]:
-        curve = run.get("curve", [])
-        both = [point for point in curve if point[0] > share * run["epochs"]]
-        best = max(curve, key=lambda point: point[2], default=None)
-        if both and best not in both:
-            run = {**run, "lost_db": (best[2], both[0][2], both[-1][2]),
-                   "time_to_quality_s": time_to_reach(both, part["quality_db"])}
+        if curve := run.get("curve"):
+            both = joint_curve(run, measured["settings"])
+            run = {**run, "time_to_quality_s": time_to_reach(both, part["quality_db"])}
+            best = max(curve, key=lambda point: point[2])
+            if both and best not in both:
+                run["lost_db"] = (best[2], both[0][2], both[-1][2])
         rows.append(run)
     return rows
 
@@ -192,7 +190,7 @@ def speed_rows(measured: dict[str, Any]) -> list[Row]:
              reached: "never" if run["time_to_quality_s"] is None
              else f"{run['time_to_quality_s']:.1f}", "training (s)": f"{run['train_time_s']:.1f}",
              "whole run (s)": "resumed" if run["wall_s"] is None else f"{run['wall_s']:.0f}"}
-            for run in _joint_runs(measured)]
+            for run in _read_runs(measured)]
     return rows + [{ranks: run["ranks"], "learning rate": run["learning_rate"],
                     "frames/s": "failed"} for run in part["failed"]]
 

@@ -138,7 +138,8 @@ def _study(args: argparse.Namespace) -> None:
             columns=["run", *study_table.SHOWN]).dropna(axis=1, how="all").to_string(
             index=False, na_rep="", float_format="{:.3f}".format))
     if args.pack:
-        print(f"{args.pack}: {study_table.pack_study(args.outf, args.pack):,} bytes")
+        print(f"{args.pack}: {study_table.pack_study(args.outf, args.pack, force=args.force):,}"
+              " bytes")
     failed = [name for name, state in states.items() if state == "failed"]
     if failed:
         raise SystemExit(f"error: {', '.join(failed)} failed; see NAME.error.txt in {args.outf}")
@@ -168,7 +169,7 @@ def _study_book(args: argparse.Namespace) -> None:
                                     workers=args.workers)
     finally:
         if args.pack:
-            book_runs.pack_state(folders, args.pack)
+            book_runs.pack_state(folders, args.pack, force=args.force)
     print(count_states(states))
     failed = [name for name, state in states.items() if state == "failed"]
     if failed:

@@ -11,7 +11,6 @@ written.
 from __future__ import annotations
 
 import shutil
-import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from hnerv_clip.study.folders import BUNDLED, Folders
 from hnerv_clip.study.plan import VIDEOS, study_base, study_configs
 from hnerv_clip.study.recipe_parts import WHOLE, part_config, part_folder, part_names
 from hnerv_clip.study.run import is_done, make_run, note_end, prepare_study
+from hnerv_clip.study.table import write_pack
 from hnerv_clip.study.worker_pool import Ended, WorkerPool, end_on_sigterm
 
 TIMES = "times.json"
@@ -248,8 +248,11 @@ def minutes_of(step: Step, recorded: dict[str, float]) -> float:
     """How long a step takes: as recorded on this machine, else on an H100."""
     if step.name in recorded:
         return recorded[step.name]
-    key = max((key for key in MINUTES if step.name.startswith(key)), key=len, default="")
-    like = sorted(value for name, value in recorded.items() if key and name.startswith(key))
+    def kind(name: str) -> str:
+        return max((key for key in MINUTES if name.startswith(key)), key=len, default="")
+
+    key = kind(step.name)
+    like = sorted(value for name, value in recorded.items() if key and kind(name) == key)
     return like[len(like) // 2] if like else MINUTES.get(key, 1.0)
 
 
@@ -392,16 +395,14 @@ def _read_times(folders: Folders) -> dict[str, float]:
     return read_json(path, fix="remove it") if path.is_file() else {}
 
 
-def pack_state(folders: Folders, path: str | Path) -> None:
-    """Keep what ended, without checkpoints, in a .tar.xz, so that another machine can resume."""
-    path = resolve_path(path)
+def pack_state(folders: Folders, path: str | Path, *, force: bool = False) -> None:
+    """Keep what ended, without checkpoints, in a .tar.xz, so that another machine can resume.
+
+    Args:
+        force: leave out what only a pack in its place holds.
+    """
     files = [file for file in sorted(folders.outf.rglob("*")) if _is_state(folders, file)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with tarfile.open(partial, "w:xz") as archive:
-        for file in files:
-            archive.add(file, str(file.relative_to(folders.outf)))
-    partial.replace(path)
+    write_pack(resolve_path(path), folders.outf, files, force=force)
 
 
 def _is_state(folders: Folders, file: Path) -> bool:

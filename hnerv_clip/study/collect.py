@@ -106,31 +106,41 @@ def put_fidelity(measured: dict[str, Any], runs: list[RunDir]) -> dict[str, Any]
 
 
 def collect_fields(folders: Folders) -> None:
-    """`field_h100.json`: what was measured takes the place of the same of an older commit; pairs
-    and the original head beside."""
+    """`field_h100.json`: designs of fields, what needs no field, pairs, and the original head."""
     folder, name = folders.outf / "fields", "field_h100.json"
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not found:
         return
-    measured = read_published(folders, name) or {"rows": []}
+    measured = {"rows": [], "pairs": []} | (read_published(folders, name) or {})
     fields = [one for one in found if "head" in one]
-    teacher = [{**row, **{key: one[key] for key in ("commit", "device", "date")}}
+    teacher = [{**row, **{key: one[key] for key in ("commit", "dirty", "device", "date")}}
                for one in found if "rows" in one for row in one["rows"]]
-    new = [*(row for row in fields if row["network"] == "frozen"), *teacher]
-    keys = {_field_key(row) for row in new}
-    kept = [row for row in measured["rows"] if _field_key(row) not in keys]
-    pairs = [row for row in fields if row["head"] == "default"]
+    plain = [row for row in fields if row["network"] == "frozen"]
+    pairs = merge_rows(measured["pairs"], [row for row in fields if row["head"] == "default"],
+                       key=("video",), parts=("network", "seed"))
     write_json(folders.out / name, {
-        "about": {"teacher": describe_teacher(TeacherConfig(teacher=BUNDLED)).label,
+        "about": {**measured.get("about", {}),
+                  "teacher": describe_teacher(TeacherConfig(teacher=BUNDLED)).label,
                   "made by": "hnerv_clip.study.fields: measure_field, measure_teacher"},
-        "rows": [*kept, *new], "pairs": pairs or measured.get("pairs", []),
-        "original": original_heads(pairs) or measured.get("original", {})})
+        "rows": merge_rows(measured["rows"], [*plain, *teacher],
+                           key=("video", "head", "baseline", "what", "where"),
+                           parts=("seed", "pixels", "budget")),
+        "pairs": pairs, "original": original_heads(pairs)})
 
 
-def _field_key(row: dict[str, Any]) -> tuple:
-    """What a row is of."""
-    return tuple(map(row.get, ("video", "head", "seed", "baseline", "what", "pixels", "where",
-                               "budget")))
+def merge_rows(old: list[dict[str, Any]], new: list[dict[str, Any]], *, key: tuple[str, ...],
+               parts: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of two tables: of a key, the new ones if they hold all parts of the old ones, so that
+    none is lost, or averaged with one of another commit."""
+    def pick(row: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
+        return tuple(map(row.get, names))
+
+    merged = []
+    for one in dict.fromkeys(pick(row, key) for row in [*old, *new]):
+        before, after = ([row for row in rows if pick(row, key) == one] for rows in (old, new))
+        held = {pick(row, parts) for row in before} <= {pick(row, parts) for row in after}
+        merged += after if held else before
+    return merged
 
 
 def original_heads(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

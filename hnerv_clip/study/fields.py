@@ -86,8 +86,8 @@ def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
         folder: where the field goes, and what the teacher says of the test boxes is kept.
         steps, boxes: of the fit, 0 for the size's; fewer only try it.
     Returns:
-        video, head (the size), network, seed, boxes_a_frame, shapes ("all": every box has its own),
-        patches (share of the boxes that are the study's patches); KIND_train, KIND_held and
+        video, head (the size), network, seed, boxes_a_frame, patches (share of the boxes that are
+        the study's patches); KIND_train, KIND_held and
         KIND_held_centered of `eight`, `square` and `any`; any_held_smooth, against `smoothed`
         targets; own_boxes, at the boxes that it was fitted to; params; bytes, by how much it makes
         the stored video longer (8 bits a weight without rounding); psnr_held_db, the network's on
@@ -109,7 +109,7 @@ def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
     field = fit_head(own, cache_dir=cache_dir, device="auto", progress=False, settings=settings,
                      **parts)
     row = {"video": run.dataset.video.name, "head": size, "network": network, "seed": seed,
-           "boxes_a_frame": boxes, "shapes": "all", "patches": settings.patches,
+           "boxes_a_frame": boxes, "patches": settings.patches,
            **asked.skills(lambda kind, frames, source: make_field(
                own, field.head, source=source).embed(frames, asked.boxes[kind][0]))}
     train = asked.train[::8]

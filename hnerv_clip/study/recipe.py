@@ -318,9 +318,10 @@ def compare(folder: str | Path, recipes: dict[str, dict[str, Any]], *, videos: I
                                  "params": config.replace(
                                      epochs=epochs, eval_freq=epochs).params()})
         plan = read_json(planned, keys={"params": dict, "step_s": (int, float)}, fix="remove it")
-        result = train(Config.from_params(**plan["params"]), run.path, cache_dir=cache_dir)
+        config = Config.from_params(**plan["params"])
+        result = train(config, run.path, cache_dir=cache_dir)
         rows.append({"recipe": name, "video": label_video(video), "seed": seed, "seconds": limit,
-                     "epochs": plan["params"]["epochs"], "step_s": plan["step_s"],
+                     "epochs": config.train.epochs, "step_s": plan["step_s"],
                      "device": run.provenance()["device"], **result.summary})
         write_json(known, {"rows": list({tuple(row[key] for key in ROW_KEYS): row
                                          for row in [*before, *rows]}.values())})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -174,10 +176,13 @@ def _row(run: RunDir) -> dict[str, Any]:
         else None}
 
 
-def pack_study(folder: str | Path, path: str | Path) -> int:
+def pack_study(folder: str | Path, path: str | Path, *, force: bool = False) -> int:
     """Put a study's finished runs, without checkpoints, into a .tar.xz; returns its size_bytes.
 
     Unpacked into a folder, `study_table` reads it as it reads the runs.
+
+    Args:
+        force: leave out what only a pack in its place holds.
 
     Raises:
         StudyError: nothing to pack, or more than 16 MiB.
@@ -188,16 +193,42 @@ def pack_study(folder: str | Path, path: str | Path) -> int:
     files += sorted(folder.glob("*.error.txt"))
     if not files:
         raise StudyError(f"{folder} holds no runs to pack")
+    return write_pack(path, folder, files, force=force, limit_bytes=PACK_LIMIT_BYTES)
+
+
+def write_pack(path: Path, folder: Path, files: Sequence[Path], *, force: bool = False,
+               limit_bytes: float = math.inf) -> int:
+    """Put files of a folder into a .tar.xz, with what else a pack in its place holds.
+
+    Such as a run that was finished, and is trained again: it stays as it was packed.
+
+    Args:
+        force: leave out what only the old pack holds.
+    Returns:
+        size_bytes.
+    Raises:
+        StudyError: the pack would be larger than the limit.
+        RunError: the file in its place is no pack.
+    """
+    new = {file.relative_to(folder).as_posix(): file for file in files}
+    runs = {PurePosixPath(name).parent for name in new if name.endswith("/config.json")}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with tarfile.open(partial, "w:xz") as archive:
-        for file in files:
-            archive.add(file, str(file.relative_to(folder)))
+        for name, file in new.items():
+            archive.add(file, name)
+        if path.exists() and not force:
+            with open_archive(path) as old:
+                for member in old:
+                    if member.isfile() and not member.name.endswith(".error.txt") \
+                            and member.name not in new \
+                            and PurePosixPath(member.name).parent not in runs:
+                        archive.addfile(member, old.extractfile(member))
     size_bytes = partial.stat().st_size
-    if size_bytes > PACK_LIMIT_BYTES:
+    if size_bytes > limit_bytes:
         partial.unlink()
         raise StudyError(f"{path.name} would have {size_bytes / 2**20:.1f} MiB, above "
-                         f"{PACK_LIMIT_BYTES / 2**20:.0f}; move some runs to another folder and "
+                         f"{limit_bytes / 2**20:.0f}; move some runs to another folder and "
                          "pack that apart")
     partial.replace(path)
     return size_bytes
@@ -228,7 +259,8 @@ def check_pack(folder: str | Path, path: str | Path) -> None:
             if not name.name.endswith(".error.txt")}
     if lost := sorted(name for name in held if not (folder / name).exists()):
         raise StudyError(f"{path} holds what {folder} has not, such as {lost[0]}, and would lose "
-                         f"{len(lost)} of {len(held)}: {fix}")
+                         f"{len(lost)} of {len(held)}: {fix}; with --plan book an empty "
+                         "--outf resumes from it")
 
 
 def check_replaced(path: str | Path, table: pd.DataFrame) -> None:

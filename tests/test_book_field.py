@@ -53,7 +53,8 @@ def test_the_same_field_of_more_and_more_boxes(folder):
     largest = measured["fields"].query("boxes_a_frame > 320 and patches == 0")
     assert book.largest_words(largest) == (
         "The largest field, from 1,000 to 2,000 boxes and more steps, goes at other boxes from "
-        "0.80 to 0.85 on bunny, where it has 0.85 at its own boxes: there boxes are the limit still.")
+        "0.80 to 0.85 on bunny, where it has 0.85 at its own boxes: there boxes are the limit "
+        "still.")
     assert book.largest_words(largest.head(1)) == ""
     assert "already by 8 pixels" in book.moved_words(measured["moved"], best)
     assert "more than 8 pixels" in book.moved_words(measured["moved"], found.iloc[0])

@@ -234,7 +234,7 @@ def test_what_was_not_measured_is_not_told(folder):
     assert "33.00 dB in 150 s of training steps, 25.0 of the 300 epochs" in book.control_in_words(
         measured["control"], measured["preset"])
     rows = book.read_ranking(folder)["rows"]
-    assert "it is 31.50 dB; a shift changes that by +0.25 dB (the worst frame by -0.50 dB)." in \
+    assert "PSNR is 31.50 dB; a shift changes that by +0.25 dB (the worst frame by -0.50 dB)." in \
         book.early_in_words(measured["early"], rows)
     rows["group"] = [f"{book.EARLY}: two", f"{book.EARLY}: two", "another", "another"]
     assert f"In small trainings the same changes give {rows.gain_db[1]:+.2f} dB (two)." in \

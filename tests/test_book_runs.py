@@ -340,6 +340,13 @@ def test_the_command_resumes_from_a_pack_and_replaces_none_that_holds_more(
         assert "choose another" in told and pack.read_text() == "notes"
 
 
+def test_runs_of_other_settings_are_no_results_of_the_book(capsys, tmp_path):
+    assert cli.main(["study", "--plan", "book", "--minutes", "0", "--outf", str(tmp_path),
+                     "--epochs", "3"]) == 2
+    assert "epochs given: such runs are not the book's" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_what_is_begun_in_time_is_prepared(folders):
     steps = book_runs.book_steps(1, folders.outf)
     first = book_runs.first_steps(steps, 3, {})

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 
 from hnerv_clip.cli.runs import show_summary
-from hnerv_clip.config import PROFILES, Config
+from hnerv_clip.config import PROFILES, Config, ConfigError
 from hnerv_clip.files import check_writable
 from hnerv_clip.paths import resolve_path
 
@@ -148,10 +148,15 @@ def _study(args: argparse.Namespace) -> None:
 def _study_book(args: argparse.Namespace) -> None:
     from hnerv_clip.devices import visible_gpus
     from hnerv_clip.study import book_runs
+    from hnerv_clip.study.collect import PUBLISHED
     from hnerv_clip.study.folders import make_folders
     from hnerv_clip.study.run import count_states
     from hnerv_clip.study.table import check_pack
 
+    changed = sorted(set(args.settings) - {"device"})
+    if changed and resolve_path(args.out) == resolve_path(PUBLISHED):
+        raise ConfigError(f"{', '.join(changed)} given: such runs are not the book's, whose "
+                          f"results are in --out {args.out}; give another --out for theirs")
     folders = make_folders(args.outf or "output/book_runs", args.out, args.cache_dir, args.settings)
     if args.pack and not args.force:
         book_runs.restore_state(folders, args.pack)

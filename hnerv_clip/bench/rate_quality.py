@@ -26,6 +26,7 @@ import numpy as np
 from hnerv_clip.bench.damaged_files import add_damaged, all_damaged, count_damaged
 from hnerv_clip.bench.decoding import FETCHED, NETWORK
 from hnerv_clip.bench.video_codecs import bd_rate
+from hnerv_clip.files import write_atomic
 
 Point = dict[str, Any]
 # What was aimed at: at 640×1280, with the head, through the file
@@ -299,7 +300,8 @@ def collect(path: Path, runs: Sequence[dict[str, Any]], damaged: dict[str, Any] 
     if "side_files" in kept:
         kept["bd_rate_searchable"] = bd_rates(searchable(kept["codecs"], kept),
                                               searchable(tuned, kept))
-    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(kept, indent=1) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
     return kept
 
 

@@ -92,8 +92,9 @@ class VideoFile:
                             return
                 self._check_end(stream, end, shown)
         except (av.error.FFmpegError, OSError) as error:
-            raise ConfigError(f"{self.path} does not decode after frame {shown} ({error}); {FIX}"
-                              ) from error
+            where = f"does not decode after frame {shown}" if shown else \
+                "is no video, or damaged from its beginning"
+            raise ConfigError(f"{self.path} {where} ({error.strerror}); {FIX}") from error
 
     def _stream(self, container: av.container.InputContainer) -> av.VideoStream:
         """The first video that is no cover picture."""

@@ -232,7 +232,13 @@ def test_a_side_file_makes_every_file_searchable():
                       "open_cpu_s": 1.0, "decode_cpu_s": 6.0, "frames": 3}, "codecs": [
                           {"codec": "x", "psnr_db": 35, "rate_bpp": 0.1, "encode_cpu_s": 3,
                            "decode_cpu_s": 1}]}}
-    assert rate.side_file(everything)["size_bytes"] == 100
+    assert rate.side_file(everything)["size_bytes"] == 100, "there is no field: the original head's"
+    field = json.loads(json.dumps(run))
+    field["settings"]["head"] = "field"
+    field["points"][0] |= {"clip_similarity": 0.9, "clip_centred": 0.7}
+    both = everything | {"runs": [run, field]}
+    assert rate.side_file(both)["size_bytes"] == 50, "as near as a field, with which it is compared"
+    assert rate.side_file(both, rate.ORIGINAL)["size_bytes"] == 100
     plain, headed = rate.searchable([{"size_bytes": 60}, {"size_bytes": 60, "head": True}],
                                     everything)
     assert plain == {"size_bytes": 160, "rate_bpp": 8 * 160 / 400} and headed["size_bytes"] == 60

@@ -262,3 +262,9 @@ def test_a_folder_or_broken_link_among_images_is_named(tmp_path):
     folder = make_folder(tmp_path / "images", "1.png")
     (folder / "2.png").symlink_to(tmp_path / "nothing")
     assert "2.png" in message_of(folder) and "broken link" in message_of(folder)
+
+
+def test_a_file_that_is_no_video_is_called_so(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"hello")
+    assert "a.mp4 is no video, or damaged from its beginning (Invalid data" in message_of(
+        tmp_path / "a.mp4")

@@ -195,11 +195,16 @@ def bd_rates(codecs: Sequence[Point], tuned: Sequence[Point]) -> list[dict[str, 
     return rows
 
 
-def side_file(measured: dict[str, Any]) -> Point:
-    """The smallest side file that is as near to the teacher at its patches as the original head of
-    the stored files, by the cosine raw and mean-centered; the largest where none is."""
-    heads = [point for run in measured["runs"] if head_of(run) == ORIGINAL
-             for point in run["points"] if "clip_centred" in point]
+def side_file(measured: dict[str, Any], head: str = FIELD) -> Point:
+    """The smallest side file that is as near to the teacher at its patches as stored heads of a
+    kind, by the mean cosine raw and mean-centered; the largest where none is.
+
+    Args:
+        head: FIELD or ORIGINAL; where no file has such a one, the other.
+    """
+    points = [(head_of(run) == head, point) for run in measured["runs"]
+              for point in run["points"] if "clip_centred" in point]
+    heads = [point for own, point in points if own] or [point for _, point in points]
     names = ("clip_similarity", "clip_centred")
     needed = {name: float(np.mean([point[name] for point in heads])) for name in names}
     rows = sorted(measured["side_files"]["points"], key=lambda row: row["size_bytes"])

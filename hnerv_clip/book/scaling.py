@@ -89,7 +89,7 @@ def answer_words(measured: dict[str, Any]) -> tuple[str, str]:
     more = [f"PSNR changes by {quality_words(alone, [run])}{_lost_words(run)}"
             f"{_cosine_words(run, alone)}." for run in widest if run is not most]
     return (f"On {most['ranks']} GPUs training runs {speed_up:.2f} times as fast as on one{rates}; "
-            f"after as many epochs, with fewer steps, PSNR changes by "
+            f"after {alone['epochs']} epochs on each, with fewer steps, PSNR changes by "
             f"{most['psnr_db'] - alone['psnr_db']:+.2f} dB.",
             " ".join(filter(None, [*more, "The PSNR that one GPU has after "
                                    f"{alone['time_to_quality_s']:.1f} s of steps {quality}.",

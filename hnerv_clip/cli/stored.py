@@ -88,7 +88,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argume
 
 
 def _info(args: argparse.Namespace) -> None:
-    from hnerv_clip.codec.container import MAGIC_1, FileError, read_header
+    from hnerv_clip.codec.container import MAGIC_1, read_header, unreadable
     from hnerv_clip.codec.facts import header_facts
 
     path = resolve_path(args.file)
@@ -96,7 +96,7 @@ def _info(args: argparse.Namespace) -> None:
         with open(path, "rb") as file:
             old = file.read(8) == MAGIC_1
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error}") from error
+        raise unreadable(path, error) from error
     if old:
         from hnerv_clip.codec.version1 import read_header
     facts = header_facts(read_header(path))
@@ -239,9 +239,9 @@ def _store(args: argparse.Namespace) -> None:
 
 def _check_file(args: argparse.Namespace) -> Path:
     out = resolve_path(args.file)
-    _check_free(out, args.force)
     if out.suffix != ".hnerv":
         raise FileCommandError(f"{out} should end in .hnerv, so that it is known for what it is")
+    _check_free(out, args.force)
     return out
 
 

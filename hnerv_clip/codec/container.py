@@ -120,15 +120,18 @@ def read_header(path: str | Path) -> Header:
             start = file.read(START.size)
             if start[:8] == MAGIC_1:
                 raise FileError(f"{path} is of version 1: open it with codec.decode_video")
-            if len(start) < START.size or start[:8] != MAGIC:
-                raise _broken(path, "it does not begin as such a file does")
+            if len(start) < START.size and start[:8] == MAGIC:
+                raise _broken(path, "it ends in its first bytes")
+            if start[:8] != MAGIC:
+                raise FileError(f"{path} is no HNeRV-CLIP video: it does not begin as one does; "
+                                "give a .hnerv file that hnerv-clip encode wrote")
             _, packed_size, text_size, wanted = START.unpack(start)
             if not 0 < packed_size <= size_bytes - START.size - END_SIZE or \
                     not 0 < text_size <= HEADER_LIMIT:
                 raise _broken(path, f"a header of {packed_size} bytes in {size_bytes}")
             packed = file.read(packed_size)
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error}") from error
+        raise unreadable(path, error) from error
     if hashlib.blake2b(packed, digest_size=32).digest() != wanted:
         raise _broken(path, "its header's digest is wrong")
     try:
@@ -158,7 +161,7 @@ def read_part(path: str | Path, part: Part) -> bytes:
             file.seek(part.at)
             data = file.read(part.size)
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error}") from error
+        raise unreadable(path, error) from error
     if digest(data) != part.digest:
         raise _broken(path, f"the digest of its part {part.name!r} is wrong")
     return data
@@ -173,9 +176,16 @@ def verify_file(path: str | Path) -> None:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error}") from error
+        raise unreadable(path, error) from error
     if hashlib.blake2b(data[:-END_SIZE], digest_size=END_SIZE).digest() != data[-END_SIZE:]:
         raise _broken(path, "the digest of the whole is wrong")
+
+
+def unreadable(path: str | Path, error: OSError) -> FileError:
+    """The error of a stored file that the system does not read."""
+    fix = "; give a .hnerv file that hnerv-clip encode wrote" * isinstance(
+        error, FileNotFoundError)
+    return FileError(f"cannot read {path}: {error.strerror or error}{fix}")
 
 
 def _broken(path: str | Path, why: str) -> FileError:

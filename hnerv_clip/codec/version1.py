@@ -24,6 +24,7 @@ from hnerv_clip.codec.container import (
     Header,
     parse_json,
     unpack,
+    unreadable,
 )
 from hnerv_clip.config import Config, param_names
 
@@ -44,7 +45,7 @@ def is_version1(path: str | Path) -> bool:
         with open(path, "rb") as file:
             return file.read(len(MAGIC_1)) == MAGIC_1
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error}") from error
+        raise unreadable(path, error) from error
 
 
 def read_config(path: str | Path) -> tuple[Config, dict[str, Any], bytes]:
@@ -56,7 +57,7 @@ def read_config(path: str | Path) -> tuple[Config, dict[str, Any], bytes]:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error}") from error
+        raise unreadable(path, error) from error
     try:
         if data[len(MAGIC_1):START] != struct.pack("<I", zlib.crc32(data[START:])) or \
                 len(data) < START + 4:

@@ -94,7 +94,7 @@ class VideoFile:
         except (av.error.FFmpegError, OSError) as error:
             where = f"does not decode after frame {shown}" if shown else \
                 "is no video, or damaged from its beginning"
-            raise ConfigError(f"{self.path} {where} ({error.strerror}); {FIX}") from error
+            raise ConfigError(f"{self.path} {where} ({error.strerror or error}); {FIX}") from error
 
     def _stream(self, container: av.container.InputContainer) -> av.VideoStream:
         """The first video that is no cover picture."""

@@ -66,11 +66,8 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
 
 
 def read_original(folder: str | Path) -> dict[str, dict[str, float]]:
-    """The original head by video: skill at its `eight` positions and at `any` box; `cost_db`.
-
-    The cost is in PSNR, on held-out frames from interpolated embeddings, against no head: means
-    over so many pairs of networks without and with the head, `seeds`.
-    """
+    """The original head by video: skill at its `eight` positions and at `any` box, on held-out
+    frames from interpolated embeddings; means over so many `seeds`."""
     return read_json(folder, FILE, fix=FIX)["original"]
 
 
@@ -360,10 +357,6 @@ class Exchange:
         """What so many kB more would give the picture."""
         return self.db * math.log1p(kb / self.kb)
 
-    def kilobytes(self, db: float) -> float:
-        """What so many decibels would cost."""
-        return self.kb * math.expm1(db / self.db)
-
 
 def read_exchange(folder: str | Path) -> Exchange | None:
     """From the training with the most fine-tuned files of page 18; None without two."""
@@ -409,7 +402,7 @@ def largest_words(fields: pd.DataFrame) -> str:
                         f"{many.own_boxes:.2f} at its own boxes")
             counts = f"from {few.boxes_a_frame:,} to {many.boxes_a_frame:,} boxes and more steps"
     return "" if not said else (f"The largest field, {counts}, goes at other boxes "
-                                f"{'; '.join(said)}: there boxes are the limit still.")
+                                f"{'; '.join(said)}, still better than at others.")
 
 
 def moved_words(moved: pd.DataFrame, best: pd.Series) -> str:

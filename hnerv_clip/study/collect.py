@@ -144,8 +144,8 @@ def merge_rows(old: list[dict[str, Any]], new: list[dict[str, Any]], *, key: tup
 
 
 def original_heads(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By video the original head's skill at its `eight` positions and at `any` box, and `cost_db`
-    in PSNR on held-out frames: means over the seeds of which both networks are there."""
+    """By video the original head's skill at its `eight` positions and at `any` box: means over so
+    many `seeds`, those of which both networks are there."""
     found: dict[str, dict[str, float]] = {}
     for video in dict.fromkeys(row["video"] for row in pairs):
         own = pd.DataFrame([row for row in pairs if row["video"] == video]).set_index("seed")
@@ -154,8 +154,7 @@ def original_heads(pairs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         if len(seeds):
             found[video] = {
                 "eight": float(joint.original_eight[seeds].mean()),
-                "any": float(joint.original_any[seeds].mean()), "seeds": len(seeds),
-                "cost_db": float((frozen.psnr_held_db[seeds] - joint.psnr_held_db[seeds]).mean())}
+                "any": float(joint.original_any[seeds].mean()), "seeds": len(seeds)}
     return found
 
 

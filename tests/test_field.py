@@ -28,7 +28,8 @@ from hnerv_clip.runs.run_dir import RunError
 from hnerv_clip.search import boxes as search_boxes
 from hnerv_clip.study import labels
 from hnerv_clip.teachers import boxes as box_targets
-from hnerv_clip.teachers import cached_embeddings
+from hnerv_clip.teachers import cached_embeddings, efficientnet
+from hnerv_clip.teachers.base import preprocess
 from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes, embed_boxes
 from hnerv_clip.train import train
 from hnerv_clip.verify import run as verifying
@@ -381,7 +382,14 @@ def test_a_field_is_verified_beside_a_clip_head_where_it_is_asked_for(run, field
     assert verifying.head_bytes(run, by_field=True) == size
 
 
-def test_labels_are_asked_of_the_teacher_and_the_field(run, field):
+@pytest.fixture
+def small_pictures(monkeypatch):
+    """The teacher takes 12 ms a box of its usual size."""
+    monkeypatch.setattr(efficientnet, "preprocess", lambda patches, size, **scale: preprocess(
+        patches, (64, 64), **scale))
+
+
+def test_labels_are_asked_of_the_teacher_and_the_field(run, field, small_pictures):
     frames = run.dataset.video.frames
     table = pd.DataFrame([{"video": run.dataset.video.name, "crop": "_".join(map(
         str, frames.shape[2:])), "frame": 3, "query": "hare", "text": "wood rabbit", "top": 10,
@@ -394,7 +402,7 @@ def test_labels_are_asked_of_the_teacher_and_the_field(run, field):
 
 
 def test_labels_of_a_run_are_published_with_what_was_asked(run, field, cache_dir, monkeypatch,
-                                                           tmp_path):
+                                                           tmp_path, small_pictures):
     name, crop = run.dataset.video.name, "_".join(map(str, run.dataset.video.frames.shape[2:]))
     row = {"video": name.split()[0], "crop": crop, "frame": int(run.dataset.split.val[0]),
            "query": "hare", "text": "a hare", "top": 10, "left": 20, "height": 30, "width": 40}
@@ -405,7 +413,7 @@ def test_labels_of_a_run_are_published_with_what_was_asked(run, field, cache_dir
     folder = str(run.run_dir.path)
     with pytest.raises(RunError, match="field_evaluation.csv does not exist: hnerv-clip fit-head"):
         labels.main([folder, "--cache_dir", str(cache_dir)])
-    evaluated = fit_run.evaluate_field(run, field, cache_dir=cache_dir, device="cpu",
+    evaluated = fit_run.evaluate_field(run, field, cache_dir=tmp_path / "cache", device="cpu",
                                        progress=False)
     evaluated.to_csv(run.run_dir.path / "field_evaluation.csv", index=False)
     labels.main([folder, "--cache_dir", str(cache_dir), "--publish"])
@@ -419,6 +427,7 @@ def test_labels_of_a_run_are_published_with_what_was_asked(run, field, cache_dir
     assert "not CLIP" in found["about"]["teacher"] and "words" not in found["about"]
     found["rows"].append(found["rows"][0] | {"video": "another"})
     write_json(tmp_path / labels.RESULTS, found)
+    monkeypatch.setattr(labels, "measure_labels", None)  # it is said before anything is measured
     with pytest.raises(ConfigError, match="has rows of another, of which no run is given"):
         labels.main([folder, "--cache_dir", str(cache_dir), "--publish"])
     assert read_json(tmp_path / labels.RESULTS, fix="") == found

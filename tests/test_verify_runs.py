@@ -14,6 +14,7 @@ from hnerv_clip import figures, inference, metrics
 from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.model import build_model
 from hnerv_clip.runs.run_dir import RunDir, RunError
+from hnerv_clip.teachers import sentences
 from hnerv_clip.verify import pool as verify_pool
 from hnerv_clip.verify import positions, side_file, time_series, verdict
 from hnerv_clip.verify import run as verifying
@@ -74,7 +75,8 @@ def test_files_are_written_whole_and_known_by_their_checkpoint(small_run, studie
     assert not verifying.is_verified(folder)
 
 
-def test_labels_are_kept_with_what_they_gave(small_run, studies):
+def test_labels_are_kept_with_what_they_gave(small_run, studies, monkeypatch):
+    monkeypatch.setattr(sentences, "_folder", lambda: None)  # whether it is installed or not
     labels = "hare; barn; valley"
     found = verifying.verify_run(small_run, labels=labels, all_sources=True)
     words = ["text_rank", "text_top20", "label_top1"]

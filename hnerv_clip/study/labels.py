@@ -167,10 +167,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help=f"put the rows into book/results/{RESULTS}, for those that are there")
     args = parser.parse_args(argv)
     labels, in_words, fields, rows = read_labels(), has_sentences(), [], []
+    runs, path = [load_run(folder, cache_dir=args.cache_dir) for folder in args.runs], None
+    if args.publish:
+        path = resolve_path("book/results") / RESULTS
+        lost = {row["video"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+                } - {run.dataset.video.name for run in runs} if path.is_file() else set()
+        if lost:
+            raise ConfigError(f"{path} has rows of {', '.join(sorted(lost))}, of which no run is "
+                              "given: name a run of each, or remove the file")
     about = {"made by": "hnerv_clip.study.labels.measure_labels",
              "commit": commit_words(dict(zip(("commit", "dirty"), code_version())))}
-    for folder in args.runs:
-        run = load_run(folder, cache_dir=args.cache_dir)
+    for run in runs:
         field = load_field(run, source=sources_of(run.model)[-1])
         fields.append(describe_field(run, field, labels))
         rows.append(measure_labels(run, field, labels, in_words=in_words))
@@ -179,13 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                   "device": device_name(next(run.model.parameters()).device)}
     if in_words:
         about["words"] = f"{PACKAGE} {metadata.version(PACKAGE)} (sentence encoder)"
-    if args.publish:
-        table, path = pd.concat(rows).round(4), resolve_path("book/results") / RESULTS
-        lost = {row["video"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
-                } - set(table.video) if path.is_file() else set()
-        if lost:
-            raise ConfigError(f"{path} has rows of {', '.join(sorted(lost))}, of which no run is "
-                              "given: name a run of each, or remove the file")
+    if path:
+        table = pd.concat(rows).round(4)
         write_json(path, {
             "about": {**about, "fields": fields},
             "rows": table[["video", "who", *table.columns.drop(["video", "who"])]].to_dict(

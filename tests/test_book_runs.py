@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import shrink_teacher_pictures
 
 from hnerv_clip import cli, files
 from hnerv_clip.bench import rate_gpu
@@ -22,8 +23,6 @@ from hnerv_clip.study.folders import make_folders
 from hnerv_clip.study.plan import study_base, study_configs
 from hnerv_clip.study.recipe_parts import part_folder
 from hnerv_clip.study.run import make_run
-from hnerv_clip.teachers import efficientnet
-from hnerv_clip.teachers.base import preprocess
 from hnerv_clip.verify.verdict import QUESTIONS
 
 DONE = ("train bunny_hybrid_base_s0", "train bunny_hybrid_phase_1_s0",
@@ -50,9 +49,8 @@ def folders(small_config, tmp_path_factory):
                          if row.get("head") != "default" or row["seed"] == 0]
     write_json(folders.out / "field_h100.json", published)
     steps = {step.name: step for step in book_runs.book_steps(1, folders.outf)}
-    with pytest.MonkeyPatch.context() as patch:  # the teacher takes 12 ms a box of its usual size
-        patch.setattr(efficientnet, "preprocess", lambda patches, size, **scale: preprocess(
-            patches, (64, 64), **scale))
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_teacher_pictures(patch)
         patch.setattr(rate_gpu, "TARGETS", (0.5,))
         patch.setattr(fields, "SMOOTHED", 1)
         patch.setattr(fields, "SHIFTED", 2)

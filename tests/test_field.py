@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shrink_teacher_pictures
 
 from hnerv_clip import cli
 from hnerv_clip.config import Config, ConfigError
@@ -28,8 +29,7 @@ from hnerv_clip.runs.run_dir import RunError
 from hnerv_clip.search import boxes as search_boxes
 from hnerv_clip.study import labels
 from hnerv_clip.teachers import boxes as box_targets
-from hnerv_clip.teachers import cached_embeddings, efficientnet
-from hnerv_clip.teachers.base import preprocess
+from hnerv_clip.teachers import cached_embeddings
 from hnerv_clip.teachers.boxes import BoxSampling, draw_boxes, embed_boxes
 from hnerv_clip.train import train
 from hnerv_clip.verify import run as verifying
@@ -382,14 +382,8 @@ def test_a_field_is_verified_beside_a_clip_head_where_it_is_asked_for(run, field
     assert verifying.head_bytes(run, by_field=True) == size
 
 
-@pytest.fixture
-def small_pictures(monkeypatch):
-    """The teacher takes 12 ms a box of its usual size."""
-    monkeypatch.setattr(efficientnet, "preprocess", lambda patches, size, **scale: preprocess(
-        patches, (64, 64), **scale))
-
-
-def test_labels_are_asked_of_the_teacher_and_the_field(run, field, small_pictures):
+def test_labels_are_asked_of_the_teacher_and_the_field(run, field, monkeypatch):
+    shrink_teacher_pictures(monkeypatch)
     frames = run.dataset.video.frames
     table = pd.DataFrame([{"video": run.dataset.video.name, "crop": "_".join(map(
         str, frames.shape[2:])), "frame": 3, "query": "hare", "text": "wood rabbit", "top": 10,
@@ -402,7 +396,8 @@ def test_labels_are_asked_of_the_teacher_and_the_field(run, field, small_picture
 
 
 def test_labels_of_a_run_are_published_with_what_was_asked(run, field, cache_dir, monkeypatch,
-                                                           tmp_path, small_pictures):
+                                                           tmp_path):
+    shrink_teacher_pictures(monkeypatch)
     name, crop = run.dataset.video.name, "_".join(map(str, run.dataset.video.frames.shape[2:]))
     row = {"video": name.split()[0], "crop": crop, "frame": int(run.dataset.split.val[0]),
            "query": "hare", "text": "a hare", "top": 10, "left": 20, "height": 30, "width": 40}

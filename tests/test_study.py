@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import shrink_teacher_pictures
 
 from hnerv_clip import cli
 from hnerv_clip.config import Config, ConfigError
@@ -21,8 +22,7 @@ from hnerv_clip.study import table as study_table
 from hnerv_clip.study.plan import study_base, study_configs
 from hnerv_clip.study.run import run_study
 from hnerv_clip.study.table import StudyError
-from hnerv_clip.teachers import efficientnet, encode_queries, load_teacher, parse_queries
-from hnerv_clip.teachers.base import preprocess
+from hnerv_clip.teachers import encode_queries, load_teacher, parse_queries
 from hnerv_clip.train import check_run
 from hnerv_clip.verify.run import read_verification
 from hnerv_clip.video import load_video
@@ -98,9 +98,8 @@ def done(small_config, done_cache, tmp_path_factory):
                "bunny_hybrid_lambda_1_s0": small_config.replace(lr=1e30),
                "bunny_xyt_stage_all_s1": xyt}
     said = []
-    with pytest.MonkeyPatch.context() as patch:  # it takes 12 ms a patch of its usual size
-        patch.setattr(efficientnet, "preprocess", lambda patches, size, **scale: preprocess(
-            patches, (64, 64), **scale))
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_teacher_pictures(patch)
         states = run_study(configs, folder, base=small_config, cache_dir=done_cache,
                            say=said.append)
     return folder, configs, states, said

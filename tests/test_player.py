@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -16,13 +17,15 @@ import torch
 
 import hnerv_clip
 from hnerv_clip.cli import main
-from hnerv_clip.cli.stored import parse_frames
+from hnerv_clip.cli.stored import describe_quality, parse_frames
 from hnerv_clip.codec import FileError, encode_video
 from hnerv_clip.codec.video import About
-from hnerv_clip.config import Config, ConfigError
+from hnerv_clip.config import Config, ConfigError, VideoConfig
 from hnerv_clip.model import build_model
+from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.stored.video import StoredVideo
 from hnerv_clip.teachers import sentences
+from hnerv_clip.video import load_video
 
 TIMES = [0.0, 0.04, 0.08, 0.16, 0.2, 0.24]  # one frame lasts twice as long
 SIZE = (37, 70)  # which the network pads to 40 × 80
@@ -646,7 +649,6 @@ def test_encode_asks_the_teacher_for_a_fields_boxes_before_it_trains(tmp_path, m
 
 
 def test_encode_goes_on_with_the_runs_own_settings(trained_run):
-    from hnerv_clip.runs.run_dir import RunDir
     from hnerv_clip.stored.make import encode_settings, prepare_encoding
 
     own = RunDir(trained_run).config().params()
@@ -658,6 +660,17 @@ def test_encode_goes_on_with_the_runs_own_settings(trained_run):
         prepare_encoding({"data_path": "moved.mp4"}, trained_run, cache_dir="none")
 
 
+def test_a_file_larger_than_the_given_one_is_called_so(path, tmp_path, monkeypatch):
+    stored = hnerv_clip.open(path)
+    frames = torch.zeros((len(stored), 3, *stored.size), dtype=torch.uint8)
+    monkeypatch.setattr("hnerv_clip.video.load_video", lambda _: SimpleNamespace(frames=frames))
+    given = tmp_path / "given.mp4"
+    for size, larger in ((10, True), (path.stat().st_size, False)):
+        given.write_bytes(b"0" * size)
+        told = describe_quality(path, VideoConfig(data_path=str(given)), device="cpu")
+        assert ("larger than given.mp4 (10 bytes)" in told) == larger and "PSNR" in told
+
+
 def test_encode_makes_a_file_of_a_video(tmp_path, capsys):
     words = ["encode", "bunny", str(tmp_path / "b.hnerv"), "--work", str(tmp_path / "work"),
              "--cache_dir", str(tmp_path / "cache"), "--predict_clip", "False",
@@ -665,10 +678,17 @@ def test_encode_makes_a_file_of_a_video(tmp_path, capsys):
              "--enc_strds", "5 4 2 2", "--dec_strds", "5 4 2 2", "--modelsize", "0.02",
              "--device", "cpu", "--rate_epochs", "0"]
     assert main(words) == 0
-    assert "5" in capsys.readouterr().out
+    said = capsys.readouterr().out
     video = hnerv_clip.open(tmp_path / "b.hnerv")
     assert video[:].shape == (5, 80, 160, 3) and video.name == "bunny"
     assert video.fps == pytest.approx(25)
+    given = load_video(RunDir(tmp_path / "work").config().video).frames.permute(0, 2, 3, 1)
+    error = video[:] / 255 - given.numpy() / 255
+    db = -10 * np.log10((error ** 2).mean((1, 2, 3)))
+    np.testing.assert_allclose(video.psnr(given.permute(0, 3, 1, 2)), db, rtol=1e-4)
+    assert f"PSNR {db.mean():.2f} dB over all 5 frames (lowest {db.min():.2f} dB)\n" in said
+    with pytest.raises(ValueError, match=r"\(4, 3, 80, 160\) are not the \(5, 3, 80, 160\)"):
+        video.psnr(given[:4].permute(0, 3, 1, 2))
     assert main(words) == 1 and main([*words, "--force"]) == 0  # at once: the run is finished
     size = (tmp_path / "b.hnerv").stat().st_size
     assert main(["store", str(tmp_path / "work"), str(tmp_path / "c.hnerv"), "--rate", "0.002",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from hnerv_clip.config import BUNDLED, ConfigError, TeacherConfig
+from hnerv_clip.config import BUNDLED, ConfigError, TeacherConfig, VideoConfig
 from hnerv_clip.files import check_free, check_writable
 from hnerv_clip.paths import resolve_path
 
@@ -246,6 +246,7 @@ def _check_file(args: argparse.Namespace) -> Path:
 
 
 def _write_run(args: argparse.Namespace, out: Path) -> None:
+    from hnerv_clip.runs.run_dir import RunDir
     from hnerv_clip.stored.make import store_run
 
     rate = args.rate if args.rate_epochs else None
@@ -254,6 +255,21 @@ def _write_run(args: argparse.Namespace, out: Path) -> None:
         device=args.device))
     args.file = str(out)
     _info(args)
+    print(describe_quality(out, RunDir(args.outf).config().video, device=args.device))
+
+
+def describe_quality(path: Path, options: VideoConfig, *, device: str) -> str:
+    """The PSNR of a stored video's frames, and whether the file is larger than the given one."""
+    from hnerv_clip import open as open_video
+    from hnerv_clip.video import load_video
+
+    found = open_video(path, device=device).psnr(load_video(options).frames)
+    words = f"PSNR {found.mean():.2f} dB over all {len(found)} frames (lowest {found.min():.2f} dB)"
+    given, size = resolve_path(options.data_path), path.stat().st_size
+    if given.is_file() and size > given.stat().st_size:
+        words += (f"; the file is larger than {given.name} ({given.stat().st_size:,} bytes): a "
+                  "smaller --modelsize or a larger --rate makes it smaller, at a lower PSNR")
+    return words
 
 
 def parse_frames(words: str, count: int) -> range:

@@ -68,7 +68,8 @@ def fit_head(run: Run, *, cache_dir: str | Path = "output/cache",
                                        device=device, progress=progress)
     taught = time.perf_counter()
     config, features, between = _source(run, frames, sampling, changes)
-    with tqdm(total=settings.steps, desc="field", unit="step", disable=not progress) as bar:
+    with tqdm(total=settings.steps, desc="fitting the field", unit="step",
+              disable=not progress) as bar:
         def report(done: int, loss: float) -> None:
             bar.set_postfix(cosine=f"{1 - loss:.3f}", refresh=False)
             bar.update(done - bar.n)

@@ -97,7 +97,8 @@ def fine_tune(model: HNeRV, dataset: Dataset, config: Config, *, rate: float, ep
     frames = torch.from_numpy(dataset.split.train)
     order = torch.Generator().manual_seed(config.train.seed)
     history, steps = [], -(-len(frames) // config.train.batch_size)
-    for epoch in tqdm(range(epochs), desc=f"rate {rate:g}", unit="epoch", disable=not progress):
+    bar = tqdm(range(epochs), desc="fine-tuning for the file", unit="epoch", disable=not progress)
+    for epoch in bar:
         sums, batches = 0.0, frames[torch.randperm(len(frames), generator=order)].split(
             config.train.batch_size)
         for i, indices in enumerate(batches):
@@ -107,6 +108,7 @@ def fine_tune(model: HNeRV, dataset: Dataset, config: Config, *, rate: float, ep
         pixel, clip, psnr_db, bpp = (sums / len(frames)).tolist()
         history.append({"epoch": epoch + 1, "pixel_loss": pixel, "clip_loss": clip,
                         "psnr_db": psnr_db, "rate_bpp": bpp, "rate": rate})
+        bar.set_postfix_str(f"PSNR {psnr_db:.2f} dB, {bpp:.3f} bits a pixel")
         if target_bpp is not None:
             aim = target_bpp * (1 + SLACK * (1 - (epoch + 1) / epochs))
             rate *= (bpp / aim) ** min(RATE_GAIN[0] / epochs, RATE_GAIN[1])

@@ -24,6 +24,7 @@ from hnerv_clip.codec.facts import header_facts
 from hnerv_clip.codec.video import open_network
 from hnerv_clip.config import ConfigError
 from hnerv_clip.devices import fetch
+from hnerv_clip.metrics import psnr
 from hnerv_clip.patches import PatchGrid, make_grid
 from hnerv_clip.stored.half import HalfDecoder
 
@@ -122,6 +123,23 @@ class StoredVideo(Sequence):
         at_once, half = BATCH[self.device.type], self.half
         for start in range(0, len(chosen), at_once):
             yield self._draw(chosen[start:start + at_once], half=half)
+
+    def psnr(self, frames: torch.Tensor) -> torch.Tensor:
+        """How well the video's own frames are kept, in dB: float32 [T].
+
+        Args:
+            frames: uint8 [T, 3, H, W], all frames of what was stored.
+        Raises:
+            ValueError: other frames than this video's.
+        """
+        if frames.shape != (len(self), 3, *self.size):
+            raise ValueError(f"{tuple(frames.shape)} are not the {(len(self), 3, *self.size)} of "
+                             f"{self.path}")
+        chosen = range(len(self))
+        at_once = BATCH[self.device.type]
+        return torch.cat([psnr(drawn / 255, frames[start:start + at_once].to(self.device) / 255)
+                          for start, drawn in zip(chosen[::at_once], self.batches(chosen),
+                                                  strict=True)]).cpu()
 
     @cached_property
     def half(self) -> bool:

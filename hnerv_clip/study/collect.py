@@ -202,13 +202,6 @@ def device_word(device: str) -> str:
     return words[1].lower() if words[0] == "NVIDIA" and len(words) > 1 else "cpu_here"
 
 
-def collect_scaling(folders: Folders) -> None:
-    """`scaling_new.json`; `hnerv-clip pages --scaling FOLDER` takes it into the book."""
-    path = folders.outf / "scaling" / "scaling.json"
-    if path.is_file():
-        write_json(folders.out / "scaling_new.json", read_json(path, fix="remove it"))
-
-
 def collect_recipe(folders: Folders) -> None:
     """`recipe_h100.json`: a row takes the place of the older one of the same training."""
     found = {part: run for part in part_names(folders.outf)
@@ -261,4 +254,4 @@ COLLECT: dict[str, tuple[Callable[..., None], ...]] = {
     "train": (collect_study, collect_cross_fit), "fidelity": (collect_fidelity,),
     "recipe": (collect_recipe,),
     "field": (collect_fields,), "teacher": (collect_fields,), "rates": (collect_rates,),
-    "bench": (collect_bench,), "scale": (collect_scaling,)}
+    "bench": (collect_bench,)}

@@ -128,6 +128,8 @@ def test_fields_are_written_as_their_page_reads_them(folders):
     commit = code_version()[0]
     new = [row for row in rows["rows"] if row.get("commit") == commit and "head" in row]
     assert [row["network"] for row in new] == ["frozen"] and new[0]["bytes"] > 1000
+    # a text is compared without making embeddings of the boxes
+    assert new[0]["scores_per_s"] > new[0]["embeddings_per_s"] > 1
     assert {name: rows["original"][name]["seeds"] for name in ("bunny", "bikes")} == {
         "bunny": 3, "bikes": 3}, "one pair of bunny takes the place of no three"
     assert len(rows["pairs"]) == 12 and commit not in {row["commit"] for row in rows["pairs"]}

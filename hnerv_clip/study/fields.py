@@ -10,7 +10,9 @@ embeddings are interpolated. What they gave is `book/results/field_h100.json`.
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,8 +93,9 @@ def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
         KIND_held_centered of `eight`, `square` and `any`; any_held_smooth, against `smoothed`
         targets; own_boxes, at the boxes that it was fitted to; params; bytes, by how much it makes
         the stored video longer (8 bits a weight without rounding); psnr_held_db, the network's on
-        held-out frames; fit_s, teacher_s, change. Of a joint network also original_eight and
-        original_any, the skill of its own head, asked at the boxes' centers.
+        held-out frames; fit_s, teacher_s, change; those of `answer_speed`. Of a joint network
+        also original_eight and original_any, the skill of its own head, asked at the boxes'
+        centers.
     """
     asked = Asked(run, folder, cache_dir)
     change = SIZES[size]
@@ -117,6 +120,8 @@ def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
     teacher = embed_boxes(asked.teacher(), asked.frames[train], drawn).float().cpu()
     row["own_boxes"] = box_skill(make_field(own, field.head, source=sources_of(run.model)[0]).embed(
         train, drawn), teacher, teacher.mean((0, 1)))
+    row |= answer_speed(make_field(own, field.head, source=sources_of(run.model)[-1]),
+                        asked.frame_hw, asked.held_out, boxes=64 if on_cpu else 4096)
     row |= {"params": field.head.parameter_count(), "bytes": stored_bytes(own, field)
             if rounded else field.head.parameter_count(), "fit_s": field.about["fit_s"],
             "teacher_s": field.about["teacher_s"], "change": change,
@@ -125,6 +130,30 @@ def measure_field(run: Run, size: str, *, network: str, seed: int, folder: Path,
         row |= {f"original_{kind}": value for kind, value in original_skill(run, asked).items()}
     return {name: round(value, 4) if isinstance(value, float) else value
             for name, value in row.items()}
+
+
+def answer_speed(field: Field, frame_hw: tuple[int, int], frames: np.ndarray, *,
+                 boxes: int, repeats: int = 5) -> Row:
+    """How many boxes a field answers for in a second, the network's share included.
+
+    Args:
+        frames: [N] frame numbers, each asked at so many `boxes`.
+        repeats: the median of so many times counts, after one that does not.
+    Returns:
+        embeddings_per_s, of vectors that reach the CPU; scores_per_s, of cosines with one text.
+    """
+    drawn = draw_boxes(BoxSampling(boxes, boxes, seed=3), frame_hw, 1)[0]
+    query = np.ones((1, field.head.config.dim), np.float32)
+    found = {}
+    for name, answer in (("embeddings_per_s", lambda: field.embed(frames, drawn)),
+                         ("scores_per_s", lambda: field.scores(query, frames, drawn))):
+        times = []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            answer()  # its result is on the CPU: nothing is under way when it returns
+            times.append(time.perf_counter() - began)
+        found[name] = round(boxes * len(frames) / statistics.median(times[1:]))
+    return found
 
 
 class Asked:

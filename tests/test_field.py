@@ -510,14 +510,15 @@ def test_the_command_line_fits_and_searches(run, field, cache_dir, capsys, monke
     assert load_field(run).head.config.rank == 4
     assert cli.main(["search", outf, "hare", "--top_k", "2", *rest]) == 0
     assert "time_s" in capsys.readouterr().out
-    assert cli.main(["search", outf, "--region", "3,0,0,40,40", *rest]) == 0
-    assert "like box" in capsys.readouterr().out
+    box = ["--box", "0,0,40,40", "--time"]
+    assert cli.main(["search", outf, *box, "0.12", *rest]) == 0
+    assert "like box 0,0,40,40 at 0.12 s" in capsys.readouterr().out
     assert cli.main(["search", outf, *rest]) == 2
     assert "nothing to search for" in capsys.readouterr().err
-    assert cli.main(["search", outf, "--region", "3,0,0,400,40", *rest]) == 2
+    assert cli.main(["search", outf, "--box", "0,0,40,400", *rest]) == 2
     assert "reaches outside the frame" in capsys.readouterr().err
-    assert cli.main(["search", outf, "--region", "3,0", *rest]) == 2
-    assert "is not FRAME,TOP" in capsys.readouterr().err
+    assert cli.main(["search", outf, *box, "99", *rest]) == 2
+    assert "--time 99 is outside the video" in capsys.readouterr().err
 
 
 def test_an_index_holds_a_fields_boxes(run, field, tmp_path):

@@ -241,16 +241,18 @@ def test_a_file_with_a_field_is_searched_by_region(with_field, tmp_path, capsys,
     hit = found.iloc[0]  # its score is the cosine of the two boxes' embeddings
     own = video.embed((hit.x0, hit.y0, hit.x1, hit.y1), hit.time_s)
     assert hit.score == pytest.approx(own @ video.embed((0, 0, 20, 20), TIMES[1]), abs=1e-5)
-    search = ["search", path, "--device", "cpu", "--region"]
-    assert main([*search, "1,0,0,20,20", "--top_k", "3", "--apart", "1"]) == 0
+    search = ["search", path, "--device", "cpu", "--time"]
+    assert main([*search, str(TIMES[1]), "--box", "0,0,20,20", "--top_k", "3", "--apart", "1"]) == 0
     said = capsys.readouterr().out
-    assert "like box (0.0, 0.0, 20.0, 20.0) of frame 1" in said and f"{hit.score:.3f}" in said
-    for region, words in (("9,0,0,20,20", "has frames 0 to 5"), ("1,0", "is not FRAME,TOP"),
-                          ("1,0,0,400,20", "reaches outside the frame")):
-        assert main([*search, region]) == 2
+    assert f"like box 0,0,20,20 at {TIMES[1]:g} s" in said and f"{hit.score:.3f}" in said
+    for time_s, box, words in (("9", "0,0,20,20", "outside the video"), ("0", "1,0", "is not x0"),
+                               ("0", "0,0,20,400", "reaches outside the frame")):
+        assert main([*search, time_s, "--box", box]) != 0
         assert words in capsys.readouterr().err
+    assert main([*search, "0", "hare"]) == 2
+    assert "says when --box is" in capsys.readouterr().err
     plain = make_file(tmp_path / "v.hnerv")
-    assert main(["search", str(plain), "--device", "cpu", "--region", "1,0,0,20,20"]) == 2
+    assert main(["search", str(plain), "--device", "cpu", "--box", "0,0,20,20"]) == 2
     assert "holds no field" in capsys.readouterr().err
 
 

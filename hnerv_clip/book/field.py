@@ -330,6 +330,15 @@ def seed_words(fields: Iterable[pd.Series]) -> str:
                        else f"{row.video} one seed" for row in fields])
 
 
+def speed_words(fields: Iterable[pd.Series]) -> str:
+    """How many boxes a second rows of `over_seeds` answer for, in a sentence, or nothing."""
+    said = [f"{row.embeddings_per_s / 1e6:.2g} million boxes a second as embeddings that reach the "
+            f"CPU, and {row.scores_per_s / 1e6:.2g} million as similarities to one text"
+            f" ({row.video}, {row.device})"
+            for row in fields if row.get("scores_per_s", math.nan) > 0]
+    return f"The stored field answers for {'; '.join(said)}." if said else ""
+
+
 def side_file_words(fields: pd.DataFrame, side_files: pd.DataFrame, video: str, *, kb: float = 60
                     ) -> str:
     """What the best side file and the best field of at most so many kB know of any box."""

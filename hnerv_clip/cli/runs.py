@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hnerv_clip.cli.stored import reading, search_file
+from hnerv_clip.cli.stored import box_words, parse_box, reading, search_file
 from hnerv_clip.config import ConfigError
 from hnerv_clip.files import check_free, check_writable, write_atomic
 from hnerv_clip.paths import match_paths, resolve_path
@@ -44,9 +44,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
                          metavar="PATH", help=
                          "where the run's video lies now, if it moved; its frames are compared")
         if name == "search":
-            sub.add_argument("--region", metavar="FRAME,TOP,LEFT,HEIGHT,WIDTH", help=
-                             "search for what is like this box of a frame; for a run or a "
-                             "stored video with a field")
+            sub.add_argument("--box", metavar="X0,Y0,X1,Y1", help=
+                             "search for what is like this box of the picture (pixels) at --time; "
+                             "for a run or a stored video with a field")
+            sub.add_argument("--time", type=float, metavar="S", help="of --box, in seconds (0)")
             sub.add_argument("queries", nargs="*", help="texts; ImageNet class names for a run "
                                                         "with the bundled teacher")
             sub.add_argument("--top_k", type=int, default=5)
@@ -197,18 +198,20 @@ def _search(args: argparse.Namespace) -> None:
     from hnerv_clip.search.rank import rank_patches
     from hnerv_clip.teachers.text import parse_queries
 
-    if not args.queries and not args.region:
-        raise ConfigError("nothing to search for: give texts, or --region of a run with a field")
+    if not args.queries and not args.box:
+        raise ConfigError("nothing to search for: give texts, or --box of a run with a field")
+    if args.time is not None and not args.box:
+        raise ConfigError(f"--time {args.time:g} says when --box is; give both, or texts alone")
+    box, args.time = parse_box(args.box) if args.box else None, args.time or 0.0
     queries = parse_queries([query for words in args.queries for query in parse_queries(words)]
                             ) if args.queries else []
     if (resolve_path(args.outf) / FIELD).is_file():
-        return _search_field(args, queries)
+        return _search_field(args, queries, box)
     if resolve_path(args.outf).is_file() or args.outf.endswith(".hnerv"):
         return search_file(resolve_path(args.outf), queries, top_k=args.top_k, apart=args.apart,
-                           device=args.device, weights=args.weights,
-                           region=_parse_region(args.region) if args.region else None)
-    if args.region:
-        raise ConfigError(f"--region needs a field, which {args.outf} has not: "
+                           device=args.device, weights=args.weights, box=box, time_s=args.time)
+    if box:
+        raise ConfigError(f"--box needs a field, which {args.outf} has not: "
                           f"hnerv-clip fit-head {args.outf}")
     if (resolve_path(args.outf) / "videos.json").is_file():
         return _search_index(args, queries)
@@ -227,7 +230,10 @@ def _search(args: argparse.Namespace) -> None:
                    f"embeddings: {predicted.source})", hits)
 
 
-def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
+def _search_field(args: argparse.Namespace, queries: list[str],
+                  box: tuple[float, float, float, float] | None) -> None:
+    import numpy as np
+
     from hnerv_clip.field.query import load_field
     from hnerv_clip.inference import sources_of
     from hnerv_clip.search.boxes import search_boxes
@@ -237,10 +243,14 @@ def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
     source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
     field = load_field(run, source=source)
     asked: list = []
-    if args.region:
-        frame, *box = _parse_region(args.region)
-        asked.append((f"like box {tuple(box)} of frame {frame:g}", field.embed(frame, box),
-                      (frame, box)))
+    if box:
+        times = run.dataset.video.times_s
+        if not times[0] <= args.time <= times[-1]:
+            raise ConfigError(f"--time {args.time:g} is outside the video, whose frames are at "
+                              f"{times[0]:g} to {times[-1]:g} s")
+        x0, y0, x1, y1 = box
+        near = (float(np.interp(args.time, times, range(len(times)))), (y0, x0, y1 - y0, x1 - x0))
+        asked.append((box_words(box, args.time), field.embed(*near), near))
     if queries:
         texts = encode_cached(queries, run.config.teacher, run.run_dir.path, device=args.device)
         asked += [(query + reading(query, run.config.teacher), vector, None)
@@ -249,17 +259,6 @@ def _search_field(args: argparse.Namespace, queries: list[str]) -> None:
         hits = search_boxes(field, vector, args.top_k, apart=args.apart, not_near=near)
         hits["time_s"] = run.dataset.video.times_s[hits.frame.to_numpy()]
         _show_hits(f"{words}  ({run.dataset.teacher_label}; embeddings: {source})", hits)
-
-
-def _parse_region(words: str) -> list[float]:
-    try:
-        values = [float(value) for value in words.split(",")]
-        if len(values) == 5:
-            return values
-    except ValueError:
-        pass
-    raise ConfigError(f"--region {words} is not FRAME,TOP,LEFT,HEIGHT,WIDTH; write for example "
-                      "0,0,0,448,448")
 
 
 def _search_index(args: argparse.Namespace, queries: list[str]) -> None:

@@ -128,44 +128,48 @@ def _embed(args: argparse.Namespace) -> None:
 
     from hnerv_clip import open as open_video
 
-    try:
-        box = tuple(float(value) for value in args.box.split(","))
-    except ValueError:
-        box = ()
-    if len(box) != 4:
-        raise ConfigError(f"--box {args.box} is not x0,y0,x1,y1; write for example 0,0,448,448")
+    box = parse_box(args.box)
     video = open_video(resolve_path(args.file), device=args.device)
     print(json.dumps([round(float(v), 7) for v in video.embed(box, args.time)]))
 
 
+def parse_box(words: str) -> tuple[float, float, float, float]:
+    """`0,0,448,448` as (x0, y0, x1, y1) in pixels.
+
+    Raises:
+        ConfigError: not four numbers.
+    """
+    try:
+        x0, y0, x1, y1 = map(float, words.split(","))
+    except ValueError:
+        raise ConfigError(f"--box {words} is not x0,y0,x1,y1; write for example 0,0,448,448"
+                          ) from None
+    return x0, y0, x1, y1
+
+
+def box_words(box: Sequence[float], time_s: float) -> str:
+    """What a search for the like of a box is called, above its hits."""
+    return f"like box {','.join(f'{value:g}' for value in box)} at {time_s:g} s"
+
+
 def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int, device: str,
-                weights: str | None = None, region: Sequence[float] | None = None) -> None:
+                weights: str | None = None, box: Sequence[float] | None = None,
+                time_s: float = 0.0) -> None:
     """Print what answers some texts best, for `hnerv-clip search FILE TEXT …`.
 
     Args:
-        region: (frame, top, left, height, width) of a box to find the like of, first.
+        box: (x0, y0, x1, y1) in pixels at `time_s`, to find the like of, first.
     Raises:
-        ConfigError: a region of a file without a field, outside the picture or the video.
+        ConfigError: a box of a file without a field, or outside the picture.
+        ValueError: a time outside the video.
     """
-    import numpy as np
-    import torch
-
     from hnerv_clip import open as open_video
-    from hnerv_clip.heads.field import check_boxes
 
     video = open_video(path, device=device)
     label = video.header.meta["teacher"]["label"] or video.header.config.teacher.teacher
     found = {}
-    if region is not None:
-        frame, *box = region
-        if not 0 <= frame <= len(video) - 1:
-            raise ConfigError(f"--region names frame {frame:g}; {path} has frames 0 to "
-                              f"{len(video) - 1}")
-        check_boxes(torch.tensor(box), video.size)
-        top, left, height, width = box
-        found[f"like box {tuple(box)} of frame {frame:g}"] = video.search_region(
-            (left, top, left + width, top + height),
-            float(np.interp(frame, range(len(video)), video.times_s)), top_k, apart=apart)
+    if box is not None:
+        found[box_words(box, time_s)] = video.search_region(box, time_s, top_k, apart=apart)
     for query in queries:
         hits = video.search(query, top_k, apart=apart, weights=weights)
         found[query + reading(query, video.header.config.teacher)] = hits

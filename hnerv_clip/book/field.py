@@ -332,11 +332,14 @@ def seed_words(fields: Iterable[pd.Series]) -> str:
 
 def speed_words(fields: Iterable[pd.Series]) -> str:
     """How many boxes a second rows of `over_seeds` answer for, in a sentence, or nothing."""
-    said = [f"{row.embeddings_per_s / 1e6:.2g} million boxes a second as embeddings that reach the "
-            f"CPU, and {row.scores_per_s / 1e6:.2g} million as similarities to one text"
-            f" ({row.video}, {row.device})"
-            for row in fields if row.get("scores_per_s", math.nan) > 0]
-    return f"The stored field answers for {'; '.join(said)}." if said else ""
+    timed = [row for row in fields if row.get("scores_per_s", math.nan) > 0]
+    if not timed:
+        return ""
+    embedded, compared = (join_words([f"{row[name] / 1e6:.2g} million ({row.video})"
+                                      for row in timed])
+                          for name in ("embeddings_per_s", "scores_per_s"))
+    return (f"In a second a stored field gives the embeddings of {embedded} boxes, copied to the "
+            f"CPU, or compares {compared} boxes with a text (one {timed[0].device}).")
 
 
 def side_file_words(fields: pd.DataFrame, side_files: pd.DataFrame, video: str, *, kb: float = 60

@@ -510,6 +510,11 @@ def test_search_takes_a_file(path, capsys):
     assert main(["search", str(path), "hare; moped", "--top_k", "2"]) == 0
     shown = capsys.readouterr().out
     assert "hare  (bundled & small)" in shown and "moped" in shown and "time_s" in shown
+    assert main(["search", str(path), "--top_k", "2", "hare", "moped"]) == 0
+    assert capsys.readouterr().out == shown
+    with pytest.raises(SystemExit):
+        main(["search", str(path), "hare", "--top", "2"])
+    assert "unrecognized arguments: --top 2" in capsys.readouterr().err
 
 
 def test_commands_refuse_what_is_no_file(tmp_path, capsys):

@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the process's exit code, 0 where it succeeded."""
     parser = _parser()
     args, words = parser.parse_known_args(argv)
+    if "queries" in args and not any(word.startswith("-") for word in words):
+        args.queries, words = [*args.queries, *words], []  # texts may follow options
     if words and not args.takes_settings:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     try:

@@ -563,13 +563,14 @@ def test_a_page_knows_its_age(tmp_path):
 
 
 def test_a_page_is_aged_only_by_what_its_notebook_uses(tmp_path):
-    """Commits to `hnerv_clip/book` or `/cli` alone count where the notebook imports those."""
+    """Commits to `hnerv_clip/book` or `/cli` alone count where the notebook imports that module, or
+    one that it imports."""
     page_facts = load_extension("page_facts")
 
-    def commit(name):
+    def commit(name, code=""):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
+        path.write_text(f"# {name}\n{code}")
         for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b",
                                                      "commit", "-qm", name]):
             subprocess.run(["git", "-C", tmp_path, *words], check=True)
@@ -578,10 +579,13 @@ def test_a_page_is_aged_only_by_what_its_notebook_uses(tmp_path):
     facts = {"commit": page_facts.git(str(tmp_path), "rev-parse", "HEAD"), "dirty": False,
              "at": "now", "seconds": 1, "device": "d", "torch": "2"}
     page_facts.git.cache_clear()
-    for name in ("book/judged.py", "cli/run.py", "train2.py"):
-        commit(f"hnerv_clip/{name}")
+    for name, code in (("book/judged.py", "from hnerv_clip.book.results import read\n"),
+                       ("book/results.py", ""), ("book/film.py", ""), ("cli/run.py", ""),
+                       ("train2.py", "")):
+        commit(f"hnerv_clip/{name}", code)
     for source, count in (("import torch", "1 commit."),
-                          ("from hnerv_clip.book import judged", "2 commits.")):
+                          ("from hnerv_clip.book.results import a", "2 commits."),
+                          ("from hnerv_clip.book import judged", "3 commits.")):
         page, notebook = run_page(source), tmp_path / "04_x.ipynb"
         nbformat.write(page, notebook)
         page.metadata["hnerv_clip"] = facts

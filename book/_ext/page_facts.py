@@ -62,13 +62,29 @@ def changed_since(page: Path, notebook: Path, root: str) -> str:
     own, sources = ([cell.source for cell in these if cell.cell_type == "code"
                      and "injected-parameters" not in cell.metadata.get("tags", [])]
                     for these in (cells, nbformat.read(notebook, as_version=4).cells))
-    used = ["hnerv_clip", *(f":(exclude)hnerv_clip/{part}" for part in APART
-                            if not any(f"hnerv_clip.{part}" in code for code in sources))]
-    commits = git(root, "rev-list", "--count", f"{executed[1]}..HEAD", "--", *used)
+    used = (["hnerv_clip", *(f":(exclude)hnerv_clip/{part}" for part in APART)],
+            [path for part in APART for path in imported(sources, part, root)])
+    commits = {commit for paths in filter(None, used) for commit in
+               (git(root, "rev-list", f"{executed[1]}..HEAD", "--", *paths) or "").split()}
     what = ["the notebook's code changed"] if own != sources else []
-    what += [f"the library changed in {commits} commit{'s' * (commits != '1')}"] \
-        if commits and commits != "0" else []
+    what += [f"the library changed in {len(commits)} commit{'s' * (len(commits) > 1)}"] \
+        if commits else []
     return f"Executed at commit {executed[1]}. Since then {' and '.join(what)}." if what else ""
+
+
+def imported(codes: list[str], part: str, root: str) -> list[str]:
+    """Files of a part of the library that cells import, and those that these import in turn."""
+    found, codes = set(), list(codes)
+    for code in codes:  # grows
+        for line in code.splitlines():
+            if f"hnerv_clip.{part}" not in line:
+                continue
+            for name in re.findall(r"\w+", line.split(f"hnerv_clip.{part}")[1]):
+                path = f"hnerv_clip/{part}/{name}.py"
+                if path not in found and (Path(root) / path).is_file():
+                    found.add(path)
+                    codes.append((Path(root) / path).read_text(encoding="utf-8"))
+    return sorted(found)
 
 
 def add_notices(app, doctree: nodes.document) -> None:

@@ -404,11 +404,14 @@ def test_the_comparison_says_what_was_measured():
     assert compare.setting_words(facts._replace(best_epochs=300)).endswith("head), 300 epochs")
     assert "better: 0.951 against 0.728" in rows[
         "embeddings against the teacher on the decoded frame"]["this project"]
-    answers = facts.judged.answers.assign(answer="no")
-    none = facts._replace(judged=facts.judged._replace(answers=answers))
-    _, said = compare.claim_words(none)
-    assert "no better than that model run on the decoded frame" in said
-    assert "but" not in said
+    for high, word in ((0.1, "no better"), (-0.1, "worse")):  # of the interval of net wins
+        answers = facts.judged.answers.assign(answer="no", high=high)
+        none = facts._replace(judged=facts.judged._replace(answers=answers))
+        _, said = compare.claim_words(none)
+        assert f"{word} than that model run on the decoded frame" in said
+        assert "but" not in said
+        row, = (row for row in compare.comparison_rows(none) if "nearest" in row[""])
+        assert f"{word}: 0.951 against 0.963" in row["this project"]
 
 
 def test_the_comparison_shows_a_measurement_once_and_none_of_another_video_beside_its_own():

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from hnerv_clip.bench.results import is_gpu, load_benches, part_rows
 from hnerv_clip.book import recipe
 from hnerv_clip.book.field import best_field, read_fields, read_original
@@ -26,6 +28,8 @@ AGAINST = {"decoded": "the teacher on the decoded frame", "neighbour": "the near
            "side_file": "a side file of the head's size"}
 CLAIMED = AGAINST | {"decoded": "that model run on the decoded frame",
                      "neighbour": "a copy of its embeddings of the nearest training frame"}
+# Word of the landing page's sentence → those that it may stand for, of all videos
+COMPARED = {"better": ["better"], "worse": ["worse"], "no better": ["worse", "no better"]}
 PROPOSAL = "original script"
 TERMS = """The **head** is the part of the network that predicts embeddings. It is trained \
 together with the picture, at the centers of a few patches of each frame: the *supervised \
@@ -168,12 +172,14 @@ def claim(results: Path) -> str:
 
 def claim_words(facts: Facts) -> tuple[str, str]:
     """What a network holds, how fast it is decoded, and what its embeddings are better than."""
-    given = facts.judged.answers.pivot(index="question", columns="video", values="answer")
-    better, others = ([words for name, words in CLAIMED.items()
-                       if (given.loc[name] == answer).all()] for answer in ("yes", "no"))
+    given = facts.judged.answers.assign(word=_compared(facts.judged.answers)).pivot(
+        index="question", columns="video", values="word")
+    found = {name: next((word for word, fits in COMPARED.items()
+                         if given.loc[name].isin(fits).all()), "") for name in CLAIMED}
     decoded = fastest(facts.decode)["frames_per_s"]
-    said = [f"{word} than {join_words(words, last)}" for word, words, last in (
-        ("better", better, "and"), ("no better", others, "or")) if words]
+    said = [f"{word} than {join_words(own, 'and' if word == 'better' else 'or')}"
+            for word in COMPARED if (own := [words for name, words in CLAIMED.items()
+                                             if found[name] == word])]
     return ("HNeRV-CLIP stores a video as one small neural network that can be played and "
             f"searched: {facts.stored_values / 1e6:.2f} million values, decoded at "
             f"{round(decoded, -2):,.0f} frames per second on one {facts.device.split()[1]}.",
@@ -203,10 +209,15 @@ def _fit_words(fits: list[dict[str, Any]]) -> str | None:
     return "; ".join(said) or None
 
 
+def _compared(answers: pd.DataFrame) -> pd.Series:
+    """Each answer to "Is it better?" as a word; worse where the 95% interval is below 0."""
+    words = answers.answer.map({"yes": "better", "no": "no better"}).fillna("cannot tell")
+    return words.mask((answers.answer == "no") & (answers.high < 0), "worse")
+
+
 def _against(judged: Judged, means, condition: str) -> str:
     own = judged.answers[(judged.answers.video == VIDEO) & (judged.answers.question == condition)]
-    word = {"yes": "better", "no": "no better"}.get(own.answer.iloc[0], "cannot tell")
-    return f"{word}: {means['learned']:.3f} against {means[condition]:.3f}"
+    return f"{_compared(own).iloc[0]}: {means['learned']:.3f} against {means[condition]:.3f}"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from hnerv_clip.bench.rate_quality import NETWORK, films_of
 from hnerv_clip.bench.results import is_gpu, load_benches, part_rows
 from hnerv_clip.book import recipe
 from hnerv_clip.book.field import best_field, read_fields, read_original
@@ -40,7 +41,8 @@ constant, 1 is equal to the teacher, below 0 is worse than a constant."""
 
 
 class Facts(NamedTuple):
-    """What is compared. Speeds are frames per second, `fits` whole trainings."""
+    """What is compared. Speeds are frames per second, `fits` whole trainings, `files` what was
+    measured of playing stored files, the last one at the end."""
 
     fidelity: dict[str, Any]
     speed: dict[str, dict[str, Any]]
@@ -49,6 +51,7 @@ class Facts(NamedTuple):
     train: list[dict[str, Any]]
     decode: list[dict[str, Any]]
     fits: list[dict[str, Any]]
+    files: list[dict[str, Any]]
     judged: Judged
     field: Any
     original: dict[str, float]
@@ -81,7 +84,9 @@ def read_facts(results: Path) -> Facts:
                "hnerv": next(row for row in speed if not row["clip_head"])},
         runs=read_json(results, "reference_runs.json", fix=FIX), device=parts["train"][0][0],
         train=parts["train"][0][1], decode=parts["decode"][0][1],
-        fits=parts["fit"][0][1] if parts["fit"] else [], judged=read_judged(results),
+        fits=parts["fit"][0][1] if parts["fit"] else [],
+        files=films_of(read_json(results, "rate_quality.json", fix=FIX)),
+        judged=read_judged(results),
         field=best_field(read_fields(results)["fields"], VIDEO),
         original=read_original(results)[VIDEO], stored_values=int(runs.stored_values.iloc[0]),
         best=best, best_epochs=int(preset.epochs[preset.change == best.change].iloc[0]))
@@ -116,6 +121,9 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
          f"{_range(facts.speed['proposal']['decode_frames_per_s'])}, no embeddings",
          f"{three_digits(shown['frames_per_s'])} with embeddings, {shown['batch_size']} frames at "
          "once"),
+        *(("playing a stored file (frames/s)", None, None,
+           f"{film['decode_frames_per_s'][NETWORK]:.0f}, pictures alone")
+          for film in facts.files[-1:]),
         ("skill at the supervised positions", "no embeddings",
          f"{facts.original['eight']:.2f} (its head, trained here)",
          f"same head; {field} {facts.field.eight_held:.2f}"),
@@ -140,8 +148,10 @@ def comparison(results: Path) -> str:
         "head in training, so one measurement stands for both. Preset best: the settings that gave "
         "the best picture here. Whole run: this project's includes "
         "loading, compilation, evaluations, the stored file and, with head, the teacher's "
-        "embeddings. Embeddings against: mean-centered cosine to the teacher's embeddings on "
-        "held-out frames, of the head here and of the alternative.")
+        "embeddings. Decoding speed: of a trained run, in its precision; a file is played so that "
+        "its pictures are the same on every machine, but for one level. Embeddings against: "
+        "mean-centered cosine to the teacher's embeddings on held-out frames, of the head here and "
+        "of the alternative.")
     sources = " ".join(escape(words) for words in (
         "Held-out frames are decoded from interpolated embeddings.",
         f"This project: one {facts.device}; preset best: {facts.best.seeds} seeds, timed "

@@ -123,6 +123,23 @@ def test_the_first_frame_is_seen_before_the_rest_is_loaded(run_video):
     assert later.asked["frame"] == 3 and later.shown == 7 and "region of frame 3" in later.answer
 
 
+def test_the_original_is_seen_before_a_frame_is_decoded(run_video):
+    event = threading.Event()
+    event.set()
+    decoding = threading.Event()
+
+    def decode():
+        assert decoding.wait(120)
+        return run_video.first[1]()
+
+    explorer = Explorer(held(run_video, event, first=(run_video.first[0], decode)))
+    wait_until(lambda: explorer.original)
+    assert explorer.facts and explorer.view == "wipe" and not explorer.decoded
+    decoding.set()
+    explorer.get_ready()
+    assert explorer.decoded and explorer.error and explorer.quality and not explorer.problem
+
+
 def test_the_first_frame_has_the_bits_of_the_others(trained_run, cache_dir, run_video):
     again = open_video(trained_run, cache_dir=cache_dir, device="cpu")
     file = open_video(trained_run / "video.hnerv", original="bunny", device="cpu")
@@ -347,7 +364,8 @@ def test_what_somebody_waits_for_is_timed(trained_run, tmp_path):
                            trained_run / "video.hnerv", "--original", "bunny", "--device", "cpu",
                            "--cache_dir", tmp_path], check=True, capture_output=True, text=True)
     times = re.findall(r"^(\w+ ?\w+) +([\d.]+) s$", told.stdout, re.MULTILINE)
-    assert [name for name, _ in times] == ["first frame", "first text", "click", "text", "frame"]
+    assert [name for name, _ in times] == ["first picture", "first frame", "first text", "click",
+                                           "text", "frame"]
     assert 0.2 < float(times[0][1]) < 120  # with the import of PyTorch
 
 

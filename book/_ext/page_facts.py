@@ -25,7 +25,8 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 
 LAUNCH = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com",
           "notebook_interface": "jupyterlab"}
-APART = ("book", "cli")  # of the library, what a notebook uses only where it imports it
+# Of the library, what a notebook uses only where it imports it
+APART = ("explore", "bench", "study", "book", "cli")
 EXECUTED = re.compile(r"executed at .*\bcommit\s+([0-9a-f]{7,40})\b", re.S)
 
 
@@ -63,7 +64,7 @@ def changed_since(page: Path, notebook: Path, root: str) -> str:
                      and "injected-parameters" not in cell.metadata.get("tags", [])]
                     for these in (cells, nbformat.read(notebook, as_version=4).cells))
     used = (["hnerv_clip", *(f":(exclude)hnerv_clip/{part}" for part in APART)],
-            [path for part in APART for path in imported(sources, part, root)])
+            imported(sources, root))
     commits = {commit for paths in filter(None, used) for commit in
                (git(root, "rev-list", f"{executed[1]}..HEAD", "--", *paths) or "").split()}
     what = ["the notebook's code changed"] if own != sources else []
@@ -72,14 +73,12 @@ def changed_since(page: Path, notebook: Path, root: str) -> str:
     return f"Executed at commit {executed[1]}. Since then {' and '.join(what)}." if what else ""
 
 
-def imported(codes: list[str], part: str, root: str) -> list[str]:
-    """Files of a part of the library that cells import, and those that these import in turn."""
+def imported(codes: list[str], root: str) -> list[str]:
+    """Files of `APART` that cells import, and those that these import in turn."""
     found, codes = set(), list(codes)
     for code in codes:  # grows
-        for line in code.splitlines():
-            if f"hnerv_clip.{part}" not in line:
-                continue
-            for name in re.findall(r"\w+", line.split(f"hnerv_clip.{part}")[1]):
+        for part, words in re.findall(rf"hnerv_clip\.({'|'.join(APART)})\b(.*)", code):
+            for name in re.findall(r"\w+", words):
                 path = f"hnerv_clip/{part}/{name}.py"
                 if path not in found and (Path(root) / path).is_file():
                     found.add(path)

@@ -2,8 +2,9 @@
 
 In seconds, in a fresh process that has imported what a notebook's kernel has:
 
-    first frame   from running the cell that imports and opens the explorer until the original, the
-                  decoded frame and the error of frame 0 are there
+    first picture   from running the cell that imports and opens the explorer until a picture of
+                    frame 0 is there: the original, or without one the decoded frame
+    first frame   from then on until the original, the decoded frame and the error are there
     first text    from a text typed as soon as that frame is seen, until its hits, their boxes and
                   pictures and the heat map are there
     click, text, frame   the same of later answers, once everything is loaded
@@ -37,7 +38,10 @@ def measure(path: str | Path, texts: tuple[str, str], *, original: str = "",
     from hnerv_clip.explore.widget import explore
 
     explorer = explore(path, original=original, cache_dir=cache_dir, device=device)
-    while explorer.progress and not explorer.decoded:
+    while explorer.progress and not (explorer.original or explorer.decoded):
+        time.sleep(0.005)
+    note("first picture")
+    while explorer.progress and explorer.shown < 0:
         time.sleep(0.005)
     note("first frame")
     explorer.text = texts[0]
@@ -66,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
     for name, value in measure(args.path, tuple(args.texts), original=args.original,
                                cache_dir=args.cache_dir, device=args.device).items():
-        print(f"{name:12} {value:6.2f} s")
+        print(f"{name:14} {value:6.2f} s")
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ class Loaded:
 class ExploredVideo:
     """A video with its network's answers; what takes long is loaded when it is first asked for.
 
-    silent: what to do where there is no head. first: frame 0, original and decoded, uint8
-    [H, W, 3], before all is loaded; None where that needs all of it.
+    silent: what to do where there is no head. first: what gives the original and the decoded frame
+    0, uint8 [H, W, 3], before all is loaded; None where that needs all of it.
     """
 
     name: str
@@ -91,7 +91,7 @@ class ExploredVideo:
     silent: str = ""
     credit: str = ""
     about: str = ""  # how it was fitted, for captions
-    first: Callable[[], tuple[np.ndarray | None, np.ndarray]] | None = None
+    first: tuple[Callable[[], np.ndarray | None], Callable[[], np.ndarray]] | None = None
 
     def __post_init__(self) -> None:
         self.load, self.load_teacher = Once(self.load), Once(self.load_teacher)
@@ -126,22 +126,26 @@ class ExploredVideo:
         return self.loaded.taught
 
     @cached_property
-    def _first(self) -> tuple[np.ndarray | None, np.ndarray]:
-        return self.first()
+    def _first_original(self) -> np.ndarray | None:
+        return self.first[0]()
+
+    @cached_property
+    def _first_decoded(self) -> np.ndarray:
+        return self.first[1]()
 
     def _is_early(self, frame: int) -> bool:
         return frame == 0 and self.first is not None and not self.load.done
 
     def decode(self, frame: int) -> np.ndarray:
         """uint8 [H, W, 3]."""
-        return self._first[1] if self._is_early(frame) else self.loaded.decode(frame)
+        return self._first_decoded if self._is_early(frame) else self.loaded.decode(frame)
 
     def original(self, frame: int) -> np.ndarray | None:
         """uint8 [H, W, 3], or None where there is no original."""
         if not self.has_original:
             return None
         if self._is_early(frame):
-            return self._first[0]
+            return self._first_original
         return self.originals[frame].permute(1, 2, 0).numpy()
 
     @property
@@ -327,13 +331,14 @@ def _from_file(path: Path, original: str, device: str) -> ExploredVideo:
         originals = load_original(original, video.size, video.times_s)[0] if original else None
         return Loaded(video.__getitem__, originals, head)
 
-    def first():
-        frames = load_video(_like(original, video.size, frame_limit=1)).frames if original else None
-        return None if frames is None else frames[0].permute(1, 2, 0).numpy(), video[0]
+    def first_original():
+        return load_video(_like(original, video.size, frame_limit=1)).frames[0].permute(
+            1, 2, 0).numpy() if original else None
 
     return ExploredVideo(
         name=video.name, size=video.size, times_s=video.times_s, grid=video.grid, load=load,
-        first=first if video.times_s[0] == 0 else None,  # else it is another of the original's
+        first=(first_original, lambda: video[0]) if video.times_s[0] == 0 else None,  # else it is
+        # another of the original's
         has_original=bool(original), has_head=video.has_head, has_field=video.has_field,
         teacher_label=video.header.meta["teacher"]["label"], load_teacher=video.teacher,
         credit=credit, about=f"From a file of {video.header.size_bytes:,} bytes alone.", silent=(
@@ -367,9 +372,9 @@ def _from_run(path: str | Path, data_path: str, cache_dir: str | Path, device: s
             lambda i: decode_frames(run.model, run.dataset, [i])[0].permute(1, 2, 0).numpy(),
             run.dataset.video.frames, head, None if taught is None else taught.numpy())
 
-    def first():
-        picture = decode_first(run_dir, config, frame, frame_count=len(times_s), device=device)
-        return frame.frames[0].permute(1, 2, 0).numpy(), picture.permute(1, 2, 0).numpy()
+    def first_decoded():
+        return decode_first(run_dir, config, frame, frame_count=len(times_s), device=device
+                            ).permute(1, 2, 0).numpy()
 
     times_s = _stored_times(run_dir)
     early = times_s is not None and has_source(config.video.data_path)
@@ -380,7 +385,8 @@ def _from_run(path: str | Path, data_path: str, cache_dir: str | Path, device: s
         times_s = frame_times_s(frame)
     video = ExploredVideo(
         name=frame.name, size=frame.frame_hw, times_s=times_s, load=load,
-        first=first if early else None, grid=make_grid(config.teacher, frame.frame_hw),
+        first=(lambda: frame.frames[0].permute(1, 2, 0).numpy(), first_decoded) if early else None,
+        grid=make_grid(config.teacher, frame.frame_hw),
         has_original=True, has_head=config.model.predict_clip or has_field(run_dir),
         has_field=has_field(run_dir), has_taught=config.model.predict_clip,
         teacher_label=describe_teacher(config.teacher).label,

@@ -135,7 +135,7 @@ function draw({ model, el }) {
     drawWipe();
     left.textContent = { original: "original", decoded: "decoded", wipe: "original",
       error: `error × ${facts.gain}` }[view];
-    right.textContent = "decoded";
+    right.textContent = model.get("decoded")?.byteLength ? "decoded" : "decoding …";
     right.hidden = view !== "wipe";
     const frame = model.get("shown");
     stage.ariaLabel = `Frame ${frame} of ${facts.name}, ${view}. Arrow keys step through frames.`;

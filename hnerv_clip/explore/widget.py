@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,7 +130,7 @@ class Explorer(anywidget.AnyWidget):
         self._query: tuple[np.ndarray, np.ndarray | None] | None = None  # vector, references
         self._problems = {"search": "", "look": ""}
         self._failed: Exception | None = None
-        self._moving = False  # to the frame of a hit
+        self._moving = False  # to the frame of a hit, or to the first view
         self._preparing = True  # what is asked meanwhile is answered at its end
         self._lock, self._done = threading.RLock(), threading.Event()  # one answer at a time
         self._thread = threading.Thread(target=self._prepare, name="explorer", args=(
@@ -183,7 +183,8 @@ class Explorer(anywidget.AnyWidget):
         self._problems["search"] = "" if video.has_head else _sentence(video.silent)
         self._tell()
         if video.first is not None and not self.frame:
-            with self.hold_sync():  # what was kept is replaced, not taken away first
+            # what was kept is replaced, not taken away first; else the original is seen at once
+            with self.hold_sync() if self.decoded else nullcontext():
                 self._try(lambda: self.show(anew=True), "look")
             if kept is not None and self.shown == 0 and self.decoded:  # not of a failed attempt
                 kept.write({name: getattr(self, name) for name in STATE})
@@ -201,9 +202,12 @@ class Explorer(anywidget.AnyWidget):
         self._know(self._facts())
 
     def _know(self, facts: dict) -> None:
-        if not self.facts and facts["has_original"]:
+        is_first = not self.facts
+        self.facts = facts  # before any picture, which is drawn by them
+        if is_first and facts["has_original"]:
+            self._moving = True
             self.view = "wipe"
-        self.facts = facts
+            self._moving = False
 
     def _facts(self) -> dict:
         from hnerv_clip.search.boxes import SIDES

@@ -399,7 +399,11 @@ def test_the_comparison_says_what_was_measured():
     rows = {row[""]: row for row in compare.comparison_rows(facts)}
     assert rows["PSNR, pixels only, all frames trained on (dB)"]["HNeRV"] == "35.57"
     assert rows["300 epochs, whole run (s)"]["HNeRV"] == "658, no head"
-    assert rows["playing a stored file (frames/s)"]["this project"] == "**1494, pictures alone**"
+    assert rows["playing a stored file (frames/s)"]["this project"] == "**1494, no embeddings**"
+    assert "played in fp16, which changed 4 frames by at most 1 of 255 levels" in \
+        compare.comparison(ROOT / "book" / "results")
+    assert "playing a stored file (frames/s)" not in {
+        row[""] for row in compare.comparison_rows(facts._replace(files=[]))}
     assert compare.setting_words(facts).endswith(
         "values (1.58 with the head), 300 epochs (preset best: 600)")
     assert compare.setting_words(facts._replace(best_epochs=300)).endswith("head), 300 epochs")

@@ -29,7 +29,7 @@ AGAINST = {"decoded": "the teacher on the decoded frame", "neighbour": "the near
            "side_file": "a side file of the head's size"}
 CLAIMED = AGAINST | {"decoded": "that model run on the decoded frame",
                      "neighbour": "a copy of its embeddings of the nearest training frame"}
-# Word of the landing page's sentence → those that it may stand for, of all videos
+# Word of the landing page's sentence → answers that every video has to give for it
 COMPARED = {"better": ["better"], "worse": ["worse"], "no better": ["worse", "no better"]}
 PROPOSAL = "original script"
 TERMS = """The **head** is the part of the network that predicts embeddings. It is trained \
@@ -41,8 +41,8 @@ constant, 1 is equal to the teacher, below 0 is worse than a constant."""
 
 
 class Facts(NamedTuple):
-    """What is compared. Speeds are frames per second, `fits` whole trainings, `files` what was
-    measured of playing stored files, the last one at the end."""
+    """What is compared. Speeds are frames per second, `fits` whole trainings, `files` rows of
+    `rate_quality.films_of` of the same device."""
 
     fidelity: dict[str, Any]
     speed: dict[str, dict[str, Any]]
@@ -78,14 +78,16 @@ def read_facts(results: Path) -> Facts:
     preset = recipe.read_recipe(results)["preset"]
     best = recipe.parts(preset).iloc[0]
     speed = read_json(results, "reference_speed.json", fix=FIX)["rows"]
+    device = parts["train"][0][0]
     return Facts(
         fidelity=read_json(results, "fidelity.json", fix=FIX),
         speed={"proposal": next(row for row in speed if row["clip_head"]),
                "hnerv": next(row for row in speed if not row["clip_head"])},
-        runs=read_json(results, "reference_runs.json", fix=FIX), device=parts["train"][0][0],
+        runs=read_json(results, "reference_runs.json", fix=FIX), device=device,
         train=parts["train"][0][1], decode=parts["decode"][0][1],
         fits=parts["fit"][0][1] if parts["fit"] else [],
-        files=films_of(read_json(results, "rate_quality.json", fix=FIX)),
+        files=[film for film in films_of(read_json(results, "rate_quality.json", fix=FIX))
+               if film["device"] == device],
         judged=read_judged(results),
         field=best_field(read_fields(results)["fields"], VIDEO),
         original=read_original(results)[VIDEO], stored_values=int(runs.stored_values.iloc[0]),
@@ -122,7 +124,7 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
          f"{three_digits(shown['frames_per_s'])} with embeddings, {shown['batch_size']} frames at "
          "once"),
         *(("playing a stored file (frames/s)", None, None,
-           f"{film['decode_frames_per_s'][NETWORK]:.0f}, pictures alone")
+           f"{film['decode_frames_per_s'][NETWORK]:.0f}, no embeddings")
           for film in facts.files[-1:]),
         ("skill at the supervised positions", "no embeddings",
          f"{facts.original['eight']:.2f} (its head, trained here)",
@@ -148,10 +150,8 @@ def comparison(results: Path) -> str:
         "head in training, so one measurement stands for both. Preset best: the settings that gave "
         "the best picture here. Whole run: this project's includes "
         "loading, compilation, evaluations, the stored file and, with head, the teacher's "
-        "embeddings. Decoding speed: of a trained run, in its precision; a file is played so that "
-        "its pictures are the same on every machine, but for one level. Embeddings against: "
-        "mean-centered cosine to the teacher's embeddings on held-out frames, of the head here and "
-        "of the alternative.")
+        f"embeddings. {_playing_words(facts.files)}Embeddings against: mean-centered cosine to the "
+        "teacher's embeddings on held-out frames, of the head here and of the alternative.")
     sources = " ".join(escape(words) for words in (
         "Held-out frames are decoded from interpolated embeddings.",
         f"This project: one {facts.device}; preset best: {facts.best.seeds} seeds, timed "
@@ -181,7 +181,8 @@ def claim(results: Path) -> str:
 
 
 def claim_words(facts: Facts) -> tuple[str, str]:
-    """What a network holds, how fast it is decoded, and what its embeddings are better than."""
+    """What a network holds, how fast it is decoded, and what its embeddings are better or worse
+    than."""
     given = facts.judged.answers.assign(word=_compared(facts.judged.answers)).pivot(
         index="question", columns="video", values="word")
     found = {name: next((word for word, fits in COMPARED.items()
@@ -217,6 +218,17 @@ def _fit_words(fits: list[dict[str, Any]]) -> str | None:
         times = [row["wall_s"] for row in fits if bool(row["clip_head"]) is head]
         said += [f"{statistics.median(times):.0f}, {words}"] if times else []
     return "; ".join(said) or None
+
+
+def _playing_words(files: list[dict[str, Any]]) -> str:
+    """In what playing a stored file differs from decoding, or nothing."""
+    if not files:
+        return ""
+    last = files[-1]
+    return ("Decoding speed: of a trained run, in the precision of its training; a stored file is "
+            f"played in {last['picture_precision']}, which changed {last['gpu_cpu_frames']} frames "
+            f"by at most {last['gpu_cpu_largest_level']} of 255 levels from those of a CPU. In "
+            "both, the pictures stay on the GPU. ")
 
 
 def _compared(answers: pd.DataFrame) -> pd.Series:

@@ -513,10 +513,12 @@ def test_the_command_line_fits_and_searches(run, field, cache_dir, capsys, monke
     box = ["--box", "0,0,40,40", "--time"]
     assert cli.main(["search", outf, *box, "0.12", *rest]) == 0
     assert "like box 0,0,40,40 at 0.12 s" in capsys.readouterr().out
+    assert cli.main(["search", outf, *box, "0.47", *rest]) == 0  # the last frame is still shown
+    assert "at 0.47 s" in capsys.readouterr().out
     assert cli.main(["search", outf, *rest]) == 2
     assert "nothing to search for" in capsys.readouterr().err
     assert cli.main(["search", outf, "--box", "0,0,40,400", *rest]) == 2
-    assert "reaches outside the frame" in capsys.readouterr().err
+    assert "--box 0,0,40,400 is not within the picture of" in capsys.readouterr().err
     assert cli.main(["search", outf, *box, "99", *rest]) == 2
     assert "--time 99 is outside the video" in capsys.readouterr().err
 

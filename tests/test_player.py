@@ -246,8 +246,8 @@ def test_a_file_with_a_field_is_searched_by_region(with_field, tmp_path, capsys,
     said = capsys.readouterr().out
     assert f"like box 0,0,20,20 at {TIMES[1]:g} s" in said and f"{hit.score:.3f}" in said
     for time_s, box, words in (("9", "0,0,20,20", "outside the video"), ("0", "1,0", "is not x0"),
-                               ("0", "0,0,20,400", "within the picture of 70×37")):
-        assert main([*search, time_s, "--box", box]) != 0
+                               ("0", "0,0,20,400", "within the picture of 70×37: x0 < x1")):
+        assert main([*search, time_s, "--box", box]) == 2
         assert words in capsys.readouterr().err
     assert main([*search, "0", "hare"]) == 2
     assert "says when --box is" in capsys.readouterr().err

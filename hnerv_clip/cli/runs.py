@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hnerv_clip.cli.stored import box_words, parse_box, reading, search_file
+from hnerv_clip.cli.stored import box_words, check_place, parse_box, reading, search_file
 from hnerv_clip.config import ConfigError
 from hnerv_clip.files import check_free, check_writable, write_atomic
 from hnerv_clip.paths import match_paths, resolve_path
@@ -31,7 +31,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
             ("verify", _verify, "compare embeddings with controls and baselines; of several runs, "
                                 "also in one table"),
             ("index", _index, "put what runs with the same teacher predict into one index"),
-            ("search", _search, "rank patches by a text")]:
+            ("search", _search, "find what answers a text, or is like a box")]:
         sub = add(name, command, words)
         if name == "index":
             sub.add_argument("folder", help="folder of the index, for example output/index")
@@ -245,9 +245,7 @@ def _search_field(args: argparse.Namespace, queries: list[str],
     asked: list = []
     if box:
         times = run.dataset.video.times_s
-        if not times[0] <= args.time <= times[-1]:
-            raise ConfigError(f"--time {args.time:g} is outside the video, whose frames are at "
-                              f"{times[0]:g} to {times[-1]:g} s")
+        check_place(box, args.time, size=run.model.frame_hw, times_s=times)
         x0, y0, x1, y1 = box
         near = (float(np.interp(args.time, times, range(len(times)))), (y0, x0, y1 - y0, x1 - x0))
         asked.append((box_words(box, args.time), field.embed(*near), near))

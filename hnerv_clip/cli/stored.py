@@ -147,6 +147,24 @@ def parse_box(words: str) -> tuple[float, float, float, float]:
     return x0, y0, x1, y1
 
 
+def check_place(box: Sequence[float], time_s: float, *, size: tuple[int, int],
+                times_s: Sequence[float]) -> None:
+    """Refuse a box that is not within pictures of (H, W), or a time at which no frame is shown.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    x0, y0, x1, y1 = box
+    height, width = size
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise ConfigError(f"--box {','.join(f'{value:g}' for value in box)} is not within the "
+                          f"picture of {width}×{height}: x0 < x1 ≤ {width}, y0 < y1 ≤ {height}")
+    last = times_s[-1] + (times_s[-1] - times_s[-2] if len(times_s) > 1 else 1.0)
+    if not times_s[0] <= time_s <= last:
+        raise ConfigError(f"--time {time_s:g} is outside the video, which is shown from "
+                          f"{times_s[0]:g} to {last:g} s")
+
+
 def box_words(box: Sequence[float], time_s: float) -> str:
     """What a search for the like of a box is called, above its hits."""
     return f"like box {','.join(f'{value:g}' for value in box)} at {time_s:g} s"
@@ -160,8 +178,7 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
     Args:
         box: (x0, y0, x1, y1) in pixels at `time_s`, to find the like of, first.
     Raises:
-        ConfigError: a box of a file without a field, or outside the picture.
-        ValueError: a time outside the video.
+        ConfigError: a box of a file without a field, a box or a time outside the video.
     """
     from hnerv_clip import open as open_video
 
@@ -169,6 +186,7 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
     label = video.header.meta["teacher"]["label"] or video.header.config.teacher.teacher
     found = {}
     if box is not None:
+        check_place(box, time_s, size=video.size, times_s=video.times_s)
         found[box_words(box, time_s)] = video.search_region(box, time_s, top_k, apart=apart)
     for query in queries:
         hits = video.search(query, top_k, apart=apart, weights=weights)
@@ -272,7 +290,8 @@ def describe_quality(path: Path, options: VideoConfig, *, device: str) -> str:
     given, size = resolve_path(options.data_path), path.stat().st_size
     if given.is_file() and size > given.stat().st_size:
         words += (f"; the file is larger than {given.name} ({given.stat().st_size:,} bytes): a "
-                  "smaller --modelsize or a larger --rate makes it smaller, at a lower PSNR")
+                  "smaller --modelsize of the training or a larger --rate makes it smaller, at a "
+                  "lower PSNR")
     return words
 
 

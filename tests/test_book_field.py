@@ -233,7 +233,8 @@ def test_a_design_of_several_seeds_counts_by_its_mean(folder):
     timed["embeddings_per_s"], timed["scores_per_s"], timed["device"] = 187_594, 19_858_065, "H100"
     assert book.speed_words([best, timed]) == (
         "In a second a stored field gives the embeddings of 0.19 million (bunny) boxes, copied to "
-        "the CPU, or compares 20 million (bunny) boxes with a text (one H100).")
+        "the CPU, or compares 20 million (bunny) boxes with a text (one H100; many boxes of a "
+        "frame asked at once).")
     with pytest.raises(ResultsError, match="no field of bunny of at most 1 kB; take it back"):
         book.best_field(fields, "bunny", max_kb=1)
     assert book.smallest_field(fields, "bunny", any_held=0.84) is None  # one seed alone has it

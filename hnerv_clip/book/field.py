@@ -339,7 +339,8 @@ def speed_words(fields: Iterable[pd.Series]) -> str:
                                       for row in timed])
                           for name in ("embeddings_per_s", "scores_per_s"))
     return (f"In a second a stored field gives the embeddings of {embedded} boxes, copied to the "
-            f"CPU, or compares {compared} boxes with a text (one {timed[0].device}).")
+            f"CPU, or compares {compared} boxes with a text (one {timed[0].device}; many boxes of "
+            "a frame asked at once).")
 
 
 def side_file_words(fields: pd.DataFrame, side_files: pd.DataFrame, video: str, *, kb: float = 60

@@ -13,6 +13,10 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import Tensor  # its import takes seconds, which a search need not wait for
 
+# Of a frame: an exact one counts as the highest value, else no mean over frames said anything
+MOST_DB = 100.0
+LEAST_MSE = 10 ** (-MOST_DB / 10)
+
 
 def check_embeddings(embeddings: npt.ArrayLike, name: str = "embeddings") -> np.ndarray:
     """The embeddings as float32 [T, P, D], or a clear error.
@@ -202,7 +206,7 @@ def psnr(pred: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         pred, target: [B, 3, H, W] float in [0, 1].
         mask: [H, W] of 0 and 1; only pixels under a 1 count.
     Returns:
-        [B] float32; inf where identical.
+        [B] float32; at most `MOST_DB`, as of identical frames.
     Raises:
         ValueError: shapes differ.
     """
@@ -213,4 +217,4 @@ def psnr(pred: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         mse = error.flatten(1).mean(1)
     else:
         mse = (error * mask).flatten(1).sum(1) / (mask.sum() * pred.shape[1])
-    return -10 * mse.log10()
+    return -10 * mse.clamp(min=LEAST_MSE).log10()

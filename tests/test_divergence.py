@@ -69,6 +69,22 @@ def test_the_phases_of_training_are_judged_apart():
     assert found(rows([25.0, 30.0] + 12 * [12.28], clip=5)) == (7, 3)
 
 
+def test_a_network_that_dies_before_it_has_learned_is_noticed():
+    """As on a video that begins in black: it fell to black pictures, better than initial ones."""
+    baselines = Baselines(color=0.0301, untrained=0.121)
+    losses = [0.1208, 0.04655213] + 6 * [0.04655214]
+    history = [dict(row, pixel_loss=loss, total_loss=loss)
+               for row, loss in zip(rows([10.0] * len(losses)), losses)]
+    check_collapse(history[:5], baselines, warm_up=0.8, final=False)
+    with pytest.raises(Diverged, match="single color") as error:
+        check_collapse(history[:6], baselines, warm_up=0.8, final=False)
+    assert error.value.fell_at == 2
+    # neither pictures that are better than one color, nor those of a video of one color
+    check_collapse(history, baselines._replace(color=0.06), warm_up=0.8, final=True)
+    gray = [dict(row, pixel_loss=2e-6, total_loss=2e-6) for row in history]
+    check_collapse(gray, Baselines(color=1e-6, untrained=0.1), warm_up=0.8, final=True)
+
+
 def test_short_and_slow_runs_are_none():
     """An untrained network may be worse than gray, and a few steps may not change that."""
     baselines = Baselines(color=0.01, untrained=0.3)

@@ -667,7 +667,7 @@ def test_encode_goes_on_with_the_runs_own_settings(trained_run):
         prepare_encoding({"data_path": "moved.mp4"}, trained_run, cache_dir="none")
 
 
-def test_a_file_larger_than_the_given_one_is_called_so(path, tmp_path, monkeypatch):
+def test_a_file_larger_than_the_given_one_is_called_so(path, with_field, tmp_path, monkeypatch):
     stored = hnerv_clip.open(path)
     frames = torch.zeros((len(stored), 3, *stored.size), dtype=torch.uint8)
     monkeypatch.setattr("hnerv_clip.video.load_video", lambda _: SimpleNamespace(frames=frames))
@@ -676,6 +676,10 @@ def test_a_file_larger_than_the_given_one_is_called_so(path, tmp_path, monkeypat
         given.write_bytes(b"0" * size)
         told = describe_quality(path, VideoConfig(data_path=str(given)), device="cpu")
         assert ("larger than given.mp4 (10 bytes)" in told) == larger and "PSNR" in told
+    given.write_bytes(b"0" * 10)
+    monkeypatch.setattr(StoredVideo, "psnr", lambda *_: torch.ones(2))
+    told = describe_quality(with_field[0], VideoConfig(data_path=str(given)), device="cpu")
+    assert re.search(r"its field alone has [\d,]+ bytes", told)
 
 
 def test_encode_makes_a_file_of_a_video(tmp_path, capsys):

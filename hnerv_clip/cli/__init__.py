@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         with plain_warnings():
             args.command(args)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from here", file=sys.stderr)
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `hnerv-clip settings | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

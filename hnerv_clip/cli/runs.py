@@ -199,7 +199,7 @@ def _search(args: argparse.Namespace) -> None:
     from hnerv_clip.teachers.text import parse_queries
 
     if not args.queries and not args.box:
-        raise ConfigError("nothing to search for: give texts, or --box of a run with a field")
+        raise ConfigError("nothing to search for: give texts, or --box X0,Y0,X1,Y1 --time S")
     if args.time is not None and not args.box:
         raise ConfigError(f"--time {args.time:g} says when --box is; give both, or texts alone")
     box, args.time = parse_box(args.box) if args.box else None, args.time or 0.0

@@ -285,13 +285,18 @@ def describe_quality(path: Path, options: VideoConfig, *, device: str) -> str:
     from hnerv_clip import open as open_video
     from hnerv_clip.video import load_video
 
-    found = open_video(path, device=device).psnr(load_video(options).frames)
+    video = open_video(path, device=device)
+    found = video.psnr(load_video(options).frames)
     words = f"PSNR {found.mean():.2f} dB over all {len(found)} frames (lowest {found.min():.2f} dB)"
     given, size = resolve_path(options.data_path), path.stat().st_size
     if given.is_file() and size > given.stat().st_size:
-        words += (f"; the file is larger than {given.name} ({given.stat().st_size:,} bytes): a "
-                  "smaller --modelsize of the training or a larger --rate makes it smaller, at a "
-                  "lower PSNR")
+        field = sum(part.size for name, part in video.header.parts.items()
+                    if name.startswith("field."))
+        words += f"; the file is larger than {given.name} ({given.stat().st_size:,} bytes): " + (
+            f"its field alone has {field:,} bytes, more than a video so short or small takes"
+            if field > given.stat().st_size else
+            "a smaller --modelsize of the training or a larger --rate makes it smaller, at a lower "
+            "PSNR")
     return words
 
 

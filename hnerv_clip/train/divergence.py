@@ -17,6 +17,8 @@ from hnerv_clip.engines.plain import PlainEngine
 from hnerv_clip.losses import pixel_loss
 
 EPOCHS = 5  # in a row that must be bad
+FLAT = 1e-4  # losses within this share of each other: nothing is learned
+ONE_COLOR = 1e-4  # loss below which a picture of one color is good: of such a video none is dead
 RISE = 1.05  # a loss above the lowest so far by this factor has got worse
 JUMP = 2.0  # likewise, so much worse that the network has come apart
 # Of the learning rate, at the first recovery, the second, ...
@@ -72,9 +74,9 @@ def check_collapse(history: Sequence[dict[str, Any]], baselines: Baselines, *, w
                    final: bool) -> None:
     """Raise `Diverged` where the last epochs show a network that has come apart.
 
-    Either the pictures are no better than a single color, and worse than they have been; or what
-    is minimised, the total loss, has more than doubled within a phase of training, and does not
-    come back.
+    Either the pictures are no better than a single color, and worse than they have been, or other
+    than those of initial weights without changing any more; or what is minimised, the total loss,
+    has more than doubled within a phase of training, and does not come back.
 
     Args:
         history: a row per epoch, with epoch, pixel_loss, total_loss and clip_weight.
@@ -95,11 +97,13 @@ def check_collapse(history: Sequence[dict[str, Any]], baselines: Baselines, *, w
         if row["clip_weight"] == weight:
             lowest = min(lowest, row["total_loss"])
         apart.append(row["total_loss"] > JUMP * lowest)
-    last = rows[-1]
-    if ready and all(dead[-EPOCHS:]) or final and dead_now:
+    last, recent = rows[-1], [row["pixel_loss"] for row in rows[-EPOCHS:]]
+    stuck = max(recent) - min(recent) <= FLAT * min(recent) and max(ONE_COLOR, 0.99 * \
+        baselines.color) <= min(recent) < baselines.untrained / RISE
+    if ready and (stuck or all(dead[-EPOCHS:])) or final and dead_now:
         raise Diverged(f"the pictures are no better than a single color (loss "
                        f"{last['pixel_loss']:.4g}, one color {baselines.color:.4g})",
-                       _first_of_streak(rows, dead))
+                       _first_of_streak(rows, dead) if dead[-1] else rows[-EPOCHS]["epoch"])
     stays = ready and all(apart[-EPOCHS:]) and \
         last["total_loss"] > 0.8 * rows[-EPOCHS]["total_loss"]
     if stays or final and apart[-1]:

@@ -21,7 +21,7 @@ from hnerv_clip.engines.plain import COLUMNS, PlainEngine, SetupError, explain
 from hnerv_clip.engines.profile_marks import CLIP, ENCODER, OPTIMIZER, RGB, span
 from hnerv_clip.kernels.launch import compile_all
 from hnerv_clip.losses import pixel_loss
-from hnerv_clip.metrics import psnr
+from hnerv_clip.metrics import LEAST_MSE, psnr
 from hnerv_clip.model import HNeRV, frame_times, pad_edges
 
 
@@ -275,7 +275,7 @@ class FusedEngine(PlainEngine):
             network.rgb_forward("l2", video=self.frames, indices=indices,
                                 scale=1 / (values * count))
             error = network.rgb_head.squared_error.sum(1) / values
-            return error, -10 * torch.log10(error)
+            return error, -10 * torch.log10(error.clamp(min=LEAST_MSE))
         network.rgb_forward("pred")
         frames = self.frames[indices].float() / 255
         pred = network.rgb_head.pred[..., :height, :width].detach().requires_grad_()

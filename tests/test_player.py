@@ -324,6 +324,8 @@ def test_segments_that_are_encoded_at_the_same_time_make_one_film(tmp_path, monk
             order = [packet.dts for packet in container.demux(video=0) if packet.size]
         with av.open(str(tmp_path / name)) as container:
             shown = list(container.decode(video=0))
+            last = ticks[-1] + ticks[-1] - ticks[-2]  # it is shown as long as the one before
+            assert container.duration / av.time_base == pytest.approx(last / 25, abs=2e-3)
         assert len(order) == 30 and order == sorted(set(order))
         np.testing.assert_allclose([f.time for f in shown], np.array(ticks) / 25, atol=1e-3)
         assert sum(f.key_frame for f in shown) == 4

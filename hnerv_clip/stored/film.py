@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,6 +152,9 @@ def encode_film(path: Path, film: _Film, draw: Callable[[list[int]], Iterable[np
     workers = workers or usable_cores()
     encoders, length = plan_segments(len(ticks), film.size, workers=workers)
     options = {"movflags": "faststart"} if path.suffix.lower() != ".mkv" else {}
+    # the last frame is shown for as long as the one before it
+    last = ticks[-1] - ticks[-2] if len(ticks) > 1 else round(1 / (film.rate * film.unit))
+    shown = dict(zip(ticks, [b - a for a, b in pairwise(ticks)] + [last], strict=True))
     segments: dict[int, _Segment] = {}  # that are not written yet, by their number
     written = coded = 0
     delay: int | None = None  # packets by which x264 reorders frames
@@ -170,7 +174,10 @@ def encode_film(path: Path, film: _Film, draw: Callable[[list[int]], Iterable[np
             for packet in packets:  # the order of decoding goes on over the segments' borders
                 at = coded - delay
                 packet.dts = ticks[at] if at >= 0 else ticks[0] + at
+                packet.duration = shown[packet.pts]
                 packet.stream, coded = stream, coded + 1
+                if coded == len(ticks) and options:  # MP4 counts from the first packet's dts
+                    packet.duration = ticks[-1] + last - delay - packet.dts
                 container.mux(packet)
 
         order = encoding_order(len(ticks), encoders, length)

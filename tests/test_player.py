@@ -631,6 +631,7 @@ def test_encode_stores_a_field_that_is_fitted_once(tmp_path, cache_dir, capsys, 
     assert int(told) == sum(size for name, size in sizes.items() if name.startswith("field."))
     assert video.has_field and video.embed((11, 7, 60, 71), 0.05).shape == (1280,)
     assert main(["encode", "bunny", str(tmp_path / "c.hnerv"), *words[3:]]) == 0  # goes on
+    assert "2 of 2 epochs of training are done" in capsys.readouterr().out
 
 
 def test_encode_asks_the_teacher_for_a_fields_boxes_before_it_trains(tmp_path, monkeypatch):

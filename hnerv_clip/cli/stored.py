@@ -236,8 +236,11 @@ def _encode(args: argparse.Namespace) -> None:
     if args.rate_epochs is None:
         args.rate_epochs = choose_tuning(config, dataset.video)
     video, options = dataset.video, config.train
-    minutes = None
-    if not RunDir(work).begun:  # else some of it is done
+    minutes, goes_on = None, ""
+    if RunDir(work).begun:
+        done = RunDir(work).epochs_done()
+        goes_on = f"; {done} of {options.epochs} epochs of training are done"
+    else:
         minutes = measure_minutes(config, dataset, tuning=args.rate_epochs)
     print(f"{video.name}: {len(video.frames)} frames of {'×'.join(map(str, video.frame_hw))} in a "
           f"network of {config.model.modelsize:g} M values: {options.epochs} epochs of training, "
@@ -245,7 +248,7 @@ def _encode(args: argparse.Namespace) -> None:
           + (f", then {options.field_steps} steps of fitting a field, which answers for any box"
              if config.model.head == "field" else "")
           + " (--modelsize, --epochs, --rate_epochs, --field_steps and --head change that)"
-          + ("" if minutes is None else
+          + (goes_on if minutes is None else
              f"; about {in_minutes(minutes)} by the speed of its first steps")
           + ("" if minutes is None or minutes < LONG_MINUTES else
              ": --resize_list, --frame_stride and fewer epochs make it shorter"))

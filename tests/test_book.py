@@ -388,8 +388,12 @@ def test_results_are_collected_from_run_folders(trained_run, tmp_path):
     pages.collect_quick(tmp_path, tmp_path)
     text = pages.quick_markdown(json.loads((tmp_path / "quick.json").read_text()))
     assert "took 100 s and 2.0 GB" in text and "abacus" in text and "tests" not in text
-    assert "the tests 200 s" in pages.quick_markdown(
-        json.loads((tmp_path / "quick.json").read_text()) | {"tests_s": 200})
+    timed = json.loads((tmp_path / "quick.json").read_text()) | {
+        "tests": {"seconds": 200, "commit": "d" * 40, "dirty": False}}
+    assert "the tests 200 s (commit dddddddddddd) on abacus" in pages.quick_markdown(timed)
+    (tmp_path / "quick.json").write_text(json.dumps(timed))
+    pages.collect_quick(tmp_path, tmp_path)  # keeps what another command measured
+    assert json.loads((tmp_path / "quick.json").read_text())["tests"] == timed["tests"]
     assert f"{summary['eval_psnr_val_interpolated']:.2f} dB" in text
 
 

@@ -167,13 +167,16 @@ def collect_quick(results: Path, study: Path) -> None:
                        "hnerv-clip book --outf NEW/main")
     cost = json.loads(made.read_text(encoding="utf-8"))
     held_out = "_val_interpolated" if "eval_psnr_val_interpolated" in summary else "_val"
-    write_json(results / "quick.json", {
+    path = results / "quick.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, {
         "what": "hnerv-clip book, quick profile, after installation", **cost,
         "psnr_train_db": summary["eval_psnr_train"],
         "psnr_held_out_db": summary[f"eval_psnr{held_out}"],
         "clip_centred_train": summary["eval_clip_centred_train"],
         "clip_centred_held_out": summary[f"eval_clip_centred{held_out}"],
-        "train_frames_per_s": summary["train_frames_per_s"], "versions": facts["versions"]})
+        "train_frames_per_s": summary["train_frames_per_s"], "versions": facts["versions"],
+        **({"tests": old["tests"]} if "tests" in old else {})})
 
 
 def write_generated(book: Path, *, config: Config, run_dir: Path, cache_dir: str | Path,
@@ -218,16 +221,18 @@ def quick_markdown(measured: dict[str, Any]) -> str:
     """What the two commands took, after installation, and what the quick book's run reached.
 
     Args:
-        measured: `quick.json`; `tests_s`, where it is there, is the time of the tests.
+        measured: `quick.json`; where `tests` is there, `seconds` and `commit` of the tests.
     """
-    tests = f", the tests {measured['tests_s']:.0f} s" if "tests_s" in measured else ""
+    tests = ", the tests {:.0f} s (commit {})".format(
+        measured["tests"]["seconds"], commit_words(measured["tests"])) \
+        if "tests" in measured else ""
     return (
         "After installation the quick book took {wall_s:.0f} s and {memory:.1f} GB (largest "
-        "process){tests} on {device}; its network reached {psnr_train_db:.2f} dB and a "
+        "process){of_tests} on {device}; its network reached {psnr_train_db:.2f} dB and a "
         "mean-centered cosine of {clip_centred_train:.3f} on training frames, "
         "{psnr_held_out_db:.2f} dB and {clip_centred_held_out:.3f} on held-out ones (commit "
         "{short}).\n"
-    ).format(memory=measured["peak_memory_bytes"] / 1e9, tests=tests,
+    ).format(memory=measured["peak_memory_bytes"] / 1e9, of_tests=tests,
              short=commit_words(measured), **measured)
 
 

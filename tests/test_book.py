@@ -404,7 +404,7 @@ def test_the_comparison_says_what_was_measured():
     assert rows["PSNR, pixels only, all frames trained on (dB)"]["HNeRV"] == "35.57"
     assert rows["300 epochs, whole run (s)"]["HNeRV"] == "658, no head"
     assert rows["playing a stored file (frames/s)"]["this project"] == "**1494, no embeddings**"
-    assert "played in fp16, which changed 4 frames by at most 1 of 255 levels" in \
+    assert "played in fp16, in which 4 frames differ by at most 1 of 255 levels" in \
         compare.comparison(ROOT / "book" / "results")
     assert "playing a stored file (frames/s)" not in {
         row[""] for row in compare.comparison_rows(facts._replace(files=[]))}

@@ -518,9 +518,9 @@ def test_the_command_line_fits_and_searches(run, field, cache_dir, capsys, monke
     assert cli.main(["search", outf, *rest]) == 2
     assert "nothing to search for" in capsys.readouterr().err
     assert cli.main(["search", outf, "--box", "0,0,40,400", *rest]) == 2
-    assert "--box 0,0,40,400 is not within the picture of" in capsys.readouterr().err
+    assert "box 0,0,40,400 is not within the picture of" in capsys.readouterr().err
     assert cli.main(["search", outf, *box, "99", *rest]) == 2
-    assert "--time 99 is outside the video" in capsys.readouterr().err
+    assert "time 99 s is outside the video" in capsys.readouterr().err
 
 
 def test_an_index_holds_a_fields_boxes(run, field, tmp_path):

@@ -226,9 +226,9 @@ def _playing_words(files: list[dict[str, Any]]) -> str:
         return ""
     last = files[-1]
     return ("Decoding speed: of a trained run, in the precision of its training; a stored file is "
-            f"played in {last['picture_precision']}, which changed {last['gpu_cpu_frames']} frames "
-            f"by at most {last['gpu_cpu_largest_level']} of 255 levels from those of a CPU. In "
-            "both, the pictures stay on the GPU. ")
+            f"played in {last['picture_precision']}, in which {last['gpu_cpu_frames']} frames "
+            f"differ by at most {last['gpu_cpu_largest_level']} of 255 levels from those of a CPU. "
+            "Both without the copy of the pictures to the CPU. ")
 
 
 def _compared(answers: pd.DataFrame) -> pd.Series:

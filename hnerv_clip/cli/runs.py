@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hnerv_clip.cli.stored import box_words, check_place, parse_box, reading, search_file
+from hnerv_clip.cli.stored import box_words, parse_box, reading, search_file
 from hnerv_clip.config import ConfigError
 from hnerv_clip.files import check_free, check_writable, write_atomic
 from hnerv_clip.paths import match_paths, resolve_path
@@ -238,6 +238,7 @@ def _search_field(args: argparse.Namespace, queries: list[str],
     from hnerv_clip.inference import sources_of
     from hnerv_clip.search.boxes import search_boxes
     from hnerv_clip.search.cache import encode_cached
+    from hnerv_clip.stored.video import check_box, check_time
 
     run = _load_run(args)
     source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
@@ -245,7 +246,8 @@ def _search_field(args: argparse.Namespace, queries: list[str],
     asked: list = []
     if box:
         times = run.dataset.video.times_s
-        check_place(box, args.time, size=run.model.frame_hw, times_s=times)
+        check_box(box, run.model.frame_hw)
+        check_time(args.time, times)
         x0, y0, x1, y1 = box
         near = (float(np.interp(args.time, times, range(len(times)))), (y0, x0, y1 - y0, x1 - x0))
         asked.append((box_words(box, args.time), field.embed(*near), near))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import glob
 import os
@@ -147,24 +148,6 @@ def parse_box(words: str) -> tuple[float, float, float, float]:
     return x0, y0, x1, y1
 
 
-def check_place(box: Sequence[float], time_s: float, *, size: tuple[int, int],
-                times_s: Sequence[float]) -> None:
-    """Refuse a box that is not within pictures of (H, W), or a time at which no frame is shown.
-
-    Raises:
-        ConfigError: it is so.
-    """
-    x0, y0, x1, y1 = box
-    height, width = size
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise ConfigError(f"--box {','.join(f'{value:g}' for value in box)} is not within the "
-                          f"picture of {width}×{height}: x0 < x1 ≤ {width}, y0 < y1 ≤ {height}")
-    last = times_s[-1] + (times_s[-1] - times_s[-2] if len(times_s) > 1 else 1.0)
-    if not times_s[0] <= time_s <= last:
-        raise ConfigError(f"--time {time_s:g} is outside the video, which is shown from "
-                          f"{times_s[0]:g} to {last:g} s")
-
-
 def box_words(box: Sequence[float], time_s: float) -> str:
     """What a search for the like of a box is called, above its hits."""
     return f"like box {','.join(f'{value:g}' for value in box)} at {time_s:g} s"
@@ -186,7 +169,6 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
     label = video.header.meta["teacher"]["label"] or video.header.config.teacher.teacher
     found = {}
     if box is not None:
-        check_place(box, time_s, size=video.size, times_s=video.times_s)
         found[box_words(box, time_s)] = video.search_region(box, time_s, top_k, apart=apart)
     for query in queries:
         hits = video.search(query, top_k, apart=apart, weights=weights)
@@ -226,7 +208,7 @@ def _encode(args: argparse.Namespace) -> None:
     out = _check_file(args)
     work = resolve_path(args.work or f"output/encode/{out.stem}")
     check_writable(work)
-    from hnerv_clip.runs.run_dir import RunDir
+    from hnerv_clip.runs.run_dir import RunDir, RunError
     from hnerv_clip.stored.effort import choose_tuning, in_minutes, measure_minutes
     from hnerv_clip.stored.make import prepare_encoding
     from hnerv_clip.train import train
@@ -238,8 +220,9 @@ def _encode(args: argparse.Namespace) -> None:
     video, options = dataset.video, config.train
     minutes, goes_on = None, ""
     if RunDir(work).begun:
-        done = RunDir(work).epochs_done()
-        goes_on = f"; {done} of {options.epochs} epochs of training are done"
+        with contextlib.suppress(RunError):  # not one epoch yet
+            goes_on = (f"; {len(RunDir(work).metrics())} of {options.epochs} epochs of training "
+                       "are done")
     else:
         minutes = measure_minutes(config, dataset, tuning=args.rate_epochs)
     print(f"{video.name}: {len(video.frames)} frames of {'×'.join(map(str, video.frame_hw))} in a "

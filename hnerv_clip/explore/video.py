@@ -73,8 +73,8 @@ class Loaded:
 class ExploredVideo:
     """A video with its network's answers; what takes long is loaded when it is first asked for.
 
-    silent: what to do where there is no head. first: what gives the original and the decoded frame
-    0, uint8 [H, W, 3], before all is loaded; None where that needs all of it.
+    silent: what to do where there is no head. first: what gives the original, where there is one,
+    and the decoded frame 0, uint8 [H, W, 3], before all is loaded; None where that needs it all.
     """
 
     name: str
@@ -91,7 +91,7 @@ class ExploredVideo:
     silent: str = ""
     credit: str = ""
     about: str = ""  # how it was fitted, for captions
-    first: tuple[Callable[[], np.ndarray | None], Callable[[], np.ndarray]] | None = None
+    first: tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]] | None = None
 
     def __post_init__(self) -> None:
         self.load, self.load_teacher = Once(self.load), Once(self.load_teacher)
@@ -126,7 +126,7 @@ class ExploredVideo:
         return self.loaded.taught
 
     @cached_property
-    def _first_original(self) -> np.ndarray | None:
+    def _first_original(self) -> np.ndarray:
         return self.first[0]()
 
     @cached_property
@@ -332,13 +332,13 @@ def _from_file(path: Path, original: str, device: str) -> ExploredVideo:
         return Loaded(video.__getitem__, originals, head)
 
     def first_original():
-        return load_video(_like(original, video.size, frame_limit=1)).frames[0].permute(
-            1, 2, 0).numpy() if original else None
+        frames = load_video(_like(original, video.size, frame_limit=1)).frames
+        return frames[0].permute(1, 2, 0).numpy()
 
+    at_0 = video.times_s[0] == 0  # else the original's first frame is another
     return ExploredVideo(
         name=video.name, size=video.size, times_s=video.times_s, grid=video.grid, load=load,
-        first=(first_original, lambda: video[0]) if video.times_s[0] == 0 else None,  # else it is
-        # another of the original's
+        first=(first_original, lambda: video[0]) if at_0 else None,
         has_original=bool(original), has_head=video.has_head, has_field=video.has_field,
         teacher_label=video.header.meta["teacher"]["label"], load_teacher=video.teacher,
         credit=credit, about=f"From a file of {video.header.size_bytes:,} bytes alone.", silent=(

@@ -146,12 +146,6 @@ class RunDir:
         """Whether there is something here that training made."""
         return any((self.path / name).exists() for name in STARTED)
 
-    def epochs_done(self) -> int:
-        """How many epochs of training are recorded."""
-        path = self.path / "metrics.csv"
-        return max(0, len(path.read_text(encoding="utf-8").splitlines()) - 1) if path.is_file() \
-            else 0
-
     def recorded_video(self) -> dict[str, str]:
         """`data` (a path or name) and `data_digest` of the frames that it learns; {} if unknown."""
         try:

@@ -201,12 +201,9 @@ class StoredVideo(Sequence):
         """The frame that is shown at a time.
 
         Raises:
-            ValueError: a time outside the video.
+            ConfigError: a time outside the video.
         """
-        last = self.times_s[-1] + (self.times_s[-1] - self.times_s[-2] if len(self) > 1 else 1.0)
-        if not self.times_s[0] <= time_s <= last:
-            raise ValueError(f"time {time_s} s is outside the video, which is shown from "
-                             f"{self.times_s[0]:g} to {last:g} s")
+        check_time(time_s, self.times_s)
         return max(bisect.bisect_right(self.times_s, time_s + 1e-9) - 1, 0)
 
     def embed(self, box: tuple[float, float, float, float], time_s: float) -> np.ndarray:
@@ -222,14 +219,10 @@ class StoredVideo(Sequence):
         Returns:
             float32 [D], unit length, in the teacher's space.
         Raises:
-            ValueError: a box or a time outside the video.
-            ConfigError: a file without a head.
+            ConfigError: a box or a time outside the video, or a file without a head.
         """
+        check_box(box, self.size)
         x0, y0, x1, y1 = map(float, box)
-        height, width = self.size
-        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(f"box {tuple(box)} is no x0,y0,x1,y1 within the picture of "
-                             f"{width}×{height} (x0 < x1 ≤ {width}, y0 < y1 ≤ {height})")
         frame = self.frame_at(time_s)
         if self.has_field:
             after = min(frame + 1, len(self) - 1)
@@ -348,8 +341,7 @@ class StoredVideo(Sequence):
         Returns:
             As `search`.
         Raises:
-            ValueError: a box or a time outside the video.
-            ConfigError: a file without a field.
+            ConfigError: a box or a time outside the video, or a file without a field.
         """
         x0, y0, x1, y1 = box
         _ = self.field  # or says that there is none, before the original head answers
@@ -411,6 +403,33 @@ class StoredVideo(Sequence):
     def __repr__(self) -> str:
         height, width = self.size
         return f"<StoredVideo {self.name!r}: {len(self)} frames of {width}×{height}>"
+
+
+def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
+    """Refuse a box (x0, y0, x1, y1) that is not within pictures of (H, W) pixels.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    x0, y0, x1, y1 = map(float, box)
+    height, width = size
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise ConfigError(f"box {x0:g},{y0:g},{x1:g},{y1:g} is not within the picture of "
+                          f"{width}×{height}: x0 < x1 ≤ {width}, y0 < y1 ≤ {height}")
+
+
+def check_time(time_s: float, times_s: Sequence[float]) -> None:
+    """Refuse a time at which no frame is shown; the last is shown as long as the one before.
+
+    Args:
+        times_s: [T], when each frame is shown.
+    Raises:
+        ConfigError: it is so.
+    """
+    last = times_s[-1] + (times_s[-1] - times_s[-2] if len(times_s) > 1 else 1.0)
+    if not times_s[0] <= time_s <= last:
+        raise ConfigError(f"time {time_s:g} s is outside the video, which is shown from "
+                          f"{times_s[0]:g} to {last:g} s")
 
 
 def _found(found: pd.DataFrame, times_s: np.ndarray, corners) -> pd.DataFrame:

@@ -202,7 +202,7 @@ def measure(model: HNeRV, frames: Tensor, made: Tensor) -> dict[str, float]:
             return model.rgb(model.features(embedding)).float().clamp(0, 1)
 
     def mean_db(indices: list[int], pictures: Callable[[int], Tensor]) -> float:
-        values = [psnr(pictures(i), picture(frames, i)).clamp(max=100) for i in indices]
+        values = [psnr(pictures(i), picture(frames, i)) for i in indices]
         return round(float(torch.cat(values).mean()), 3)
 
     embeddings = torch.cat([model.embed(picture(made, i), None) for i in range(count)])

@@ -1,6 +1,7 @@
 """A stored video as an object and through the commands: from the file alone."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -283,7 +284,7 @@ def test_notebook_shows_pictures_and_escaped_facts(video):
 def test_info_reads_the_header_alone(path, capsys):
     assert main(["info", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "70 × 37" in shown and "bits a pixel" in shown
+    assert "37 × 70 (height × width)" in shown and "bits a pixel" in shown
     version_1 = Path(__file__).parent / "data" / "version1.hnerv"
     for file in (path, version_1):
         code = f"import sys; from hnerv_clip.cli import main; main(['info', {str(file)!r}]); " \
@@ -631,7 +632,12 @@ def test_encode_stores_a_field_that_is_fitted_once(tmp_path, cache_dir, capsys, 
     assert int(told) == sum(size for name, size in sizes.items() if name.startswith("field."))
     assert video.has_field and video.embed((11, 7, 60, 71), 0.05).shape == (1280,)
     assert main(["encode", "bunny", str(tmp_path / "c.hnerv"), *words[3:]]) == 0  # goes on
-    assert "2 of 2 epochs of training are done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 2 epochs of training are done; about 1 minute" in said
+    values = sum(math.prod(entry[1]) for entry in
+                 (*video.header.meta["tensors"], *video.header.meta["embeddings"][:1]))
+    told = re.search(r"^values +network (.*), embeddings (.*), field (.*);", said, re.MULTILINE)
+    assert sum(int(count.replace(",", "")) for count in told.groups()) == values
 
 
 def test_encode_asks_the_teacher_for_a_fields_boxes_before_it_trains(tmp_path, monkeypatch):
@@ -664,8 +670,11 @@ def test_encode_goes_on_with_the_runs_own_settings(trained_run):
     own = RunDir(trained_run).config().params()
     assert encode_settings({"data_path": "bunny"}, trained_run) == own
     assert encode_settings({"epochs": 99}, trained_run) == {**own, "epochs": 99}
-    with pytest.raises(ConfigError, match="training that has begun.*divisible.*--work FOLDER"):
-        prepare_encoding({"resize_list": "70_150"}, trained_run, cache_dir="none")
+    with pytest.raises(ConfigError, match=(
+            r"training that has begun.*\(resize_list='70_150', of the training '80_160'; epochs=99, "
+            r"of the training \d+\)\. Leave them out.*--work FOLDER")):  # no video is looked for
+        prepare_encoding({"epochs": 99, "resize_list": "70_150", "data_path": "moved.mp4"},
+                         trained_run, cache_dir="none")
     with pytest.raises(ConfigError, match="^data_path='moved.mp4' is not one of"):
         prepare_encoding({"data_path": "moved.mp4"}, trained_run, cache_dir="none")
 

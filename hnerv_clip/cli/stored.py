@@ -218,23 +218,22 @@ def _encode(args: argparse.Namespace) -> None:
     if args.rate_epochs is None:
         args.rate_epochs = choose_tuning(config, dataset.video)
     video, options = dataset.video, config.train
-    minutes, goes_on = None, ""
-    if RunDir(work).begun:
-        with contextlib.suppress(RunError):  # not one epoch yet
-            goes_on = (f"; {len(RunDir(work).metrics())} of {options.epochs} epochs of training "
-                       "are done")
-    else:
-        minutes = measure_minutes(config, dataset, tuning=args.rate_epochs)
-    print(f"{video.name}: {len(video.frames)} frames of {'×'.join(map(str, video.frame_hw))} in a "
+    done = 0
+    with contextlib.suppress(RunError):  # not one epoch yet
+        done = len(RunDir(work).metrics())
+    minutes = measure_minutes(config, dataset, tuning=args.rate_epochs, done=done)
+    height, width = video.frame_hw
+    print(f"{video.name}: {len(video.frames)} frames of {height}×{width} (height × width) in a "
           f"network of {config.model.modelsize:g} M values: {options.epochs} epochs of training, "
           f"then {args.rate_epochs} of fine-tuning for the file"
           + (f", then {options.field_steps} steps of fitting a field, which answers for any box"
              if config.model.head == "field" else "")
           + " (--modelsize, --epochs, --rate_epochs, --field_steps and --head change that)"
-          + (goes_on if minutes is None else
+          + (f"; {done} of {options.epochs} epochs of training are done" if done else "")
+          + ("" if minutes is None else
              f"; about {in_minutes(minutes)} by the speed of its first steps")
-          + ("" if minutes is None or minutes < LONG_MINUTES else
-             ": --resize_list, --frame_stride and fewer epochs make it shorter"))
+          + (": --resize_list, --frame_stride and fewer epochs make it shorter"
+             if minutes is not None and minutes >= LONG_MINUTES and not done else ""))
     # a field of the network as trained is needed only where it is stored so
     train(config, work, cache_dir=args.cache_dir, dataset=dataset, fit=not args.rate_epochs)
     args.outf, args.device = str(work), config.train.device

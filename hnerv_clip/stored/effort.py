@@ -106,9 +106,14 @@ def choose_tuning(config: Config, video: Video) -> int:
     return _epochs(config, video, CPU_TUNING, least=LEAST_TUNING, most=TUNING)
 
 
-def measure_minutes(config: Config, dataset: Dataset, *, tuning: int) -> float | None:
+def measure_minutes(config: Config, dataset: Dataset, *, tuning: int, done: int = 0
+                    ) -> float | None:
     """About how long training, so many epochs of fine-tuning and the fit of a field take on this
-    CPU, by a few steps of each on a network that is thrown away; None on a GPU."""
+    CPU, by a few steps of each on a network that is thrown away; None on a GPU.
+
+    Args:
+        done: epochs of the training that a run which goes on has behind it.
+    """
     if not _on_cpu(config):
         return None
     model = build_model(config.model, frame_hw=dataset.video.frame_hw,
@@ -118,7 +123,7 @@ def measure_minutes(config: Config, dataset: Dataset, *, tuning: int) -> float |
     indices, steps = frames[:size], -(-len(frames) // size)
     autocast = set_precision(config.train.precision, torch.device("cpu"))
     engine = PlainEngine(config, model, dataset, autocast=autocast)
-    seconds = steps * (config.train.epochs + EVALUATION) * _seconds(
+    seconds = steps * (config.train.epochs - done + EVALUATION) * _seconds(
         lambda: engine.step(indices, count=len(indices), lr=0.0, weight=0.0))
     if config.model.head == "field":
         seconds += measure_fit(Run(RunDir(""), config, model, dataset))

@@ -77,6 +77,7 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
     """
     with _of_begun_run(work):
         config = Config.from_params(**encode_settings(given, work))
+        _check_same(config, given, work)
     video = load_video(config.video)
     free = not RunDir(work).begun and given.get("preset", "best") == "best"
     if free:
@@ -93,6 +94,19 @@ def prepare_encoding(given: dict[str, Any], work: str | Path, *, cache_dir: str 
               f"taken: {label}. Texts to search for are then names of ImageNet classes. With "
               "--teacher clip this command says how to get the weights.")
         return _run_teacher({**given, "teacher": BUNDLED}, work, video, cache_dir, choose=free)
+
+
+def _check_same(config: Config, given: dict[str, Any], work: str | Path) -> None:
+    """Say which of the given settings a run that has begun does not have, before anything loads.
+
+    Raises:
+        ConfigError: one of them differs.
+    """
+    run = RunDir(work)
+    others = config.diff(run.config()) if run.begun else {}
+    if listed := "; ".join(f"{name}={new!r}, of the training {old!r}" for name, (new, old) in
+                           others.items() if name in given and name != "data_path"):
+        raise ConfigError(listed)
 
 
 def _run_teacher(given: dict[str, Any], work: str | Path, video: Video, cache_dir: str | Path, *,
@@ -119,7 +133,8 @@ def _of_begun_run(work: str | Path) -> Iterator[None]:
         if not RunDir(work).begun:
             raise
         raise ConfigError(f"{work} holds a training that has begun, with whose settings these do "
-                          f"not go together ({error}). Name a new folder, --work FOLDER") from None
+                          f"not go together ({error}). Leave them out to go on with it, or name a "
+                          "new folder, --work FOLDER") from None
 
 
 def store_run(run_dir: str | Path, out: str | Path, *, rate: float | None = None,

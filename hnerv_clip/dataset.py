@@ -57,7 +57,7 @@ class Dataset:
         }
         if self.embeddings is not None:
             rows["embedding values"] = self.embeddings.shape[-1]
-            rows["energy in the mean embedding"] = f"{mean_energy(self.embeddings):.1%}"
+            rows["squared length of the mean embedding"] = f"{mean_energy(self.embeddings):.1%}"
         return pd.DataFrame({"value": rows})
 
 

@@ -39,13 +39,14 @@ def _band(value, bands, name):
 
 
 SOURCE_WORDS = {"encoder": "encoded from the frame itself",
-                "interpolated": "predicted from their neighbors' embeddings",
-                "coordinates": "predicted from coordinates"}
+                "interpolated": "interpolated between training frames",
+                "coordinates": "computed from coordinates"}
 FRAME_WORDS = {"train": "training", "val": "held out", "held_out": "held out", "skip": "skipped",
                "all": "all"}
 # Columns of tables: what a reader is shown instead of the name, and how many digits.
 COLUMN_WORDS = {
-    "frames": "frames", "variant": "weights", "source": "embedding", "n": "number",
+    "frames": "frames", "variant": "weights", "source": "per-frame embedding",
+    "n": "number of frames",
     "psnr_db": "PSNR (dB)", "ms_ssim": "MS-SSIM", "clip_similarity": "cosine to the teacher",
     "clip_centred": "mean-centered cosine", "band": "band", "gap": "gap to training frames",
     "gap_band": "band of the gap",

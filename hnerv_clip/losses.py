@@ -243,7 +243,7 @@ def contrastive_loss(pred: Tensor, target: Tensor, contrasts: Tensor) -> Tensor:
 
 
 def clip_weight(epoch: int, *, clip_loss_weight: float, pixel_loss_warmup_epochs: int) -> float:
-    """λ of an epoch (counted from 0): 0 in the pixel phase, `clip_loss_weight` after it."""
+    """λ of an epoch (counted from 0): 0 in the warm-up, `clip_loss_weight` after it."""
     return 0.0 if epoch < pixel_loss_warmup_epochs else clip_loss_weight
 
 

@@ -42,7 +42,17 @@ def test_the_answer_says_what_the_runs_gave():
     assert "2.50 dB lower on training frames and 0.50 dB higher on held-out frames" in said[0]
     assert said[0].startswith("**") and said[0].endswith(".** One run each.")
     assert "0.900 on training frames and 0.800 on held-out frames" in said[1]
-    assert len(said) == 3 and "(80 levels) reaches a mean-centered cosine of 0.700" in said[2]
+    assert len(said) == 3 and "(80 frequencies) reaches a mean-centered cosine of 0.700" in said[2]
+    assert said[2].endswith("and 0.600 on held-out frames, and a PSNR of 25.00 dB there.")
+
+
+def test_the_answer_names_the_smallest_weight_that_costs_next_to_no_cosine():
+    runs = table("base", "pixels_only")
+    for weight, psnr, cosine in ((0.0, 27.4, 0.1), (0.1, 27.9, 0.795), (0.02, 27.8, 0.78)):
+        runs.loc[len(runs)] = [f"lambda_{weight:g}", "hybrid", weight, 31.0, psnr, 0.9, cosine]
+    assert ablation_answer(runs)[-1] == (
+        "The smallest λ within 0.01 of the best mean-centered cosine on held-out frames is 0.1, "
+        "with a PSNR of 27.90 dB against 27.50 dB with pixels only.")
 
 
 def test_the_answer_says_what_is_missing():
@@ -56,7 +66,7 @@ def test_the_answer_says_what_is_missing():
 def test_runs_have_words():
     names = ("base", "lambda_0.5", "warmup_50", "pe_1.25_80", "own")
     assert [run_words(name) for name in names] == [
-        "base", "λ = 0.5", "pixel phase of 50 epochs", "from time alone (80 levels)", "own"]
+        "base", "λ = 0.5", "warm-up of 50 epochs", "from time alone (80 frequencies)", "own"]
 
 
 def test_figures_draw_the_table():

@@ -670,9 +670,9 @@ def test_encode_goes_on_with_the_runs_own_settings(trained_run):
     own = RunDir(trained_run).config().params()
     assert encode_settings({"data_path": "bunny"}, trained_run) == own
     assert encode_settings({"epochs": 99}, trained_run) == {**own, "epochs": 99}
-    with pytest.raises(ConfigError, match=(
-            r"training that has begun.*\(resize_list='70_150', of the training '80_160'; epochs=99, "
-            r"of the training \d+\)\. Leave them out.*--work FOLDER")):  # no video is looked for
+    with pytest.raises(ConfigError, match=(  # before a video is looked for
+            r"training that has begun.*\(resize_list='70_150', of the training '80_160'; "
+            r"epochs=99, of the training \d+\)\. Leave them out.*--work FOLDER")):
         prepare_encoding({"epochs": 99, "resize_list": "70_150", "data_path": "moved.mp4"},
                          trained_run, cache_dir="none")
     with pytest.raises(ConfigError, match="^data_path='moved.mp4' is not one of"):

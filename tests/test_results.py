@@ -210,11 +210,11 @@ def test_several_gpus_are_summed_up():
                 "backend": "nccl"}
     quality = scaling.answer_words(measured)[1]
     assert ("-6.00 dB with the learning rate ×4, as many steps (4 times the epochs): it fell from "
-            "25.00 dB in the pixel phase to 13.00 dB when the cosine term joined, and ended at "
+            "25.00 dB in the warm-up to 13.00 dB when the cosine term joined, and ended at "
             "19.00 dB.") in quality
     assert "is reached by none of these." in quality
     plain = {**measured, "settings": {**measured["settings"], "predict_clip": False}}
-    assert "pixel phase" not in scaling.answer_words(plain)[1], "without a head there is one task"
+    assert "warm-up" not in scaling.answer_words(plain)[1], "without a head there is one task"
     figure = plot_scaling({"backend": "nccl", "parts": {"speed": {"quality_db": 25.0, "runs": [
         {**run, "curve": [[1, 1.0, 20.0]], "frames_per_s_p10": 1, "frames_per_s_p90": 999,
          "efficiency": 0.9} for run in runs]}}})

@@ -157,7 +157,7 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path, cache_dir, monkeypa
         "ranks1", "ranks2", "ranks4"]
     assert [run["efficiency"] for run in measured["parts"]["speed"]["runs"]] == [1, 0.9, 0.75]
     assert [run["time_to_quality_s"] for run in measured["parts"]["speed"]["runs"]] == [
-        1.0, 1.0, 1.0]  # not what the pixel phase alone reached
+        1.0, 1.0, 1.0]  # not what the warm-up alone reached
     rows = speed_rows(measured)
     assert rows[-1]["frames/s"] == "failed"
     assert rows[0]["whole run (s)"] == "resumed" and rows[0]["training (s)"] == "1.0"

@@ -51,7 +51,7 @@ def test_a_table_is_shown_in_words():
                           "n": [3, 4], "band": [None, None]})
     shown = in_words(table, "source", "psnr_db", "band", "n", "ms_ssim")
     assert shown.to_dict("list") == {
-        "embedding": [SOURCE_WORDS["encoder"], SOURCE_WORDS["interpolated"]],
-        "PSNR (dB)": ["31.26", ""], "number": [3, 4]}
+        "per-frame embedding": [SOURCE_WORDS["encoder"], SOURCE_WORDS["interpolated"]],
+        "PSNR (dB)": ["31.26", ""], "number of frames": [3, 4]}
     with pytest.raises(KeyError):
         in_words(table.assign(nameless=1), "nameless")

@@ -382,7 +382,7 @@ def run_figures(run_dir: Path) -> dict[str, Any]:
 
 
 def joint_curve(run: dict[str, Any], settings: dict[str, Any]) -> list[Sequence[float]]:
-    """Evaluations after a run's pixel phase, in which a network with a head has one task.
+    """Evaluations after a run's warm-up, in which a network with a head has one task.
 
     Args:
         run: curve and epochs, to which the phase is in proportion.

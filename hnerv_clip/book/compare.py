@@ -151,7 +151,8 @@ def comparison(results: Path) -> str:
         "the best picture here. Whole run: this project's includes "
         "loading, compilation, evaluations, the stored file and, with head, the teacher's "
         f"embeddings. {_playing_words(facts.files)}Embeddings against: mean-centered cosine to the "
-        "teacher's embeddings on held-out frames, of the head here and of the alternative.")
+        "teacher's embeddings on held-out frames, of the head here and of the alternative. The "
+        "fields are of networks trained on the picture alone.")
     sources = " ".join(escape(words) for words in (
         "Held-out frames are decoded from interpolated embeddings.",
         f"This project: one {facts.device}; preset best: {facts.best.seeds} seeds, timed "
@@ -194,7 +195,8 @@ def claim_words(facts: Facts) -> tuple[str, str]:
     return ("HNeRV-CLIP stores a video as one small neural network that can be played and "
             f"searched: {facts.stored_values / 1e6:.2f} million values, decoded at "
             f"{round(decoded, -2):,.0f} frames per second on one {facts.device.split()[1]}.",
-            "For frames that it was not trained on, it predicts the embeddings of an image model "
+            "For frames that it was not trained on, at the positions that its head is trained "
+            "for, it predicts the embeddings of an image model "
             f"(the teacher) {', but '.join(said)}.")
 
 

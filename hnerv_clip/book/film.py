@@ -141,8 +141,8 @@ def caption(video: ExploredVideo, text: str) -> str:
     """What the film shows, in HTML."""
     where = (f", and where the network finds “{text}” (colored where this text scores "
              f"{TEXT_RANGE[0]:g} standard deviations or more above other texts)" if text else "")
-    return _as_html(f"A video, the network's reconstruction of it ({mean_psnr(video):.1f} dB PSNR)"
-                    f"{where}.",
+    return _as_html("A video, the network's reconstruction of it "
+                    f"({mean_psnr(video):.1f} dB PSNR, the mean over all frames){where}.",
                     f"Teacher: {video.teacher_label}." if video.has_head else "",
                     f"{video.credit}." if video.credit else "")
 

@@ -110,7 +110,7 @@ def _reason(failed: Row) -> str:
 
 
 def _read_runs(measured: dict[str, Any]) -> list[Row]:
-    """Runs of the part `speed`; no evaluation of the pixel phase counts, see `joint_curve`.
+    """Runs of the part `speed`; no evaluation of the warm-up counts, see `joint_curve`.
 
     A run whose picture was best in that phase has `lost_db`: that PSNR, the next and the last one.
     """
@@ -131,7 +131,7 @@ def _lost_words(run: Row) -> str:
     if "lost_db" not in run:
         return ""
     best, joined, last = run["lost_db"]
-    return (f": it fell from {best:.2f} dB in the pixel phase to {joined:.2f} dB when the cosine "
+    return (f": it fell from {best:.2f} dB in the warm-up to {joined:.2f} dB when the cosine "
             f"term joined, and ended at {last:.2f} dB")
 
 

@@ -42,7 +42,9 @@ def answer_words(table: pd.DataFrame) -> str:
     words = f"**Of {len(table)} texts the network finds {len(found)}"
     words += f": {listed(found)}.**" if len(found) else ".**"
     words += f" Not distinguished from other names: {listed(rest)}." if len(rest) else ""
-    return words + " σ: standard deviations above other names at the same place."
+    return words + (f" σ: standard deviations above other names in the same box; from "
+                    f"{TEXT_RANGE[0]:g} σ on a text counts as found, whether or not the thing is "
+                    "there: see the limits.")
 
 
 def facts_words(video: ExploredVideo) -> str:

@@ -121,8 +121,8 @@ def plot_frame_similarity(raw: np.ndarray, centred: np.ndarray, teacher_label: s
         panel.grid(False)
         figure.colorbar(shown, ax=panel, shrink=0.75)
     return caption(figure, "Left, all frames look similar, since all embeddings share a "
-                           "large component. Right, without it: blocks are scenes whose frames are "
-                           f"similar to the teacher. Teacher: {teacher_label}.")
+                           "large component. Right, without it: blocks are scenes, whose "
+                           f"frames have similar embeddings. Teacher: {teacher_label}.")
 
 
 def plot_similarity_by_lag(raw: np.ndarray, centred: np.ndarray, *, mean_energy: float, fps: float,
@@ -131,7 +131,7 @@ def plot_similarity_by_lag(raw: np.ndarray, centred: np.ndarray, *, mean_energy:
 
     Args:
         raw, centred: [L] mean cosine of frames that lie 0, 1, … L-1 frames apart.
-        mean_energy: share of the embeddings that their mean holds.
+        mean_energy: squared length of the mean, of unit embeddings.
         fps: frames per second.
         teacher_label: the teacher in words, for the caption.
     """
@@ -147,10 +147,10 @@ def plot_similarity_by_lag(raw: np.ndarray, centred: np.ndarray, *, mean_energy:
     axes.set(xlabel="time between frames (s)", ylabel="cosine at the same position", xlim=(0, None),
              ylim=(min(0, centred.min()) - 0.05, 1.02))
     figure.legend(loc="outside upper left", ncols=3)
-    return caption(figure, f"The constant mean embedding holds {mean_energy:.0%} of the energy and "
-                           f"scores a cosine of {constant:.2f} with nothing learned: results are "
-                           f"therefore also given as mean-centered cosine. "
-                           f"Teacher: {teacher_label}.")
+    return caption(figure, f"The mean embedding has {mean_energy:.0%} of the mean squared length "
+                           f"of the embeddings, so a constant has a cosine of {constant:.2f} with "
+                           "nothing learned: results are therefore also given as mean-centered "
+                           f"cosine. Teacher: {teacher_label}.")
 
 
 def _picture(image: np.ndarray) -> np.ndarray:

@@ -20,7 +20,8 @@ from hnerv_clip.figures.style import (
 )
 from hnerv_clip.labels import FRAME_WORDS, SOURCE_WORDS
 
-DECODED = {"encoder": "decoded", "interpolated": "decoded, interpolated", "coordinates": "decoded"}
+DECODED = {"encoder": "decoded, own", "interpolated": "decoded, interpolated",
+           "coordinates": "decoded"}
 
 
 def plot_training(metrics: pd.DataFrame, *, warmup_epochs: int, teacher_label: str) -> Figure:
@@ -28,13 +29,13 @@ def plot_training(metrics: pd.DataFrame, *, warmup_epochs: int, teacher_label: s
 
     Args:
         metrics: a run's metrics.csv.
-        warmup_epochs: epochs of the pixel phase; its end is marked.
+        warmup_epochs: epochs of the warm-up; its end is marked.
         teacher_label: whose embeddings are learned; empty for a run without the head.
     """
     with_clip = metrics.clip_loss.notna().any()
     figure, axes = new_figure(1, 3 if with_clip else 2, height=2.7)
     evaluated = metrics[metrics.eval_psnr_all.notna()]
-    axes[0].semilogy(metrics.epoch, metrics.pixel_loss, color=PALETTE["rgb"])
+    axes[0].semilogy(metrics.epoch, metrics.pixel_loss, color=PALETTE["train"], alpha=0.5)
     axes[0].set(title="pixel loss", xlabel="epoch")
     axes[1].plot(metrics.epoch, metrics.psnr_db, color=PALETTE["train"], alpha=0.5,
                  label="while training")
@@ -47,8 +48,8 @@ def plot_training(metrics: pd.DataFrame, *, warmup_epochs: int, teacher_label: s
         for panel in axes:
             panel.axvline(warmup_epochs, color=GREY, linestyle=":", linewidth=1.2)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper left", ncols=4)
-    return caption(figure, "Dotted: the end of the pixel phase. Teacher: " + teacher_label + "."
-                   if with_clip else "Pixels only: this run has no CLIP head.")
+    return caption(figure, "Pixels only: this run has no CLIP head." if not with_clip else
+                   f"Dotted: the end of the warm-up (pixels only). Teacher: {teacher_label}.")
 
 
 def _plot_parts(axes, evaluated: pd.DataFrame, measure: str) -> None:
@@ -91,7 +92,9 @@ def plot_reconstructions(frames: np.ndarray, decoded: Mapping[str, np.ndarray], 
                 panel.imshow(picture, cmap="gray", vmin=0, vmax=255)
     return caption(figure, "Original, decoded, and mean absolute error over the color channels, "
                            f"enlarged {gain} times."
-                   + (" Interpolated: from the neighbors' embeddings, not the frame itself."
+                   + (" Own: from the embedding that the encoder computes from the frame "
+                      "itself, held-out frames too." if "encoder" in decoded else "")
+                   + (" Interpolated: from the embeddings of the neighboring training frames."
                       if "interpolated" in decoded else "") + (f" {credit}." if credit else ""))
 
 
@@ -121,7 +124,7 @@ def plot_frame_quality(table: pd.DataFrame, *, teacher_label: str) -> Figure:
     axes.flat[-1].set_xlabel("frame")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return caption(figure, "A dot is a frame; a held-out frame has one for each source of its "
-                           f"embedding. Teacher: {teacher_label}.")
+                           f"per-frame embedding. Teacher: {teacher_label}.")
 
 
 def plot_decoding_speed(speed: pd.DataFrame, *, device: str) -> Figure:

@@ -105,7 +105,7 @@ def plot_answers(answers: pd.DataFrame, teacher_label: str, source: str = "") ->
     _draw_answers(panel, answers)
     name_rows(panel, [f"{QUESTIONS[row.question][0]} {row.answer.upper()}"
                       for row in answers.itertuples()])
-    panel.set_xlabel("net wins over the baseline, or score of changes")
+    panel.set_xlabel("net wins over the baseline, or correlation of changes")
     return caption(figure, _words(_answer_caption(answers.frames.iloc[0]), teacher_label, source))
 
 
@@ -310,11 +310,12 @@ def plot_calibration(planted: pd.DataFrame) -> Figure:
         panel.set_xticks(range(len(questions)), [SHORT.get(name, name) for name in questions],
                          rotation=30, ha="right")
         panel.set_title(title)
-    axes[0].set_ylabel("largest share of p ≤ 5%")
+    axes[0].set_ylabel("largest share of p ≤ 5%, uncorrected")
     axes[1].set_ylabel("smallest share answered yes")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return caption(figure, "The worst case of each question; "
                            f"{planted.datasets.min():,} or more simulated data sets each. "
+                           "Left, before Holm's correction: a wrong yes is rarer. "
                            "Dashed: at most 5%, at least 90%.")
 
 

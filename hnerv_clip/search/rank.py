@@ -217,5 +217,5 @@ def answer_words(agreement: pd.DataFrame) -> str:
             f"text, out of {agreement.patches.iloc[0]:,}, the network's own best hold {found:.0%} "
             f"(by chance {chance:.0%}).** Over all patches the two rankings have a rank "
             f"correlation of {agreement.spearman.mean():.2f}. Means over {len(agreement)} "
-            "texts. The answer is no up to twice chance, else yes from half of the patches on, "
-            "else in part.")
+            "texts. Yes: at least half of them are found; no: at most twice as many as by "
+            "chance; in part: between.")

@@ -12,6 +12,7 @@ from hnerv_clip.config import Config, ConfigError
 from hnerv_clip.runs.rows import run_row
 from hnerv_clip.runs.run_dir import RunDir
 
+NEAR_BEST = 0.01  # of a mean-centered cosine
 PARTS = {"train": "training frames", "held_out": "held-out frames"}
 PAPER_EPOCHS = 300  # what warm-ups of 0, 50 and 100 epochs are meant for
 
@@ -54,10 +55,10 @@ def ablation_configs(base: Config, *, lambdas: str = "0 0.1 0.2 0.5 1", warmups:
 def run_words(name: str) -> str:
     """What a run of `ablation_configs` is, in words: "λ = 0.5" for `lambda_0.5`."""
     start, _, value = name.partition("_")
-    levels = f"({value.rpartition('_')[2]} levels)"
+    count = f"({value.rpartition('_')[2]} frequencies)"
     return {"base": "base", "pixels": "pixels only", "lambda": f"λ = {value}",
-            "warmup": f"pixel phase of {value} epochs", "pe": f"from time alone {levels}",
-            "xyt": f"from position and time {levels}"}.get(start, name)
+            "warmup": f"warm-up of {value} epochs", "pe": f"from time alone {count}",
+            "xyt": f"from position and time {count}"}.get(start, name)
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -121,5 +122,24 @@ def ablation_answer(table: pd.DataFrame) -> list[str]:
             who = "The base run" if name == "base" else f"A network {run_words(name)}"
             scores = [f"{row[f'clip_centred_{part}']:.3f} on {words}"
                       for part, words in PARTS.items() if pd.notna(row[f"clip_centred_{part}"])]
-            said.append(f"{who} reaches a mean-centered cosine of {' and '.join(scores)}.")
-    return said
+            picture = (f", and a PSNR of {row.psnr_held_out_db:.2f} dB there"
+                       if pd.notna(row.psnr_held_out_db) else "")
+            said.append(f"{who} reaches a mean-centered cosine of {' and '.join(scores)}{picture}.")
+    return said + _smallest_weight(rows)
+
+
+def _smallest_weight(rows: pd.DataFrame) -> list[str]:
+    """The smallest λ that costs next to no cosine, where several were tried and frames held out."""
+    tried = rows[(rows.kind == "hybrid") & (rows.clip_loss_weight > 0)
+                 & rows.clip_centred_held_out.notna()]
+    tried = tried[tried.index.str.startswith(("base", "lambda"))]
+    if tried.clip_loss_weight.nunique() < 2:
+        return []
+    best = tried.clip_centred_held_out.max()
+    row = tried[tried.clip_centred_held_out >= best - NEAR_BEST].nsmallest(
+        1, "clip_loss_weight").iloc[0]
+    words = (f"The smallest λ within {NEAR_BEST:g} of the best mean-centered cosine on held-out "
+             f"frames is {row.clip_loss_weight:g}, with a PSNR of {row.psnr_held_out_db:.2f} dB")
+    if "pixels_only" in rows.index:
+        words += f" against {rows.psnr_held_out_db['pixels_only']:.2f} dB with pixels only"
+    return [words + "."]

@@ -302,7 +302,7 @@ class Trainer:
 
     @property
     def _head_joined(self) -> bool:
-        """Whether this is the first evaluation after the pixel phase: no model from before, whose
+        """Whether this is the first evaluation after the warm-up: no model from before, whose
         head is random, stays the best one, however good its picture."""
         before = (self.epoch - 1) // self.config.train.eval_freq * self.config.train.eval_freq
         return self.config.model.predict_clip and \

@@ -133,13 +133,18 @@ def answer_words(answer: Answer) -> str:
     return f"{ratio}{what} {answer.estimate:.2f}{interval}{same}"
 
 
+TESTS = {"when": "correlation of changes",
+         "where": "correlation of changes beyond other positions"}  # else net wins over a baseline
+
+
 def answer_rows(answers: list[Answer]) -> pd.DataFrame:
     """A row per question for reading: question, answer, evidence, frames."""
     return pd.DataFrame([{
         "question": QUESTIONS[answer.question][0], "answer": answer.answer,
         "evidence": answer_words(answer),
-        "decided by": name_of(answer.test).lower(), "frames": answer.frames,
-        "independent frames": f"{answer.effective_size:.0f}"
+        "decided by": TESTS.get(answer.test) or name_of(answer.test).lower(),
+        "frames": answer.frames,
+        "effective sample size": f"{answer.effective_size:.0f}"
         if np.isfinite(answer.effective_size) else ""} for answer in answers])
 
 
@@ -173,7 +178,8 @@ def report_text(verification: Verification) -> str:
             mark = "too few frames" if np.isnan(row.p) else \
                 "✓ Significant" if row.significant else "✗ Not significant"
             if np.isfinite(row.p):
-                mark += f" ({p_words(row.p)}, worth {row.effective_size:.1f} independent frames)"
+                mark += (f" ({p_words(row.p)}, effective sample size {row.effective_size:.1f} "
+                         "frames)")
             words = f"Improvement over {row.over}:"
             lines += [f"{words:<31}{row.clip_similarity:>8.4f}  {mark}"]
     return "\n".join(lines + ["", *_quality(verification), wide, ""])

@@ -44,8 +44,8 @@ MIN_EFFECTIVE = 2  # independent frames; with fewer no interval is given
 CKA_ROWS = 4000  # patches up to which a CKA gets an interval, which needs a matrix of their square
 SOURCES = {
     "encoder": "held-out frames go through the encoder: the model sees the frame it is asked about",
-    "interpolated": "held-out frames are predicted: their embedding is interpolated from the "
-                    "training frames on either side",
+    "interpolated": "held-out frames are predicted: their per-frame embedding (the decoder's "
+                    "input) is interpolated between those of the training frames on either side",
     "coordinates": "held-out frames are predicted: the model sees coordinates alone",
 }
 

@@ -24,8 +24,10 @@ from hnerv_clip.codec.video import About
 from hnerv_clip.config import Config, ConfigError, VideoConfig
 from hnerv_clip.model import build_model
 from hnerv_clip.runs.run_dir import RunDir
+from hnerv_clip.search import DISTINGUISHED, match_words
+from hnerv_clip.search.maps import match_scores
 from hnerv_clip.stored.video import StoredVideo
-from hnerv_clip.teachers import sentences
+from hnerv_clip.teachers import reference_vectors, sentences
 from hnerv_clip.video import load_video
 
 TIMES = [0.0, 0.04, 0.08, 0.16, 0.2, 0.24]  # one frame lasts twice as long
@@ -111,7 +113,8 @@ def test_a_box_unlike_the_patches_of_the_original_head_is_a_guess(video, with_fi
 
 def test_a_text_that_is_no_class_is_told_as_what_it_was_taken(path, monkeypatch, capsys):
     monkeypatch.setattr(sentences, "explain_mixture", lambda text: "hare 0.50, Angora 0.04")
-    monkeypatch.setattr(StoredVideo, "search", lambda *a, **k: pd.DataFrame({"rank": [1]}))
+    monkeypatch.setattr(StoredVideo, "search", lambda *a, **k: pd.DataFrame({
+        "rank": [1], "match": [2.5]}))
     assert main(["search", str(path), "a grey bunny", "Hare"]) == 0
     told = capsys.readouterr().out
     assert "a grey bunny  (taken as hare 0.50, Angora 0.04 by a sentence encoder, not CLIP)" in told
@@ -148,6 +151,11 @@ def test_search_ranks_patches_by_the_teachers_text(video):
     assert (found.time_s == video.times_s[found.frame]).all()
     boxes = found[["x0", "y0", "x1", "y1"]].to_numpy()
     assert (boxes >= 0).all() and (boxes <= [70, 37, 70, 37]).all()
+    names = reference_vectors(video.teacher())
+    found = video.search("hare", 3, apart=0, match=True)
+    frame, patch = np.unravel_index(scores.argmax(), scores.shape)
+    assert found.match[0] == pytest.approx(
+        match_scores(vector, names, video.patch_embeddings[frame, patch]), abs=1e-3)
     start = time.perf_counter()
     video.search("moped")
     assert time.perf_counter() - start < 0.5
@@ -185,7 +193,11 @@ def test_a_field_in_the_file_answers_for_the_very_box(with_field):
         original = head(*inputs, torch.tensor([[5.0, 10, 25, 20]]))[:, 0]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert (wanted * original).sum(1).min() > 0.99  # rounded to 8 bits
-    hits = video.search("hare", 2)
+    hits = video.search("hare", 2, match=True)
+    best, names = hits.iloc[0], reference_vectors(video.teacher())
+    assert best.match == pytest.approx(match_scores(
+        video.teacher().encode_text(["hare"])[0].numpy(), names,
+        video.embed(best[["x0", "y0", "x1", "y1"]], best.time_s)), abs=1e-3)
     assert len(hits) == 2 and (hits[["x1", "y1"]].to_numpy() <= [70, 37]).all()
     assert video.patch_embeddings.shape == (6, len(video.grid), 1280)
 
@@ -513,11 +525,19 @@ def test_search_takes_a_file(path, capsys):
     assert main(["search", str(path), "hare; moped", "--top_k", "2"]) == 0
     shown = capsys.readouterr().out
     assert "hare  (bundled & small)" in shown and "moped" in shown and "time_s" in shown
+    assert len(re.findall(r"^“(hare|moped)”(: best match| has no match in this video: its best "
+                          r"place has) -?\d\.\d", shown, re.MULTILINE)) == 2
     assert main(["search", str(path), "--top_k", "2", "hare", "moped"]) == 0
     assert capsys.readouterr().out == shown
     with pytest.raises(SystemExit):
         main(["search", str(path), "hare", "--top", "2"])
     assert "unrecognized arguments: --top 2" in capsys.readouterr().err
+
+
+def test_a_text_without_a_match_is_called_so():
+    assert match_words("hare", DISTINGUISHED) == "“hare”: best match 2.0"
+    assert match_words("teapot", 1.4).startswith("“teapot” has no match in this video: its best "
+                                                 "place has 1.4, and only from 2 on")
 
 
 def test_commands_refuse_what_is_no_file(tmp_path, capsys):

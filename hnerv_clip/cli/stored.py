@@ -21,6 +21,7 @@ import psutil
 from hnerv_clip.config import BUNDLED, ConfigError, TeacherConfig, VideoConfig
 from hnerv_clip.files import check_free, check_writable
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.search import match_words
 
 LONG_MINUTES = 20  # of encoding, that a hint follows
 FILMS = (".mp4", ".mkv", ".mov")
@@ -169,12 +170,14 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
     label = video.header.meta["teacher"]["label"] or video.header.config.teacher.teacher
     found = {}
     if box is not None:
-        found[box_words(box, time_s)] = video.search_region(box, time_s, top_k, apart=apart)
+        found[f"{box_words(box, time_s)}  ({label})"] = video.search_region(box, time_s, top_k,
+                                                                            apart=apart)
     for query in queries:
-        hits = video.search(query, top_k, apart=apart, weights=weights)
-        found[query + reading(query, video.header.config.teacher)] = hits
+        hits = video.search(query, top_k, apart=apart, weights=weights, match=True)
+        found[f"{query}{reading(query, video.header.config.teacher)}  ({label})\n"
+              f"{match_words(query, hits.match.max())}"] = hits
     for words, table in found.items():
-        print(f"{words}  ({label})")
+        print(words)
         print(table.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from hnerv_clip.explore import SIDE
 from hnerv_clip.explore.video import ExploredVideo, picture_psnr
-from hnerv_clip.figures.overlay import TEXT_RANGE
+from hnerv_clip.search import DISTINGUISHED
 
 
 def find_texts(video: ExploredVideo, texts: Sequence[str]) -> pd.DataFrame:
@@ -27,7 +27,7 @@ def find_texts(video: ExploredVideo, texts: Sequence[str]) -> pd.DataFrame:
         hits = video.search(query, 3)
         hits["match"] = video.matches(query, hits)
         best = hits.sort_values("match", ascending=False).iloc[0]
-        rows.append({"text": text, "match": best.match, "found": best.match >= TEXT_RANGE[0],
+        rows.append({"text": text, "match": best.match, "found": best.match >= DISTINGUISHED,
                      "frame": int(best.frame), "time_s": video.times_s[int(best.frame)],
                      **{corner: round(best[corner]) for corner in ("x0", "y0", "x1", "y1")}})
     return pd.DataFrame(rows).sort_values("match", ascending=False, ignore_index=True)

@@ -27,6 +27,7 @@ from PIL import Image
 
 from hnerv_clip.explore import SIDE
 from hnerv_clip.explore.kept import PICTURES, KeptFrame
+from hnerv_clip.search import match_words
 
 if TYPE_CHECKING:  # these import torch: more than a second, which the thread waits for
     import pandas as pd
@@ -280,19 +281,14 @@ class Explorer(anywidget.AnyWidget):
             self._try(lambda: self._search_region(region), "search")
 
     def _search_text(self) -> None:
-        from hnerv_clip.figures.overlay import TEXT_RANGE
-
         text, started = self.text.strip(), time.perf_counter()
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             vector = self.video.encode(text)
         found = self.video.search(vector, HITS)
         found["match"] = self.video.matches(vector, found)
-        best = float(found.match.max())
-        words = (f"“{text}”: best match {best:.1f}" if best >= TEXT_RANGE[0] else
-                 f"“{text}” has no match in this video: its best place has {best:z.1f}, and only "
-                 f"from {TEXT_RANGE[0]:g} on is a text distinguished from others")
-        self._found(found, (vector, None), words, started, asked={})
+        self._found(found, (vector, None), match_words(text, float(found.match.max())), started,
+                    asked={})
         if told:
             self._problems["search"] = _sentence(str(told[-1].message))
             self._tell()

@@ -11,7 +11,9 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from PIL import Image
 
-TEXT_RANGE = (2.0, 4.0)  # standard scores of a text among names: clear to full
+from hnerv_clip.search import DISTINGUISHED
+
+TEXT_RANGE = (DISTINGUISHED, 4.0)  # standard scores of a text among names: clear to full
 REGION_RANGE = (0.5, 2.5)  # of a region among the video's own patches
 STRENGTH = 0.75  # opacity at the top
 GRAY = 0.6  # brightness of a frame beneath

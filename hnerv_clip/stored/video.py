@@ -54,6 +54,7 @@ class StoredVideo(Sequence):
         self.device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self._teachers: dict[str | None, object] = {}
+        self._names: dict[str | None, np.ndarray] = {}  # that a text is compared with
 
     # Facts
 
@@ -301,8 +302,8 @@ class StoredVideo(Sequence):
             raise ConfigError(f"{self.path} holds no head for embeddings; encode the video with "
                               "predict_clip=True")
 
-    def search(self, text: str, top_k: int = 5, *, apart: int = 4, weights: str | None = None
-               ) -> pd.DataFrame:
+    def search(self, text: str, top_k: int = 5, *, apart: int = 4, weights: str | None = None,
+               match: bool = False) -> pd.DataFrame:
         """The boxes that answer a text best: of several sizes with a field, else the patches.
 
         Args:
@@ -311,14 +312,17 @@ class StoredVideo(Sequence):
             apart: frames between two hits of one patch; 0 allows neighbours.
             weights: the teacher's weights, a file or `local-dir:FOLDER`; by default those that
                 the file names.
+            match: also how far each hit answers the text rather than other names, a standard
+                score (`search.maps.match_scores`); with CLIP that takes seconds.
         Returns:
-            rank, frame, time_s, x0, y0, x1, y1 (pixels), score (cosine).
+            rank, frame, time_s, x0, y0, x1, y1 (pixels), score (cosine), and match if asked for.
         Raises:
             ValueError: an empty text, or weights that are not those of the file.
             ConfigError: no head, or no weights.
         """
+        from hnerv_clip.search.maps import match_scores
         from hnerv_clip.search.rank import rank_patches
-        from hnerv_clip.teachers import encode_queries
+        from hnerv_clip.teachers import encode_queries, reference_vectors
 
         self._need_head()
         with ThreadPoolExecutor(1) as pool:  # the file is read while the teacher is loaded
@@ -326,9 +330,19 @@ class StoredVideo(Sequence):
             _ = self.field if self.has_field else self.patch_embeddings
             vector = encode_queries([text], teacher.result())[0]
         if self.has_field:
-            return self._search_field(vector, top_k, apart=apart)
-        found = rank_patches(vector, self.patch_embeddings, top_k, apart=apart)
-        return _found(found, self.times_s, self.boxes()[found.patch].T)
+            hits = self._search_field(vector, top_k, apart=apart)
+        else:
+            found = rank_patches(vector, self.patch_embeddings, top_k, apart=apart)
+            hits = _found(found, self.times_s, self.boxes()[found.patch].T)
+        if match:
+            embeddings = [self.field.embed(hit.frame, (hit.y0, hit.x0, hit.y1 - hit.y0,
+                                                       hit.x1 - hit.x0)).numpy()
+                          for hit in hits.itertuples()] if self.has_field else \
+                self.patch_embeddings[found.frame, found.patch]
+            if weights not in self._names:
+                self._names[weights] = reference_vectors(teacher.result())
+            hits["match"] = match_scores(vector, self._names[weights], np.asarray(embeddings))
+        return hits
 
     def search_region(self, box: tuple[float, float, float, float], time_s: float, top_k: int = 5,
                       *, apart: int = 4) -> pd.DataFrame:

@@ -156,6 +156,10 @@ def test_search_ranks_patches_by_the_teachers_text(video):
     frame, patch = np.unravel_index(scores.argmax(), scores.shape)
     assert found.match[0] == pytest.approx(
         match_scores(vector, names, video.patch_embeddings[frame, patch]), abs=1e-3)
+    for text, said in ((["teapot"], r"text=\['teapot'\] is no str: .*one text"),
+                       (7, "text=7 is no str"), (" ", "empty query")):
+        with pytest.raises(ValueError, match=said):
+            video.search(text)
     start = time.perf_counter()
     video.search("moped")
     assert time.perf_counter() - start < 0.5

@@ -317,13 +317,16 @@ class StoredVideo(Sequence):
         Returns:
             rank, frame, time_s, x0, y0, x1, y1 (pixels), score (cosine), and match if asked for.
         Raises:
-            ValueError: an empty text, or weights that are not those of the file.
+            ValueError: no text or an empty one, or weights that are not those of the file.
             ConfigError: no head, or no weights.
         """
         from hnerv_clip.search.maps import match_scores
         from hnerv_clip.search.rank import rank_patches
         from hnerv_clip.teachers import encode_queries, reference_vectors
 
+        if not isinstance(text, str):
+            raise ValueError(f"text={text!r} is no str: a search takes one text, such as \"hare\"; "
+                             "search for several one after the other")
         self._need_head()
         with ThreadPoolExecutor(1) as pool:  # the file is read while the teacher is loaded
             teacher = pool.submit(self.teacher, weights)

@@ -56,6 +56,31 @@ def test_what_is_typed_wrongly_is_told(words, message):
         cli.read_settings(words)
 
 
+@pytest.mark.parametrize("given, message", [
+    ({"epochs": "eight"}, "epochs='eight': an integer is needed; the default is epochs=300"),
+    ({"epochs": True}, "epochs=True: an integer is needed"),
+    ({"clip_dim": "x"}, "clip_dim='x': an integer is needed; the default is clip_dim='auto'"),
+    ({"lr": "fast"}, "lr='fast': a number is needed; the default is lr=0.001"),
+    ({"predict_clip": "maybe"}, "predict_clip='maybe': True or False is needed; the default is "
+                                "predict_clip=True"),
+    ({"crop_list": "640x1280"}, "crop_list='640x1280': 2 integers are needed; write for example "
+                                "crop_list='640_1280'"),
+    ({"enc_strds": "5 4.5"}, "enc_strds='5 4.5': one or more integers are needed"),
+    ({"enc_dim": "64_wide"}, "enc_dim='64_wide': 2 numbers are needed"),
+])
+def test_a_setting_of_a_wrong_kind_says_what_is_needed(given, message):
+    with pytest.raises(ConfigError) as error:
+        Config.from_params(**given)
+    assert message in str(error.value)
+
+
+def test_every_setting_of_a_wrong_kind_is_refused_in_words():
+    for name, default in Config().params().items():
+        if not isinstance(default, str):
+            with pytest.raises(ConfigError, match=f"^{name}='wrong': .* is needed; the default "):
+                Config.from_params(**{name: "wrong"})
+
+
 def test_an_unknown_setting_is_refused_with_the_known_ones(capsys, tmp_path):
     assert cli.main(["train", "--outf", str(tmp_path / "x"), "--epoch", "3"]) == 2
     error = capsys.readouterr().err

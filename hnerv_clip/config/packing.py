@@ -21,6 +21,7 @@ _PACKED: dict[str, tuple[int | None, type, str]] = {
     "num_blks": (2, int, "1_1"),
     "conv_type": (2, str, "convnext pshuffel"),
 }
+_NEEDED = {int: "an integer", float: "a number", bool: "True or False"}
 _OPTIONAL = {"crop_list", "resize_list", "pad_list", "patch_grid"}
 
 
@@ -44,8 +45,8 @@ def parse(name: str, value: Any) -> Any:
             raise ValueError
         return wanted(float(value)) if wanted is int else wanted(value)
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name}={value!r} is not a {wanted.__name__}; "
-                          f"the default is {name}={defaults()[name]!r}") from None
+        raise ConfigError(f"{name}={value!r}: {_NEEDED[wanted]} is needed; the default is "
+                          f"{name}={defaults()[name]!r}") from None
 
 
 def _to_bool(value: Any) -> bool:
@@ -74,8 +75,9 @@ def _unpack(name: str, value: Any) -> tuple | None:
             # enc_dim is the one float pair: its first value, and a second of 1 or more, are counts
             parsed = tuple(int(n) if n == int(n) else n for n in numbers)
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name}={value!r} does not parse; "
-                          f"write for example {name}={example!r}") from None
+        needed = "integers" if kind is int else "numbers"
+        raise ConfigError(f"{name}={value!r}: {count or 'one or more'} {needed} are needed; write "
+                          f"for example {name}={example!r}") from None
     if count is not None and len(parsed) != count or not parsed:
         hint = f" (papermill -p reads {example} as one number; pass it with -r)" \
             if isinstance(value, int) else ""

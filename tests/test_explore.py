@@ -31,6 +31,7 @@ from hnerv_clip.explore.video import (
     TEACHER_CELLS,
     load_original,
     open_video,
+    shape_warning,
 )
 from hnerv_clip.explore.widget import FOLDER, Explorer, enlarged_error, explore
 from hnerv_clip.runs.run_dir import RunError
@@ -446,6 +447,20 @@ def test_the_original_of_a_file_has_its_shape_size_and_times(run_video):
     assert frames.shape == run_video.originals.shape and difference < 0.01
     with pytest.raises(ConfigError, match="ends at .* the stored video at 99.00 s"):
         load_original("bunny", run_video.size, np.array([0.0, 1.0, 2.0, 99.0]))
+
+
+def test_an_original_of_another_shape_is_warned_of(trained_run, tmp_path, run_video):
+    path = shutil.copy(trained_run / "video.hnerv", tmp_path / "small.hnerv")  # of 80×160
+    other = ready(explore(path, original="carphone", device="cpu"))
+    said = "The original 'carphone' has frames of 144×176, another shape than the stored video's 80"
+    assert said in other.problem and "crop_list" in other.problem and other.error
+    other.view, other.frame = "error", 1
+    assert said in other.problem  # as long as it is compared
+    assert not ready(explore(path, original="bunny", device="cpu")).problem  # as `encode` crops it
+    for size in ((720, 1280), (90, 160), (640, 1280), (41, 80)):  # whole, smaller, cropped, rounded
+        assert not shape_warning("bunny", size)
+    for size in ((720, 1200), (640, 640), (160, 80)):
+        assert "720×1280" in shape_warning("bunny", size)
 
 
 def test_a_field_is_asked_about_the_very_square(with_field):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hnerv_clip.config import ConfigError, VideoConfig
+from hnerv_clip.config import Config, ConfigError, VideoConfig
 from hnerv_clip.explore import SIDE
 from hnerv_clip.field.query import Field, has_field, load_field, missing_field_fix
 from hnerv_clip.metrics import psnr
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 STEP = 0.4  # between boxes that a field's search looks at, in their own side
 HEAT_SIDES = (0.42, 0.6, 0.85)  # of the squares that a text's heat map is the mean over
 CELLS, TEACHER_CELLS = 20, 5  # of a heat map, from top to bottom; the teacher sees each square
+SAME_SHAPE = 1.03  # ratio of two aspect ratios up to which they are taken for one
 
 
 class Once:
@@ -60,13 +61,14 @@ class Loaded:
     """What takes a second or more: all frames, and what the network says of them.
 
     head: a fitted field, which answers for any box; or patch embeddings, float32 [T, P, D], of the
-    original head; None where there is neither.
+    original head; None where there is neither. warning: why the original may be another video.
     """
 
     decode: Callable[[int], np.ndarray]  # a frame's number to uint8 [H, W, 3]
     originals: Tensor | None  # uint8 [T, 3, H, W]
     head: Field | np.ndarray | None
     taught: np.ndarray | None = None  # the teacher's own patch embeddings, [T, P, D]
+    warning: str = ""
 
 
 @dataclass
@@ -306,7 +308,8 @@ def open_video(path: str | Path, *, original: str = "", cache_dir: str | Path = 
     Args:
         path: folder of a run, or NAME.hnerv.
         original: the video that a stored video was made from, a file or a name such as bunny; a
-            run knows its own, or is told here where it lies now.
+            run knows its own, or is told here where it lies now. A stored video does not say how it
+            was cropped, so one of another shape is not refused, see `shape_warning`.
         cache_dir: of a run, the teacher's embeddings.
     Raises:
         RunError: no run there. FileError: no such file, or a damaged one.
@@ -329,7 +332,8 @@ def _from_file(path: Path, original: str, device: str) -> ExploredVideo:
         if video.has_head:
             head = video.field if video.has_field else video.patch_embeddings
         originals = load_original(original, video.size, video.times_s)[0] if original else None
-        return Loaded(video.__getitem__, originals, head)
+        return Loaded(video.__getitem__, originals, head,
+                      warning=shape_warning(original, video.size) if original else "")
 
     def first_original():
         frames = load_video(_like(original, video.size, frame_limit=1)).frames
@@ -441,6 +445,26 @@ def load_original(data_path: str, size: tuple[int, int], times_s: np.ndarray
         raise ConfigError(f"the original {data_path!r} ends at {known[-1]:.2f} s, the stored video "
                           f"at {times_s[-1]:.2f} s: give the video that it was made from")
     return video.frames[nearest], video.credit
+
+
+def shape_warning(data_path: str, size: tuple[int, int]) -> str:
+    """What to say of an original that `load_original` cuts, though `encode` would not; else "".
+
+    `encode` keeps whole frames, but for bunny, unless it is told a crop_list, which its file does
+    not hold: such an original may be right. Another size of the same shape always is.
+
+    Args:
+        size: (H, W) of the stored video.
+    """
+    whole = load_video(VideoConfig(data_path=data_path, frame_limit=1)).frame_hw
+    usual = Config.from_params(data_path=data_path).video.crop_list or whole
+    aspect = size[1] / size[0]
+    if any(max(w / h / aspect, aspect / (w / h)) <= SAME_SHAPE for h, w in (whole, usual)):
+        return ""
+    return (f"the original {data_path!r} has frames of {whole[0]}×{whole[1]}, another shape than "
+            f"the stored video's {size[0]}×{size[1]}: its center is compared, which is right only "
+            "where the video was encoded with such a crop_list; else give original= the video that "
+            "it was made from")
 
 
 def picture_psnr(decoded: np.ndarray, original: np.ndarray) -> float:

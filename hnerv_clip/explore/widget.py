@@ -54,7 +54,9 @@ def explore(path: str | Path, *, original: str = "", text: str = "",
 
     Args:
         path: folder of a run, or NAME.hnerv.
-        original: the video that a stored one was made from, to see the error; a file or a name.
+        original: the video that a stored one was made from, to see the error; a file or a name. It
+            is cut about the center to the stored shape, which is told where `encode` does not cut
+            so by itself.
         text: searched as soon as everything is loaded.
         cache_dir: with the teacher's embeddings, of a run.
     """
@@ -129,7 +131,7 @@ class Explorer(anywidget.AnyWidget):
         super().__init__()
         self.video: ExploredVideo | None = None
         self._query: tuple[np.ndarray, np.ndarray | None] | None = None  # vector, references
-        self._problems = {"search": "", "look": ""}
+        self._problems = {"search": "", "look": "", "original": ""}
         self._failed: Exception | None = None
         self._moving = False  # to the frame of a hit, or to the first view
         self._preparing = True  # what is asked meanwhile is answered at its end
@@ -199,7 +201,8 @@ class Explorer(anywidget.AnyWidget):
 
                 with suppress(*EXPECTED):
                     _ = video.names  # else the search says why it cannot
-            rest.result()
+            self._problems["original"] = _sentence(rest.result().warning)
+        self._tell()
         self._know(self._facts())
 
     def _know(self, facts: dict) -> None:

@@ -655,6 +655,10 @@ def test_encode_stores_a_field_that_is_fitted_once(tmp_path, cache_dir, capsys, 
     told = re.search(r"field ([\d,]+)", video.facts()["bytes of parts"])[1].replace(",", "")
     assert int(told) == sum(size for name, size in sizes.items() if name.startswith("field."))
     assert video.has_field and video.embed((11, 7, 60, 71), 0.05).shape == (1280,)
+    assert main(words) == 0  # as after an interrupt while it measured the file
+    said = capsys.readouterr().out
+    assert f"{out} is there and complete" in said and "2 of 2 epochs of training are done" in said
+    assert main([*words, "--rate_epochs", "2"]) == 1 and main([*words, "--epochs", "3"]) == 2
     assert main(["encode", "bunny", str(tmp_path / "c.hnerv"), *words[3:]]) == 0  # goes on
     said = capsys.readouterr().out
     assert "2 of 2 epochs of training are done; about 1 minute" in said
@@ -718,6 +722,34 @@ def test_a_file_larger_than_the_given_one_is_called_so(path, with_field, tmp_pat
     assert re.search(r"its field alone has [\d,]+ bytes", told)
 
 
+def test_an_encode_stopped_while_it_measures_its_file_is_finished(trained_copy, tmp_path, cache_dir,
+                                                                  capsys, monkeypatch):
+    out, new = tmp_path / "b.hnerv", tmp_path / "new.hnerv"
+    words = ["store", str(trained_copy), str(out), "--device", "cpu", "--cache_dir", str(cache_dir)]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredVideo, "psnr", stop)
+        assert main(words) == 130
+    content, written = out.read_bytes(), out.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert f"{out} is there and complete" in told and "PSNR" in told
+    assert out.stat().st_mtime_ns == written
+    assert main([*words, "--rate", "0.002", "--rate_epochs", "1"]) == 1  # stored in another way
+    assert "exists; choose another name" in capsys.readouterr().err
+    out.write_bytes(content + b"x")  # another file
+    assert main(words) == 1 and out.read_bytes() == content + b"x"
+    assert main([*words, "--force"]) == 0 and out.read_bytes() == content
+    (trained_copy / "stored.json").write_text("{")
+    assert main(words) == 1 and main(words[:2] + [str(new)] + words[3:]) == 0
+    (trained_copy / "model_best.pth").write_bytes((trained_copy / "model_latest.pth").read_bytes())
+    assert main(words[:2] + [str(new)] + words[3:]) == 1  # from another checkpoint
+
+
 def test_encode_makes_a_file_of_a_video(tmp_path, capsys):
     words = ["encode", "bunny", str(tmp_path / "b.hnerv"), "--work", str(tmp_path / "work"),
              "--cache_dir", str(tmp_path / "cache"), "--predict_clip", "False",
@@ -736,7 +768,7 @@ def test_encode_makes_a_file_of_a_video(tmp_path, capsys):
     assert f"PSNR {db.mean():.2f} dB over all 5 frames (lowest {db.min():.2f} dB)\n" in said
     with pytest.raises(ValueError, match=r"\(4, 3, 80, 160\) are not the \(5, 3, 80, 160\)"):
         video.psnr(given[:4].permute(0, 3, 1, 2))
-    assert main(words) == 1 and main([*words, "--force"]) == 0  # at once: the run is finished
+    assert main([*words, "--force"]) == 0  # at once: the run is finished
     size = (tmp_path / "b.hnerv").stat().st_size
     assert main(["store", str(tmp_path / "work"), str(tmp_path / "c.hnerv"), "--rate", "0.002",
                  "--rate_epochs", "1", "--cache_dir", str(tmp_path / "cache")]) == 0

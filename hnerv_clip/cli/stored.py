@@ -19,10 +19,18 @@ from pathlib import Path
 import psutil
 
 from hnerv_clip.config import BUNDLED, ConfigError, TeacherConfig, VideoConfig
-from hnerv_clip.files import check_free, check_writable
+from hnerv_clip.files import (
+    RunError,
+    check_free,
+    check_writable,
+    file_digest,
+    read_json,
+    write_json,
+)
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.search import match_words
 
+NOTE = "stored.json"  # in a run's folder: the digest of the file it was last stored as, and how
 LONG_MINUTES = 20  # of encoding, that a hint follows
 FILMS = (".mp4", ".mkv", ".mov")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
@@ -208,10 +216,10 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    out = _check_file(args)
-    work = resolve_path(args.work or f"output/encode/{out.stem}")
+    work = resolve_path(args.work or f"output/encode/{Path(args.file).stem}")
+    out = _check_file(args, work)
     check_writable(work)
-    from hnerv_clip.runs.run_dir import RunDir, RunError
+    from hnerv_clip.runs.run_dir import RunDir
     from hnerv_clip.stored.effort import choose_tuning, in_minutes, measure_minutes
     from hnerv_clip.stored.make import prepare_encoding
     from hnerv_clip.train import train
@@ -244,28 +252,49 @@ def _encode(args: argparse.Namespace) -> None:
 
 
 def _store(args: argparse.Namespace) -> None:
-    _write_run(args, _check_file(args))
+    _write_run(args, _check_file(args, resolve_path(args.outf)))
 
 
-def _check_file(args: argparse.Namespace) -> Path:
+def _check_file(args: argparse.Namespace, work: Path) -> Path:
     out = resolve_path(args.file)
     if out.suffix != ".hnerv":
         raise FileCommandError(f"{out} should end in .hnerv, so that it is known for what it is")
-    _check_free(out, args.force)
+    _check_free(out, args.force or _is_stored(out, work))
     return out
 
 
 def _write_run(args: argparse.Namespace, out: Path) -> None:
-    from hnerv_clip.runs.run_dir import RunDir
+    """Write a run's file, unless it is there, from this run and stored in this way: of a command
+    that was stopped while it measured the file, what is missing is done."""
+    from hnerv_clip.runs.run_dir import FIELD, RunDir
     from hnerv_clip.stored.make import store_run
 
-    rate = args.rate if args.rate_epochs else None
-    replace_when_done(out, lambda path: store_run(
-        args.outf, path, rate=rate, epochs=args.rate_epochs, cache_dir=args.cache_dir,
-        device=args.device))
+    run, rate = RunDir(args.outf), args.rate if args.rate_epochs else None
+    how = {"rate": rate, "rate_epochs": args.rate_epochs if rate is not None else 0,
+           "checkpoint": run.checkpoint_digest(), "field": run.checkpoint_digest(FIELD)}
+
+    def write(path: Path) -> None:
+        store_run(args.outf, path, rate=rate, epochs=args.rate_epochs, cache_dir=args.cache_dir,
+                  device=args.device)
+        with contextlib.suppress(RunError):  # a read-only run is stored all the same
+            write_json(run.path / NOTE, {**how, "sha256": file_digest(path)})
+
+    if not args.force and _is_stored(out, run.path, how):
+        print(f"{out} is there and complete, from this run: it is left as it is")
+    else:
+        _check_free(out, args.force)
+        replace_when_done(out, write)
     args.file = str(out)
     _info(args)
-    print(describe_quality(out, RunDir(args.outf).config().video, device=args.device))
+    print(describe_quality(out, run.config().video, device=args.device))
+
+
+def _is_stored(out: Path, work: Path, how: dict | None = None) -> bool:
+    """Whether a file is, to the byte, what the run in `work` was last stored as; and `how`."""
+    with contextlib.suppress(OSError, RunError):
+        note = read_json(work / NOTE, fix="")
+        return note.pop("sha256", "") == file_digest(out) and how in (None, note)
+    return False
 
 
 def describe_quality(path: Path, options: VideoConfig, *, device: str) -> str:

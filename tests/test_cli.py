@@ -136,10 +136,15 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     assert pd.read_csv(table).when.tolist() == ["cannot tell"]  # of 2 held-out frames
     Path(table).write_text("of another")
     assert cli.main(["verify", outf, *cache, "--table", table]) == 1
-    assert f"{table} exists; " in (told := capsys.readouterr().err) and "--force" in told
+    assert f"{table} exists; " in (told := capsys.readouterr().err) and "--replace" in told
     assert Path(table).read_text() == "of another"
+    assert cli.main(["verify", outf, *cache, "--table", table, "--replace"]) == 0
+    assert pd.read_csv(table).when.tolist() == ["cannot tell"]
+    assert (tmp_path / "main/verification.json").stat().st_mtime_ns == again.st_mtime_ns
+    Path(table).write_text("of another")
     assert cli.main(["verify", outf, *cache, "--table", table, "--force"]) == 0
     assert pd.read_csv(table).when.tolist() == ["cannot tell"]
+    assert (tmp_path / "main/verification.json").stat().st_mtime_ns > again.st_mtime_ns
     capsys.readouterr()
     assert cli.main(["search", outf, "hare", "wood rabbit", "--top_k", "2", *cache]) == 0
     found = capsys.readouterr().out

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hnerv_clip.cli.stored import box_words, parse_box, reading, search_file
 from hnerv_clip.config import ConfigError
-from hnerv_clip.files import check_free, check_writable, write_atomic
+from hnerv_clip.files import RunError, check_writable, write_atomic
 from hnerv_clip.paths import match_paths, resolve_path
 
 if TYPE_CHECKING:
@@ -84,9 +84,12 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
                              "answers when its encoder sees the held-out frame")
             sub.add_argument("--force", action="store_true", help=
                              "also where it is done already; and replace the file of --table")
+            sub.add_argument("--replace", action="store_true", help=
+                             "replace the file of --table; only what is not done yet is verified")
             sub.add_argument("--table", nargs="?", const="-", metavar="CSV",
                              help="join the runs, phases and seeds pooled: measures and answers; "
-                                  "written to this file, which must not exist yet, if one is named")
+                                  "written to this file if one is named, which must not exist yet "
+                                  "without --replace")
             sub.add_argument("--by", nargs="+", default=[], metavar="NAME",
                              help="parameters that tell settings apart in the table")
 
@@ -117,7 +120,9 @@ def _verify(args: argparse.Namespace) -> None:
 
     path = resolve_path(args.table) if args.table not in (None, "-") else None
     if path:
-        check_free(path, force=args.force)
+        if path.exists() and not (args.replace or args.force):
+            raise RunError(f"{path} exists; choose another name, or add --replace to write it anew "
+                           "(runs that are verified are not verified again)")
         check_writable(path.parent)
     verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
                               seed=args.seed, near=args.near, labels=args.labels,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd  # a quarter of a second, which the explorer's words need not take
 
 # The bands of the project's description: (lowest value, name, meaning).
 SIMILARITY_BANDS = (
@@ -17,6 +21,15 @@ GAP_BANDS = (
     (0.05, "Medium gap", "acceptable, some overfitting"),
     (-np.inf, "Small gap", "good generalization"),
 )
+DISTINGUISHED = 2.0  # standard score (`search.maps.match_scores`) that tells a text from others
+
+
+def match_words(text: str, best: float) -> str:
+    """Whether a text has a match in a video, by the standard score of its best hit."""
+    if best >= DISTINGUISHED:
+        return f"“{text}”: best match {best:.1f}"
+    return (f"“{text}” has no match in this video: its best place has {best:z.1f}, and only from "
+            f"{DISTINGUISHED:g} on is a text distinguished from others")
 
 
 def similarity_band(similarity: float) -> tuple[str, str]:
@@ -78,6 +91,8 @@ def in_words(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     Raises:
         KeyError: a name without words.
     """
+    import pandas as pd
+
     def say(name, value):
         if pd.isna(value):
             return ""

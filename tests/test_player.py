@@ -22,9 +22,9 @@ from hnerv_clip.cli.stored import describe_quality, parse_frames
 from hnerv_clip.codec import FileError, encode_video
 from hnerv_clip.codec.video import About
 from hnerv_clip.config import Config, ConfigError, VideoConfig
+from hnerv_clip.labels import DISTINGUISHED, match_words
 from hnerv_clip.model import build_model
 from hnerv_clip.runs.run_dir import RunDir
-from hnerv_clip.search import DISTINGUISHED, match_words
 from hnerv_clip.search.maps import match_scores
 from hnerv_clip.stored.video import StoredVideo
 from hnerv_clip.teachers import reference_vectors, sentences

@@ -28,7 +28,6 @@ from hnerv_clip.files import (
     write_json,
 )
 from hnerv_clip.paths import resolve_path
-from hnerv_clip.search import match_words
 
 NOTE = "stored.json"  # in a run's folder: the digest of the file it was last stored as, and how
 LONG_MINUTES = 20  # of encoding, that a hint follows
@@ -173,6 +172,7 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
         ConfigError: a box of a file without a field, a box or a time outside the video.
     """
     from hnerv_clip import open as open_video
+    from hnerv_clip.labels import match_words
 
     video = open_video(path, device=device)
     label = video.header.meta["teacher"]["label"] or video.header.config.teacher.teacher

@@ -9,7 +9,7 @@ import pandas as pd
 
 from hnerv_clip.explore import SIDE
 from hnerv_clip.explore.video import ExploredVideo, picture_psnr
-from hnerv_clip.search import DISTINGUISHED
+from hnerv_clip.labels import DISTINGUISHED
 
 
 def find_texts(video: ExploredVideo, texts: Sequence[str]) -> pd.DataFrame:
@@ -43,7 +43,7 @@ def answer_words(table: pd.DataFrame) -> str:
     words += f": {listed(found)}.**" if len(found) else ".**"
     words += f" Not distinguished from other names: {listed(rest)}." if len(rest) else ""
     return words + (f" σ: standard deviations above other names in the same box; from "
-                    f"{TEXT_RANGE[0]:g} σ on a text counts as found, whether or not the thing is "
+                    f"{DISTINGUISHED:g} σ on a text counts as found, whether or not the thing is "
                     "there: see the limits.")
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 from hnerv_clip.explore import SIDE
 from hnerv_clip.explore.kept import PICTURES, KeptFrame
-from hnerv_clip.search import match_words
+from hnerv_clip.labels import match_words
 
 if TYPE_CHECKING:  # these import torch: more than a second, which the thread waits for
     import pandas as pd

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from PIL import Image
 
-from hnerv_clip.search import DISTINGUISHED
+from hnerv_clip.labels import DISTINGUISHED
 
 TEXT_RANGE = (DISTINGUISHED, 4.0)  # standard scores of a text among names: clear to full
 REGION_RANGE = (0.5, 2.5)  # of a region among the video's own patches

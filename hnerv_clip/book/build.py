@@ -178,8 +178,8 @@ def _typed(name: str, value: Any, default: Any) -> Any:
             return parsed
     except (KeyError, ValueError, SyntaxError):
         pass
-    raise BookError(f"{name}={value!r} is not a {type(default).__name__} like the default "
-                    f"{default!r}")
+    raise BookError(f"{name}={value!r} is of another kind than the default {default!r}; give one "
+                    "of its kind")
 
 
 def execute(notebook: Path, target: Path, *, parameters: dict[str, Any]) -> float:

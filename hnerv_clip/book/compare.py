@@ -189,12 +189,15 @@ def claim_words(facts: Facts) -> tuple[str, str]:
     found = {name: next((word for word, fits in COMPARED.items()
                          if given.loc[name].isin(fits).all()), "") for name in CLAIMED}
     decoded = fastest(facts.decode)["frames_per_s"]
+    playing = "".join(f" (a stored file plays at {film['decode_frames_per_s'][NETWORK]:,.0f})"
+                      for film in facts.files[-1:])
     said = [f"{word} than {join_words(own, 'and' if word == 'better' else 'or')}"
             for word in COMPARED if (own := [words for name, words in CLAIMED.items()
                                              if found[name] == word])]
     return ("HNeRV-CLIP stores a video as one small neural network that can be played and "
-            f"searched: {facts.stored_values / 1e6:.2f} million values, decoded at "
-            f"{round(decoded, -2):,.0f} frames per second on one {facts.device.split()[1]}.",
+            f"searched: {facts.stored_values / 1e6:.2f} million values, decoded in "
+            f"batches at {round(decoded, -2):,.0f} frames per second on one "
+            f"{facts.device.split()[1]}{playing}.",
             "For frames that it was not trained on, at the positions that its head is trained "
             "for, it predicts the embeddings of an image model "
             f"(the teacher) {', but '.join(said)}.")

@@ -141,6 +141,8 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     assert cli.main(["verify", outf, *cache, "--table", table, "--replace"]) == 0
     assert pd.read_csv(table).when.tolist() == ["cannot tell"]
     assert (tmp_path / "main/verification.json").stat().st_mtime_ns == again.st_mtime_ns
+    assert cli.main(["verify", outf, *cache, "--table", "--replace"]) == 2
+    assert "name one, --table FILE.csv" in capsys.readouterr().err
     Path(table).write_text("of another")
     assert cli.main(["verify", outf, *cache, "--table", table, "--force"]) == 0
     assert pd.read_csv(table).when.tolist() == ["cannot tell"]

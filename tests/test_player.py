@@ -744,6 +744,11 @@ def test_an_encode_stopped_while_it_measures_its_file_is_finished(trained_copy, 
     out.write_bytes(content + b"x")  # another file
     assert main(words) == 1 and out.read_bytes() == content + b"x"
     assert main([*words, "--force"]) == 0 and out.read_bytes() == content
+    assert main(words[:2] + [str(tmp_path / "c.hnerv")] + words[3:]) == 0
+    assert main(words) == 0, "of two files of a run the first is still known"
+    with monkeypatch.context() as patch:  # before any training, after which the file is another
+        patch.setattr(RunDir, "finished", False)
+        assert main(words) == 1 and out.read_bytes() == content
     (trained_copy / "stored.json").write_text("{")
     assert main(words) == 1 and main(words[:2] + [str(new)] + words[3:]) == 0
     (trained_copy / "model_best.pth").write_bytes((trained_copy / "model_latest.pth").read_bytes())

@@ -98,8 +98,10 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
     """A row per measure: HNeRV, the original proposal's code, this project; None where unknown."""
     hnerv, proposal = facts.runs["hnerv"], facts.runs["proposal"]
     means = facts.judged.means.set_index(["video", "condition"]).clip_centred[VIDEO]
-    held_out = mean_over_seeds(
-        facts.judged.runs[facts.judged.runs.video == VIDEO].psnr_held_out_db)
+    judged = facts.judged.runs[facts.judged.runs.video == VIDEO]
+    held_out = mean_over_seeds(judged.psnr_held_out_db)
+    everywhere = "".join(f"; all frames trained on: {run['psnr_db']:.2f} (seed {run['seed']})"
+                         for run in facts.fits if run["clip_head"])
     own = mean_over_seeds(run["psnr_db"] for run in facts.fidelity["runs"]
                           if run["precision"] == "bf16")
     step, shown = fastest(facts.train), fastest(facts.decode)
@@ -109,14 +111,16 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
          f"{facts.fidelity['reference']['paper']['psnr_db']:.2f}", None, own.text(2)),
         ("PSNR, our preset `best` (dB)", None, None,
          f"{facts.best.psnr_db:.2f} ± {facts.best.sd_db:.2f} in {facts.best.total_s:.0f} s"),
-        ("PSNR with the head, held-out frames (dB)", None, None, f"{held_out.mean:.2f}"),
+        ("PSNR with the head, held-out frames (dB)", None, None,
+         f"{held_out.mean:.2f} (seed {join_words(map(str, sorted(set(judged.seed))))}, "
+         f"{len(judged)} splits){everywhere}"),
         ("training steps alone (frames/s)",
          f"{_range(facts.speed['hnerv']['frames_per_s'])}, no head",
          f"{_range(facts.speed['proposal']['frames_per_s'])} with head",
          f"{three_digits(step['frames_per_s'])} with head"),
         (f"{hnerv['epochs']} epochs, whole run (s)", f"{hnerv['train_s']}, no head", None,
          _fit_words(facts.fits)),
-        ("GPU memory in training, with head", None,
+        ("peak GPU memory of a whole run, with head", None,
          f"{_range(proposal['memory_gb'])} GB (its page, another video)",
          f"{_peak_bytes(facts, step) / 2**30:.1f} GiB"),
         ("decoding speed (frames/s)", _range(facts.speed["hnerv"]["decode_frames_per_s"]),
@@ -124,7 +128,8 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
          f"{three_digits(shown['frames_per_s'])} with embeddings, {shown['batch_size']} frames at "
          "once"),
         *(("playing a stored file (frames/s)", None, None,
-           f"{film['decode_frames_per_s'][NETWORK]:.0f}, no embeddings")
+           f"{film['decode_frames_per_s'][NETWORK]:.0f}, no embeddings (a file of "
+           f"{film['file_bytes'] / 1e6:.1f} MB)")
           for film in facts.files[-1:]),
         ("skill at the supervised positions", "no embeddings",
          f"{facts.original['eight']:.2f} (its head, trained here)",
@@ -189,7 +194,8 @@ def claim_words(facts: Facts) -> tuple[str, str]:
     found = {name: next((word for word, fits in COMPARED.items()
                          if given.loc[name].isin(fits).all()), "") for name in CLAIMED}
     decoded = fastest(facts.decode)["frames_per_s"]
-    playing = "".join(f" (a stored file plays at {film['decode_frames_per_s'][NETWORK]:,.0f})"
+    playing = "".join(f" (a stored file of {film['file_bytes'] / 1e6:.1f} MB plays at "
+                      f"{film['decode_frames_per_s'][NETWORK]:,.0f})"
                       for film in facts.files[-1:])
     said = [f"{word} than {join_words(own, 'and' if word == 'better' else 'or')}"
             for word in COMPARED if (own := [words for name, words in CLAIMED.items()

@@ -47,7 +47,8 @@ def decoded_answer(rows: pd.DataFrame) -> str:
             at = closer.groupby(part.asked).sum()
             said.append(f"in {at[ANY]} of {part.digest.nunique()} files in {FRAMES[frames]} (at "
                         f"the eight patches in {at[PATCHES]})")
-    return f"The field is closer to the teacher on the video {join_words(said)}."
+    return (f"The field is closer to the teacher on the video {join_words(said)}. The files of one "
+            "training share its network, one seed each: this counts, and does not test.")
 
 
 def crossing_words(rows: pd.DataFrame) -> str:

@@ -132,7 +132,7 @@ def _lost_words(run: Row) -> str:
         return ""
     best, joined, last = run["lost_db"]
     return (f": it fell from {best:.2f} dB in the warm-up to {joined:.2f} dB when the cosine "
-            f"term joined, and ended at {last:.2f} dB")
+            f"term joined, and had {last:.2f} dB at its last evaluation")
 
 
 def _cosine_words(row: Row, alone: Row) -> str:
@@ -254,7 +254,7 @@ def evaluation_rows(run: RunDir) -> list[Row]:
                "mean-centered cosine": ("clip_centred", "trained", 3)}
     rows = []
     for frames, source in dict.fromkeys(key[:2] for key in values.index):
-        row = {"frames": f"{FRAME_WORDS[frames]}, {SOURCE_WORDS[source]}",
+        row = {"frames": f"{FRAME_WORDS[frames]}, per-frame embedding {SOURCE_WORDS[source]}",
                "n": values.n[frames, source, "trained"]}
         for name, (measure, variant, digits) in columns.items():
             value = values[measure].get((frames, source, variant), float("nan"))

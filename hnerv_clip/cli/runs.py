@@ -119,6 +119,8 @@ def _verify(args: argparse.Namespace) -> None:
     from hnerv_clip.verify.run import verify_folders
 
     path = resolve_path(args.table) if args.table not in (None, "-") else None
+    if args.replace and path is None:
+        raise ConfigError("--replace is for the file of --table: name one, --table FILE.csv")
     if path:
         if path.exists() and not (args.replace or args.force):
             raise RunError(f"{path} exists; choose another name, or add --replace to write it anew "

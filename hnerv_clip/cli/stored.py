@@ -29,7 +29,7 @@ from hnerv_clip.files import (
 )
 from hnerv_clip.paths import resolve_path
 
-NOTE = "stored.json"  # in a run's folder: the digest of the file it was last stored as, and how
+STORED_NOTE = "stored.json"  # in a run's folder: by file, its digest and what it was stored from
 LONG_MINUTES = 20  # of encoding, that a hint follows
 FILMS = (".mp4", ".mkv", ".mov")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
@@ -232,7 +232,8 @@ def _encode(args: argparse.Namespace) -> None:
     done = 0
     with contextlib.suppress(RunError):  # not one epoch yet
         done = len(RunDir(work).metrics())
-    minutes = measure_minutes(config, dataset, tuning=args.rate_epochs, done=done)
+    minutes = None if out.exists() and not args.force else measure_minutes(  # nothing to fit
+        config, dataset, tuning=args.rate_epochs, done=done)
     height, width = video.frame_hw
     print(f"{video.name}: {len(video.frames)} frames of {height}×{width} (height × width) in a "
           f"network of {config.model.modelsize:g} M values: {options.epochs} epochs of training, "
@@ -259,7 +260,10 @@ def _check_file(args: argparse.Namespace, work: Path) -> Path:
     out = resolve_path(args.file)
     if out.suffix != ".hnerv":
         raise FileCommandError(f"{out} should end in .hnerv, so that it is known for what it is")
-    _check_free(out, args.force or _is_stored(out, work))
+    from hnerv_clip.runs.run_dir import RunDir
+
+    # of a run that is not finished the file will be another
+    _check_free(out, args.force or _is_stored(out, work) and RunDir(work).finished)
     return out
 
 
@@ -270,16 +274,19 @@ def _write_run(args: argparse.Namespace, out: Path) -> None:
     from hnerv_clip.stored.make import store_run
 
     run, rate = RunDir(args.outf), args.rate if args.rate_epochs else None
-    how = {"rate": rate, "rate_epochs": args.rate_epochs if rate is not None else 0,
-           "checkpoint": run.checkpoint_digest(), "field": run.checkpoint_digest(FIELD)}
+    storing = {"checkpoint": run.checkpoint_digest(), "rate": rate}
+    # fine-tuned, it has another field than the run's
+    storing |= {"field": run.checkpoint_digest(FIELD)} if rate is None else {
+        "rate_epochs": args.rate_epochs}
 
     def write(path: Path) -> None:
         store_run(args.outf, path, rate=rate, epochs=args.rate_epochs, cache_dir=args.cache_dir,
                   device=args.device)
         with contextlib.suppress(RunError):  # a read-only run is stored all the same
-            write_json(run.path / NOTE, {**how, "sha256": file_digest(path)})
+            write_json(run.path / STORED_NOTE, _notes(run.path) | {
+                str(out): {**storing, "sha256": file_digest(path)}})
 
-    if not args.force and _is_stored(out, run.path, how):
+    if not args.force and _is_stored(out, run.path, storing):
         print(f"{out} is there and complete, from this run: it is left as it is")
     else:
         _check_free(out, args.force)
@@ -289,12 +296,19 @@ def _write_run(args: argparse.Namespace, out: Path) -> None:
     print(describe_quality(out, run.config().video, device=args.device))
 
 
-def _is_stored(out: Path, work: Path, how: dict | None = None) -> bool:
-    """Whether a file is, to the byte, what the run in `work` was last stored as; and `how`."""
-    with contextlib.suppress(OSError, RunError):
-        note = read_json(work / NOTE, fix="")
-        return note.pop("sha256", "") == file_digest(out) and how in (None, note)
-    return False
+def _notes(work: Path) -> dict[str, dict]:
+    with contextlib.suppress(OSError, RunError):  # none yet, or damaged: then nothing is known
+        return read_json(work / STORED_NOTE, fix="")
+    return {}
+
+
+def _is_stored(out: Path, work: Path, storing: dict | None = None) -> bool:
+    """Whether a file is, to the byte, what the run in `work` was last stored as there, and in this
+    way if one is given."""
+    note = _notes(work).get(str(out))
+    if not isinstance(note, dict) or not out.is_file():
+        return False
+    return note == (storing or note) | {"sha256": file_digest(out)}
 
 
 def describe_quality(path: Path, options: VideoConfig, *, device: str) -> str:

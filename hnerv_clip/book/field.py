@@ -267,7 +267,7 @@ def labelled_words(labelled: pd.DataFrame) -> str:
             f"the frame; by chance {field.chance.sum():.0f} would, and {field.middle.sum()} hold "
             "the frame's middle. The heat maps of the field and of the teacher overlap with them "
             f"by {field.map_iou.mean():.2f} and {teacher.map_iou.mean():.2f} (intersection over "
-            "union)")
+            "union). Boxes of one video are not independent, so no interval is given")
 
 
 def in_words(labelled: pd.DataFrame) -> str:

@@ -112,7 +112,7 @@ def comparison_rows(facts: Facts) -> list[dict[str, Any]]:
         ("PSNR, our preset `best` (dB)", None, None,
          f"{facts.best.psnr_db:.2f} ± {facts.best.sd_db:.2f} in {facts.best.total_s:.0f} s"),
         ("PSNR with the head, held-out frames (dB)", None, None,
-         f"{held_out.mean:.2f} (seed {join_words([str(seed) for seed in sorted(set(judged.seed))])}, "
+         f"{held_out.mean:.2f} (seed {join_words(sorted(set(judged.seed.astype(str))))}, "
          f"{len(judged)} splits){everywhere}"),
         ("training steps alone (frames/s)",
          f"{_range(facts.speed['hnerv']['frames_per_s'])}, no head",

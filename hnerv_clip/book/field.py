@@ -18,6 +18,7 @@ from hnerv_clip.bench import rate_quality
 from hnerv_clip.book.markdown import join_words
 from hnerv_clip.book.results import ResultsError, read_json
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.study.ablations import PAPER_EPOCHS
 from hnerv_clip.study.fields import BOXES, TESTS
 from hnerv_clip.verify.paired import Paired, compare_paired
 
@@ -93,6 +94,14 @@ def compare_pairs(folder: str | Path) -> list[Pairs]:
                 compare_paired(joint[name], frozen[name]) for name in ("any_held",
                                                                        "psnr_held_db"))))
     return found
+
+
+def cost_words(folder: str | Path) -> str:
+    """What the default head costs in held-out PSNR after all epochs, in a sentence; or nothing."""
+    pairs = [f"{one.psnr.words('dB')} on {one.video}" for one in compare_pairs(folder)]
+    return "" if not pairs else (
+        f"After {PAPER_EPOCHS} epochs the default head changes it by {join_words(pairs)} ([page 19]"
+        "(19_ask_any_region.ipynb)).")
 
 
 def pair_rows(pairs: list[Pairs]) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ from hnerv_clip.book.markdown import Markup, interval
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import commit_words
 from hnerv_clip.study.plan import ENCODINGS, REMEDIES
+from hnerv_clip.study.plan import KINDS as EMBEDS
 from hnerv_clip.study.table import read_study
 from hnerv_clip.verify.paired import Paired, compare_paired
 
@@ -139,7 +140,8 @@ def change_words(kind: str, variant: str) -> str:
             "all decoder stages" if v == "all" else f"decoder stage {v}"),
         "clip_loss_type": lambda v: f"{v} loss",
         "clip_jitter": lambda v: "positions moved by half their distance",
-        "embed": lambda v: f"{v.rpartition('_')[2]} levels of frequencies"}
+        "embed": lambda v: f"{v.rpartition('_')[2]} frequencies in place of "
+                           f"{EMBEDS[kind].rpartition('_')[2]}"}
     if variant in ("base", "pixels_only"):
         return {"base": "default head", "pixels_only": "pixels only"}[variant]
     changes = REMEDIES.get(variant) or ENCODINGS.get(kind, {}).get(variant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from hnerv_clip.book.markdown import join_words
-from hnerv_clip.book.results import read_json
+from hnerv_clip.book.results import KINDS, change_words, read_json
+from hnerv_clip.study.ablations import PAPER_EPOCHS
 
 FILE = "repeats.json"
 
@@ -79,4 +81,16 @@ def repeat_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _name(row: Any) -> str:
-    return row.run.replace("_", " ")
+    """A run in words: those of the study are called `VIDEO_KIND_VARIANT_sSEED`."""
+    found = re.fullmatch(rf"(.+)_({'|'.join(KINDS)})_(.+)_s(\d+)", row.run)
+    if not found:
+        return row.run
+    video, kind, variant, seed = found.groups()
+    name, _, value = variant.partition("_")
+    if name == "lambda":
+        words = f"λ = {value}"
+    elif name == "warmup":  # in epochs of 300, see `study.plan`
+        words = f"warm-up of {round(int(value) * row.epochs / PAPER_EPOCHS)} epochs"
+    else:
+        words = change_words(kind, variant)
+    return f"{video}, {KINDS[kind]}, {words}, seed {seed}"

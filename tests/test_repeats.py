@@ -96,3 +96,14 @@ def test_a_run_of_the_study_has_the_words_of_other_pages(run, words):
 def test_no_raw_name_of_a_run_is_published():
     names = [row["run"] for row in book.repeat_rows(book.read_repeats("book/results"))]
     assert len(names) > 100 and [name for name in names if "_" in name] == []
+
+
+def test_seeds_of_the_default_setting_are_compared_with_pixels_only():
+    rows = pd.DataFrame([
+        {"run": f"bunny_hybrid_{variant}_s{seed}", "epochs": 300, "psnr_db": [psnr + seed, 0]}
+        for variant, psnr in [("base", 30.0), ("pixels_only", 32.5)] for seed in range(2)])
+    assert book.seed_words({"rows": rows}, "bunny", 300).endswith(
+        "on training frames they reach 30.00 and 31.00 dB, 2.50 and 2.50 dB less than with pixels "
+        "only.")
+    assert book.seed_words({"rows": rows[1:]}, "bunny", 300) == ""
+    assert book.seed_words({"rows": rows}, "bunny", 100) == ""

@@ -80,6 +80,21 @@ def repeat_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
             for row in rows.itertuples()]
 
 
+def seed_words(measured: dict[str, Any], video: str, epochs: int) -> str:
+    """What seeds of the default hybrid network cost after as many epochs; "" for fewer than two."""
+    rows = measured["rows"][measured["rows"].epochs == epochs]
+    psnr = dict(zip(rows.run, rows.psnr_db.str[0]))
+    pairs = [(psnr[run], psnr[alone]) for run in psnr if run.startswith(f"{video}_hybrid_base_s")
+             and (alone := run.replace("_base_", "_pixels_only_")) in psnr]
+    if len(pairs) < 2:
+        return ""
+    own, costs = (join_words([f"{value:.2f}" for value in values]) for values in (
+        [with_head for with_head, _ in pairs], [alone - with_head for with_head, alone in pairs]))
+    return (f"{len(pairs)} seeds of the default setting were trained for {epochs} epochs, too "
+            f"([page 14](14_check_fidelity.ipynb)): on training frames they reach {own} dB, "
+            f"{costs} dB less than with pixels only.")
+
+
 def _name(row: Any) -> str:
     """A run in words: those of the study are called `VIDEO_KIND_VARIANT_sSEED`."""
     found = re.fullmatch(rf"(.+)_({'|'.join(KINDS)})_(.+)_s(\d+)", row.run)

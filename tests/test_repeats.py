@@ -77,3 +77,33 @@ def test_a_page_says_how_many_differ(tmp_path):
         book.repeat_words(measured)
     assert book.repeat_words({**measured, "rows": measured["rows"][:1], "replays": []}) == \
         "1 of 1 runs ended alike, to the last digit"
+
+
+@pytest.mark.parametrize(("run", "words"), [
+    ("bunny_hybrid_pixels_only_s1", "bunny, hybrid, pixels only, seed 1"),
+    ("bikes_pe_base_s0", "bikes, time only, default head, seed 0"),
+    ("bunny_xyt_levels_40_s0", "bunny, position and time, 40 frequencies in place of 80, seed 0"),
+    ("bunny_hybrid_warmup_100_s0", "bunny, hybrid, warm-up of 33 epochs, seed 0"),
+    ("bunny_hybrid_lambda_0.05_s2", "bunny, hybrid, λ = 0.05, seed 2"),
+    ("fidelity, seed 2", "fidelity, seed 2")])
+def test_a_run_of_the_study_has_the_words_of_other_pages(run, words):
+    where = {"commit": "f" * 40, "device": "NVIDIA H100"}
+    rows = pd.DataFrame([{"run": run, "epochs": 100, "same": True, "compared": "figures",
+                          "psnr_db": [30.0, 30.0], "first": where, "second": where}])
+    assert [row["run"] for row in book.repeat_rows({"rows": rows})] == [words]
+
+
+def test_no_raw_name_of_a_run_is_published():
+    names = [row["run"] for row in book.repeat_rows(book.read_repeats("book/results"))]
+    assert len(names) > 100 and [name for name in names if "_" in name] == []
+
+
+def test_seeds_of_the_default_setting_are_compared_with_pixels_only():
+    rows = pd.DataFrame([
+        {"run": f"bunny_hybrid_{variant}_s{seed}", "epochs": 300, "psnr_db": [psnr + seed, 0]}
+        for variant, psnr in [("base", 30.0), ("pixels_only", 32.5)] for seed in range(2)])
+    assert book.seed_words({"rows": rows}, "bunny", 300).endswith(
+        "on training frames they reach 30.00 and 31.00 dB, 2.50 and 2.50 dB less than with pixels "
+        "only.")
+    assert book.seed_words({"rows": rows[1:]}, "bunny", 300) == ""
+    assert book.seed_words({"rows": rows}, "bunny", 100) == ""

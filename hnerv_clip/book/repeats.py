@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from hnerv_clip.book.markdown import join_words
-from hnerv_clip.book.results import read_json
+from hnerv_clip.book.results import KINDS, change_words, read_json
+from hnerv_clip.study.ablations import PAPER_EPOCHS
 
 FILE = "repeats.json"
 
@@ -78,5 +80,32 @@ def repeat_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
             for row in rows.itertuples()]
 
 
+def seed_words(measured: dict[str, Any], video: str, epochs: int) -> str:
+    """What seeds of the default hybrid network cost after as many epochs; "" for fewer than two."""
+    rows = measured["rows"][measured["rows"].epochs == epochs]
+    psnr = dict(zip(rows.run, rows.psnr_db.str[0]))
+    pairs = [(psnr[run], psnr[alone]) for run in psnr if run.startswith(f"{video}_hybrid_base_s")
+             and (alone := run.replace("_base_", "_pixels_only_")) in psnr]
+    if len(pairs) < 2:
+        return ""
+    own, costs = (join_words([f"{value:.2f}" for value in values]) for values in (
+        [with_head for with_head, _ in pairs], [alone - with_head for with_head, alone in pairs]))
+    return (f"{len(pairs)} seeds of the default setting were trained for {epochs} epochs, too "
+            f"([page 14](14_check_fidelity.ipynb)): on training frames they reach {own} dB, "
+            f"{costs} dB less than with pixels only.")
+
+
 def _name(row: Any) -> str:
-    return row.run.replace("_", " ")
+    """A run in words: those of the study are called `VIDEO_KIND_VARIANT_sSEED`."""
+    found = re.fullmatch(rf"(.+)_({'|'.join(KINDS)})_(.+)_s(\d+)", row.run)
+    if not found:
+        return row.run
+    video, kind, variant, seed = found.groups()
+    name, _, value = variant.partition("_")
+    if name == "lambda":
+        words = f"λ = {value}"
+    elif name == "warmup":  # in epochs of 300, see `study.plan`
+        words = f"warm-up of {round(int(value) * row.epochs / PAPER_EPOCHS)} epochs"
+    else:
+        words = change_words(kind, variant)
+    return f"{video}, {KINDS[kind]}, {words}, seed {seed}"

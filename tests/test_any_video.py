@@ -1,6 +1,7 @@
 """Videos of any size, from the command line to the decoded frames; and videos that moved."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -110,6 +111,25 @@ def test_a_run_whose_video_moved_goes_on_from_the_new_place(run, cache_dir, tmp_
     train(config, folder, cache_dir=cache_dir, progress=False)
     assert RunDir(folder).config().video.data_path == str(clip)
     assert main(command) == 0  # the new place is kept
+
+
+def test_encode_refuses_another_video_and_finds_one_that_moved(run, cache_dir, tmp_path, capsys):
+    folder, moved = shutil.copytree(run[0], tmp_path / "run"), tmp_path / "moved.mp4"
+    other = make_clip(tmp_path / "other.mp4", shift=1)
+    shutil.copy(run[1], moved)
+    out = str(tmp_path / "v.hnerv")
+    words = [out, "--work", str(folder), "--cache_dir", str(cache_dir), "--device", "cpu",
+             "--rate_epochs", "0"]
+    assert main(["encode", str(other), *words]) == 1  # also where the training is complete
+    told = capsys.readouterr().err
+    assert f"{other} shows other frames" in told and "--work FOLDER" in told
+    for _ in range(2):  # written, then there
+        assert main(["encode", str(moved), *words]) == 0
+    assert re.findall("is there and complete|PSNR(?=.* over all)", capsys.readouterr().out)[1:] == [
+        "is there and complete", "PSNR"]
+    for wrong in (["--rate", "7"], ["--rate", "nan"], ["--rate_epochs", "-3"]):
+        assert main(["encode", str(moved), *words[:-2], *wrong]) == 2
+        assert f"{wrong[0]} {wrong[1]}: " in capsys.readouterr().err
 
 
 def test_another_video_is_refused(run, cache_dir, tmp_path, capsys):

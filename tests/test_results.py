@@ -10,7 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hnerv_clip.book import BookError, build, clean, judged, markdown, pages, results, scaling
+from hnerv_clip.book import (
+    BookError,
+    build,
+    clean,
+    judged,
+    markdown,
+    pages,
+    results,
+    scaling,
+    trade_off,
+)
 from hnerv_clip.figures.scaling import plot_scaling
 from hnerv_clip.study.plan import ENCODINGS, REMEDIES
 from hnerv_clip.verify.paired import compare_paired
@@ -75,29 +85,29 @@ def test_a_single_seed_is_compared_with_the_run_of_that_seed_alone(runs):
 
 def test_the_weight_near_the_best_is_named_once(runs):
     """Of those within the margin that of the highest PSNR, and whether smaller ones were tried."""
-    rows = results.trade_off(runs, "bunny")
+    rows = trade_off.read_trade_off(runs, "bunny")
     longer = rows.assign(epochs=600)
-    assert results.near_best([rows, longer]) == (
+    assert trade_off.near_best([rows, longer]) == (
         "**At λ = 1, the mean-centered cosine is within 0.01 of the best after 300 epochs (PSNR "
         "-4.00 dB, 1 paired seed) and after 600 epochs (PSNR -4.00 dB, 1 paired seed).** It is "
         "0.550 (best 0.550) and 0.550 (best 0.550).")
     alike = longer.assign(clip_centred_held_out=0.5)
-    text = results.near_best([rows, alike])
+    text = trade_off.near_best([rows, alike])
     assert "1 paired seed); at λ = 0.1, the smallest tried, after 600 epochs (PSNR -1.00" in text
     assert "other settings" not in text
-    assert results.near_best([alike]).endswith("All other settings are within 0.01, too.")
+    assert trade_off.near_best([alike]).endswith("All other settings are within 0.01, too.")
 
 
 def test_the_spread_of_seeds_stands_beside_that_of_settings(runs):
-    rows = results.trade_off(runs, "bunny")
-    text = results.seeds_words(rows)
+    rows = trade_off.read_trade_off(runs, "bunny")
+    text = trade_off.seeds_words(rows)
     assert text.startswith("3 of 4 settings have one seed. The 3 seeds of λ = 0.5 differ by up to "
                            "0.020 in cosine and 0.20 dB in PSNR on held-out frames, all λ of this "
                            "warm-up by up to 0.250 and 3.00 dB. ")
     assert text.endswith("that λ = 0.5 costs PSNR is not: its interval excludes 0.")
     rows["cost_held_out"] = None
-    assert results.seeds_words(rows).endswith("than seeds do may be chance.")
-    assert results.seeds_words(rows[rows.n == 1]).startswith("Each setting has one seed, so ")
+    assert trade_off.seeds_words(rows).endswith("than seeds do may be chance.")
+    assert trade_off.seeds_words(rows[rows.n == 1]).startswith("Each setting has one seed, so ")
 
 
 def test_settings_that_none_beats():
@@ -128,7 +138,7 @@ def test_every_change_has_words():
     words = [results.change_words(kind, variant) for kind in ENCODINGS
              for variant in ["base", *REMEDIES, *ENCODINGS[kind]]]
     assert "65 patches a frame, mean over 0.35 of the height" in words and all(words)
-    assert "read at decoder stage 2" in words and "40 frequencies in place of 80" in words
+    assert "read at decoder stage 2" in words and "40 levels of frequencies" in words
 
 
 def test_missing_and_wrong_results_are_said(tmp_path, runs):
@@ -196,11 +206,10 @@ def test_the_same_settings_on_page_5_are_compared(tmp_path):
     words = results.repeated_words(swept, tmp_path)
     assert "trained 2 of these" in words and "most for b, 28.50 dB there and 29.50 dB here" in words
     assert "at most 0.10 dB for the others" in words
-    assert words.endswith(" Its smallest λ above 0 is 0.1.")
+    assert trade_off.repeated_words(swept, tmp_path) == f"{words} Its smallest λ above 0 is 0.1."
     again["psnr_held_out_db"] = [31.0, 29.5, 20.0]
     again.to_csv(tmp_path / "ablations.csv", index=False)
-    assert "has 2 of these settings: equal figures. Its smallest λ above 0 is 0.1." in \
-        results.repeated_words(swept, tmp_path)
+    assert "has 2 of these settings: equal figures." in results.repeated_words(swept, tmp_path)
     again.head(1).to_csv(tmp_path / "ablations.csv", index=False)
     assert results.repeated_words(swept, tmp_path) == ""
 
@@ -239,8 +248,8 @@ def test_several_gpus_are_summed_up():
                 "backend": "nccl"}
     quality = scaling.answer_words(measured)[1]
     assert ("-6.00 dB with the learning rate ×4, as many steps (4 times the epochs): it fell from "
-            "25.00 dB in the warm-up to 13.00 dB when the cosine term joined, and ended at "
-            "19.00 dB.") in quality
+            "25.00 dB in the warm-up to 13.00 dB when the cosine term joined, and had "
+            "19.00 dB at its last evaluation.") in quality
     assert "is reached by none of these." in quality
     plain = {**measured, "settings": {**measured["settings"], "predict_clip": False}}
     assert "warm-up" not in scaling.answer_words(plain)[1], "without a head there is one task"

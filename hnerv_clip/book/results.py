@@ -19,11 +19,10 @@ import pandas as pd
 from scipy import stats
 
 from hnerv_clip import files
-from hnerv_clip.book.markdown import Markup, interval, join_words
+from hnerv_clip.book.markdown import Markup, interval
 from hnerv_clip.paths import resolve_path
 from hnerv_clip.runs.provenance import commit_words
 from hnerv_clip.study.plan import ENCODINGS, REMEDIES
-from hnerv_clip.study.plan import KINDS as EMBEDS
 from hnerv_clip.study.table import read_study
 from hnerv_clip.verify.paired import Paired, compare_paired
 
@@ -140,8 +139,7 @@ def change_words(kind: str, variant: str) -> str:
             "all decoder stages" if v == "all" else f"decoder stage {v}"),
         "clip_loss_type": lambda v: f"{v} loss",
         "clip_jitter": lambda v: "positions moved by half their distance",
-        "embed": lambda v: f"{v.rpartition('_')[2]} frequencies in place of "
-                           f"{EMBEDS[kind].rpartition('_')[2]}"}
+        "embed": lambda v: f"{v.rpartition('_')[2]} levels of frequencies"}
     if variant in ("base", "pixels_only"):
         return {"base": "default head", "pixels_only": "pixels only"}[variant]
     changes = REMEDIES.get(variant) or ENCODINGS.get(kind, {}).get(variant)
@@ -236,9 +234,9 @@ def trade_off(runs: pd.DataFrame, video: str) -> pd.DataFrame:
     """Base runs of a hybrid network by λ and warm-up.
 
     Returns:
-        clip_loss_weight, pixel_loss_warmup_epochs, is_base_warmup, epochs, n (seeds), setting
-        (words); psnr_PART_db, clip_centred_PART (means over seeds), the same with `_seeds` (lists)
-        and `_mean` (Means); cost_PART: Paired PSNR less that of pixels alone, or None.
+        clip_loss_weight, pixel_loss_warmup_epochs, is_base_warmup, n (seeds), setting (words);
+        psnr_PART_db, clip_centred_PART (means over seeds), the same with `_seeds` (lists) and
+        `_mean` (Means); cost_PART: Paired PSNR less that of pixels alone, or None.
     Raises:
         ResultsError: fewer than two settings.
     """
@@ -252,7 +250,7 @@ def trade_off(runs: pd.DataFrame, video: str) -> pd.DataFrame:
     rows = []
     for (weight, epochs), part in swept.groupby(["clip_loss_weight", "pixel_loss_warmup_epochs"]):
         row = {"clip_loss_weight": weight, "pixel_loss_warmup_epochs": epochs, "n": len(part),
-               "is_base_warmup": epochs == warmup, "epochs": part.epochs.iloc[0],
+               "is_base_warmup": epochs == warmup,
                "setting": f"λ = {weight:g}" + ("" if epochs == warmup
                                                else f", warm-up {epochs:g}")}
         for split in ("train", "held_out"):
@@ -263,52 +261,6 @@ def trade_off(runs: pd.DataFrame, video: str) -> pd.DataFrame:
                 runs, f"psnr_{split}_db", part.variant.iloc[0], "pixels_only")
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def near_best(swept: Iterable[pd.DataFrame], *, margin: float = 0.01) -> Markup:
-    """At which λ the cosine is within `margin` of the best and PSNR highest, in bold; its values.
-
-    Args:
-        swept: tables of `trade_off`, each of other epochs.
-    """
-    where: dict[str, list[str]] = {}
-    values, all_near = [], True
-    for rows in swept:
-        best, weights = rows.clip_centred_held_out.max(), rows.clip_loss_weight
-        near = rows[rows.clip_centred_held_out >= best - margin]
-        found = near.loc[near.psnr_held_out_db.idxmax()]
-        least = found.clip_loss_weight == weights[weights > 0].min()
-        cost = f" (PSNR {found.cost_held_out.words('dB')})" if found.cost_held_out else ""
-        where.setdefault(found.setting + (", the smallest tried" if least else ""), []).append(
-            f"after {found.epochs:g} epochs{cost}")
-        values.append(f"{found.clip_centred_held_out:.3f} (best {best:.3f})")
-        all_near &= len(near) == len(rows)
-    (first, after), *others = where.items()
-    said = [f"At {first}, the mean-centered cosine is within {margin:g} of the best "
-            f"{join_words(after)}", *(f"at {setting}, {join_words(a)}" for setting, a in others)]
-    return Markup(f"**{'; '.join(said)}.** It is {join_words(values)}."
-                  + (f" All other settings are within {margin:g}, too." if all_near else ""))
-
-
-def seeds_words(rows: pd.DataFrame) -> str:
-    """How far seeds of one setting differ, beside the settings: what may be chance.
-
-    Args:
-        rows: of `trade_off`.
-    """
-    most = rows.loc[rows.n.idxmax()]
-    if most.n == 1:
-        return "Each setting has one seed, so the order of neighboring ones may be chance."
-    base = rows[rows.is_base_warmup]
-    cosine, psnr = "clip_centred_held_out", "psnr_held_out_db"
-    sure = most.cost_held_out is not None and most.cost_held_out.outcome == "lower"
-    return (f"{(rows.n == 1).sum()} of {len(rows)} settings have one seed. The {most.n} seeds of "
-            f"{most.setting} differ by up to {np.ptp(most[f'{cosine}_seeds']):.3f} in cosine and "
-            f"{np.ptp(most[f'{psnr}_seeds']):.2f} dB in PSNR on held-out frames, all λ of this "
-            f"warm-up by up to {np.ptp(base[cosine]):.3f} and {np.ptp(base[psnr]):.2f} dB. The "
-            "order of settings that differ no more than seeds do may be chance"
-            + (f"; that {most.setting} costs PSNR is not: its interval excludes 0."
-               if sure else "."))
 
 
 def repeated_words(swept: pd.DataFrame, folder: str | Path, name: str = "ablations.csv") -> str:
@@ -326,18 +278,15 @@ def repeated_words(swept: pd.DataFrame, folder: str | Path, name: str = "ablatio
                         right_on=["clip_loss_weight", "warmup_epochs"], suffixes=("", "_again"))
     if len(pairs) < 2:
         return ""
-    smallest = again.clip_loss_weight[again.clip_loss_weight > 0].min()
-    smallest = f" Its smallest λ above 0 is {smallest:g}."
     change = (pairs.psnr_held_out_db_again - pairs.psnr_held_out_db).abs()
     if change.max() < 0.005:
-        return (f"[Page 5](05_ablations.ipynb) has {len(pairs)} of these settings: equal figures."
-                f"{smallest}")
+        return f"[Page 5](05_ablations.ipynb) has {len(pairs)} of these settings: equal figures."
     most = pairs.loc[change.idxmax()]
     return (f"[Page 5](05_ablations.ipynb) trained {len(pairs)} of these settings, too. "
             f"Held-out PSNR differs most for {most.setting}, "
             f"{most.psnr_held_out_db_again:.2f} dB there and {most.psnr_held_out_db:.2f} dB "
             f"here, and by at most {change.drop(change.idxmax()).max():.2f} dB for the others; one "
-            f"seed each.{smallest}")
+            "seed each.")
 
 
 def pareto_optimal(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import glob
 import os
@@ -30,6 +31,7 @@ from hnerv_clip.files import (
 from hnerv_clip.paths import resolve_path
 
 STORED_NOTE = "stored.json"  # in a run's folder: by file, its digest and what it was stored from
+MOST_RATE = 0.1  # of --rate
 LONG_MINUTES = 20  # of encoding, that a hint follows
 FILMS = (".mp4", ".mkv", ".mov")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
@@ -216,9 +218,13 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
+    # beside another job, threads that wait by spinning take several times as long (34 frames/s
+    # against 11 beside one); to be set before PyTorch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     work = resolve_path(args.work or f"output/encode/{Path(args.file).stem}")
     out = _check_file(args, work)
     check_writable(work)
+    _check_same_video(args, work)
     from hnerv_clip.runs.run_dir import RunDir
     from hnerv_clip.stored.effort import choose_tuning, in_minutes, measure_minutes
     from hnerv_clip.stored.make import prepare_encoding
@@ -226,14 +232,18 @@ def _encode(args: argparse.Namespace) -> None:
 
     config, dataset = prepare_encoding({**args.settings, "data_path": args.video}, work,
                                        cache_dir=args.cache_dir)
+    if RunDir(work).begun:
+        RunDir(work).note_location(config)  # the video may have moved since
     if args.rate_epochs is None:
         args.rate_epochs = choose_tuning(config, dataset.video)
     video, options = dataset.video, config.train
     done = 0
     with contextlib.suppress(RunError):  # not one epoch yet
         done = len(RunDir(work).metrics())
-    minutes = None if out.exists() and not args.force else measure_minutes(  # nothing to fit
-        config, dataset, tuning=args.rate_epochs, done=done)
+    if out.exists() and not args.force:  # complete, by `_check_file`
+        args.outf, args.device = str(work), config.train.device
+        return _write_run(args, out)
+    minutes = measure_minutes(config, dataset, tuning=args.rate_epochs, done=done)
     height, width = video.frame_hw
     print(f"{video.name}: {len(video.frames)} frames of {height}×{width} (height × width) in a "
           f"network of {config.model.modelsize:g} M values: {options.epochs} epochs of training, "
@@ -242,6 +252,7 @@ def _encode(args: argparse.Namespace) -> None:
              if config.model.head == "field" else "")
           + " (--modelsize, --epochs, --rate_epochs, --field_steps and --head change that)"
           + (f"; {done} of {options.epochs} epochs of training are done" if done else "")
+          + (" and fine-tuning starts anew" if done == options.epochs and args.rate_epochs else "")
           + ("" if minutes is None else
              f"; about {in_minutes(minutes)} by the speed of its first steps")
           + (": --resize_list, --frame_stride and fewer epochs make it shorter"
@@ -250,6 +261,28 @@ def _encode(args: argparse.Namespace) -> None:
     train(config, work, cache_dir=args.cache_dir, dataset=dataset, fit=not args.rate_epochs)
     args.outf, args.device = str(work), config.train.device
     _write_run(args, out)
+
+
+def _check_same_video(args: argparse.Namespace, work: Path) -> None:
+    """Refuse another video than the one that the run in a folder was trained on.
+
+    Raises:
+        FileCommandError: the frames differ. ConfigError: the video cannot be read.
+    """
+    from hnerv_clip.dataset import check_same_video
+    from hnerv_clip.runs.run_dir import RunDir
+    from hnerv_clip.video import load_video
+
+    run = RunDir(work)
+    if not run.begun:
+        return
+    given = dataclasses.replace(run.config().video, data_path=args.video)
+    try:
+        check_same_video(run, load_video(given), args.video)
+    except RunError as error:
+        raise FileCommandError(
+            f"{args.video} shows other frames than the video that {work} was trained on "
+            f"({run.recorded_video()['data']}): name a new folder, --work FOLDER") from error
 
 
 def _store(args: argparse.Namespace) -> None:
@@ -263,6 +296,12 @@ def _check_file(args: argparse.Namespace, work: Path) -> Path:
     from hnerv_clip.runs.run_dir import RunDir
 
     # of a run that is not finished the file will be another
+    if args.rate is not None and not 0 <= args.rate <= MOST_RATE:
+        raise ConfigError(f"--rate {args.rate:g}: from 0.0005 (best quality) to 0.02 (smallest) is "
+                          f"useful, and {MOST_RATE:g} the most")
+    if args.rate_epochs is not None and args.rate_epochs < 0:
+        raise ConfigError(f"--rate_epochs {args.rate_epochs}: 0 or more are needed; 0 rounds the "
+                          "weights as they are")
     _check_free(out, args.force or _is_stored(out, work) and RunDir(work).finished)
     return out
 

@@ -605,6 +605,13 @@ def test_a_page_is_aged_only_by_what_its_notebook_uses(tmp_path):
         nbformat.write(clean.clean_page(page, {}), tmp_path / "page.ipynb")
         said = page_facts.changed_since(tmp_path / "page.ipynb", notebook, str(tmp_path))
         assert said.endswith(f"the library changed in {count}"), said
+    (tmp_path / "hnerv_clip/train2.py").unlink()
+    commit("restored")
+    page_facts.git.cache_clear()
+    nbformat.write(page := run_page("import torch"), tmp_path / "04_x.ipynb")
+    page.metadata["hnerv_clip"] = facts
+    nbformat.write(clean.clean_page(page, {}), tmp_path / "page.ipynb")
+    assert page_facts.changed_since(tmp_path / "page.ipynb", notebook, str(tmp_path)) == ""
 
 
 def test_figures_with_pictures_have_dark_paper_and_the_same_pictures(tmp_path):

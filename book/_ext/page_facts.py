@@ -65,8 +65,10 @@ def changed_since(page: Path, notebook: Path, root: str) -> str:
                     for these in (cells, nbformat.read(notebook, as_version=4).cells))
     used = (["hnerv_clip", *(f":(exclude)hnerv_clip/{part}" for part in APART)],
             imported(sources, root))
-    commits = {commit for paths in filter(None, used) for commit in
-               (git(root, "rev-list", f"{executed[1]}..HEAD", "--", *paths) or "").split()}
+    differ = {name for paths in filter(None, used) for name in  # not what was changed and restored
+              (git(root, "diff", "--name-only", executed[1], "HEAD", "--", *paths) or "").split()}
+    commits = (git(root, "rev-list", f"{executed[1]}..HEAD", "--", *sorted(differ)) or ""
+               ).split() if differ else []
     what = ["the notebook's code changed"] if own != sources else []
     what += [f"the library changed in {len(commits)} commit{'s' * (len(commits) > 1)}"] \
         if commits else []

@@ -194,12 +194,12 @@ def goal_rows(measured: dict[str, Any]) -> list[dict[str, str]]:
     timed = pd.concat([measured["rows"], measured["preset"]])
     rows = []
     for goal in measured["goals"].itertuples():
+        what = f"{goal.modelsize:g} M values within {goal.seconds} s"
         if goal.modelsize == 1.5:
-            found = reached(timed, seconds=goal.seconds)
+            found, what = reached(timed, seconds=goal.seconds), f"{what}, the best run"
         else:
             found, = measured["sizes"][measured["sizes"].modelsize == goal.modelsize].psnr_db
-        rows.append((f"{goal.modelsize:g} M values within {goal.seconds} s, the best run",
-                     f"{goal.psnr_db:g} dB", found, "dB", found >= goal.psnr_db))
+        rows.append((what, f"{goal.psnr_db:g} dB", found, "dB", found >= goal.psnr_db))
     alone = held = measured["held_out"].groupby("change").psnr_held_interpolated_db.mean()[BEST]
     what, unit = "every other frame held out, embeddings interpolated", "dB"
     between = measured["between"]

@@ -127,7 +127,7 @@ def _read_runs(measured: dict[str, Any]) -> list[Row]:
 
 
 def _lost_words(run: Row) -> str:
-    """What became of a picture that was best in its pixel phase; or nothing."""
+    """What became of a picture that was best in its warm-up; or nothing."""
     if "lost_db" not in run:
         return ""
     best, joined, last = run["lost_db"]

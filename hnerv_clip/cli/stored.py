@@ -218,8 +218,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    # beside another job, threads that wait by spinning take several times as long (34 frames/s
-    # against 11 beside one); to be set before PyTorch is imported
+    # beside another job, threads that wait by spinning take several times as long; before PyTorch
+    # is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     work = resolve_path(args.work or f"output/encode/{Path(args.file).stem}")
     out = _check_file(args, work)

@@ -93,6 +93,22 @@ def check_same_video(run: RunDir, video: Video, data_path: str) -> None:
             "one in another outf")
 
 
+def check_given_video(run: RunDir, config: Config, video: Video | None = None) -> None:
+    """Raise where a run that has begun was trained on other frames than a configuration's video.
+
+    Without `video` it is decoded only where it lies elsewhere than the run's.
+
+    Args:
+        video: that of the configuration, if it is already decoded.
+    Raises:
+        RunError: see `check_same_video`.
+        ConfigError: the video cannot be read.
+    """
+    data_path = config.video.data_path
+    if run.begun and (video or data_path != run.config().video.data_path):
+        check_same_video(run, video or load_video(config.video), data_path)
+
+
 def prepare_dataset(config: Config, cache_dir: str | Path = "output/cache", *,
                     device: str | torch.device = "auto", progress: bool = True,
                     video: Video | None = None) -> Dataset:

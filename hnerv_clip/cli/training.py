@@ -74,12 +74,16 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
 
 
 def _train(args: argparse.Namespace) -> None:
+    from hnerv_clip.dataset import check_given_video
     from hnerv_clip.launch import follow, launch
     from hnerv_clip.runs.run_dir import RunDir
     from hnerv_clip.train import prepare_run
+    from hnerv_clip.video import load_video
 
-    RunDir.check(args.outf, args.config)  # before the teacher runs
-    config, dataset = prepare_run(args.config, args.cache_dir)
+    run = RunDir.check(args.outf, args.config)  # before the teacher runs
+    video = load_video(args.config.video)
+    check_given_video(run, args.config, video)
+    config, dataset = prepare_run(args.config, args.cache_dir, video)
     jobs = launch(config, args.outf, cache_dir=args.cache_dir, dataset=dataset,
                   **{name: getattr(args, name) for name in LAUNCH})
     follow(jobs)

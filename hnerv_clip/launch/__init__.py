@@ -77,7 +77,7 @@ def launch(
         raised, among many it is kept in `Job.why`.
     Raises:
         LaunchError: the settings don't fit this machine.
-        RunError: a run folder holds another configuration.
+        RunError: a run folder holds another configuration, or another video's run.
     """
     if cluster not in CLUSTERS:
         raise LaunchError(f"cluster={cluster!r} is unknown; use one of {', '.join(CLUSTERS)}")
@@ -95,13 +95,16 @@ def launch(
         raise LaunchError("configs is empty; give a Config or a dict of them")
     named = {outf.name: configs} if single else dict(configs)
     if run is None:
+        from hnerv_clip.dataset import check_given_video
         from hnerv_clip.train import check_run
 
         video = dataset.video if dataset and single else None
         named = {name: check_run(config, video) for name, config in named.items()}
     folders = {name: outf if single else outf / name for name in named}
     for name, config in named.items():  # every folder is checked before any is touched
-        RunDir.check(folders[name], config)
+        found = RunDir.check(folders[name], config)
+        if run is None:  # a run that is finished or under way is not trained, which would check it
+            check_given_video(found, config, video)
     jobs = [Job(name, RunDir.create(folders[name], config).path, config=config,
                 task=Task(config.params(), str(folders[name]), str(resolve_path(cache_dir)), run))
             for name, config in named.items()]

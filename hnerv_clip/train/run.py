@@ -15,6 +15,7 @@ import torch
 from hnerv_clip.config import Config, VideoConfig
 from hnerv_clip.dataset import (
     Dataset,
+    check_given_video,
     check_same_video,
     load_dataset,
     prepare_dataset,
@@ -52,8 +53,8 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
           ) -> TrainResult | None:
     """Train a run to its end, from its last checkpoint where there is one.
 
-    A finished run is returned as it stands. Under `torch.distributed` every rank calls this;
-    each takes its share of every batch, and rank 0 alone writes.
+    A finished run of the same video is returned as it stands. Under `torch.distributed` every rank
+    calls this; each takes its share of every batch, and rank 0 alone writes.
 
     Args:
         run_dir: the run's folder; another configuration's is refused.
@@ -65,14 +66,17 @@ def train(config: Config, run_dir: str | Path, *, cache_dir: str | Path = "outpu
         The run's figures; None on ranks above 0, which may not see rank 0's files yet.
     Raises:
         ConfigError: before any long work, see there.
-        RunError: likewise; or the disk is full or became read-only, the last checkpoint is intact.
+        RunError: likewise, as where the run is of another video; or the disk is full or became
+            read-only, the last checkpoint is intact.
         TrainError: training collapsed, and `on_divergence` or the tries so far forbid another; or
             memory ran out.
     """
     rank, _ = ranks()
     config = resolve_config(config, dataset and dataset.video)
     run = RunDir.create(run_dir, config) if rank == 0 else RunDir(run_dir)
-    if not agree(run.finished):
+    if agree(run.finished):
+        check_given_video(run, config, dataset and dataset.video)
+    else:
         with run.lock() if rank == 0 else nullcontext():
             dataset = dataset or load_dataset(config, cache_dir)
             check_same_video(run, dataset.video, config.video.data_path)

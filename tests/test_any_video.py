@@ -1,6 +1,7 @@
 """Videos of any size, from the command line to the decoded frames; and videos that moved."""
 
 import json
+import os
 import re
 import shutil
 
@@ -13,6 +14,7 @@ from hnerv_clip.cli import main
 from hnerv_clip.config import Config
 from hnerv_clip.dataset import prepare_dataset
 from hnerv_clip.inference import decode_frames, load_run, predict_embeddings
+from hnerv_clip.launch import launch
 from hnerv_clip.paths import match_paths
 from hnerv_clip.readers import VideoFile
 from hnerv_clip.runs.run_dir import RunDir, RunError
@@ -113,7 +115,34 @@ def test_a_run_whose_video_moved_goes_on_from_the_new_place(run, cache_dir, tmp_
     assert main(command) == 0  # the new place is kept
 
 
-def test_encode_refuses_another_video_and_finds_one_that_moved(run, cache_dir, tmp_path, capsys):
+@pytest.mark.parametrize("preset", ["paper", "best", "auto"])
+def test_encode_refuses_a_preset_of_other_settings_at_once(preset, run, cache_dir, tmp_path, capsys,
+                                                           monkeypatch):
+    words = ["encode", str(run[1]), str(tmp_path / "v.hnerv"), "--work", str(run[0]), "--preset",
+             preset, "--cache_dir", str(cache_dir), "--rate_epochs", "0"]
+    if preset == "auto":  # whose every setting is the run's
+        assert main([*words, *QUICK]) == 0
+    monkeypatch.setattr(VideoFile, "read", None)
+    assert main([*words, "--force"]) == 1
+    told, differs = capsys.readouterr().err, {"paper": "crop_list", "best": "optimizer",
+                                              "auto": "epochs"}[preset]
+    assert re.search(rf"another configuration \(.*{differs}: .*--work", told)
+
+
+def test_encode_keeps_how_threads_wait_where_that_is_named(monkeypatch):
+    for given in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.setenv(name, "")  # what is there now is put back after the test
+            monkeypatch.delenv(name)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert main(["encode", "bunny", "no_video.txt"]) == 1
+        assert {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+                if name in os.environ} == (given or {"GOMP_SPINCOUNT": "50000"})
+
+
+def test_encode_refuses_another_video_and_finds_one_that_moved(run, cache_dir, tmp_path, capsys,
+                                                               monkeypatch):
     folder, moved = shutil.copytree(run[0], tmp_path / "run"), tmp_path / "moved.mp4"
     other = make_clip(tmp_path / "other.mp4", shift=1)
     shutil.copy(run[1], moved)
@@ -127,12 +156,26 @@ def test_encode_refuses_another_video_and_finds_one_that_moved(run, cache_dir, t
         assert main(["encode", str(moved), *words]) == 0
     assert re.findall("is there and complete|PSNR(?=.* over all)", capsys.readouterr().out)[1:] == [
         "is there and complete", "PSNR"]
+    with monkeypatch.context() as patch:  # before the video is decoded
+        patch.setattr(VideoFile, "read", None)
+        for other in (["--rate", "0.01", "--rate_epochs", "1"], []):  # [] has the default rate
+            assert main(["encode", str(moved), *words[:-2], *other]) == 1
+            assert f"{out} exists; " in capsys.readouterr().err
     for wrong in (["--rate", "7"], ["--rate", "nan"], ["--rate_epochs", "-3"]):
         assert main(["encode", str(moved), *words[:-2], *wrong]) == 2
         assert f"{wrong[0]} {wrong[1]}: " in capsys.readouterr().err
 
 
-def test_another_video_is_refused(run, cache_dir, tmp_path, capsys):
+def test_a_finished_run_is_returned_whose_video_moved(run, cache_dir, tmp_path, monkeypatch):
+    moved, config = tmp_path / "moved.mp4", RunDir(run[0]).config()
+    shutil.copy(run[1], moved)
+    found = train(config.replace(data_path=str(moved)), run[0], cache_dir=cache_dir)
+    assert found.summary == RunDir(run[0]).summary()
+    monkeypatch.setattr("hnerv_clip.dataset.load_video", None)  # where its path is the run's
+    assert train(config, run[0], cache_dir=cache_dir).summary == found.summary
+
+
+def test_another_video_is_refused(run, cache_dir, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(run[0], tmp_path / "run")
     other = make_clip(tmp_path / "other.mp4", shift=1)
     command = ["evaluate", str(folder), "--cache_dir", str(cache_dir), "--device", "cpu",
@@ -142,9 +185,17 @@ def test_another_video_is_refused(run, cache_dir, tmp_path, capsys):
     assert str(other) in message and str(run[1]) in message and "sha256" in message
     prepared = RunDir(folder).config().replace(data_path=str(other))
     prepare_dataset(prepared, cache_dir, device="cpu", progress=False)
-    (folder / "summary.json").unlink()
-    with pytest.raises(RunError, match="shows other frames"):
-        train(prepared, folder, cache_dir=cache_dir, progress=False)
+    for how in ("finished", "begun"):
+        if how == "begun":
+            (folder / "summary.json").unlink()
+        with pytest.raises(RunError, match="shows other frames"):
+            train(prepared, folder, cache_dir=cache_dir, progress=False)
+        with pytest.raises(RunError, match="shows other frames"):
+            launch(prepared, folder, cache_dir=cache_dir)
+        monkeypatch.setattr("hnerv_clip.dataset.teacher_embeddings", None)  # before the teacher
+        assert main(["train", "--data_path", str(other), "--outf", str(folder), *QUICK,
+                     "--cache_dir", str(cache_dir)]) == 1
+        assert f"{other} shows other frames" in capsys.readouterr().err
     shutil.copy(other, tmp_path / "same.mp4")
     assert RunDir(folder).config().video.data_path == str(run[1])
 

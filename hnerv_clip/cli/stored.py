@@ -19,7 +19,14 @@ from pathlib import Path
 
 import psutil
 
-from hnerv_clip.config import BUNDLED, ConfigError, TeacherConfig, VideoConfig
+from hnerv_clip.config import (
+    BUNDLED,
+    PRESETS,
+    Config,
+    ConfigError,
+    TeacherConfig,
+    VideoConfig,
+)
 from hnerv_clip.files import (
     RunError,
     check_free,
@@ -34,8 +41,8 @@ STORED_NOTE = "stored.json"  # in a run's folder: by file, its digest and what i
 MOST_RATE = 0.1  # of --rate
 LONG_MINUTES = 20  # of encoding, that a hint follows
 FILMS = (".mp4", ".mkv", ".mov")
-PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
-           "veryslow")  # of x264
+X264_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
+                "veryslow")
 
 
 class FileCommandError(RuntimeError):
@@ -57,7 +64,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.Argume
     decode.add_argument("out", metavar="OUT", help="NAME.mp4, NAME.mkv, or a folder for PNG files")
     decode.add_argument("--frames", default="", metavar="A:B", help="frames A to B−1 only")
     decode.add_argument("--crf", type=int, default=16, help="x264's quality, lower is better (16)")
-    decode.add_argument("--preset", default=PRESETS[2], choices=PRESETS, help=
+    decode.add_argument("--preset", default=X264_PRESETS[2], choices=X264_PRESETS, help=
                         "x264's, the faster the larger the file (veryfast)")
     embed.add_argument("--box", required=True, metavar="X0,Y0,X1,Y1", help="pixels of the picture")
     embed.add_argument("--time", type=float, required=True, metavar="S", help="seconds")
@@ -218,12 +225,14 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    # beside another job, threads that wait by spinning take several times as long; before PyTorch
-    # is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # 60 epochs on 2 cores take 28 s by default and so, 38 s with OMP_WAIT_POLICY=PASSIVE; beside
+    # another training over 150 s by default, 64 s so, 47 s PASSIVE. Before PyTorch is imported
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     work = resolve_path(args.work or f"output/encode/{Path(args.file).stem}")
     out = _check_file(args, work)
     check_writable(work)
+    _check_preset(args, work)
     _check_same_video(args, work)
     from hnerv_clip.runs.run_dir import RunDir
     from hnerv_clip.stored.effort import choose_tuning, in_minutes, measure_minutes
@@ -261,6 +270,25 @@ def _encode(args: argparse.Namespace) -> None:
     train(config, work, cache_dir=args.cache_dir, dataset=dataset, fit=not args.rate_epochs)
     args.outf, args.device = str(work), config.train.device
     _write_run(args, out)
+
+
+def _check_preset(args: argparse.Namespace, work: Path) -> None:
+    """Refuse a preset of other settings than those of the run in a folder; other settings are
+    compared by `prepare_encoding`.
+
+    Raises:
+        RunError: some differ.
+    """
+    from hnerv_clip.runs.run_dir import RunDir
+
+    run = RunDir(work)
+    if "preset" not in args.settings or not run.begun:
+        return
+    from hnerv_clip.stored.make import encode_settings
+
+    asked = {"teacher": run.config().teacher.teacher,  # it may be the one without CLIP's weights
+             **PRESETS[args.settings["preset"]], **args.settings, "data_path": args.video}
+    RunDir.check(work, Config.from_params(**encode_settings(asked, work)))
 
 
 def _check_same_video(args: argparse.Namespace, work: Path) -> None:
@@ -302,7 +330,7 @@ def _check_file(args: argparse.Namespace, work: Path) -> Path:
     if args.rate_epochs is not None and args.rate_epochs < 0:
         raise ConfigError(f"--rate_epochs {args.rate_epochs}: 0 or more are needed; 0 rounds the "
                           "weights as they are")
-    _check_free(out, args.force or _is_stored(out, work) and RunDir(work).finished)
+    _check_free(out, args.force or _is_stored(out, work, _way(args)) and RunDir(work).finished)
     return out
 
 
@@ -312,15 +340,14 @@ def _write_run(args: argparse.Namespace, out: Path) -> None:
     from hnerv_clip.runs.run_dir import FIELD, RunDir
     from hnerv_clip.stored.make import store_run
 
-    run, rate = RunDir(args.outf), args.rate if args.rate_epochs else None
-    storing = {"checkpoint": run.checkpoint_digest(), "rate": rate}
-    # fine-tuned, it has another field than the run's
-    storing |= {"field": run.checkpoint_digest(FIELD)} if rate is None else {
-        "rate_epochs": args.rate_epochs}
+    run, way = RunDir(args.outf), _way(args)
+    storing = {"checkpoint": run.checkpoint_digest(), **way}
+    if way["rate"] is None:  # fine-tuned, it has another field than the run's
+        storing["field"] = run.checkpoint_digest(FIELD)
 
     def write(path: Path) -> None:
-        store_run(args.outf, path, rate=rate, epochs=args.rate_epochs, cache_dir=args.cache_dir,
-                  device=args.device)
+        store_run(args.outf, path, rate=way["rate"], epochs=args.rate_epochs,
+                  cache_dir=args.cache_dir, device=args.device)
         with contextlib.suppress(RunError):  # a read-only run is stored all the same
             write_json(run.path / STORED_NOTE, _notes(run.path) | {
                 str(out): {**storing, "sha256": file_digest(path)}})
@@ -341,13 +368,21 @@ def _notes(work: Path) -> dict[str, dict]:
     return {}
 
 
-def _is_stored(out: Path, work: Path, storing: dict | None = None) -> bool:
+def _way(args: argparse.Namespace) -> dict[str, float | None]:
+    """How a file is stored, as far as it is known before epochs are chosen for the video."""
+    if args.rate is None or args.rate_epochs == 0:
+        return {"rate": None}
+    return {"rate": args.rate} | ({} if args.rate_epochs is None else
+                                  {"rate_epochs": args.rate_epochs})
+
+
+def _is_stored(out: Path, work: Path, storing: dict) -> bool:
     """Whether a file is, to the byte, what the run in `work` was last stored as there, and in this
-    way if one is given."""
+    way."""
     note = _notes(work).get(str(out))
     if not isinstance(note, dict) or not out.is_file():
         return False
-    return note == (storing or note) | {"sha256": file_digest(out)}
+    return note.items() >= (storing | {"sha256": file_digest(out)}).items()
 
 
 def describe_quality(path: Path, options: VideoConfig, *, device: str) -> str:

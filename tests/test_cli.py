@@ -132,7 +132,12 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     again, table = (tmp_path / "main/verification.json").stat(), str(tmp_path / "tables/study.csv")
     assert cli.main(["verify", outf, *cache, "--table", table]) == 0
     assert (tmp_path / "main/verification.json").stat().st_mtime_ns == again.st_mtime_ns
-    assert "Is it better than the nearest training frame?" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert max(map(len, told.partition("\nvideo ")[2].splitlines())) <= max(80, len(table))
+    assert "video bunny, kind hybrid, source interpolated, runs 1\n" in told
+    assert re.search(r"\nIs it better than the nearest training frame\? +CANNOT TELL\n    its "
+                     r"error is .*; net wins: too few\s+frames for a\s+test \(2 frames\)\n", told)
+    assert "nan" not in told
     assert pd.read_csv(table).when.tolist() == ["cannot tell"]  # of 2 held-out frames
     Path(table).write_text("of another")
     assert cli.main(["verify", outf, *cache, "--table", table]) == 1

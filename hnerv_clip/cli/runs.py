@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from hnerv_clip.field.query import Field
     from hnerv_clip.inference import Run
+
+LINE, INDENT = 78, " " * 4  # of answers
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -136,11 +139,25 @@ def _verify(args: argparse.Namespace) -> None:
     if args.table:
         study = join_runs(verified, by=tuple(args.by))
         print(f"\n{study.teacher_label}")
-        print(study_words(study).T.to_string(header=False))
+        _show_answers(study_words(study))
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, lambda file: file.write(study.table.to_csv(index=False).encode()))
             print(args.table)
+
+
+def _show_answers(table: pd.DataFrame) -> None:
+    """Print `pool.study_words`: of each group of runs a line for each question, evidence below."""
+    if table.empty:
+        print("no answers: no run holds frames out")
+        return
+    keys = list(table.columns[:table.columns.get_loc("question")])
+    for values, rows in table.groupby(keys, sort=False, dropna=False):
+        print("\n" + ", ".join(f"{key} {value}" for key, value in zip(keys, values)))
+        for row in rows.itertuples():
+            print(f"{row.question:<52}{row.answer.upper()}")
+            print(textwrap.fill(f"{row.evidence} ({row.frames} frames)", LINE,
+                                initial_indent=INDENT, subsequent_indent=INDENT))
 
 
 def _fit_head(args: argparse.Namespace) -> None:

@@ -125,12 +125,13 @@ def answer_words(answer: Answer) -> str:
     what = "correlation of changes" if answer.test in KNOWS else "net wins"
     if answer.test == "where":
         what += " beyond other positions"
-    interval = f" [{answer.low:.2f}, {answer.high:.2f}], {p_words(answer.p_holm)}" \
-        if np.isfinite(answer.p) else ", too few frames for a test"
+    found = f" {answer.estimate:.2f}" if np.isfinite(answer.estimate) else ""
+    found += f" [{answer.low:.2f}, {answer.high:.2f}], {p_words(answer.p_holm)}" \
+        if np.isfinite(answer.p) else ": too few frames for a test"
     ratio = f"its error is {answer.error_ratio:.2f} times the baseline's; " \
         if np.isfinite(answer.error_ratio) else ""
     same = "; equal within the margin" if answer.equivalent else ""
-    return f"{ratio}{what} {answer.estimate:.2f}{interval}{same}"
+    return f"{ratio}{what}{found}{same}"
 
 
 TESTS = {"when": "correlation of changes",

@@ -27,9 +27,9 @@ DISTINGUISHED = 2.0  # standard score (`search.maps.match_scores`) that tells a 
 def match_words(text: str, best: float) -> str:
     """Whether a text has a match in a video, by the standard score of its best hit."""
     if best >= DISTINGUISHED:
-        return f"“{text}”: best match {best:.1f}"
-    return (f"“{text}” has no match in this video: its best place has {best:z.1f}, and only from "
-            f"{DISTINGUISHED:g} on is a text distinguished from others")
+        return f"“{text}”: best match with a standard score of {best:.1f}"
+    return (f"“{text}” has no match in this video: its best place has a standard score of "
+            f"{best:z.1f}, and only from {DISTINGUISHED:g} on is a text distinguished from others")
 
 
 def similarity_band(similarity: float) -> tuple[str, str]:

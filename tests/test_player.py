@@ -529,8 +529,9 @@ def test_search_takes_a_file(path, capsys):
     assert main(["search", str(path), "hare; moped", "--top_k", "2"]) == 0
     shown = capsys.readouterr().out
     assert "hare  (bundled & small)" in shown and "moped" in shown and "time_s" in shown
-    assert len(re.findall(r"^“(hare|moped)”(: best match| has no match in this video: its best "
-                          r"place has) -?\d\.\d", shown, re.MULTILINE)) == 2
+    assert len(re.findall(r"^“(hare|moped)”(: best match with| has no match in this video: its "
+                          r"best place has) a standard score of -?\d\.\d", shown,
+                          re.MULTILINE)) == 2
     assert main(["search", str(path), "--top_k", "2", "hare", "moped"]) == 0
     assert capsys.readouterr().out == shown
     with pytest.raises(SystemExit):
@@ -539,9 +540,10 @@ def test_search_takes_a_file(path, capsys):
 
 
 def test_a_text_without_a_match_is_called_so():
-    assert match_words("hare", DISTINGUISHED) == "“hare”: best match 2.0"
-    assert match_words("teapot", 1.4).startswith("“teapot” has no match in this video: its best "
-                                                 "place has 1.4, and only from 2 on")
+    assert match_words("hare", DISTINGUISHED) == "“hare”: best match with a standard score of 2.0"
+    assert match_words("teapot", 1.4).startswith(
+        "“teapot” has no match in this video: its best place has a standard score of 1.4, and only "
+        "from 2 on")
 
 
 def test_commands_refuse_what_is_no_file(tmp_path, capsys):

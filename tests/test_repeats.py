@@ -82,7 +82,7 @@ def test_a_page_says_how_many_differ(tmp_path):
 @pytest.mark.parametrize(("run", "words"), [
     ("bunny_hybrid_pixels_only_s1", "bunny, hybrid, pixels only, seed 1"),
     ("bikes_pe_base_s0", "bikes, time only, default head, seed 0"),
-    ("bunny_xyt_levels_40_s0", "bunny, position and time, 40 levels of frequencies, seed 0"),
+    ("bunny_xyt_levels_40_s0", "bunny, position and time, 40 frequencies, seed 0"),
     ("bunny_hybrid_warmup_100_s0", "bunny, hybrid, warm-up of 33 epochs, seed 0"),
     ("bunny_hybrid_lambda_0.05_s2", "bunny, hybrid, λ = 0.05, seed 2"),
     ("fidelity, seed 2", "fidelity, seed 2")])

@@ -124,7 +124,7 @@ def evidence_rows(judged: Judged, video: str) -> list[Row]:
         rows.append({"question": QUESTIONS[question][0], "answer": Markup(f"**{row.answer}**"),
                      "evidence": answer_words(Answer(**values)) + (
                          " (over the mean per position)" if row.test == "position" else ""),
-                     "frames (independent)":
+                     "frames (effective sample size)":
                      f"{row.frames}" + ("" if np.isnan(row.effective_size) else
                                         f" ({row.effective_size:.0f})")})
     return rows

@@ -139,7 +139,7 @@ def change_words(kind: str, variant: str) -> str:
             "all decoder stages" if v == "all" else f"decoder stage {v}"),
         "clip_loss_type": lambda v: f"{v} loss",
         "clip_jitter": lambda v: "positions moved by half their distance",
-        "embed": lambda v: f"{v.rpartition('_')[2]} levels of frequencies"}
+        "embed": lambda v: f"{v.rpartition('_')[2]} frequencies"}
     if variant in ("base", "pixels_only"):
         return {"base": "default head", "pixels_only": "pixels only"}[variant]
     changes = REMEDIES.get(variant) or ENCODINGS.get(kind, {}).get(variant)

@@ -126,7 +126,8 @@ def plot_judged(answers: pd.DataFrame, teacher_label: str) -> Figure:
             left = row.estimate < 0
             panel.text(row.high + 0.08 if left else row.low - 0.08, place, row.answer, va="center",
                        ha="left" if left else "right", fontsize=9)
-        panel.set(title=f"{video}, {own.frames.iloc[0]} frames", xlabel="net wins, or score")
+        panel.set(title=f"{video}, {own.frames.iloc[0]} frames",
+                  xlabel="net wins,\nor correlation of changes")
     name_rows(axes[0, 0], [QUESTIONS[name][0] for name in questions])
     frames = " and ".join(str(n) for n in answers.groupby("video", sort=False).frames.first())
     return caption(figure, _words(_answer_caption(frames), teacher_label))

@@ -138,8 +138,9 @@ def _smallest_weight(rows: pd.DataFrame) -> list[str]:
     best = tried.clip_centred_held_out.max()
     row = tried[tried.clip_centred_held_out >= best - NEAR_BEST].nsmallest(
         1, "clip_loss_weight").iloc[0]
-    words = (f"The smallest λ within {NEAR_BEST:g} of the best mean-centered cosine on held-out "
-             f"frames is {row.clip_loss_weight:g}, with a PSNR of {row.psnr_held_out_db:.2f} dB")
+    words = (f"Of those tried here, the smallest λ within {NEAR_BEST:g} of the best mean-centered "
+             f"cosine on held-out frames is {row.clip_loss_weight:g}, with a PSNR of "
+             f"{row.psnr_held_out_db:.2f} dB")
     if "pixels_only" in rows.index:
         words += f" against {rows.psnr_held_out_db['pixels_only']:.2f} dB with pixels only"
     return [words + "."]

@@ -330,7 +330,7 @@ def _check_file(args: argparse.Namespace, work: Path) -> Path:
     if args.rate_epochs is not None and args.rate_epochs < 0:
         raise ConfigError(f"--rate_epochs {args.rate_epochs}: 0 or more are needed; 0 rounds the "
                           "weights as they are")
-    _check_free(out, args.force or _is_stored(out, work, _way(args)) and RunDir(work).finished)
+    _check_free(out, args.force or _is_stored(out, work, _storing(args)) and RunDir(work).finished)
     return out
 
 
@@ -340,13 +340,13 @@ def _write_run(args: argparse.Namespace, out: Path) -> None:
     from hnerv_clip.runs.run_dir import FIELD, RunDir
     from hnerv_clip.stored.make import store_run
 
-    run, way = RunDir(args.outf), _way(args)
+    run, way = RunDir(args.outf), _storing(args)
     storing = {"checkpoint": run.checkpoint_digest(), **way}
-    if way["rate"] is None:  # fine-tuned, it has another field than the run's
+    if storing["rate"] is None:  # fine-tuned, it has another field than the run's
         storing["field"] = run.checkpoint_digest(FIELD)
 
     def write(path: Path) -> None:
-        store_run(args.outf, path, rate=way["rate"], epochs=args.rate_epochs,
+        store_run(args.outf, path, rate=storing["rate"], epochs=args.rate_epochs,
                   cache_dir=args.cache_dir, device=args.device)
         with contextlib.suppress(RunError):  # a read-only run is stored all the same
             write_json(run.path / STORED_NOTE, _notes(run.path) | {
@@ -368,7 +368,7 @@ def _notes(work: Path) -> dict[str, dict]:
     return {}
 
 
-def _way(args: argparse.Namespace) -> dict[str, float | None]:
+def _storing(args: argparse.Namespace) -> dict[str, float | None]:
     """How a file is stored, as far as it is known before epochs are chosen for the video."""
     if args.rate is None or args.rate_epochs == 0:
         return {"rate": None}

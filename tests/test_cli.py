@@ -84,8 +84,11 @@ def test_every_setting_of_a_wrong_kind_is_refused_in_words():
 def test_an_unknown_setting_is_refused_with_the_known_ones(capsys, tmp_path):
     assert cli.main(["train", "--outf", str(tmp_path / "x"), "--epoch", "3"]) == 2
     error = capsys.readouterr().err
-    assert "'epoch'. Did you mean 'epochs'?" in error and "clip_loss_weight" in error
+    assert error == ("error: unknown parameter 'epoch' (did you mean epochs?): the command "
+                     "`hnerv-clip settings` lists all\n")
     assert not (tmp_path / "x").exists()
+    with pytest.raises(ConfigError, match=r"'epoch' \(did you mean epochs\?\), 'xyzzy': the"):
+        Config().replace(epoch=3, xyzzy=1)
 
 
 def test_settings_lists_every_parameter(capsys):

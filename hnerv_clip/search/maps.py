@@ -12,6 +12,7 @@ from hnerv_clip.metrics import check_pair
 from hnerv_clip.model import HNeRV
 from hnerv_clip.patches import PatchGrid, linear_weights
 from hnerv_clip.search.rank import check_query
+from hnerv_clip.search.rank import match_scores as match_scores  # notebooks: maps.match_scores
 
 if TYPE_CHECKING:
     import pandas as pd  # a quarter of a second: imported where a table is made
@@ -50,35 +51,6 @@ def map_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, *, points: 
         "kind": np.repeat(["predicted", "teacher"], count),
         "frame": np.tile(np.repeat(kept, patches), 2),
         "patch": np.tile(np.arange(patches), 2 * len(kept)), "x": places[:, 0], "y": places[:, 1]})
-
-
-def match_scores(query: npt.ArrayLike, references: npt.ArrayLike, embeddings: npt.ArrayLike
-                 ) -> np.ndarray:
-    """How far embeddings answer a query rather than others: a standard score, comparable between
-    queries.
-
-    The cosine of an embedding with the query, less its mean cosine with N references, over the
-    standard deviation of those. References of a text are names of many things
-    (`teachers.reference_vectors`): at 0 the text fits as well as any name, and what no text fits is
-    bright for none of them.
-
-    Args:
-        query: [D].
-        references: [N, D] unit vectors, at least 2 that differ.
-        embeddings: [..., D] unit vectors.
-    Returns:
-        float32 [...].
-    Raises:
-        ValueError: a bad query, or too few references.
-    """
-    embeddings = np.asarray(embeddings, dtype=np.float32)
-    references = np.asarray(references, dtype=np.float32)
-    if references.ndim != 2 or len(references) < 2:
-        raise ValueError(f"references have shape {references.shape}; give [N, D], at least 2")
-    others = embeddings @ references.T  # [..., N]
-    spread = others.std(axis=-1)
-    return ((embeddings @ check_query(query, references.shape[1]) - others.mean(axis=-1))
-            / np.maximum(spread, 1e-6)).astype(np.float32)
 
 
 def spread_scores(scores: npt.ArrayLike, grid: PatchGrid, *, stride: int = 8) -> np.ndarray:

@@ -21,14 +21,14 @@ GAP_BANDS = (
     (0.05, "Medium gap", "acceptable, some overfitting"),
     (-np.inf, "Small gap", "good generalization"),
 )
-DISTINGUISHED = 2.0  # standard score (`search.maps.match_scores`) that tells a text from others
+DISTINGUISHED = 2.0  # standard score (`search.rank.match_scores`) that tells a text from others
 
 
-def match_words(text: str, best: float) -> str:
+def match_words(text: str, best: float, *, where: str = "this video") -> str:
     """Whether a text has a match in a video, by the standard score of its best hit."""
     if best >= DISTINGUISHED:
         return f"“{text}”: best match with a standard score of {best:.1f}"
-    return (f"“{text}” has no match in this video: its best place has a standard score of "
+    return (f"“{text}” has no match in {where}: its best place has a standard score of "
             f"{best:z.1f}, and only from {DISTINGUISHED:g} on is a text distinguished from others")
 
 

@@ -84,8 +84,11 @@ def test_every_setting_of_a_wrong_kind_is_refused_in_words():
 def test_an_unknown_setting_is_refused_with_the_known_ones(capsys, tmp_path):
     assert cli.main(["train", "--outf", str(tmp_path / "x"), "--epoch", "3"]) == 2
     error = capsys.readouterr().err
-    assert "'epoch'. Did you mean 'epochs'?" in error and "clip_loss_weight" in error
+    assert error == ("error: unknown parameter 'epoch' (did you mean epochs?): the command "
+                     "`hnerv-clip settings` lists all\n")
     assert not (tmp_path / "x").exists()
+    with pytest.raises(ConfigError, match=r"'epoch' \(did you mean epochs\?\), 'xyzzy': the"):
+        Config().replace(epoch=3, xyzzy=1)
 
 
 def test_settings_lists_every_parameter(capsys):
@@ -156,12 +159,15 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     assert cli.main(["search", outf, "hare", "wood rabbit", "--top_k", "2", *cache]) == 0
     found = capsys.readouterr().out
     assert found.count("not CLIP); embeddings: interpolated") == 2 and "wood rabbit" in found
+    judged = r"^“(hare|wood rabbit)”(: best match| has no match in this video: its best place has)"
+    assert len(re.findall(judged, found, re.M)) == 2
     index = str(tmp_path / "index")
     assert cli.main(["index", index, outf, *cache]) == 0
     assert "bunny" in (told := capsys.readouterr().out) and "96 patches" in told
     assert cli.main(["search", index, "hare;wood rabbit", "--top_k", "2"]) == 0
     inside = capsys.readouterr().out
     assert inside.count("not CLIP); 96 patches") == 2 and inside.count("bunny") == 4
+    assert re.findall(r"^“.*", inside, re.M) == re.findall(r"^“.*", found, re.M)
     assert cli.main(["search", index, "hare", ""]) == 1
     assert "empty query" in capsys.readouterr().err
     monkeypatch.setattr(sentences, "_folder", lambda: None)  # whether it is installed or not
@@ -171,6 +177,7 @@ def test_train_evaluate_verify_search(small_config, small_dataset, cache_dir, tm
     monkeypatch.setattr(efficientnet, "class_mixture", lambda _: (
         torch.eye(1000)[imagenet_classes("hare")], torch.ones(1)))
     monkeypatch.setattr(sentences, "explain_mixture", lambda text: "hare 0.50")
+    monkeypatch.setattr(sentences, "is_understood", lambda text: True)
     for where in (outf, index):
         assert cli.main(["search", where, "a rabbit in love", "suit", "--top_k", "2", *cache]) == 0
         told = capsys.readouterr().out

@@ -36,7 +36,7 @@ from hnerv_clip.explore.video import (
 from hnerv_clip.explore.widget import FOLDER, Explorer, enlarged_error, explore
 from hnerv_clip.runs.run_dir import RunError
 from hnerv_clip.search.boxes import around_positions
-from hnerv_clip.search.maps import match_scores
+from hnerv_clip.search.rank import match_scores
 from hnerv_clip.teachers import boxes as boxes_module
 from hnerv_clip.teachers import sentences
 from hnerv_clip.teachers.boxes import embed_boxes
@@ -427,6 +427,18 @@ def test_errors_are_told_with_their_fix(explorer, trained_run, pixel_run, cache_
     assert "fit-head" in silent.problem and silent.shown == 2
     with pytest.raises(RunError):
         open_video(trained_run / "nothing", cache_dir=cache_dir)
+
+
+def test_a_film_is_told_how_to_become_what_is_explored(tmp_path):
+    film = tmp_path / "kitchen.mp4"
+    film.write_bytes(b"\0\0\0 ftypisom")
+    said = rf"{film} is a video, not a run .* hnerv-clip encode {film} kitchen\.hnerv"
+    with pytest.raises(FileError, match=said):
+        open_video(film)
+    with pytest.raises(FileError, match=said):
+        explore(film, cache_dir=tmp_path).get_ready()
+    with pytest.raises(FileError, match="cannot read .*gone.mp4: No such file"):
+        open_video(tmp_path / "gone.mp4")
 
 
 def test_a_file_alone_is_searched_and_says_what_its_error_needs(trained_run, tmp_path):

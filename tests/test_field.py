@@ -1,5 +1,6 @@
 """The semantic field: its parts against plain computations, its fit, its questions, bad input."""
 
+import re
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -509,7 +510,8 @@ def test_the_command_line_fits_and_searches(run, field, cache_dir, capsys, monke
     assert "any box" in capsys.readouterr().out
     assert load_field(run).head.config.rank == 4
     assert cli.main(["search", outf, "hare", "--top_k", "2", *rest]) == 0
-    assert "time_s" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "time_s" in told and re.search("^“hare”(: best| has no) match.* -?[0-9]", told, re.M)
     box = ["--box", "0,0,40,40", "--time"]
     assert cli.main(["search", outf, *box, "0.12", *rest]) == 0
     assert "like box 0,0,40,40 at 0.12 s" in capsys.readouterr().out

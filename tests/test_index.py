@@ -44,6 +44,17 @@ def test_saved_and_loaded_it_finds_the_same(tmp_path):
     assert loaded.search(query, 5).equals(index.search(query, 5)) and loaded.teacher == "t"
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_vectors_of_hits_are_given(tmp_path, exact):
+    videos = {"first": drifting(1, 40, 8, 32)[0], "other": drifting(1, 30, 5, 32, seed=1)[0]}
+    build_index(videos, teacher="t", exact=exact).save(tmp_path)
+    index = load_index(tmp_path)
+    hits = index.search(videos["other"][3, 2], 5)
+    own = [videos[hit.video][hit.frame, hit.patch] for hit in hits.itertuples()]
+    np.testing.assert_allclose(index.embeddings(hits), own, atol=1e-6 if exact else 0.02)
+    assert hits.video[0] == "other"
+
+
 def test_cells_find_nearly_all_that_is_near():
     videos = {f"v{number}": video for number, video in enumerate(drifting(40, 50, 8, 32))}
     exact, cells = (build_index(videos, teacher="t", exact=exact) for exact in (True, False))

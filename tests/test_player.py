@@ -22,10 +22,11 @@ from hnerv_clip.cli.stored import describe_quality, parse_frames
 from hnerv_clip.codec import FileError, encode_video
 from hnerv_clip.codec.video import About
 from hnerv_clip.config import Config, ConfigError, VideoConfig
+from hnerv_clip.explore.video import open_video
 from hnerv_clip.labels import DISTINGUISHED, match_words
 from hnerv_clip.model import build_model
 from hnerv_clip.runs.run_dir import RunDir
-from hnerv_clip.search.maps import match_scores
+from hnerv_clip.search.rank import match_scores
 from hnerv_clip.stored.video import StoredVideo
 from hnerv_clip.teachers import reference_vectors, sentences
 from hnerv_clip.video import load_video
@@ -102,6 +103,58 @@ def test_embedding_of_a_box(video):
             video.embed(box, 0)
 
 
+@pytest.mark.parametrize("box", [(1, 2, 3), None, 7, "1234", (0, 0, "a", 9), ((0, 0), (9, 9)),
+                                 (0, None, 9, 9)])
+def test_what_is_no_box_is_refused_with_the_rule(video, with_field, box):
+    asked = (video.embed, hnerv_clip.open(with_field[0]).search_region,
+             lambda box, time_s: open_video(with_field[0]).similar(0, box))
+    for ask in asked:
+        with pytest.raises(ConfigError, match="must be four numbers x0, y0, x1, y1 in pixels"):
+            ask(box, 0)
+
+
+def test_a_box_and_a_frame_may_be_numbers_of_numpy(video):
+    box = np.array([30, 10, 50, 30])
+    np.testing.assert_array_equal(video.embed(box, np.float32(0.1)),
+                                  video.embed((30, 10, 50, 30), float(np.float32(0.1))))
+    for kind in (np.int64, np.uint8):
+        np.testing.assert_array_equal(video[kind(2)], video[2])
+    np.testing.assert_array_equal(video[np.int64(-1)], video[5])
+
+
+@pytest.mark.parametrize("index", [1.5, "a", None, (1, 2)])
+def test_what_is_no_frame_is_refused_with_the_rule(video, index):
+    with pytest.raises(TypeError, match=r"a frame's number is an integer; write video\[10\]"):
+        video[index]
+
+
+def test_a_time_is_a_number(video):
+    for time_s in (None, "1"):
+        with pytest.raises(ConfigError, match=f"time {time_s!r} must be a number of seconds"):
+            video.embed((30, 10, 50, 30), time_s)
+
+
+def test_psnr_takes_frames_in_both_layouts(video):
+    frames = video[:].copy()
+    frames[2] += 1 - 2 * (frames[2] > 127).astype(np.uint8)  # one level away from each
+    first = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
+    frames.flags.writeable = False
+    wanted = video.psnr(torch.from_numpy(first))
+    assert (wanted[[0, 1, 3, 4, 5]] > 99).all()
+    assert wanted[2] == pytest.approx(20 * np.log10(255), abs=1e-3)
+    flipped = np.ascontiguousarray(frames[:, :, ::-1])[:, :, ::-1]  # of negative strides
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given in (frames, flipped, first, torch.from_numpy(frames.copy())):
+            torch.testing.assert_close(video.psnr(given), wanted)
+    for given, said in ((frames / 255, "ndarray of float64"), (list(frames), "frames are a list"),
+                        (torch.from_numpy(first).float(), "Tensor of torch.float32")):
+        with pytest.raises(TypeError, match=f"{said}; give a uint8 tensor or array"):
+            video.psnr(given)
+    with pytest.raises(ValueError, match=r"\(5, 37, 70, 3\) are not the \(6, 3, 37, 70\) or "):
+        video.psnr(frames[:5])
+
+
 def test_a_box_unlike_the_patches_of_the_original_head_is_a_guess(video, with_field):
     with pytest.warns(UserWarning, match="box 10, 30, 10, 10 .*like none of them.*--head field"):
         video.embed((30, 10, 40, 20), 0.1)
@@ -113,12 +166,19 @@ def test_a_box_unlike_the_patches_of_the_original_head_is_a_guess(video, with_fi
 
 def test_a_text_that_is_no_class_is_told_as_what_it_was_taken(path, monkeypatch, capsys):
     monkeypatch.setattr(sentences, "explain_mixture", lambda text: "hare 0.50, Angora 0.04")
+    monkeypatch.setattr(sentences, "is_understood", lambda text: True)
     monkeypatch.setattr(StoredVideo, "search", lambda *a, **k: pd.DataFrame({
         "rank": [1], "match": [2.5]}))
     assert main(["search", str(path), "a grey bunny", "Hare"]) == 0
     told = capsys.readouterr().out
     assert "a grey bunny  (taken as hare 0.50, Angora 0.04 by a sentence encoder, not CLIP)" in told
     assert told.count("taken as") == 1
+    monkeypatch.setattr(sentences, "is_understood", lambda text: False)
+    assert main(["search", str(path), "xqzt blorp"]) == 0
+    told = capsys.readouterr().out
+    assert "xqzt blorp  (not understood: no class of ImageNet is near it, so the hits mean " \
+           "little; taken as hare 0.50" in told
+    assert "best match" not in told
 
 
 def test_a_frame_reads_only_what_it_needs(path, monkeypatch):
@@ -551,6 +611,12 @@ def test_commands_refuse_what_is_no_file(tmp_path, capsys):
     for command in (["info"], ["embed", "--box", "0,0,1,1", "--time", "0"]):
         assert main([command[0], str(tmp_path / "no.hnerv"), *command[1:]]) == 1
         assert "encode it again" in capsys.readouterr().err
+    film = tmp_path / "kitchen.MP4"
+    film.write_bytes(b"\0\0\0 ftypisom")
+    for command in (["info"], ["search", "hare"], ["decode", str(tmp_path / "frames")]):
+        assert main([command[0], str(film), *command[1:]]) == 1
+        assert f"{film} is a video, not a run or a stored one: store it first, hnerv-clip encode " \
+               f"{film} kitchen.hnerv" in capsys.readouterr().err
     for command in (["info"], ["search", "hare"]):
         assert main([command[0], str(tmp_path / "none.hnerv"), *command[1:]]) == 1
         assert "cannot read" in capsys.readouterr().err

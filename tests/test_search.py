@@ -245,11 +245,11 @@ def test_map_keeps_neighbours_together():
 def test_a_match_is_a_standard_score_among_names():
     names, embeddings = unit_vectors((50, 16)), unit_vectors((3, 2, 16), 1)
     others = embeddings @ names.T
-    found = maps.match_scores(5 * names[7], names, embeddings)
+    found = search.match_scores(5 * names[7], names, embeddings)
     expected = (others[..., 7] - others.mean(-1)) / others.std(-1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     with pytest.raises(ValueError, match="at least 2"):
-        maps.match_scores(names[7], names[:1], embeddings)
+        search.match_scores(names[7], names[:1], embeddings)
 
 
 def test_a_map_of_matches_is_that_of_the_dense_embeddings(trained_run, cache_dir):
@@ -259,7 +259,7 @@ def test_a_map_of_matches_is_that_of_the_dense_embeddings(trained_run, cache_dir
         dense = run.model.clip_map(stages, stride=16).permute(0, 2, 3, 1).numpy()
     query, names = unit_vectors((1280,), 3), unit_vectors((40, 1280), 4)
     found = maps.match_map(run.model, stages, query, names, stride=16)
-    np.testing.assert_allclose(found, maps.match_scores(query, names, dense), atol=1e-3)
+    np.testing.assert_allclose(found, search.match_scores(query, names, dense), atol=1e-3)
 
 
 def test_strips_and_map_name_the_teacher():

@@ -13,7 +13,7 @@ from hnerv_clip import cli, inference, teachers
 from hnerv_clip.inference import load_run, predict_embeddings
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.search import cache
-from hnerv_clip.search.cache import encode_cached, predict_patches
+from hnerv_clip.search.cache import encode_cached, predict_patches, references_cached
 
 
 def test_predictions_are_cached_and_bound_to_the_checkpoint(trained_copy, cache_dir, monkeypatch):
@@ -39,12 +39,13 @@ def test_predictions_are_cached_and_bound_to_the_checkpoint(trained_copy, cache_
     assert np.abs(other - own).max() > 0.01  # stale ones are not read
 
 
-@pytest.mark.parametrize("name", ["embeddings.npz", "queries.npz"])
+@pytest.mark.parametrize("name", ["embeddings.npz", "queries.npz", "references.npz"])
 def test_a_damaged_file_is_made_anew(trained_copy, cache_dir, name):
     def ask():
         config = RunDir(trained_copy).config()
         return [predict_patches(trained_copy, cache_dir=cache_dir, device="cpu").embeddings,
-                encode_cached(["hare"], config.teacher, trained_copy, device="cpu")]
+                encode_cached(["hare"], config.teacher, trained_copy, device="cpu"),
+                references_cached(config.teacher, trained_copy, device="cpu")]
 
     expected, path = ask(), trained_copy / name
     whole = path.read_bytes()

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hnerv_clip.cli.stored import box_words, parse_box, reading, search_file
+from hnerv_clip.cli.stored import box_words, hits_title, parse_box, search_file, show_hits
 from hnerv_clip.config import ConfigError
 from hnerv_clip.files import RunError, check_writable, write_atomic
 from hnerv_clip.paths import match_paths, resolve_path
@@ -218,8 +218,8 @@ def _index(args: argparse.Namespace) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     from hnerv_clip.runs.run_dir import FIELD, RunDir
-    from hnerv_clip.search.cache import encode_cached, predict_patches
-    from hnerv_clip.search.rank import rank_patches
+    from hnerv_clip.search.cache import encode_cached, predict_patches, references_cached
+    from hnerv_clip.search.rank import match_scores, rank_patches
     from hnerv_clip.teachers.text import parse_queries
 
     if not args.queries and not args.box:
@@ -245,13 +245,15 @@ def _search(args: argparse.Namespace) -> None:
     path, = match_paths(args.data_path, 1)
     predicted = predict_patches(run.path, cache_dir=args.cache_dir, device=args.device,
                                 data_path=path)
+    names = references_cached(config.teacher, run.path, device=args.device)
     for query, vector in zip(queries, texts):
         hits = rank_patches(vector, predicted.embeddings, args.top_k, apart=args.apart)
         hits["time_s"] = predicted.times_s[hits.frame]
         for i, side in enumerate(("top", "left", "height", "width")):
             hits[side] = predicted.boxes[hits.patch.to_numpy(), i]
-        _show_hits(f"{query}{reading(query, config.teacher)}  ({predicted.teacher_label}; "
-                   f"embeddings: {predicted.source})", hits)
+        hits["match"] = match_scores(vector, names, predicted.embeddings[hits.frame, hits.patch])
+        label = f"{predicted.teacher_label}; embeddings: {predicted.source}"
+        show_hits(hits_title(query, config.teacher, label, hits), hits)
 
 
 def _search_field(args: argparse.Namespace, queries: list[str],
@@ -261,44 +263,45 @@ def _search_field(args: argparse.Namespace, queries: list[str],
     from hnerv_clip.field.query import load_field
     from hnerv_clip.inference import sources_of
     from hnerv_clip.search.boxes import search_boxes
-    from hnerv_clip.search.cache import encode_cached
-    from hnerv_clip.stored.video import check_box, check_time
+    from hnerv_clip.search.cache import encode_cached, references_cached
+    from hnerv_clip.search.rank import match_scores
+    from hnerv_clip.stored.checks import check_box, check_time
 
     run = _load_run(args)
     source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
-    field = load_field(run, source=source)
-    asked: list = []
+    field, teacher = load_field(run, source=source), run.config.teacher
+    label, times = f"{run.dataset.teacher_label}; embeddings: {source}", run.dataset.video.times_s
+    top_k, apart, folder = args.top_k, args.apart, run.run_dir.path
+    texts = encode_cached(queries, teacher, folder, device=args.device) if queries else []
+    names = references_cached(teacher, folder, device=args.device) if queries else None
     if box:
-        times = run.dataset.video.times_s
-        check_box(box, run.model.frame_hw)
+        x0, y0, x1, y1 = check_box(box, run.model.frame_hw)
         check_time(args.time, times)
-        x0, y0, x1, y1 = box
         near = (float(np.interp(args.time, times, range(len(times)))), (y0, x0, y1 - y0, x1 - x0))
-        asked.append((box_words(box, args.time), field.embed(*near), near))
-    if queries:
-        texts = encode_cached(queries, run.config.teacher, run.run_dir.path, device=args.device)
-        asked += [(query + reading(query, run.config.teacher), vector, None)
-                  for query, vector in zip(queries, texts)]
-    for words, vector, near in asked:
-        hits = search_boxes(field, vector, args.top_k, apart=args.apart, not_near=near)
-        hits["time_s"] = run.dataset.video.times_s[hits.frame.to_numpy()]
-        _show_hits(f"{words}  ({run.dataset.teacher_label}; embeddings: {source})", hits)
+        hits = search_boxes(field, field.embed(*near), top_k, apart=apart, not_near=near)
+        hits["time_s"] = times[hits.frame.to_numpy()]
+        show_hits(f"{box_words(box, args.time)}  ({label})", hits)
+    for query, vector in zip(queries, texts):
+        hits = search_boxes(field, vector, top_k, apart=apart)
+        hits["time_s"] = times[hits.frame.to_numpy()]
+        hits["match"] = match_scores(vector, names, np.stack([
+            field.embed(hit.frame, (hit.top, hit.left, hit.height, hit.width)).numpy()
+            for hit in hits.itertuples()]))
+        show_hits(hits_title(query, teacher, label, hits), hits)
 
 
 def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
-    from hnerv_clip.search.cache import encode_cached
+    from hnerv_clip.search.cache import encode_cached, references_cached
     from hnerv_clip.search.index import load_index
+    from hnerv_clip.search.rank import match_scores
 
-    index = load_index(args.outf)
-    texts = encode_cached(queries, index.teacher_config(), resolve_path(args.outf),
-                        device=args.device)
+    index, folder = load_index(args.outf), resolve_path(args.outf)
+    teacher, label = index.teacher_config(), f"{index.label}; {len(index)} patches"
+    where = "this video" if len(index.videos) == 1 else f"these {len(index.videos)} videos"
+    texts = encode_cached(queries, teacher, folder, device=args.device)
+    names = references_cached(teacher, folder, device=args.device)
     for query, vector in zip(queries, texts):
         hits = index.search(vector, args.top_k, apart=args.apart)
         hits["time_s"] = index.times_of(hits)
-        _show_hits(f"{query}{reading(query, index.teacher_config())}  ({index.label}; "
-                   f"{len(index)} patches)", hits)
-
-
-def _show_hits(title: str, hits: pd.DataFrame) -> None:
-    print(title)
-    print(hits.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
+        hits["match"] = match_scores(vector, names, index.embeddings(hits))
+        show_hits(hits_title(query, teacher, label, hits, where=where), hits)

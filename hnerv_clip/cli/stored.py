@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -36,6 +37,9 @@ from hnerv_clip.files import (
     write_json,
 )
 from hnerv_clip.paths import resolve_path
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STORED_NOTE = "stored.json"  # in a run's folder: by file, its digest and what it was stored from
 MOST_RATE = 0.1  # of --rate
@@ -181,35 +185,57 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
         ConfigError: a box of a file without a field, a box or a time outside the video.
     """
     from hnerv_clip import open as open_video
-    from hnerv_clip.labels import match_words
 
-    video = open_video(path, device=device)
-    label = video.header.meta["teacher"]["label"] or video.header.config.teacher.teacher
-    found = {}
+    video, found = open_video(path, device=device), []
+    teacher = video.header.config.teacher
+    label = video.header.meta["teacher"]["label"] or teacher.teacher
     if box is not None:
-        found[f"{box_words(box, time_s)}  ({label})"] = video.search_region(box, time_s, top_k,
-                                                                            apart=apart)
+        found.append((f"{box_words(box, time_s)}  ({label})",
+                      video.search_region(box, time_s, top_k, apart=apart)))
     for query in queries:
         hits = video.search(query, top_k, apart=apart, weights=weights, match=True)
-        found[f"{query}{reading(query, video.header.config.teacher)}  ({label})\n"
-              f"{match_words(query, hits.match.max())}"] = hits
-    for words, table in found.items():
-        print(words)
-        print(table.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
+        found.append((hits_title(query, teacher, label, hits), hits))
+    for words, hits in found:
+        show_hits(words, hits)
 
 
-def reading(query: str, teacher: TeacherConfig) -> str:
-    """What the bundled teacher takes a text for that is no class of ImageNet's."""
+def hits_title(query: str, teacher: TeacherConfig, label: str, hits: pd.DataFrame, *,
+               where: str = "this video") -> str:
+    """A text as the teacher takes it, and whether it has a match, above its hits.
+
+    Args:
+        hits: with their `match`.
+    """
+    from hnerv_clip.labels import match_words
+
+    taken, understood = _reading(query, teacher)
+    return f"{query}{taken}  ({label})" + (
+        f"\n{match_words(query, hits.match.max(), where=where)}" if understood else "")
+
+
+def show_hits(title: str, hits: pd.DataFrame) -> None:
+    """Print the hits of one search."""
+    print(title)
+    print(hits.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
+
+
+def _reading(query: str, teacher: TeacherConfig) -> tuple[str, bool]:
+    """What the bundled teacher takes a text for that is no class of ImageNet's, and whether that
+    means anything."""
     from hnerv_clip.teachers.imagenet import imagenet_names
 
     if teacher.teacher != BUNDLED or " ".join(query.lower().split()) in imagenet_names():
-        return ""
-    from hnerv_clip.teachers.sentences import explain_mixture  # torch, which a name need not load
+        return "", True
+    from hnerv_clip.teachers import sentences  # torch, which a name need not load
 
     try:
-        return f"  (taken as {explain_mixture(query)} by a sentence encoder, not CLIP)"
+        taken = f"taken as {sentences.explain_mixture(query)} by a sentence encoder, not CLIP"
+        if sentences.is_understood(query):
+            return f"  ({taken})", True
+        return ("  (not understood: no class of ImageNet is near it, so the hits mean little; "
+                f"{taken})"), False
     except ConfigError:  # it is not installed here: an earlier search kept the text's vector
-        return ""
+        return "", True
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -225,8 +251,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    # 60 epochs on 2 cores take 28 s by default and so, 38 s with OMP_WAIT_POLICY=PASSIVE; beside
-    # another training over 150 s by default, 64 s so, 47 s PASSIVE. Before PyTorch is imported
+    # 80 epochs on two cores take 28 s with and without this, 38 s with OMP_WAIT_POLICY=PASSIVE;
+    # beside another training 64 s with it, over 150 s without. Before PyTorch is imported
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     work = resolve_path(args.work or f"output/encode/{Path(args.file).stem}")
@@ -340,8 +366,8 @@ def _write_run(args: argparse.Namespace, out: Path) -> None:
     from hnerv_clip.runs.run_dir import FIELD, RunDir
     from hnerv_clip.stored.make import store_run
 
-    run, way = RunDir(args.outf), _storing(args)
-    storing = {"checkpoint": run.checkpoint_digest(), **way}
+    run = RunDir(args.outf)
+    storing = {"checkpoint": run.checkpoint_digest(), **_storing(args)}
     if storing["rate"] is None:  # fine-tuned, it has another field than the run's
         storing["field"] = run.checkpoint_digest(FIELD)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import struct
 import zlib
 from collections.abc import Iterable
@@ -123,8 +124,7 @@ def read_header(path: str | Path) -> Header:
             if len(start) < START.size and start[:8] == MAGIC:
                 raise _broken(path, "it ends in its first bytes")
             if start[:8] != MAGIC:
-                raise FileError(f"{path} is no HNeRV-CLIP video: it does not begin as one does; "
-                                "give a .hnerv file that hnerv-clip encode wrote")
+                raise _foreign(path)
             _, packed_size, text_size, wanted = START.unpack(start)
             if not 0 < packed_size <= size_bytes - START.size - END_SIZE or \
                     not 0 < text_size <= HEADER_LIMIT:
@@ -186,6 +186,19 @@ def unreadable(path: str | Path, error: OSError) -> FileError:
     fix = "; give a .hnerv file that hnerv-clip encode wrote" * isinstance(
         error, FileNotFoundError)
     return FileError(f"cannot read {path}: {error.strerror or error}{fix}")
+
+
+def _foreign(path: str | Path) -> FileError:
+    """The error of a file that is none of ours; of a film, with the command that stores it."""
+    from hnerv_clip.readers import VIDEO_SUFFIXES  # with PyAV, which a stored video does without
+
+    path = Path(path)
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        stored = shlex.join(["hnerv-clip", "encode", str(path), f"{path.stem}.hnerv"])
+        return FileError(f"{path} is a video, not a run or a stored one: store it first, {stored}, "
+                         "then give the .hnerv file")
+    return FileError(f"{path} is no HNeRV-CLIP video: it does not begin as one does; give a .hnerv "
+                     "file that hnerv-clip encode wrote")
 
 
 def _broken(path: str | Path, why: str) -> FileError:

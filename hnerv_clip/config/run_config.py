@@ -66,12 +66,11 @@ class Config:
         params = {**PRESETS[preset], **params}
         unknown = sorted(set(params) - set(param_names()))
         if unknown:
-            near = difflib.get_close_matches(unknown[0], param_names(), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"unknown parameter {', '.join(map(repr, unknown))}.{hint} "
-                f"Known ones: {', '.join(param_names())}"
-            )
+            near = {name: difflib.get_close_matches(name, param_names(), n=1) for name in unknown}
+            hints = [f"{name!r}" + (f" (did you mean {close[0]}?)" if close else "")
+                     for name, close in near.items()]
+            raise ConfigError(f"unknown parameter {', '.join(hints)}: the command `hnerv-clip "
+                              "settings` lists all")
         chosen = frozenset(name for name in AUTO_NAMES if params.get(name, AUTO) in (AUTO, (AUTO,)))
         if "crop_list" in chosen:
             bunny = params.get("data_path", VideoConfig.data_path) == "bunny"

@@ -25,11 +25,13 @@ from hnerv_clip.field.query import Field, has_field, load_field, missing_field_f
 from hnerv_clip.metrics import psnr
 from hnerv_clip.patches import PatchGrid, make_grid
 from hnerv_clip.paths import resolve_path
+from hnerv_clip.readers import VIDEO_SUFFIXES
 from hnerv_clip.runs.provenance import commit_words
 from hnerv_clip.runs.run_dir import VIDEO, RunDir
 from hnerv_clip.search.boxes import around_positions, search_boxes
-from hnerv_clip.search.maps import match_scores, spread_scores
-from hnerv_clip.search.rank import rank_patches, similar_patches
+from hnerv_clip.search.maps import spread_scores
+from hnerv_clip.search.rank import match_scores, rank_patches, similar_patches
+from hnerv_clip.stored.checks import box_corners
 from hnerv_clip.teachers.base import Teacher, describe_teacher
 from hnerv_clip.teachers.text import encode_queries, reference_vectors
 from hnerv_clip.video import CREDITS, find_source, has_source, load_video
@@ -294,7 +296,8 @@ class ExploredVideo:
         return int((centres - torch.tensor([float(y), float(x)])).square().sum(1).argmin())
 
     def _patch_at(self, box):
-        return self._nearest((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        x0, y0, x1, y1 = box_corners(box)
+        return self._nearest((x0 + x1) / 2, (y0 + y1) / 2)
 
     def _corners(self, patch):
         top, left, height, width = self.grid.boxes.numpy()[np.asarray(patch)].T
@@ -312,12 +315,13 @@ def open_video(path: str | Path, *, original: str = "", cache_dir: str | Path = 
             was cropped, so one of another shape is not refused, see `shape_warning`.
         cache_dir: of a run, the teacher's embeddings.
     Raises:
-        RunError: no run there. FileError: no such file, or a damaged one.
+        RunError: no run there. FileError: no such file, another one, or a damaged one.
         ConfigError: no such original. Once it is loaded: an original of other times than the
             file's, or of a run another video, or no embeddings of the teacher.
     """
-    if resolve_path(path).suffix == ".hnerv":
-        return _from_file(resolve_path(path), original, device)
+    file = resolve_path(path)
+    if file.is_file() or file.suffix.lower() in {".hnerv", *VIDEO_SUFFIXES}:
+        return _from_file(file, original, device)
     return _from_run(path, original, cache_dir, device)
 
 
@@ -485,7 +489,7 @@ def _like(data_path: str, size: tuple[int, int], *, frame_limit: int = 0) -> Vid
 
 
 def _top_left(box):
-    x0, y0, x1, y1 = (float(value) for value in box)
+    x0, y0, x1, y1 = box_corners(box)
     return y0, x0, y1 - y0, x1 - x0
 
 

@@ -1,6 +1,6 @@
 """A heat map as a picture to lay over a frame, in one color scale everywhere.
 
-A heat map holds standard scores, see `search.maps.match_scores`. Below the range it is clear, so
+A heat map holds standard scores, see `search.rank.match_scores`. Below the range it is clear, so
 that noise has no bright spot; frames lie gray beneath, so that color means heat alone.
 """
 

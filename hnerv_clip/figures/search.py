@@ -151,7 +151,7 @@ def plot_strips(scores: dict, teacher_label: str, *, reference: dict | None = No
     """When each query is answered, and where: a strip a query, frames across, positions down.
 
     Args:
-        scores: {query: [T, P]}, as `search.match_scores` gives them from predicted embeddings.
+        scores: {query: [T, P]}, as `search.rank.match_scores` gives them from predicted embeddings.
         teacher_label: the teacher in words, for the caption.
         reference: the same from the teacher's own embeddings, shown at the right.
         what: the kind of score, for the caption.

@@ -2,9 +2,10 @@
 
     embeddings.npz   the predicted embeddings, [T, P, D] float32, with the patches' boxes
     queries.npz      the vectors of texts, [K, D] float32
+    references.npz   those of the names that they are compared with, [N, D] float32
 
 Each holds a key of all that it was made from (the checkpoint's digest, the settings), so what is
-stale is made anew. With both, a search loads no network, no teacher and no torch.
+stale is made anew. With all, a search loads no network, no teacher and no torch.
 """
 
 from __future__ import annotations
@@ -118,6 +119,18 @@ def encode_cached(queries: Sequence[str], config: TeacherConfig, folder: Path, *
     check_distinct(queries, asked, config.clip_model if config.teacher == "clip" else
                    config.teacher)
     return asked
+
+
+def references_cached(config: TeacherConfig, folder: Path, *, device: str = "auto") -> np.ndarray:
+    """What a text's score is compared with, `teachers.reference_vectors`: [N, D], likewise."""
+    path, key = folder / "references.npz", make_key(FORMAT, _teacher_key(config))
+    arrays, _ = read_arrays(path, key)
+    if "vectors" not in arrays:
+        from hnerv_clip.teachers import load_teacher, reference_vectors
+
+        arrays = {"vectors": reference_vectors(load_teacher(config, device))}
+        write_arrays(path, key, {}, **arrays)
+    return arrays["vectors"]
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -104,6 +104,18 @@ class PatchIndex:
                              "frame": inside // patches, "patch": inside % patches,
                              "score": scores})
 
+    def embeddings(self, found: pd.DataFrame) -> np.ndarray:
+        """The vectors of a table of `search`, float32 [K, D]; to a byte per value beyond `EXACT`.
+        """
+        counts = (self.videos.frames * self.videos.patches).to_numpy()
+        first = dict(zip(self.videos.video, counts.cumsum() - counts))
+        patches = self.videos.set_index("video").patches
+        if hasattr(self.faiss_index, "make_direct_map"):  # of cells, where each vector lies
+            self.faiss_index.make_direct_map()
+        return np.stack([self.faiss_index.reconstruct(int(
+            first[hit.video] + hit.frame * patches[hit.video] + hit.patch))
+            for hit in found.itertuples()])
+
     def times_of(self, found: pd.DataFrame) -> list[float]:
         """When the frames of a table of `search` are shown, in seconds."""
         fps = self.videos.set_index("video").get("fps", {})  # all that the first format knew

@@ -52,35 +52,6 @@ def map_embeddings(predicted: npt.ArrayLike, teacher: npt.ArrayLike, *, points: 
         "patch": np.tile(np.arange(patches), 2 * len(kept)), "x": places[:, 0], "y": places[:, 1]})
 
 
-def match_scores(query: npt.ArrayLike, references: npt.ArrayLike, embeddings: npt.ArrayLike
-                 ) -> np.ndarray:
-    """How far embeddings answer a query rather than others: a standard score, comparable between
-    queries.
-
-    The cosine of an embedding with the query, less its mean cosine with N references, over the
-    standard deviation of those. References of a text are names of many things
-    (`teachers.reference_vectors`): at 0 the text fits as well as any name, and what no text fits is
-    bright for none of them.
-
-    Args:
-        query: [D].
-        references: [N, D] unit vectors, at least 2 that differ.
-        embeddings: [..., D] unit vectors.
-    Returns:
-        float32 [...].
-    Raises:
-        ValueError: a bad query, or too few references.
-    """
-    embeddings = np.asarray(embeddings, dtype=np.float32)
-    references = np.asarray(references, dtype=np.float32)
-    if references.ndim != 2 or len(references) < 2:
-        raise ValueError(f"references have shape {references.shape}; give [N, D], at least 2")
-    others = embeddings @ references.T  # [..., N]
-    spread = others.std(axis=-1)
-    return ((embeddings @ check_query(query, references.shape[1]) - others.mean(axis=-1))
-            / np.maximum(spread, 1e-6)).astype(np.float32)
-
-
 def spread_scores(scores: npt.ArrayLike, grid: PatchGrid, *, stride: int = 8) -> np.ndarray:
     """Scores of patches laid over the frame: bilinear between their centres, constant beyond.
 
@@ -142,11 +113,11 @@ def score_map(model: HNeRV, stages: list[torch.Tensor], vectors: npt.ArrayLike, 
 
 def match_map(model: HNeRV, stages: list[torch.Tensor], query: npt.ArrayLike,
               references: npt.ArrayLike, *, stride: int = 8) -> np.ndarray:
-    """`match_scores` of a query with what the CLIP head answers everywhere: [B, h, w] float32.
+    """`rank.match_scores` of a query with what the CLIP head answers everywhere: [B, h, w] float32.
 
     Args:
         model, stages, stride: as for `score_map`.
-        query, references: as for `match_scores`.
+        query, references: as for `rank.match_scores`.
     """
     query = check_query(query, model.config.clip_dim)
     references = np.asarray(references, np.float32)

@@ -91,6 +91,35 @@ def score_patches(query: npt.ArrayLike, embeddings: npt.ArrayLike) -> np.ndarray
     return embeddings @ check_query(query, embeddings.shape[-1])
 
 
+def match_scores(query: npt.ArrayLike, references: npt.ArrayLike, embeddings: npt.ArrayLike
+                 ) -> np.ndarray:
+    """How far embeddings answer a query rather than others: a standard score, comparable between
+    queries.
+
+    The cosine of an embedding with the query, less its mean cosine with N references, over the
+    standard deviation of those. References of a text are names of many things
+    (`teachers.reference_vectors`): at 0 the text fits as well as any name, and what no text fits is
+    bright for none of them.
+
+    Args:
+        query: [D].
+        references: [N, D] unit vectors, at least 2 that differ.
+        embeddings: [..., D] unit vectors.
+    Returns:
+        float32 [...].
+    Raises:
+        ValueError: a bad query, or too few references.
+    """
+    embeddings = np.asarray(embeddings, dtype=np.float32)
+    references = np.asarray(references, dtype=np.float32)
+    if references.ndim != 2 or len(references) < 2:
+        raise ValueError(f"references have shape {references.shape}; give [N, D], at least 2")
+    others = embeddings @ references.T  # [..., N]
+    spread = others.std(axis=-1)
+    return ((embeddings @ check_query(query, references.shape[1]) - others.mean(axis=-1))
+            / np.maximum(spread, 1e-6)).astype(np.float32)
+
+
 def relevancy(query: npt.ArrayLike, neutral: npt.ArrayLike, embeddings: npt.ArrayLike, *,
               scale: float = 10.0) -> np.ndarray:
     """How far patches answer a query rather than any of some neutral phrases: [T, P] in (0, 1).

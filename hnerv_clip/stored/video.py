@@ -10,6 +10,7 @@ import base64
 import bisect
 import html
 import io
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from hnerv_clip.config import ConfigError
 from hnerv_clip.devices import fetch
 from hnerv_clip.metrics import psnr
 from hnerv_clip.patches import PatchGrid, make_grid
+from hnerv_clip.stored.checks import check_box, check_time
 from hnerv_clip.stored.half import HalfDecoder
 
 if TYPE_CHECKING:
@@ -105,9 +107,15 @@ class StoredVideo(Sequence):
             for i, frame in enumerate(self.frames(chosen)):
                 frames[i] = frame
             return frames
+        try:
+            index = operator.index(index)
+        except TypeError:
+            raise TypeError(f"video[{index!r}]: a frame's number is an integer; write video[10] or "
+                            "video[10:20], and for a time in seconds video[video.frame_at(1.5)]"
+                            ) from None
         if not -len(self) <= index < len(self):
             raise IndexError(f"frame {index} of a video of {len(self)} frames")
-        return next(iter(self.frames([int(index) % len(self)])))
+        return next(iter(self.frames([index % len(self)])))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.frames(range(len(self)))
@@ -125,22 +133,36 @@ class StoredVideo(Sequence):
         for start in range(0, len(chosen), at_once):
             yield self._draw(chosen[start:start + at_once], half=half)
 
-    def psnr(self, frames: torch.Tensor) -> torch.Tensor:
+    def psnr(self, frames: torch.Tensor | np.ndarray) -> torch.Tensor:
         """How well the video's own frames are kept, in dB: float32 [T].
 
         Args:
-            frames: uint8 [T, 3, H, W], all frames of what was stored.
+            frames: all frames of what was stored, uint8 [T, H, W, 3] as `video[:]` gives them, or
+                [T, 3, H, W]; a tensor or an array.
         Raises:
+            TypeError: no uint8 tensor or array.
             ValueError: other frames than this video's.
         """
-        if frames.shape != (len(self), 3, *self.size):
-            raise ValueError(f"{tuple(frames.shape)} are not the {(len(self), 3, *self.size)} of "
-                             f"{self.path}")
+        kind = getattr(frames, "dtype", None)
+        if not isinstance(frames, (torch.Tensor, np.ndarray)) or kind not in (torch.uint8,
+                                                                              np.uint8):
+            given = type(frames).__name__ + (f" of {kind}" if kind is not None else "")
+            raise TypeError(f"frames are a {given}; give a uint8 tensor or array, values 0 to 255")
+        last, first = (len(self), *self.size, 3), (len(self), 3, *self.size)
+        if tuple(frames.shape) not in (last, first):
+            raise ValueError(f"{tuple(frames.shape)} are not the {first} or {last} of {self.path}")
         chosen = range(len(self))
         at_once = BATCH[self.device.type]
-        return torch.cat([psnr(drawn / 255, frames[start:start + at_once].to(self.device) / 255)
-                          for start, drawn in zip(chosen[::at_once], self.batches(chosen),
-                                                  strict=True)]).cpu()
+
+        def own(start):
+            batch = frames[start:start + at_once]
+            if isinstance(batch, np.ndarray):  # a copy: an array may be read-only, or reversed
+                batch = torch.from_numpy(np.array(batch, order="C"))
+            batch = batch if tuple(frames.shape) == first else batch.permute(0, 3, 1, 2)
+            return batch.to(self.device) / 255
+
+        return torch.cat([psnr(drawn / 255, own(start)) for start, drawn in zip(
+            chosen[::at_once], self.batches(chosen), strict=True)]).cpu()
 
     @cached_property
     def half(self) -> bool:
@@ -222,8 +244,7 @@ class StoredVideo(Sequence):
         Raises:
             ConfigError: a box or a time outside the video, or a file without a head.
         """
-        check_box(box, self.size)
-        x0, y0, x1, y1 = map(float, box)
+        x0, y0, x1, y1 = check_box(box, self.size)
         frame = self.frame_at(time_s)
         if self.has_field:
             after = min(frame + 1, len(self) - 1)
@@ -313,15 +334,14 @@ class StoredVideo(Sequence):
             weights: the teacher's weights, a file or `local-dir:FOLDER`; by default those that
                 the file names.
             match: also how far each hit answers the text rather than other names, a standard
-                score (`search.maps.match_scores`); with CLIP that takes seconds.
+                score (`search.rank.match_scores`); with CLIP that takes seconds.
         Returns:
             rank, frame, time_s, x0, y0, x1, y1 (pixels), score (cosine), and match if asked for.
         Raises:
             ValueError: no text or an empty one, or weights that are not those of the file.
             ConfigError: no head, or no weights.
         """
-        from hnerv_clip.search.maps import match_scores
-        from hnerv_clip.search.rank import rank_patches
+        from hnerv_clip.search.rank import match_scores, rank_patches
         from hnerv_clip.teachers import encode_queries, reference_vectors
 
         if not isinstance(text, str):
@@ -360,7 +380,7 @@ class StoredVideo(Sequence):
         Raises:
             ConfigError: a box or a time outside the video, or a file without a field.
         """
-        x0, y0, x1, y1 = box
+        x0, y0, x1, y1 = check_box(box, self.size)
         _ = self.field  # or says that there is none, before the original head answers
         return self._search_field(self.embed(box, time_s), top_k, apart=apart, not_near=(
             self.frame_at(time_s), (y0, x0, y1 - y0, x1 - x0)))
@@ -420,33 +440,6 @@ class StoredVideo(Sequence):
     def __repr__(self) -> str:
         height, width = self.size
         return f"<StoredVideo {self.name!r}: {len(self)} frames of {width}×{height}>"
-
-
-def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
-    """Refuse a box (x0, y0, x1, y1) that is not within pictures of (H, W) pixels.
-
-    Raises:
-        ConfigError: it is so.
-    """
-    x0, y0, x1, y1 = map(float, box)
-    height, width = size
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise ConfigError(f"box {x0:g},{y0:g},{x1:g},{y1:g} is not within the picture of "
-                          f"{width}×{height}: x0 < x1 ≤ {width}, y0 < y1 ≤ {height}")
-
-
-def check_time(time_s: float, times_s: Sequence[float]) -> None:
-    """Refuse a time at which no frame is shown; the last is shown as long as the one before.
-
-    Args:
-        times_s: [T], when each frame is shown.
-    Raises:
-        ConfigError: it is so.
-    """
-    last = times_s[-1] + (times_s[-1] - times_s[-2] if len(times_s) > 1 else 1.0)
-    if not times_s[0] <= time_s <= last:
-        raise ConfigError(f"time {time_s:g} s is outside the video, which is shown from "
-                          f"{times_s[0]:g} to {last:g} s")
 
 
 def _found(found: pd.DataFrame, times_s: np.ndarray, corners) -> pd.DataFrame:

@@ -187,9 +187,19 @@ def explain_mixture(text: str, count: int = 3) -> str:
                      for w, i in zip(top.values, top.indices))
 
 
+def is_understood(text: str) -> bool:
+    """Whether ImageNet has a class near a text."""
+    weights, cosine = class_mixture([text])
+    return not _is_weak(weights[0], float(cosine))
+
+
+def _is_weak(weights: Tensor, cosine: float) -> bool:
+    return cosine < WEAK or float(weights.max()) < SPREAD
+
+
 def warn_weak(text: str, weights: Tensor, cosine: float) -> None:
     """Warn of a text for which ImageNet has no class: what is found for it means little."""
-    if cosine < WEAK or float(weights.max()) < SPREAD:
+    if _is_weak(weights, cosine):
         warnings.warn(f"ImageNet has no class near {text!r} (taken as {explain_mixture(text)}; "
                       f"cosine {cosine:.2f}), so what is found means little; CLIP (teacher='clip') "
                       "takes any text", stacklevel=3)

@@ -163,8 +163,10 @@ def read_table(path: Path, columns: Iterable[str] = (), *, fix: str, **options: 
     """
     import pandas as pd
 
+    if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1):  # then it is the default
+        options["float_precision"] = "round_trip"
     try:
-        table = pd.read_csv(path, encoding="utf-8", float_precision="round_trip", **options)
+        table = pd.read_csv(path, encoding="utf-8", **options)
     except ValueError as error:  # pandas' own errors are ValueErrors
         raise RunError(f"{path} is damaged: {str(error).strip()}; {fix}") from error
     missing = [name for name in columns if name not in table]

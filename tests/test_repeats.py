@@ -66,6 +66,10 @@ def test_a_page_says_how_many_differ(tmp_path):
     assert [r["run"] for r in book.repeat_rows(measured)] == ["b", "a"]
     assert book.repeat_rows(measured)[0]["second"] == "H200, eeeeeee"
     assert "nor from which step on" in book.cause_words(measured)
+    assert book.commit_words(measured) == \
+        "Of the 2 pairs that were trained at two commits 1 ended alike."
+    assert book.commit_words({**measured, "rows": measured["rows"][:1]}).endswith(
+        "1 ended alike: results of pages that name different commits can be compared.")
     parted = {**measured, "rows": measured["rows"].assign(same_epochs=[10, 7], fence=[
         [False, True], None])}
     words = book.cause_words(parted)

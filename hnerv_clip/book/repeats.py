@@ -39,12 +39,16 @@ def repeat_words(measured: dict[str, Any]) -> str:
         return said
     steps, differing = (sum(row[name] for row in replays) for name in ("steps", "differing"))
     fenced = sum(row["steps"] for row in replays if row.get("fence"))
-    where = dict.fromkeys(f"{row['device']}, commit {row['commit'][:7]}" for row in replays)
+    commits = {row["device"]: dict.fromkeys(other["commit"][:7] for other in replays
+                                            if other["device"] == row["device"])
+               for row in replays}
+    where = [f"{device}, commit{'s' if len(found) > 1 else ''} {join_words(list(found))}"
+             for device, found in commits.items()]
     found = f"other bits in {differing} checks" if differing else "the same bits in every buffer"
     part = f", {fenced:,} of them with the fence named below" if fenced else ""
     return (f"{said}. With fixed weights {steps:,} further steps{part}, beside other work on the "
             f"same GPU, gave {found} ({max(row['buffers'] for row in replays)} buffers; "
-            f"{join_words(list(where))})")
+            f"{join_words(where)})")
 
 
 def commit_words(measured: dict[str, Any]) -> str:

@@ -126,7 +126,7 @@ def test_encode_refuses_a_preset_of_other_settings_at_once(preset, run, cache_di
     assert main([*words, "--force"]) == 1
     told, differs = capsys.readouterr().err, {"paper": "crop_list", "best": "optimizer",
                                               "auto": "epochs"}[preset]
-    assert re.search(rf"another configuration \(.*{differs}: .*--work", told)
+    assert re.search(rf"other settings than preset {preset} \(.*{differs}.*--work", told)
 
 
 def test_encode_keeps_how_threads_wait_where_that_is_named(monkeypatch):

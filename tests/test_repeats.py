@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from hnerv_clip.book import repeats as book
+from hnerv_clip.files import read_table
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.study import repeats
 from hnerv_clip.train import train
@@ -30,7 +31,7 @@ def test_a_run_that_is_made_again_is_the_same(folders):
 def test_the_first_epoch_that_differs_is_told(folders, tmp_path):
     shutil.copytree(folders / "second", tmp_path / "other")
     path = RunDir(tmp_path / "other" / "run").path / "metrics.csv"
-    table = pd.read_csv(path, float_precision="round_trip")
+    table = read_table(path, fix="")
     table.loc[1:, "psnr_db"] += 1e-9
     table.to_csv(path, index=False)
     out = tmp_path / "repeats.json"
@@ -66,10 +67,13 @@ def test_a_page_says_how_many_differ(tmp_path):
     assert [r["run"] for r in book.repeat_rows(measured)] == ["b", "a"]
     assert book.repeat_rows(measured)[0]["second"] == "H200, eeeeeee"
     assert "nor from which step on" in book.cause_words(measured)
-    assert book.commit_words(measured) == \
+    assert book.across_commits_words(measured) == \
         "Of the 2 pairs that were trained at two commits 1 ended alike."
-    assert book.commit_words({**measured, "rows": measured["rows"][:1]}).endswith(
-        "1 ended alike: results of pages that name different commits can be compared.")
+    alike = pd.DataFrame([row] * 19 + [other])
+    assert book.across_commits_words({"rows": alike}).startswith(
+        "Of the 20 pairs that were trained at two commits 19 ended alike: results of pages")
+    assert book.across_commits_words({"rows": alike[:19]}).endswith("19 ended alike.")
+    assert book.across_commits_words({"rows": alike[2:]}).endswith("17 ended alike.")
     parted = {**measured, "rows": measured["rows"].assign(same_epochs=[10, 7], fence=[
         [False, True], None])}
     words = book.cause_words(parted)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hnerv_clip import cli, inference, teachers
+from hnerv_clip.config import ConfigError
 from hnerv_clip.inference import load_run, predict_embeddings
 from hnerv_clip.runs.run_dir import RunDir
 from hnerv_clip.search import cache
@@ -68,6 +69,22 @@ def test_a_repeated_query_loads_nothing(trained_copy, cache_dir, capsys):
             "in ('torch', 'timm', 'scipy', 'sklearn', 'av') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.stdout == first + "[]\n", done.stderr
+
+
+def test_a_cached_query_needs_no_teacher(trained_copy, cache_dir, capsys, monkeypatch):
+    words = ["search", str(trained_copy), "hare", "--cache_dir", str(cache_dir)]
+    assert cli.main(words) == 0
+    told = capsys.readouterr().out
+    (trained_copy / "references.npz").unlink()
+
+    def refuse(*args):
+        raise ConfigError("no weights here")
+
+    monkeypatch.setattr(teachers, "load_teacher", refuse)
+    assert cli.main(words) == 0
+    without = capsys.readouterr().out
+    assert "standard score" in told and "match" not in without
+    assert without.splitlines()[0] == told.splitlines()[0]
 
 
 def test_two_texts_of_one_meaning_are_refused_when_cached_too(trained_copy):

@@ -14,7 +14,7 @@ from hnerv_clip.book.results import KINDS, change_words, read_json
 from hnerv_clip.study.ablations import PAPER_EPOCHS
 
 FILE = "repeats.json"
-NEARLY_ALL = 0.95  # of the pairs, from which on results of two commits compare
+NEARLY_ALL, ENOUGH = 0.95, 20  # share and number of pairs, from which on commits compare
 
 
 def read_repeats(folder: str | Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def repeat_words(measured: dict[str, Any]) -> str:
             f"{join_words(where)})")
 
 
-def commit_words(measured: dict[str, Any]) -> str:
+def across_commits_words(measured: dict[str, Any]) -> str:
     """How many pairs were trained at two commits, and whether pages of two commits compare."""
     rows = measured["rows"]
     across = rows[rows["first"].str["commit"].str[:7] != rows["second"].str["commit"].str[:7]]
@@ -59,7 +59,7 @@ def commit_words(measured: dict[str, Any]) -> str:
         return ""
     return f"Of the {len(across)} pairs that were trained at two commits {across.same.sum()} " + (
         "ended alike: results of pages that name different commits can be compared."
-        if across.same.mean() > NEARLY_ALL else "ended alike.")
+        if across.same.mean() >= NEARLY_ALL and len(across) >= ENOUGH else "ended alike.")
 
 
 def cause_words(measured: dict[str, Any]) -> str:

@@ -9,10 +9,11 @@ import argparse
 import dataclasses
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hnerv_clip.cli.stored import box_words, hits_title, parse_box, search_file, show_hits
-from hnerv_clip.config import ConfigError
+from hnerv_clip.config import ConfigError, TeacherConfig
 from hnerv_clip.files import RunError, check_writable, write_atomic
 from hnerv_clip.paths import match_paths, resolve_path
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from hnerv_clip.field.query import Field
     from hnerv_clip.inference import Run
 
-LINE, INDENT = 78, " " * 4  # of answers
+INDENT = " " * 4  # of evidence, under its answer
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -151,13 +152,16 @@ def _show_answers(table: pd.DataFrame) -> None:
     if table.empty:
         print("no answers: no run holds frames out")
         return
+    from hnerv_clip.verify.report import WIDTH
+
     keys = list(table.columns[:table.columns.get_loc("question")])
+    column = table.question.str.len().max() + 2
     for values, rows in table.groupby(keys, sort=False, dropna=False):
         print("\n" + ", ".join(f"{key} {value}" for key, value in zip(keys, values)))
         for row in rows.itertuples():
-            print(f"{row.question:<52}{row.answer.upper()}")
-            print(textwrap.fill(f"{row.evidence} ({row.frames} frames)", LINE,
-                                initial_indent=INDENT, subsequent_indent=INDENT))
+            print(f"{row.question:<{column}}{row.answer.upper()}")
+            print(textwrap.indent(textwrap.fill(f"{row.evidence} ({row.frames} frames)",
+                                                WIDTH - len(INDENT)), INDENT))
 
 
 def _fit_head(args: argparse.Namespace) -> None:
@@ -218,8 +222,8 @@ def _index(args: argparse.Namespace) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     from hnerv_clip.runs.run_dir import FIELD, RunDir
-    from hnerv_clip.search.cache import encode_cached, predict_patches, references_cached
-    from hnerv_clip.search.rank import match_scores, rank_patches
+    from hnerv_clip.search.cache import encode_cached, predict_patches
+    from hnerv_clip.search.rank import rank_patches
     from hnerv_clip.teachers.text import parse_queries
 
     if not args.queries and not args.box:
@@ -245,15 +249,37 @@ def _search(args: argparse.Namespace) -> None:
     path, = match_paths(args.data_path, 1)
     predicted = predict_patches(run.path, cache_dir=args.cache_dir, device=args.device,
                                 data_path=path)
-    names = references_cached(config.teacher, run.path, device=args.device)
+    show = _text_hits(args, config.teacher, run.path,
+                      label=f"{predicted.teacher_label}; embeddings: {predicted.source}")
     for query, vector in zip(queries, texts):
         hits = rank_patches(vector, predicted.embeddings, args.top_k, apart=args.apart)
         hits["time_s"] = predicted.times_s[hits.frame]
         for i, side in enumerate(("top", "left", "height", "width")):
             hits[side] = predicted.boxes[hits.patch.to_numpy(), i]
-        hits["match"] = match_scores(vector, names, predicted.embeddings[hits.frame, hits.patch])
-        label = f"{predicted.teacher_label}; embeddings: {predicted.source}"
-        show_hits(hits_title(query, config.teacher, label, hits), hits)
+        show(query, vector, hits, predicted.embeddings[hits.frame, hits.patch])
+
+
+def _text_hits(args: argparse.Namespace, teacher: TeacherConfig, folder: Path, *, label: str,
+               where: str = "this video") -> Callable[..., None]:
+    """A function that prints the hits of a text, and whether it has a match.
+
+    It takes text, vector [D], hits and their embeddings [K, D]. Where the teacher is missing, an
+    earlier search kept the text's vector at most: then nothing is said of a match.
+    """
+    from hnerv_clip.search.cache import references_cached
+    from hnerv_clip.search.rank import match_scores
+
+    try:
+        names = references_cached(teacher, folder, device=args.device)
+    except ConfigError:
+        names = None
+
+    def show(query, vector, hits, embeddings):
+        if names is not None:
+            hits["match"] = match_scores(vector, names, embeddings)
+        show_hits(hits_title(query, hits, teacher=teacher, label=label, where=where), hits)
+
+    return show
 
 
 def _search_field(args: argparse.Namespace, queries: list[str],
@@ -263,8 +289,7 @@ def _search_field(args: argparse.Namespace, queries: list[str],
     from hnerv_clip.field.query import load_field
     from hnerv_clip.inference import sources_of
     from hnerv_clip.search.boxes import search_boxes
-    from hnerv_clip.search.cache import encode_cached, references_cached
-    from hnerv_clip.search.rank import match_scores
+    from hnerv_clip.search.cache import encode_cached
     from hnerv_clip.stored.checks import check_box, check_time
 
     run = _load_run(args)
@@ -273,7 +298,6 @@ def _search_field(args: argparse.Namespace, queries: list[str],
     label, times = f"{run.dataset.teacher_label}; embeddings: {source}", run.dataset.video.times_s
     top_k, apart, folder = args.top_k, args.apart, run.run_dir.path
     texts = encode_cached(queries, teacher, folder, device=args.device) if queries else []
-    names = references_cached(teacher, folder, device=args.device) if queries else None
     if box:
         x0, y0, x1, y1 = check_box(box, run.model.frame_hw)
         check_time(args.time, times)
@@ -281,27 +305,25 @@ def _search_field(args: argparse.Namespace, queries: list[str],
         hits = search_boxes(field, field.embed(*near), top_k, apart=apart, not_near=near)
         hits["time_s"] = times[hits.frame.to_numpy()]
         show_hits(f"{box_words(box, args.time)}  ({label})", hits)
+    show = _text_hits(args, teacher, folder, label=label) if queries else None
     for query, vector in zip(queries, texts):
         hits = search_boxes(field, vector, top_k, apart=apart)
         hits["time_s"] = times[hits.frame.to_numpy()]
-        hits["match"] = match_scores(vector, names, np.stack([
+        show(query, vector, hits, np.stack([
             field.embed(hit.frame, (hit.top, hit.left, hit.height, hit.width)).numpy()
             for hit in hits.itertuples()]))
-        show_hits(hits_title(query, teacher, label, hits), hits)
 
 
 def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
-    from hnerv_clip.search.cache import encode_cached, references_cached
+    from hnerv_clip.search.cache import encode_cached
     from hnerv_clip.search.index import load_index
-    from hnerv_clip.search.rank import match_scores
 
     index, folder = load_index(args.outf), resolve_path(args.outf)
-    teacher, label = index.teacher_config(), f"{index.label}; {len(index)} patches"
-    where = "this video" if len(index.videos) == 1 else f"these {len(index.videos)} videos"
+    teacher, videos = index.teacher_config(), len(index.videos)
     texts = encode_cached(queries, teacher, folder, device=args.device)
-    names = references_cached(teacher, folder, device=args.device)
+    show = _text_hits(args, teacher, folder, label=f"{index.label}; {len(index)} patches",
+                      where="this video" if videos == 1 else f"these {videos} videos")
     for query, vector in zip(queries, texts):
         hits = index.search(vector, args.top_k, apart=args.apart)
         hits["time_s"] = index.times_of(hits)
-        hits["match"] = match_scores(vector, names, index.embeddings(hits))
-        show_hits(hits_title(query, teacher, label, hits, where=where), hits)
+        show(query, vector, hits, index.embeddings(hits))

@@ -194,23 +194,24 @@ def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int,
                       video.search_region(box, time_s, top_k, apart=apart)))
     for query in queries:
         hits = video.search(query, top_k, apart=apart, weights=weights, match=True)
-        found.append((hits_title(query, teacher, label, hits), hits))
+        found.append((hits_title(query, hits, teacher=teacher, label=label), hits))
     for words, hits in found:
         show_hits(words, hits)
 
 
-def hits_title(query: str, teacher: TeacherConfig, label: str, hits: pd.DataFrame, *,
+def hits_title(query: str, hits: pd.DataFrame, *, teacher: TeacherConfig, label: str,
                where: str = "this video") -> str:
     """A text as the teacher takes it, and whether it has a match, above its hits.
 
     Args:
-        hits: with their `match`.
+        hits: with their `match`, if it is known.
     """
     from hnerv_clip.labels import match_words
 
     taken, understood = _reading(query, teacher)
     return f"{query}{taken}  ({label})" + (
-        f"\n{match_words(query, hits.match.max(), where=where)}" if understood else "")
+        f"\n{match_words(query, hits.match.max(), where=where)}"
+        if understood and "match" in hits else "")
 
 
 def show_hits(title: str, hits: pd.DataFrame) -> None:
@@ -303,7 +304,7 @@ def _check_preset(args: argparse.Namespace, work: Path) -> None:
     compared by `prepare_encoding`.
 
     Raises:
-        RunError: some differ.
+        FileCommandError: some differ.
     """
     from hnerv_clip.runs.run_dir import RunDir
 
@@ -314,7 +315,12 @@ def _check_preset(args: argparse.Namespace, work: Path) -> None:
 
     asked = {"teacher": run.config().teacher.teacher,  # it may be the one without CLIP's weights
              **PRESETS[args.settings["preset"]], **args.settings, "data_path": args.video}
-    RunDir.check(work, Config.from_params(**encode_settings(asked, work)))
+    others = Config.from_params(**encode_settings(asked, work)).diff(run.config())
+    if listed := ", ".join(name for name in others if name != "data_path"):
+        raise FileCommandError(
+            f"{work} holds a training that has begun, with other settings than preset "
+            f"{args.settings['preset']} ({listed}): leave --preset out to go on with it, or name "
+            "a new folder, --work FOLDER")
 
 
 def _check_same_video(args: argparse.Namespace, work: Path) -> None:
@@ -356,7 +362,8 @@ def _check_file(args: argparse.Namespace, work: Path) -> Path:
     if args.rate_epochs is not None and args.rate_epochs < 0:
         raise ConfigError(f"--rate_epochs {args.rate_epochs}: 0 or more are needed; 0 rounds the "
                           "weights as they are")
-    _check_free(out, args.force or _is_stored(out, work, _storing(args)) and RunDir(work).finished)
+    done = _is_stored(out, work, _storing_options(args)) and RunDir(work).finished
+    _check_free(out, args.force or done)
     return out
 
 
@@ -367,7 +374,7 @@ def _write_run(args: argparse.Namespace, out: Path) -> None:
     from hnerv_clip.stored.make import store_run
 
     run = RunDir(args.outf)
-    storing = {"checkpoint": run.checkpoint_digest(), **_storing(args)}
+    storing = {"checkpoint": run.checkpoint_digest(), **_storing_options(args)}
     if storing["rate"] is None:  # fine-tuned, it has another field than the run's
         storing["field"] = run.checkpoint_digest(FIELD)
 
@@ -394,7 +401,7 @@ def _notes(work: Path) -> dict[str, dict]:
     return {}
 
 
-def _storing(args: argparse.Namespace) -> dict[str, float | None]:
+def _storing_options(args: argparse.Namespace) -> dict[str, float | None]:
     """How a file is stored, as far as it is known before epochs are chosen for the video."""
     if args.rate is None or args.rate_epochs == 0:
         return {"rate": None}

@@ -81,6 +81,7 @@ def _train(args: argparse.Namespace) -> None:
     from hnerv_clip.video import load_video
 
     run = RunDir.check(args.outf, args.config)  # before the teacher runs
+    check_writable(resolve_path(args.cache_dir))
     video = load_video(args.config.video)
     check_given_video(run, args.config, video)
     config, dataset = prepare_run(args.config, args.cache_dir, video)

@@ -152,15 +152,17 @@ def test_encode_refuses_another_video_and_finds_one_that_moved(run, cache_dir, t
     assert main(["encode", str(other), *words]) == 1  # also where the training is complete
     told = capsys.readouterr().err
     assert f"{other} shows other frames" in told and "--work FOLDER" in told
-    for _ in range(2):  # written, then there
-        assert main(["encode", str(moved), *words]) == 0
+    for given in (words, words, words[:-2]):  # written, then there, also with what it has
+        assert main(["encode", str(moved), *given]) == 0
     assert re.findall("is there and complete|PSNR(?=.* over all)", capsys.readouterr().out)[1:] == [
-        "is there and complete", "PSNR"]
+        "is there and complete", "PSNR"] * 2
     with monkeypatch.context() as patch:  # before the video is decoded
         patch.setattr(VideoFile, "read", None)
-        for other in (["--rate", "0.01", "--rate_epochs", "1"], []):  # [] has the default rate
+        for other in (["--rate", "0.01", "--rate_epochs", "1"], ["--rate_epochs", "2"]):
             assert main(["encode", str(moved), *words[:-2], *other]) == 1
-            assert f"{out} exists; " in capsys.readouterr().err
+            assert "stored with no --rate: give the same" in capsys.readouterr().err
+        assert main(["encode", out, str(tmp_path / "again.hnerv")]) == 1
+        assert "is a stored video already" in capsys.readouterr().err
     for wrong in (["--rate", "7"], ["--rate", "nan"], ["--rate_epochs", "-3"]):
         assert main(["encode", str(moved), *words[:-2], *wrong]) == 2
         assert f"{wrong[0]} {wrong[1]}: " in capsys.readouterr().err

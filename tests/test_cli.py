@@ -211,3 +211,32 @@ def test_every_documented_command_has_its_options():
             unknown.append((page, name, option))
     assert unknown == []
     assert {name for _, name, _ in documented()} >= {"book", "pages", "study", "encode", "scale"}
+
+
+def test_what_a_path_is_is_told_where_another_is_needed(trained_copy, tmp_path, cache_dir, capsys):
+    file, index, csv = tmp_path / "v.hnerv", tmp_path / "index", tmp_path / "film.mp4"
+    cache = ["--cache_dir", str(cache_dir)]
+    assert cli.main(["store", str(trained_copy), str(file), *cache]) == 0
+    assert cli.main(["index", str(index), str(trained_copy), *cache]) == 0
+    csv.write_bytes(b"a film")
+    for words, told in [
+            (["verify", str(file)], "is a file, not a run"),
+            (["evaluate", str(file)], "is a file, not a run"),
+            (["store", str(index), str(tmp_path / "w.hnerv")], "is an index, not a run"),
+            (["info", str(trained_copy)], "is a folder, not a stored video"),
+            (["decode", str(trained_copy), str(tmp_path / "out.mp4")], "hnerv-clip store"),
+            (["search", str(index), "--box", "0,0,9,9"], "is an index, which takes texts"),
+            (["search", str(trained_copy), "--box", "0,0,9,9"], f"hnerv-clip search {file}"),
+            (["index", str(trained_copy), str(trained_copy)], "holds other files than an index"),
+            (["index", str(index), str(trained_copy)], "add --force"),
+            (["verify", str(trained_copy), "--table", str(csv), "--replace"], "must end in .csv")]:
+        assert cli.main([*words, *(cache if words[0] not in ("info", "decode") else [])]) > 0
+        assert told in capsys.readouterr().err
+    assert csv.read_bytes() == b"a film" and not (trained_copy / "videos.json").exists()
+    assert cli.main(["index", str(index), str(trained_copy), "--force", *cache]) == 0
+
+
+def test_a_run_that_is_not_finished_is_told(trained_copy, cache_dir):
+    (trained_copy / "summary.json").unlink()
+    with pytest.warns(UserWarning, match=r"is not finished: \d+ of \d+ epochs"):
+        assert cli.main(["search", str(trained_copy), "hare", "--cache_dir", str(cache_dir)]) == 0

@@ -9,12 +9,12 @@ import argparse
 import dataclasses
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hnerv_clip.cli.stored import box_words, hits_title, parse_box, search_file, show_hits
-from hnerv_clip.config import ConfigError, TeacherConfig
-from hnerv_clip.files import RunError, check_writable, write_atomic
+from hnerv_clip.cli.given import check_run, is_index, load_run
+from hnerv_clip.cli.searching import search
+from hnerv_clip.config import ConfigError
+from hnerv_clip.files import RunError, check_free, check_writable, write_atomic
 from hnerv_clip.paths import match_paths, resolve_path
 
 if TYPE_CHECKING:
@@ -35,10 +35,11 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
             ("verify", _verify, "compare embeddings with controls and baselines; of several runs, "
                                 "also in one table"),
             ("index", _index, "put what runs with the same teacher predict into one index"),
-            ("search", _search, "find what answers a text, or is like a box")]:
+            ("search", search, "find what answers a text, or is like a box")]:
         sub = add(name, command, words)
         if name == "index":
             sub.add_argument("folder", help="folder of the index, for example output/index")
+            sub.add_argument("--force", action="store_true", help="replace an index that is there")
         sub.add_argument("outf", nargs="+" if name in ("verify", "index") else None, help=
                          "run folder" + (", that of an index, or a stored video NAME.hnerv"
                                          if name == "search" else ""))
@@ -98,14 +99,6 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
                              help="parameters that tell settings apart in the table")
 
 
-def _load_run(args: argparse.Namespace):
-    """The one run that a command names."""
-    from hnerv_clip.inference import load_run
-
-    path, = match_paths(args.data_path, 1)
-    return load_run(args.outf, cache_dir=args.cache_dir, device=args.device, data_path=path)
-
-
 def show_summary(table: pd.DataFrame) -> None:
     """Print an evaluation as one line for each variant, source and split."""
     from hnerv_clip.evaluate import summarise
@@ -115,7 +108,7 @@ def show_summary(table: pd.DataFrame) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from hnerv_clip.evaluate import evaluate_run
-    show_summary(evaluate_run(_load_run(args)))
+    show_summary(evaluate_run(load_run(args)))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -126,10 +119,15 @@ def _verify(args: argparse.Namespace) -> None:
     if args.replace and path is None:
         raise ConfigError("--replace is for the file of --table: name one, --table FILE.csv")
     if path:
+        if path.suffix != ".csv":
+            raise ConfigError(f"--table {args.table}: the name must end in .csv, so that no other "
+                              "file is replaced")
         if path.exists() and not (args.replace or args.force):
             raise RunError(f"{path} exists; choose another name, or add --replace to write it anew "
                            "(runs that are verified are not verified again)")
         check_writable(path.parent)
+    for outf in args.outf:
+        check_run(outf)
     verified = verify_folders(args.outf, cache_dir=args.cache_dir, device=args.device,
                               seed=args.seed, near=args.near, labels=args.labels,
                               all_sources=args.all_sources, force=args.force,
@@ -167,7 +165,7 @@ def _show_answers(table: pd.DataFrame) -> None:
 def _fit_head(args: argparse.Namespace) -> None:
     from hnerv_clip.field.fit_run import evaluate_field, fit_head, summarise_field
 
-    run = _load_run(args)
+    run = load_run(args)
     names = ("boxes", "steps", "rank", "hidden", "rate_weight")
     given = {f"field_{name}": getattr(args, name) for name in names
              if getattr(args, name) is not None}
@@ -206,8 +204,14 @@ def _index(args: argparse.Namespace) -> None:
     from hnerv_clip.field.query import has_field
     from hnerv_clip.runs.run_dir import RunDir
 
-    check_writable(resolve_path(args.folder))
+    folder = resolve_path(args.folder)
+    check_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not is_index(folder):
+        raise ConfigError(f"{folder} holds other files than an index: name a folder for the index, "
+                          "and after it those of the runs")
+    check_free(folder, force=args.force or not is_index(folder))
     for outf in args.outf:
+        check_run(outf)
         if not has_field(resolve_path(outf)):
             RunDir(outf).config_with_head()
     from hnerv_clip.inference import load_run
@@ -218,112 +222,3 @@ def _index(args: argparse.Namespace) -> None:
                        for outf, path in zip(args.outf, paths, strict=True))
     print(index.videos.to_string(index=False, float_format="{:g}".format))
     print(f"{index.save(args.folder)}: {len(index)} patches")
-
-
-def _search(args: argparse.Namespace) -> None:
-    from hnerv_clip.runs.run_dir import FIELD, RunDir
-    from hnerv_clip.search.cache import encode_cached, predict_patches
-    from hnerv_clip.search.rank import rank_patches
-    from hnerv_clip.teachers.text import parse_queries
-
-    if not args.queries and not args.box:
-        raise ConfigError("nothing to search for: give texts, or --box X0,Y0,X1,Y1 --time S")
-    if args.time is not None and not args.box:
-        raise ConfigError(f"--time {args.time:g} says when --box is; give both, or texts alone")
-    box, args.time = parse_box(args.box) if args.box else None, args.time or 0.0
-    queries = parse_queries([query for words in args.queries for query in parse_queries(words)]
-                            ) if args.queries else []
-    if (resolve_path(args.outf) / FIELD).is_file():
-        return _search_field(args, queries, box)
-    if resolve_path(args.outf).is_file() or args.outf.endswith(".hnerv"):
-        return search_file(resolve_path(args.outf), queries, top_k=args.top_k, apart=args.apart,
-                           device=args.device, weights=args.weights, box=box, time_s=args.time)
-    if box:
-        raise ConfigError(f"--box needs a field, which {args.outf} has not: "
-                          f"hnerv-clip fit-head {args.outf}")
-    if (resolve_path(args.outf) / "videos.json").is_file():
-        return _search_index(args, queries)
-    run = RunDir(args.outf)
-    config = run.config_with_head()
-    texts = encode_cached(queries, config.teacher, run.path, device=args.device)
-    path, = match_paths(args.data_path, 1)
-    predicted = predict_patches(run.path, cache_dir=args.cache_dir, device=args.device,
-                                data_path=path)
-    show = _text_hits(args, config.teacher, run.path,
-                      label=f"{predicted.teacher_label}; embeddings: {predicted.source}")
-    for query, vector in zip(queries, texts):
-        hits = rank_patches(vector, predicted.embeddings, args.top_k, apart=args.apart)
-        hits["time_s"] = predicted.times_s[hits.frame]
-        for i, side in enumerate(("top", "left", "height", "width")):
-            hits[side] = predicted.boxes[hits.patch.to_numpy(), i]
-        show(query, vector, hits, predicted.embeddings[hits.frame, hits.patch])
-
-
-def _text_hits(args: argparse.Namespace, teacher: TeacherConfig, folder: Path, *, label: str,
-               where: str = "this video") -> Callable[..., None]:
-    """A function that prints the hits of a text, and whether it has a match.
-
-    It takes text, vector [D], hits and their embeddings [K, D]. Where the teacher is missing, an
-    earlier search kept the text's vector at most: then nothing is said of a match.
-    """
-    from hnerv_clip.search.cache import references_cached
-    from hnerv_clip.search.rank import match_scores
-
-    try:
-        names = references_cached(teacher, folder, device=args.device)
-    except ConfigError:
-        names = None
-
-    def show(query, vector, hits, embeddings):
-        if names is not None:
-            hits["match"] = match_scores(vector, names, embeddings)
-        show_hits(hits_title(query, hits, teacher=teacher, label=label, where=where), hits)
-
-    return show
-
-
-def _search_field(args: argparse.Namespace, queries: list[str],
-                  box: tuple[float, float, float, float] | None) -> None:
-    import numpy as np
-
-    from hnerv_clip.field.query import load_field
-    from hnerv_clip.inference import sources_of
-    from hnerv_clip.search.boxes import search_boxes
-    from hnerv_clip.search.cache import encode_cached
-    from hnerv_clip.stored.checks import check_box, check_time
-
-    run = _load_run(args)
-    source = sources_of(run.model)[-1]  # the prediction: no frame asked about is seen
-    field, teacher = load_field(run, source=source), run.config.teacher
-    label, times = f"{run.dataset.teacher_label}; embeddings: {source}", run.dataset.video.times_s
-    top_k, apart, folder = args.top_k, args.apart, run.run_dir.path
-    texts = encode_cached(queries, teacher, folder, device=args.device) if queries else []
-    if box:
-        x0, y0, x1, y1 = check_box(box, run.model.frame_hw)
-        check_time(args.time, times)
-        near = (float(np.interp(args.time, times, range(len(times)))), (y0, x0, y1 - y0, x1 - x0))
-        hits = search_boxes(field, field.embed(*near), top_k, apart=apart, not_near=near)
-        hits["time_s"] = times[hits.frame.to_numpy()]
-        show_hits(f"{box_words(box, args.time)}  ({label})", hits)
-    show = _text_hits(args, teacher, folder, label=label) if queries else None
-    for query, vector in zip(queries, texts):
-        hits = search_boxes(field, vector, top_k, apart=apart)
-        hits["time_s"] = times[hits.frame.to_numpy()]
-        show(query, vector, hits, np.stack([
-            field.embed(hit.frame, (hit.top, hit.left, hit.height, hit.width)).numpy()
-            for hit in hits.itertuples()]))
-
-
-def _search_index(args: argparse.Namespace, queries: list[str]) -> None:
-    from hnerv_clip.search.cache import encode_cached
-    from hnerv_clip.search.index import load_index
-
-    index, folder = load_index(args.outf), resolve_path(args.outf)
-    teacher, videos = index.teacher_config(), len(index.videos)
-    texts = encode_cached(queries, teacher, folder, device=args.device)
-    show = _text_hits(args, teacher, folder, label=f"{index.label}; {len(index)} patches",
-                      where="this video" if videos == 1 else f"these {videos} videos")
-    for query, vector in zip(queries, texts):
-        hits = index.search(vector, args.top_k, apart=args.apart)
-        hits["time_s"] = index.times_of(hits)
-        show(query, vector, hits, index.embeddings(hits))

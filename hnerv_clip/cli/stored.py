@@ -14,20 +14,13 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
-from hnerv_clip.config import (
-    BUNDLED,
-    PRESETS,
-    Config,
-    ConfigError,
-    TeacherConfig,
-    VideoConfig,
-)
+from hnerv_clip.cli.given import check_run, check_stored
+from hnerv_clip.config import PRESETS, Config, ConfigError, VideoConfig
 from hnerv_clip.files import (
     RunError,
     check_free,
@@ -37,9 +30,6 @@ from hnerv_clip.files import (
     write_json,
 )
 from hnerv_clip.paths import resolve_path
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 STORED_NOTE = "stored.json"  # in a run's folder: by file, its digest and what it was stored from
 MOST_RATE = 0.1  # of --rate
@@ -113,7 +103,7 @@ def _info(args: argparse.Namespace) -> None:
     from hnerv_clip.codec.container import MAGIC_1, read_header, unreadable
     from hnerv_clip.codec.facts import header_facts
 
-    path = resolve_path(args.file)
+    path = check_stored(args.file)
     try:
         with open(path, "rb") as file:
             old = file.read(8) == MAGIC_1
@@ -137,7 +127,7 @@ def _decode(args: argparse.Namespace) -> None:
     from hnerv_clip import open as open_video  # seconds, which a refusal need not take
     from hnerv_clip.stored.film import write_film, write_pictures
 
-    video = open_video(resolve_path(args.file), device=args.device)
+    video = open_video(check_stored(args.file), device=args.device)
     chosen = parse_frames(args.frames, len(video))
     write = functools.partial(write_film, crf=args.crf, preset=args.preset) if is_film else \
         write_pictures
@@ -151,7 +141,7 @@ def _embed(args: argparse.Namespace) -> None:
     from hnerv_clip import open as open_video
 
     box = parse_box(args.box)
-    video = open_video(resolve_path(args.file), device=args.device)
+    video = open_video(check_stored(args.file), device=args.device)
     print(json.dumps([round(float(v), 7) for v in video.embed(box, args.time)]))
 
 
@@ -169,76 +159,6 @@ def parse_box(words: str) -> tuple[float, float, float, float]:
     return x0, y0, x1, y1
 
 
-def box_words(box: Sequence[float], time_s: float) -> str:
-    """What a search for the like of a box is called, above its hits."""
-    return f"like box {','.join(f'{value:g}' for value in box)} at {time_s:g} s"
-
-
-def search_file(path: str | Path, queries: list[str], *, top_k: int, apart: int, device: str,
-                weights: str | None = None, box: Sequence[float] | None = None,
-                time_s: float = 0.0) -> None:
-    """Print what answers some texts best, for `hnerv-clip search FILE TEXT …`.
-
-    Args:
-        box: (x0, y0, x1, y1) in pixels at `time_s`, to find the like of, first.
-    Raises:
-        ConfigError: a box of a file without a field, a box or a time outside the video.
-    """
-    from hnerv_clip import open as open_video
-
-    video, found = open_video(path, device=device), []
-    teacher = video.header.config.teacher
-    label = video.header.meta["teacher"]["label"] or teacher.teacher
-    if box is not None:
-        found.append((f"{box_words(box, time_s)}  ({label})",
-                      video.search_region(box, time_s, top_k, apart=apart)))
-    for query in queries:
-        hits = video.search(query, top_k, apart=apart, weights=weights, match=True)
-        found.append((hits_title(query, hits, teacher=teacher, label=label), hits))
-    for words, hits in found:
-        show_hits(words, hits)
-
-
-def hits_title(query: str, hits: pd.DataFrame, *, teacher: TeacherConfig, label: str,
-               where: str = "this video") -> str:
-    """A text as the teacher takes it, and whether it has a match, above its hits.
-
-    Args:
-        hits: with their `match`, if it is known.
-    """
-    from hnerv_clip.labels import match_words
-
-    taken, understood = _reading(query, teacher)
-    return f"{query}{taken}  ({label})" + (
-        f"\n{match_words(query, hits.match.max(), where=where)}"
-        if understood and "match" in hits else "")
-
-
-def show_hits(title: str, hits: pd.DataFrame) -> None:
-    """Print the hits of one search."""
-    print(title)
-    print(hits.to_string(index=False, float_format="{:.3f}".format), end="\n\n")
-
-
-def _reading(query: str, teacher: TeacherConfig) -> tuple[str, bool]:
-    """What the bundled teacher takes a text for that is no class of ImageNet's, and whether that
-    means anything."""
-    from hnerv_clip.teachers.imagenet import imagenet_names
-
-    if teacher.teacher != BUNDLED or " ".join(query.lower().split()) in imagenet_names():
-        return "", True
-    from hnerv_clip.teachers import sentences  # torch, which a name need not load
-
-    try:
-        taken = f"taken as {sentences.explain_mixture(query)} by a sentence encoder, not CLIP"
-        if sentences.is_understood(query):
-            return f"  ({taken})", True
-        return ("  (not understood: no class of ImageNet is near it, so the hits mean little; "
-                f"{taken})"), False
-    except ConfigError:  # it is not installed here: an earlier search kept the text's vector
-        return "", True
-
-
 def _export(args: argparse.Namespace) -> None:
     out = resolve_path(args.out)
     _check_free(out, args.force)
@@ -246,7 +166,7 @@ def _export(args: argparse.Namespace) -> None:
 
     difference = {}
     replace_when_done(
-        out, lambda path: difference.update(export_onnx(resolve_path(args.file), path)))
+        out, lambda path: difference.update(export_onnx(check_stored(args.file), path)))
     words = ", ".join(f"{name} {value:.2g}" for name, value in difference.items())
     print(f"{out}: largest difference to PyTorch {words}")
 
@@ -256,7 +176,13 @@ def _encode(args: argparse.Namespace) -> None:
     # beside another training 64 s with it, over 150 s without. Before PyTorch is imported
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "50000")
+    if Path(args.video).suffix.lower() == ".hnerv":
+        raise FileCommandError(f"{args.video} is a stored video already: encode takes the video "
+                               f"that it was made from, or what hnerv-clip decode {args.video} "
+                               "NAME.mp4 writes")
     work = resolve_path(args.work or f"output/encode/{Path(args.file).stem}")
+    if args.rate_epochs is None and (kept := _options_of(resolve_path(args.file), work)):
+        args.rate_epochs = kept.get("rate_epochs", 0)  # kept, as the settings of the training are
     out = _check_file(args, work)
     check_writable(work)
     _check_preset(args, work)
@@ -346,6 +272,7 @@ def _check_same_video(args: argparse.Namespace, work: Path) -> None:
 
 
 def _store(args: argparse.Namespace) -> None:
+    check_run(args.outf)
     _write_run(args, _check_file(args, resolve_path(args.outf)))
 
 
@@ -362,7 +289,12 @@ def _check_file(args: argparse.Namespace, work: Path) -> Path:
     if args.rate_epochs is not None and args.rate_epochs < 0:
         raise ConfigError(f"--rate_epochs {args.rate_epochs}: 0 or more are needed; 0 rounds the "
                           "weights as they are")
-    done = _is_stored(out, work, _storing_options(args)) and RunDir(work).finished
+    finished = RunDir(work).finished
+    done = finished and _is_stored(out, work, _storing_options(args))
+    if (kept := _options_of(out, work)) and finished and not (done or args.force):
+        words = " ".join(f"--{name} {value:g}" for name, value in kept.items() if value is not None)
+        raise FileCommandError(f"{out} is there, of this run, stored with {words or 'no --rate'}: "
+                               "give the same, name another file, or add --force to store it anew")
     _check_free(out, args.force or done)
     return out
 
@@ -382,7 +314,7 @@ def _write_run(args: argparse.Namespace, out: Path) -> None:
         store_run(args.outf, path, rate=storing["rate"], epochs=args.rate_epochs,
                   cache_dir=args.cache_dir, device=args.device)
         with contextlib.suppress(RunError):  # a read-only run is stored all the same
-            write_json(run.path / STORED_NOTE, _notes(run.path) | {
+            write_json(run.path / STORED_NOTE, stored_notes(run.path) | {
                 str(out): {**storing, "sha256": file_digest(path)}})
 
     if not args.force and _is_stored(out, run.path, storing):
@@ -395,7 +327,8 @@ def _write_run(args: argparse.Namespace, out: Path) -> None:
     print(describe_quality(out, run.config().video, device=args.device))
 
 
-def _notes(work: Path) -> dict[str, dict]:
+def stored_notes(work: Path) -> dict[str, dict]:
+    """By file, what a run's folder says of the files that were stored from it."""
     with contextlib.suppress(OSError, RunError):  # none yet, or damaged: then nothing is known
         return read_json(work / STORED_NOTE, fix="")
     return {}
@@ -412,10 +345,21 @@ def _storing_options(args: argparse.Namespace) -> dict[str, float | None]:
 def _is_stored(out: Path, work: Path, storing: dict) -> bool:
     """Whether a file is, to the byte, what the run in `work` was last stored as there, and in this
     way."""
-    note = _notes(work).get(str(out))
-    if not isinstance(note, dict) or not out.is_file():
-        return False
-    return note.items() >= (storing | {"sha256": file_digest(out)}).items()
+    note = _note(out, work)
+    return bool(note) and note.items() >= storing.items()
+
+
+def _note(out: Path, work: Path) -> dict:
+    """What a file was stored from, where it is, to the byte, what was stored there; else empty."""
+    note = stored_notes(work).get(str(out))
+    known = isinstance(note, dict) and out.is_file() and note.get("sha256") == file_digest(out)
+    return note if known else {}
+
+
+def _options_of(out: Path, work: Path) -> dict[str, float | None]:
+    """With which --rate and --rate_epochs a file was stored; empty where that is not known."""
+    return {name: value for name, value in _note(out, work).items()
+            if name in ("rate", "rate_epochs")}
 
 
 def describe_quality(path: Path, options: VideoConfig, *, device: str) -> str:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hnerv_clip.config import ConfigError
+from hnerv_clip.files import RunError
 from hnerv_clip.paths import match_paths, resolve_path
 
 if TYPE_CHECKING:
     from hnerv_clip.inference import Run
+    from hnerv_clip.runs.run_dir import RunDir
 
 
 def check_run(outf: str | Path) -> Path:
@@ -30,10 +32,18 @@ def check_run(outf: str | Path) -> Path:
         raise ConfigError(f"{path} is an index, not a run: give the folder of one of its runs")
     run = RunDir(path)
     if run.begun and not run.finished:
-        warnings.warn(f"the training in {path} is not finished: {len(run.metrics())} of "
+        warnings.warn(f"the training in {path} is not finished: {epochs_done(run)} of "
                       f"{run.config().train.epochs} epochs; this is of what it has learned so far",
                       stacklevel=2)
     return path
+
+
+def epochs_done(run: RunDir) -> int:
+    """How many epochs a run has behind it."""
+    try:
+        return len(run.metrics())
+    except RunError:  # not one yet
+        return 0
 
 
 def check_stored(file: str | Path) -> Path:

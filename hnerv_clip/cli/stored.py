@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from hnerv_clip.cli.given import check_run, check_stored
+from hnerv_clip.cli.given import check_run, check_stored, epochs_done
 from hnerv_clip.config import PRESETS, Config, ConfigError, VideoConfig
 from hnerv_clip.files import (
     RunError,
@@ -199,9 +199,7 @@ def _encode(args: argparse.Namespace) -> None:
     if args.rate_epochs is None:
         args.rate_epochs = choose_tuning(config, dataset.video)
     video, options = dataset.video, config.train
-    done = 0
-    with contextlib.suppress(RunError):  # not one epoch yet
-        done = len(RunDir(work).metrics())
+    done = epochs_done(RunDir(work))
     if out.exists() and not args.force:  # complete, by `_check_file`
         args.outf, args.device = str(work), config.train.device
         return _write_run(args, out)
@@ -282,14 +280,13 @@ def _check_file(args: argparse.Namespace, work: Path) -> Path:
         raise FileCommandError(f"{out} should end in .hnerv, so that it is known for what it is")
     from hnerv_clip.runs.run_dir import RunDir
 
-    # of a run that is not finished the file will be another
     if args.rate is not None and not 0 <= args.rate <= MOST_RATE:
         raise ConfigError(f"--rate {args.rate:g}: from 0.0005 (best quality) to 0.02 (smallest) is "
                           f"useful, and {MOST_RATE:g} the most")
     if args.rate_epochs is not None and args.rate_epochs < 0:
         raise ConfigError(f"--rate_epochs {args.rate_epochs}: 0 or more are needed; 0 rounds the "
                           "weights as they are")
-    finished = RunDir(work).finished
+    finished = RunDir(work).finished  # else the file will be another
     done = finished and _is_stored(out, work, _storing_options(args))
     if (kept := _options_of(out, work)) and finished and not (done or args.force):
         words = " ".join(f"--{name} {value:g}" for name, value in kept.items() if value is not None)

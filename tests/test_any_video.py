@@ -1,7 +1,6 @@
 """Videos of any size, from the command line to the decoded frames; and videos that moved."""
 
 import json
-import os
 import re
 import shutil
 
@@ -127,18 +126,6 @@ def test_encode_refuses_a_preset_of_other_settings_at_once(preset, run, cache_di
     told, differs = capsys.readouterr().err, {"paper": "crop_list", "best": "optimizer",
                                               "auto": "epochs"}[preset]
     assert re.search(rf"other settings than preset {preset} \(.*{differs}.*--work", told)
-
-
-def test_encode_keeps_how_threads_wait_where_that_is_named(monkeypatch):
-    for given in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
-        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-            monkeypatch.setenv(name, "")  # what is there now is put back after the test
-            monkeypatch.delenv(name)
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
-        assert main(["encode", "bunny", "no_video.txt"]) == 1
-        assert {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-                if name in os.environ} == (given or {"GOMP_SPINCOUNT": "50000"})
 
 
 def test_encode_refuses_another_video_and_finds_one_that_moved(run, cache_dir, tmp_path, capsys,

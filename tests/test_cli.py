@@ -214,11 +214,11 @@ def test_every_documented_command_has_its_options():
 
 
 def test_what_a_path_is_is_told_where_another_is_needed(trained_copy, tmp_path, cache_dir, capsys):
-    file, index, csv = tmp_path / "v.hnerv", tmp_path / "index", tmp_path / "film.mp4"
+    file, index, film = tmp_path / "v.hnerv", tmp_path / "index", tmp_path / "film.mp4"
     cache = ["--cache_dir", str(cache_dir)]
     assert cli.main(["store", str(trained_copy), str(file), *cache]) == 0
     assert cli.main(["index", str(index), str(trained_copy), *cache]) == 0
-    csv.write_bytes(b"a film")
+    film.write_bytes(b"a film")
     for words, told in [
             (["verify", str(file)], "is a file, not a run"),
             (["evaluate", str(file)], "is a file, not a run"),
@@ -227,12 +227,14 @@ def test_what_a_path_is_is_told_where_another_is_needed(trained_copy, tmp_path, 
             (["decode", str(trained_copy), str(tmp_path / "out.mp4")], "hnerv-clip store"),
             (["search", str(index), "--box", "0,0,9,9"], "is an index, which takes texts"),
             (["search", str(trained_copy), "--box", "0,0,9,9"], f"hnerv-clip search {file}"),
-            (["index", str(trained_copy), str(trained_copy)], "holds other files than an index"),
+            (["index", str(trained_copy), str(trained_copy)], "holds a run: name a folder"),
             (["index", str(index), str(trained_copy)], "add --force"),
-            (["verify", str(trained_copy), "--table", str(csv), "--replace"], "must end in .csv")]:
+            (["verify", str(trained_copy), "--table", str(film), "--replace"], "must end in .csv")]:
         assert cli.main([*words, *(cache if words[0] not in ("info", "decode") else [])]) > 0
         assert told in capsys.readouterr().err
-    assert csv.read_bytes() == b"a film" and not (trained_copy / "videos.json").exists()
+    assert film.read_bytes() == b"a film" and not (trained_copy / "videos.json").exists()
+    (index / "videos.json").unlink()  # as where it was killed before it wrote that
+    assert cli.main(["index", str(index), str(trained_copy), *cache]) == 0
     assert cli.main(["index", str(index), str(trained_copy), "--force", *cache]) == 0
 
 

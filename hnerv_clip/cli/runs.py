@@ -206,9 +206,9 @@ def _index(args: argparse.Namespace) -> None:
 
     folder = resolve_path(args.folder)
     check_writable(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not is_index(folder):
-        raise ConfigError(f"{folder} holds other files than an index: name a folder for the index, "
-                          "and after it those of the runs")
+    if (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds a run: name a folder for the index, and after it those "
+                          "of the runs")
     check_free(folder, force=args.force or not is_index(folder))
     for outf in args.outf:
         check_run(outf)

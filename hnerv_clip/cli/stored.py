@@ -172,17 +172,13 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    # 80 epochs on two cores take 28 s with and without this, 38 s with OMP_WAIT_POLICY=PASSIVE;
-    # beside another training 64 s with it, over 150 s without. Before PyTorch is imported
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     if Path(args.video).suffix.lower() == ".hnerv":
         raise FileCommandError(f"{args.video} is a stored video already: encode takes the video "
                                f"that it was made from, or what hnerv-clip decode {args.video} "
                                "NAME.mp4 writes")
     work = resolve_path(args.work or f"output/encode/{Path(args.file).stem}")
-    if args.rate_epochs is None and (kept := _options_of(resolve_path(args.file), work)):
-        args.rate_epochs = kept.get("rate_epochs", 0)  # kept, as the settings of the training are
+    if args.rate_epochs is None and (note := _note(resolve_path(args.file), work)):
+        args.rate_epochs = note.get("rate_epochs", 0)  # kept, as the settings of the training are
     out = _check_file(args, work)
     check_writable(work)
     _check_preset(args, work)
@@ -286,10 +282,11 @@ def _check_file(args: argparse.Namespace, work: Path) -> Path:
     if args.rate_epochs is not None and args.rate_epochs < 0:
         raise ConfigError(f"--rate_epochs {args.rate_epochs}: 0 or more are needed; 0 rounds the "
                           "weights as they are")
-    finished = RunDir(work).finished  # else the file will be another
-    done = finished and _is_stored(out, work, _storing_options(args))
-    if (kept := _options_of(out, work)) and finished and not (done or args.force):
-        words = " ".join(f"--{name} {value:g}" for name, value in kept.items() if value is not None)
+    note = _note(out, work) if RunDir(work).finished else {}  # else the file will be another
+    done = note.items() >= _storing_options(args).items()
+    if note and not (done or args.force):
+        words = " ".join(f"--{name} {note[name]:g}" for name in ("rate", "rate_epochs")
+                         if note.get(name) is not None)
         raise FileCommandError(f"{out} is there, of this run, stored with {words or 'no --rate'}: "
                                "give the same, name another file, or add --force to store it anew")
     _check_free(out, args.force or done)
@@ -314,7 +311,7 @@ def _write_run(args: argparse.Namespace, out: Path) -> None:
             write_json(run.path / STORED_NOTE, stored_notes(run.path) | {
                 str(out): {**storing, "sha256": file_digest(path)}})
 
-    if not args.force and _is_stored(out, run.path, storing):
+    if not args.force and _note(out, run.path).items() >= storing.items():
         print(f"{out} is there and complete, from this run: it is left as it is")
     else:
         _check_free(out, args.force)
@@ -339,24 +336,11 @@ def _storing_options(args: argparse.Namespace) -> dict[str, float | None]:
                                   {"rate_epochs": args.rate_epochs})
 
 
-def _is_stored(out: Path, work: Path, storing: dict) -> bool:
-    """Whether a file is, to the byte, what the run in `work` was last stored as there, and in this
-    way."""
-    note = _note(out, work)
-    return bool(note) and note.items() >= storing.items()
-
-
 def _note(out: Path, work: Path) -> dict:
     """What a file was stored from, where it is, to the byte, what was stored there; else empty."""
     note = stored_notes(work).get(str(out))
     known = isinstance(note, dict) and out.is_file() and note.get("sha256") == file_digest(out)
     return note if known else {}
-
-
-def _options_of(out: Path, work: Path) -> dict[str, float | None]:
-    """With which --rate and --rate_epochs a file was stored; empty where that is not known."""
-    return {name: value for name, value in _note(out, work).items()
-            if name in ("rate", "rate_epochs")}
 
 
 def describe_quality(path: Path, options: VideoConfig, *, device: str) -> str:
